@@ -1,0 +1,54 @@
+# `make demo` runs the whole pipeline, `make test` the test suite; both install what they need.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
+
+.PHONY: install demo test lint unit integration pretrain clean help
+
+help:
+	@echo "make demo         the whole pipeline on the embedded default (about 15 minutes on 2 cores)"
+	@echo "make test         linters, type checker and the test suite"
+	@echo "make unit         the unit tests alone (seconds)"
+	@echo "make pretrain     train the default teacher again (hours on a CPU)"
+	@echo "make clean        remove the environment and the runs"
+
+install: $(STAMP) $(FONT)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "piflow needs Python 3.11 or newer; set one with: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[ray,mlflow,s3,demo,dev]'
+	@touch $@
+
+$(FONT):
+	$(SUDO) apt-get update -qq
+	$(SUDO) apt-get install -y -qq fonts-noto-color-emoji
+
+demo: install
+	$(BIN)/piflow demo
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: install
+	$(BIN)/python -m pytest tests/unit tests/recipes
+
+integration: install
+	$(BIN)/python -m pytest tests/integration
+
+pretrain: install
+	$(BIN)/piflow embed pipelines/recipes/emoji-teacher.yaml
+	$(BIN)/piflow pretrain pipelines/recipes/emoji-teacher.yaml
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,363 @@
+"""The typed recipe: the only home of defaults.
+
+A recipe is one YAML file. Every key has its meaning and unit here; unknown keys are refused, and an
+error names the key, what came and what is allowed. Nothing heavy is imported, so mistakes surface
+before anything is started or rented.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be used; the message names the key, the value and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Section):
+    """The teacher: one diffusers transformer and the codec between pictures and its latents."""
+
+    family: Literal["flux"] = "flux"
+    path: str = Field(description="URI of the transformer's folder (config.json + safetensors)")
+    codec: Literal["pixels"] = Field(
+        "pixels", description="pixels: RGB, space-to-depth by 2, 12 latent channels, no VAE"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="the frozen base's dtype")
+
+
+class EncoderConfig(_Section):
+    """The text encoder behind `encoder_hidden_states` and the pooled vector."""
+
+    type: Literal["bert"] = Field("bert", description="token states, and their mean as pooled")
+    path: str = Field(description="URI of a transformers folder (config, tokenizer, weights)")
+    max_tokens: Positive = Field(64, description="tokens a prompt is padded or truncated to")
+
+
+class EmbedConfig(_Section):
+    """prompts -> embedding store."""
+
+    prompts: str = Field(description="URI of a .txt (one a line), .jsonl, .csv or .parquet file")
+    prompt_column: str = Field("prompt", description="the column, for files that have columns")
+    store: str = Field(description="URI of the embedding store's folder")
+    height: Positive = Field(description="pixels of the pictures that these prompts stand for")
+    width: Positive = Field(description="pixels")
+    dtype: Literal["fp8", "bf16"] = Field("fp8", description="token states on disk")
+    rows_per_shard: Positive = Field(4096, description="prompts a Parquet file")
+    rows_per_group: Positive = Field(256, description="prompts a row group, the unit of reading")
+    batch_size: Positive = Field(64, description="prompts an encoder call")
+    encoders: Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
+        [1, 1], description="[min, max] encoder actors of the pool"
+    )
+    gpus_per_encoder: float = Field(0.0, ge=0, description="may be fractional")
+
+
+class GMFlowPolicyConfig(_Section):
+    """A Gaussian mixture per latent pixel (arXiv 2510.14974, section 3)."""
+
+    type: Literal["gmflow"] = "gmflow"
+    num_gaussians: Positive = Field(8, description="mixture components K")
+    logstd_inner_dim: Positive = Field(1024, description="width of the log-std MLP")
+    num_logstd_layers: Literal[2] = 2
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="probability that a component is dropped in training rollouts"
+    )
+
+
+class GuidanceConfig(_Section):
+    """How the teacher is guided."""
+
+    scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1 = off")
+    interval: tuple[Fraction, Fraction] = Field(
+        (0.0, 1.0), description="sigma range in which guidance is on"
+    )
+    orthogonal: Fraction = Field(0.0, description="share of the parallel part that is projected out")
+    embedded: float | None = Field(None, ge=0, description="FLUX.1-dev's guidance input")
+
+
+class PiIDConfig(_Section):
+    """π-ID: policy-based imitation distillation (arXiv 2510.14974, section 4)."""
+
+    type: Literal["pi_id"] = "pi_id"
+    data: Literal["free"] = Field("free", description="free: starts from noise, no pictures needed")
+    nfe: Annotated[int, Field(ge=1, le=64)] = Field(4, description="network evaluations, N")
+    final_step_size_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
+    shift: PositiveFloat = Field(3.2, description="time shift s of the noise schedule")
+    total_substeps: Positive = Field(128, description="policy substeps over tau in [0, 1]")
+    num_intermediate_states: Positive = Field(4, description="teacher evaluations a segment, J")
+    window_substeps: NonNegative = Field(3, description="micro-window, in substeps of a segment")
+    num_decay_iters: NonNegative = Field(2000, description="steps until lambda is 0; 0 = on-policy")
+    loss_scale: PositiveFloat = 30.0
+
+
+class FlowMatchingConfig(_Section):
+    """Flow-matching pre-training of a small teacher: all weights, velocity target."""
+
+    type: Literal["flow_matching"] = "flow_matching"
+    pictures: Literal["emoji"] = Field("emoji", description="where pictures of the prompts come from")
+    shift: PositiveFloat = Field(1.0, description="time shift of the sampler in evaluation")
+    logit_mean: float = Field(0.3, description="sigma = sigmoid(normal(mean, std))")
+    logit_std: PositiveFloat = 1.0
+    prompt_dropout: Fraction = Field(0.1, description="share trained on the empty prompt, for CFG")
+
+
+class LoRAConfig(_Section):
+    """The student's adapter; alpha = rank."""
+
+    rank: Positive = 256
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    targets: list[str] | None = Field(
+        None, description="module name suffixes; default: the family's own"
+    )
+
+
+class EMAConfig(_Section):
+    """beta_t = (1 - 1/t)^(gamma + 1), counted from `start`."""
+
+    gamma: PositiveFloat = 7.0
+    start: NonNegative = Field(100, description="optimiser step at which averaging starts")
+
+
+class OptimizerConfig(_Section):
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: NonNegative = Field(100, description="linear warm-up, optimiser steps")
+    decay_fraction: Fraction = Field(
+        0.0, description="last share of the run in which lr falls linearly to 0"
+    )
+    clip_norm: PositiveFloat = Field(50.0, description="gradient norm, applied after warm-up")
+
+
+class TrainingConfig(_Section):
+    """Length, batch and cadence."""
+
+    steps: Positive = Field(3000, description="optimiser steps")
+    batch_size: Positive = Field(256, description="samples an optimiser step, over all workers")
+    micro_batch_size: Positive = Field(
+        2, description="samples a forward pass; results depend on it, not on the worker count"
+    )
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
+    checkpoint_every: Positive = Field(250, description="optimiser steps")
+    keep_last: Positive = Field(2, description="checkpoints kept")
+    log_every: Positive = Field(10, description="optimiser steps between metric points")
+    sample_every: NonNegative = Field(0, description="optimiser steps between pictures; 0 = never")
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainingConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size})"
+            )
+        return self
+
+
+class RuntimeConfig(_Section):
+    """Ray Train's workers. Changing any of these never changes a run's results."""
+
+    num_workers: Positive = 1
+    use_gpu: bool = False
+    cpus_per_worker: PositiveFloat = 1.0
+    strategy: Literal["fsdp", "single"] = Field(
+        "fsdp", description="fsdp: FSDP2 shards parameters over all workers"
+    )
+    max_failures: int = Field(3, ge=-1, description="restarts from the last checkpoint; -1 = always")
+    worker_start_timeout: PositiveFloat = Field(
+        1800.0, description="seconds until the workers must be up (GPU nodes take minutes)"
+    )
+
+
+class TrackingConfig(_Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="tracking server; default: SQLite in the run folder")
+    experiment: str = "piflow"
+    model_name: str | None = Field(None, description="registered model; default: the recipe's name")
+
+
+class EvaluationConfig(_Section):
+    """What `piflow evaluate` measures."""
+
+    prompts: Positive = Field(64, description="prompts, the store's first by hash order")
+    seeds: Annotated[int, Field(ge=2)] = Field(4, description="pictures a prompt; held out")
+    teacher_steps: Positive = Field(32, description="Euler steps of the reference")
+    batch_size: Positive = 64
+    retrieval: bool = Field(True, description="retrieval@1; needs the emoji pictures")
+
+
+class Recipe(_Section):
+    """One run, whole."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    seed: NonNegative = 0
+    run_dir: str = Field(description="URI of the run's folder: checkpoints, samples, state")
+    model: ModelConfig
+    encoder: EncoderConfig
+    embed: EmbedConfig
+    policy: GMFlowPolicyConfig = GMFlowPolicyConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    objective: Annotated[PiIDConfig | FlowMatchingConfig, Field(discriminator="type")] = (
+        PiIDConfig()
+    )
+    lora: LoRAConfig = LoRAConfig()
+    training: TrainingConfig = TrainingConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _workers_divide_the_batch(self) -> Recipe:
+        micro_batches = self.training.batch_size // self.training.micro_batch_size
+        if micro_batches % self.runtime.num_workers:
+            raise ValueError(
+                f"training.batch_size / training.micro_batch_size = {micro_batches} micro-batches "
+                f"a step can't be split evenly over runtime.num_workers = "
+                f"{self.runtime.num_workers}; use a number of workers that divides {micro_batches}"
+            )
+        if self.runtime.strategy == "single" and self.runtime.num_workers > 1:
+            raise ValueError(
+                f"runtime.strategy = single runs on one worker, runtime.num_workers is "
+                f"{self.runtime.num_workers}; use strategy fsdp or one worker"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a run's results: the recipe less where, how fast and how long it runs."""
+        tree = self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+        for key in _CADENCE:
+            del tree["training"][key]
+        return tree
+
+    def hash(self) -> str:
+        """sha256 (16 hex digits) of `identity()`."""
+        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+_NOT_IDENTITY = {"run_dir", "runtime", "tracking", "evaluation"}
+_CADENCE = ("steps", "checkpoint_every", "keep_last", "log_every", "sample_every")
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file, apply `key.sub=value` overrides, validate.
+
+    Args:
+        path: a YAML file.
+        overrides: dotted keys with YAML values, e.g. ``training.optimizer.lr=1e-4``.
+
+    Raises:
+        RecipeError: the file is missing or isn't a YAML mapping, or a key or value is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"recipe not found: {path}; recipes shipped with piflow: {_shipped()}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Validate a recipe's tree of plain values.
+
+    Raises:
+        RecipeError: names each wrong key, the value that came and what is allowed.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = "\n".join(f"  - {_explain(problem)}" for problem in error.errors())
+        raise RecipeError(f"{source} has {error.error_count()} problem(s):\n{problems}") from error
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two identities, with both values."""
+    mine, other = flatten(ours), flatten(theirs)
+    return [
+        f"{key}: {mine.get(key, '(absent)')!r} here, {other.get(key, '(absent)')!r} there"
+        for key in sorted(mine.keys() | other.keys())
+        if mine.get(key) != other.get(key)
+    ]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(
+            f"--set expects key=value, got {override!r}; example: --set training.steps=500"
+        )
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"--set {override}: {parent!r} is a value, not a section")
+    tree[leaf] = yaml.safe_load(text)
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(part for part in location if part not in _VARIANTS) or "(whole recipe)"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; allowed here: {', '.join(_section(location[:-1]).model_fields)}"
+    if problem["type"] == "missing":
+        return f"missing key {key!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not isinstance(problem["input"], dict):
+        message = f"{message}; got {problem['input']!r}"
+    return f"{key}: {message}"
+
+
+_VARIANTS: dict[str, type[_Section]] = {
+    "pi_id": PiIDConfig,
+    "flow_matching": FlowMatchingConfig,
+}
+
+
+def _section(location: list[str]) -> type[BaseModel]:
+    """The section at `location`; a variant's tag stands in it after the union's key."""
+    section: Any = Recipe
+    for part in location:
+        section = _VARIANTS[part] if part in _VARIANTS else section.model_fields[part].annotation
+    return section
+
+
+def _shipped() -> str:
+    folder = Path(__file__).parent.parent / "pipelines" / "recipes"
+    return ", ".join(sorted(str(item) for item in folder.glob("*.yaml"))) or "none"
