@@ -85,7 +85,9 @@ class GuidanceConfig(_Section):
     interval: tuple[Fraction, Fraction] = Field(
         (0.0, 1.0), description="sigma range in which guidance is on"
     )
-    orthogonal: Fraction = Field(0.0, description="share of the parallel part that is projected out")
+    orthogonal: Fraction = Field(
+        0.0, description="share of the parallel part that is projected out"
+    )
     embedded: float | None = Field(None, ge=0, description="FLUX.1-dev's guidance input")
 
 
@@ -108,7 +110,9 @@ class FlowMatchingConfig(_Section):
     """Flow-matching pre-training of a small teacher: all weights, velocity target."""
 
     type: Literal["flow_matching"] = "flow_matching"
-    pictures: Literal["emoji"] = Field("emoji", description="where pictures of the prompts come from")
+    pictures: Literal["emoji"] = Field(
+        "emoji", description="where pictures of the prompts come from"
+    )
     shift: PositiveFloat = Field(1.0, description="time shift of the sampler in evaluation")
     logit_mean: float = Field(0.3, description="sigma = sigmoid(normal(mean, std))")
     logit_std: PositiveFloat = 1.0
@@ -133,6 +137,9 @@ class EMAConfig(_Section):
 
 
 class OptimizerConfig(_Section):
+    """AdamW; or Muon on the weight matrices and AdamW on the rest (one worker)."""
+
+    type: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
@@ -178,7 +185,9 @@ class RuntimeConfig(_Section):
     strategy: Literal["fsdp", "single"] = Field(
         "fsdp", description="fsdp: FSDP2 shards parameters over all workers"
     )
-    max_failures: int = Field(3, ge=-1, description="restarts from the last checkpoint; -1 = always")
+    max_failures: int = Field(
+        3, ge=-1, description="restarts from the last checkpoint; -1 = always"
+    )
     worker_start_timeout: PositiveFloat = Field(
         1800.0, description="seconds until the workers must be up (GPU nodes take minutes)"
     )
@@ -195,7 +204,10 @@ class TrackingConfig(_Section):
 class EvaluationConfig(_Section):
     """What `piflow evaluate` measures."""
 
-    prompts: Positive = Field(64, description="prompts, the store's first by hash order")
+    prompts: Positive = Field(64, description="how many prompts")
+    prompt_list: str | None = Field(
+        None, description="URI of a text file, its first prompts are taken; default: a fixed choice"
+    )
     seeds: Annotated[int, Field(ge=2)] = Field(4, description="pictures a prompt; held out")
     teacher_steps: Positive = Field(32, description="Euler steps of the reference")
     batch_size: Positive = 64
@@ -223,13 +235,18 @@ class Recipe(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
-    def _workers_divide_the_batch(self) -> Recipe:
+    def _fits_the_workers(self) -> Recipe:
         micro_batches = self.training.batch_size // self.training.micro_batch_size
         if micro_batches % self.runtime.num_workers:
             raise ValueError(
                 f"training.batch_size / training.micro_batch_size = {micro_batches} micro-batches "
                 f"a step can't be split evenly over runtime.num_workers = "
                 f"{self.runtime.num_workers}; use a number of workers that divides {micro_batches}"
+            )
+        if self.training.optimizer.type == "muon" and self.runtime.num_workers > 1:
+            raise ValueError(
+                "training.optimizer.type = muon needs whole matrices and runs on one worker, "
+                f"runtime.num_workers is {self.runtime.num_workers}; use adamw or one worker"
             )
         if self.runtime.strategy == "single" and self.runtime.num_workers > 1:
             raise ValueError(
@@ -335,7 +352,9 @@ def _explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(part for part in location if part not in _VARIANTS) or "(whole recipe)"
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; allowed here: {', '.join(_section(location[:-1]).model_fields)}"
+        return (
+            f"unknown key {key!r}; allowed here: {', '.join(_section(location[:-1]).model_fields)}"
+        )
     if problem["type"] == "missing":
         return f"missing key {key!r}"
     message = problem["msg"].removeprefix("Value error, ")

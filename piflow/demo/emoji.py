@@ -6,6 +6,7 @@ are the glyphs of Debian's ``fonts-noto-color-emoji`` (SIL Open Font Licence). N
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def _is_skin_tone(char: str) -> bool:
 
 
 def _is_flag_letter(char: str) -> bool:
-    """Regional indicators (country flags) and tag characters (flags of England, Scotland, Wales)."""
+    """Regional indicators (country flags) and tag characters (flags of their parts)."""
     return 0x1F1E6 <= ord(char) <= 0x1F1FF or 0xE0020 <= ord(char) <= 0xE007F
 
 
@@ -72,6 +73,7 @@ def render_glyphs(glyphs: list[str], font: Path = DEFAULT_FONT) -> Tensor:
             "`apt-get install fonts-noto-color-emoji`"
         )
     face = ImageFont.truetype(str(font), _FONT_SIZE)
+    size = (GLYPH_SIZE, GLYPH_SIZE)
     pictures = np.zeros((len(glyphs), 4, GLYPH_SIZE, GLYPH_SIZE), dtype=np.float32)
     for index, glyph in enumerate(glyphs):
         canvas = Image.new("RGBA", _FONT_CANVAS, (0, 0, 0, 0))
@@ -81,7 +83,7 @@ def render_glyphs(glyphs: list[str], font: Path = DEFAULT_FONT) -> Tensor:
         rgba = np.asarray(square, dtype=np.float32) / 255
         rgba = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], axis=-1)
         planes = [
-            Image.fromarray(rgba[..., c], mode="F").resize((GLYPH_SIZE, GLYPH_SIZE), Image.BOX)
+            Image.fromarray(rgba[..., c], mode="F").resize(size, Image.Resampling.BOX)
             for c in range(4)
         ]
         pictures[index] = np.stack([np.asarray(plane) for plane in planes])
@@ -115,7 +117,7 @@ def most_distinct(emoji: list[Emoji], glyphs: Tensor, count: int, first: str) ->
 
 @dataclass(frozen=True)
 class Placement:
-    """How a glyph is put on its picture. All ``(B,)``; shifts in units of the picture's half side."""
+    """How glyphs are put on pictures. All ``(B,)``; shifts in half sides of the picture."""
 
     shift_x: Tensor
     shift_y: Tensor
@@ -151,7 +153,7 @@ def place(glyphs: Tensor, placement: Placement, size: int = 32) -> Tensor:
 
 
 def composite(rgba: Tensor, background: Tensor) -> Tensor:
-    """Premultiplied RGBA ``(B, 4, s, s)`` over a solid colour ``(B, 3)`` in [0, 1] -> RGB [-1, 1]."""
+    """Premultiplied RGBA ``(B, 4, s, s)`` over colours ``(B, 3)`` in [0, 1] -> RGB in [-1, 1]."""
     rgb = rgba[:, :3] + (1 - rgba[:, 3:]) * background[:, :, None, None]
     return rgb * 2 - 1
 
@@ -160,3 +162,26 @@ def random_pictures(glyphs: Tensor, generator: torch.Generator, size: int = 32) 
     """Pictures ``(B, 3, s, s)`` in [-1, 1]: glyphs at random placements on random solid colours."""
     rgba = place(glyphs, Placement.random(glyphs.shape[0], generator), size)
     return composite(rgba, torch.rand(glyphs.shape[0], 3, generator=generator))
+
+
+class PictureSource:
+    """(prompts, generator) -> random pictures of these emoji, for pre-training."""
+
+    def __init__(self, font: Path = DEFAULT_FONT) -> None:
+        emoji, self._glyphs = list_drawable(font)
+        self._index = {item.prompt: number for number, item in enumerate(emoji)}
+
+    def __call__(self, prompts: Sequence[str], generator: torch.Generator) -> Tensor:
+        """Pictures ``(B, 3, 32, 32)`` in [-1, 1].
+
+        Raises:
+            ValueError: a prompt that is not the name of an emoji that the font can draw.
+        """
+        unknown = [prompt for prompt in prompts if prompt not in self._index]
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is not the name of an emoji that the font can draw; pre-training "
+                "takes the prompts of package://piflow.demo/prompts.txt"
+            )
+        rows = [self._index[prompt] for prompt in prompts]
+        return random_pictures(self._glyphs[rows], generator)

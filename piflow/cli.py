@@ -1,0 +1,164 @@
+"""`piflow`: one command a pipeline. Recipes are validated before anything heavy is imported."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from piflow.config import Recipe, load_recipe
+
+app = typer.Typer(
+    name="piflow",
+    help="Distil text-to-image flow models into students that need 1-8 network evaluations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+DEFAULT_RECIPE = "pipelines/recipes/emoji-flux.yaml"
+RecipeArgument = Annotated[Path, typer.Argument(help="recipe YAML file", metavar="RECIPE")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key; repeatable"),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option(help="checkpoint folder (URI); default: the run's newest", metavar="URI"),
+]
+
+
+def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
+    return load_recipe(recipe, overrides)
+
+
+@app.command(epilog=f"Example: `piflow embed {DEFAULT_RECIPE} --set embed.dtype=bf16`")
+def embed(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    verify: Annotated[bool, typer.Option("--verify", help="only check a finished store")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Encode prompts into an embedding store (Ray Data)."""
+    config = _load(recipe, overrides)
+    from pipelines import embed as pipeline
+
+    if verify:
+        pipeline.verify(config)
+    else:
+        pipeline.main(config, show_progress=not quiet)
+
+
+@app.command(epilog="Example: `piflow pretrain pipelines/recipes/emoji-teacher.yaml --set seed=1`")
+def pretrain(
+    recipe: RecipeArgument, overrides: SetOption = None, quiet: QuietOption = False
+) -> None:
+    """Train a small teacher by flow matching (Ray Train)."""
+    config = _load(recipe, overrides)
+    from pipelines import pretrain as pipeline
+
+    pipeline.main(config, show_progress=not quiet)
+
+
+@app.command(
+    epilog=f"Example: `piflow distill {DEFAULT_RECIPE} --set training.optimizer.lr=1e-3`. "
+    "Run it again to go on from the run's last checkpoint."
+)
+def distill(
+    recipe: RecipeArgument, overrides: SetOption = None, quiet: QuietOption = False
+) -> None:
+    """Distil the teacher into a few-step student (Ray Train), or resume that."""
+    config = _load(recipe, overrides)
+    from pipelines import distill as pipeline
+
+    pipeline.main(config, show_progress=not quiet)
+
+
+@app.command(epilog=f"Example: `piflow evaluate {DEFAULT_RECIPE} --set evaluation.prompts=128`")
+def evaluate(
+    recipe: RecipeArgument,
+    checkpoint: CheckpointOption = None,
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a checkpoint against its teacher; write a report and picture grids."""
+    config = _load(recipe, overrides)
+    from pipelines import evaluate as pipeline
+
+    pipeline.main(config, checkpoint=checkpoint, show_progress=not quiet)
+
+
+@app.command(epilog=f"Example: `piflow export {DEFAULT_RECIPE} --dtype bfloat16`")
+def export(
+    recipe: RecipeArgument,
+    checkpoint: CheckpointOption = None,
+    out: Annotated[
+        str | None, typer.Option(help="adapter folder; default: RUN_DIR/adapter", metavar="URI")
+    ] = None,
+    weights: Annotated[
+        Literal["ema", "student"], typer.Option(help="averaged or newest weights")
+    ] = "ema",
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="of the tensors")
+    ] = "bfloat16",
+    overrides: SetOption = None,
+) -> None:
+    """Write a checkpoint as an adapter folder and register it as an MLflow model version."""
+    config = _load(recipe, overrides)
+    from pipelines import export as pipeline
+
+    pipeline.main(config, checkpoint=checkpoint, out=out, weights=weights, dtype=dtype)
+
+
+@app.command(
+    epilog='Example: `piflow sample runs/emoji-flux/adapter --prompt "red heart" --prompt pizza`'
+)
+def sample(
+    adapter: Annotated[str, typer.Argument(help="adapter folder", metavar="ADAPTER")],
+    prompt: Annotated[list[str], typer.Option(help="what to draw; repeatable")],
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
+    count: Annotated[int, typer.Option(min=1, help="pictures a prompt")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the first picture")] = 0,
+    nfe: Annotated[
+        int | None, typer.Option(min=1, help="network evaluations; default: as trained")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="base model folder; default: the adapter's", metavar="URI")
+    ] = None,
+) -> None:
+    """Draw pictures from an exported adapter."""
+    from pipelines import sample as pipeline
+
+    pipeline.main(adapter, prompt, out=out, count=count, seed=seed, nfe=nfe, base=base)
+
+
+@app.command(epilog="Example: `piflow demo --set training.steps=100`")
+def demo(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE")] = Path(DEFAULT_RECIPE),
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Run embed, distill, evaluate, export and sample on the embedded default."""
+    config = _load(recipe, overrides)
+    from pipelines import demo as pipeline
+
+    pipeline.main(config, show_progress=not quiet)
+
+
+@app.command(name="recipe", epilog=f"Example: `piflow recipe {DEFAULT_RECIPE}`")
+def show_recipe(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Print a recipe with every default filled in; a wrong one is explained."""
+    sys.stdout.write(_load(recipe, overrides).to_yaml())
+
+
+def main() -> None:
+    """Console entry point: expected mistakes are one message and exit code 1, not a traceback."""
+    try:
+        app()
+    except (ValueError, FloatingPointError, OSError) as error:
+        typer.secho(f"piflow: {error}", err=True, fg=typer.colors.RED)
+        raise SystemExit(1) from error

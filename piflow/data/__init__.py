@@ -1,0 +1,1 @@
+"""Prompts, the embedding store and the training stream."""

@@ -1,0 +1,661 @@
+"""The embedding store: Parquet shards and one manifest.
+
+::
+
+    store/
+      manifest.json                 written last: a store without it is unfinished
+      shard-00000.parquet …         rows in file order of the prompts, grouped by bucket
+      empty-prompt.parquet          the embedding of "", for guidance and prompt dropout
+
+A row holds one prompt's valid token states only, without padding. As ``fp8`` they are e4m3 with
+one float32 ``scale`` for the row, ``x = scale · q`` with ``scale = max|x| / 448``: an element is
+off by at most ``max(|x| / 16, scale / 1024)``. As ``bf16`` they are rounded to 8 bits of mantissa
+and ``scale`` is 1. The pooled vector stays float32, it is small. A row group never mixes buckets
+(picture sizes), so that the manifest alone decides the order of training. Pages carry checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from piflow import storage
+from piflow.data.prompts import Prompt
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+EMPTY_PROMPT = "empty-prompt.parquet"
+TokenDtype = Literal["fp8", "bf16"]
+
+SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("scale", pa.float32(), nullable=False),
+        pa.field("tokens", pa.large_binary(), nullable=False),
+        pa.field("pooled", pa.binary(), nullable=False),
+    ]
+)
+_COMPRESSION = {name: "zstd" for name in SCHEMA.names} | {"tokens": "none", "pooled": "none"}
+_METADATA_KEY = b"piflow"
+_FP8_MAX = 448.0
+_REMEDY = "delete it and run `piflow embed` again: only what is missing is made anew"
+
+
+class StoreError(ValueError):
+    """A store that can't be used; the message names the file and what to do."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EncoderIdentity(_Record):
+    """What decides an embedding, wherever the encoder's files lie."""
+
+    name: str
+    weights_sha256: str
+    max_tokens: int
+    hidden_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} (weights {self.weights_sha256[:12]}, max_tokens {self.max_tokens}, "
+            f"hidden_size {self.hidden_size})"
+        )
+
+
+class Bucket(_Record):
+    """One picture size in pixels and its prompts."""
+
+    height: int
+    width: int
+    rows: int
+
+
+class RowGroup(_Record):
+    """The unit of reading; `bucket` is an index into the manifest's buckets."""
+
+    rows: int
+    bucket: int
+
+
+class ShardEntry(_Record):
+    """One Parquet file of the store."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+    row_groups: tuple[RowGroup, ...]
+
+
+class StoreInputs(_Record):
+    """Everything that the store's content follows from."""
+
+    schema_version: int
+    encoder: EncoderIdentity
+    dtype: TokenDtype
+    rows_per_shard: int
+    rows_per_group: int
+    num_prompts: int
+    prompts_sha256: str
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of the canonical JSON."""
+        return _canonical_sha256(self)
+
+
+class StoreManifest(_Record):
+    """``manifest.json``."""
+
+    inputs: StoreInputs
+    inputs_sha256: str
+    buckets: tuple[Bucket, ...]
+    shards: tuple[ShardEntry, ...]
+    empty_prompt: ShardEntry
+    truncated_prompts: int
+
+    @property
+    def encoder(self) -> EncoderIdentity:
+        """The text encoder that made the store."""
+        return self.inputs.encoder
+
+    @property
+    def num_rows(self) -> int:
+        """Prompts in the store, the empty one not counted."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def files(self) -> tuple[ShardEntry, ...]:
+        """All Parquet files."""
+        return (*self.shards, self.empty_prompt)
+
+    @property
+    def manifest_hash(self) -> str:
+        """Hex sha256 of the canonical JSON: names the store's exact content."""
+        return _canonical_sha256(self)
+
+    def to_json(self) -> str:
+        """Indented JSON, ends with a line end."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def _canonical_sha256(record: _Record) -> str:
+    tree = record.model_dump(mode="json")
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class EncodedPrompt(NamedTuple):
+    """One encoded prompt: tokens ``(n, D)``, pooled ``(P,)``, float32 on the CPU."""
+
+    tokens: Tensor
+    pooled: Tensor
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class EmbeddingBatch:
+    """Decoded rows: tokens ``(m, L, D)`` float32, zeros beyond ``num_tokens`` ``(m,)`` int64.
+
+    ``L`` is the encoder's ``max_tokens``; pooled is ``(m, P)`` float32; sizes are pixels.
+    """
+
+    prompt_ids: tuple[str, ...]
+    prompts: tuple[str, ...]
+    heights: tuple[int, ...]
+    widths: tuple[int, ...]
+    tokens: Tensor
+    num_tokens: Tensor
+    pooled: Tensor
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What goes into one file: prompts, and rows of each row group in order."""
+
+    path: str
+    prompts: tuple[Prompt, ...]
+    row_groups: tuple[RowGroup, ...]
+
+
+def plan_store(
+    prompts: Sequence[Prompt], rows_per_shard: int, rows_per_group: int
+) -> tuple[tuple[Bucket, ...], list[ShardPlan]]:
+    """Lay prompts out in shards and row groups.
+
+    Buckets come in order of first appearance, prompts within a bucket in their given order; a row
+    group ends where its bucket or its shard ends.
+    """
+    by_size: dict[tuple[int, int], list[Prompt]] = {}
+    for prompt in prompts:
+        by_size.setdefault((prompt.height, prompt.width), []).append(prompt)
+    buckets = tuple(
+        Bucket(height=height, width=width, rows=len(members))
+        for (height, width), members in by_size.items()
+    )
+    rows = [(b, prompt) for b, members in enumerate(by_size.values()) for prompt in members]
+    shards = []
+    for number, start in enumerate(range(0, len(rows), rows_per_shard)):
+        part = rows[start : start + rows_per_shard]
+        groups = _row_groups([bucket for bucket, _ in part], rows_per_group)
+        path = f"shard-{number:05d}.parquet"
+        shards.append(ShardPlan(path, tuple(prompt for _, prompt in part), groups))
+    return buckets, shards
+
+
+def _row_groups(buckets: list[int], rows_per_group: int) -> tuple[RowGroup, ...]:
+    groups: list[RowGroup] = []
+    start = 0
+    for end in range(1, len(buckets) + 1):
+        full = end - start == rows_per_group
+        if end == len(buckets) or full or buckets[end] != buckets[start]:
+            groups.append(RowGroup(rows=end - start, bucket=buckets[start]))
+            start = end
+    return tuple(groups)
+
+
+def empty_prompt_plan() -> ShardPlan:
+    """The file of the empty prompt; it stands for every picture size, so its own is 0 x 0."""
+    return ShardPlan(EMPTY_PROMPT, (Prompt("", 0, 0),), (RowGroup(rows=1, bucket=0),))
+
+
+@dataclass(frozen=True)
+class TruncationReport:
+    """How many prompts of a shard were longer than the encoder takes, and a few of them."""
+
+    count: int
+    examples: tuple[str, ...]
+
+
+def write_shard(
+    store_uri: str, plan: ShardPlan, encoded: Sequence[EncodedPrompt], inputs: StoreInputs
+) -> tuple[ShardEntry, TruncationReport]:
+    """Write one shard, whole or not at all. The file is built in memory first.
+
+    Raises:
+        ValueError: an embedding isn't finite (names the prompt) or the counts differ.
+        OSError: the storage refused.
+    """
+    if len(encoded) != len(plan.prompts):
+        raise ValueError(f"{plan.path} expects {len(plan.prompts)} embeddings, got {len(encoded)}")
+    cut = [p.text for p, e in zip(plan.prompts, encoded, strict=True) if e.truncated]
+    report = TruncationReport(len(cut), tuple(cut[:3]))
+    facts = {
+        "inputs_sha256": inputs.digest,
+        "truncated": report.count,
+        "truncated_examples": report.examples,
+    }
+    table = _to_table(plan.prompts, encoded, inputs.dtype).replace_schema_metadata(
+        {_METADATA_KEY: json.dumps(facts, sort_keys=True).encode()}
+    )
+    sink = pa.BufferOutputStream()
+    writer = pq.ParquetWriter(
+        sink,
+        table.schema,
+        compression=_COMPRESSION,
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    with writer:
+        start = 0
+        for group in plan.row_groups:
+            writer.write_table(table.slice(start, group.rows), row_group_size=group.rows)
+            start += group.rows
+    content = memoryview(sink.getvalue())
+    storage.write_bytes(storage.join(store_uri, plan.path), content)
+    return _entry(plan, len(content), hashlib.sha256(content).hexdigest()), report
+
+
+def reusable_shard(
+    store_uri: str, plan: ShardPlan, inputs: StoreInputs
+) -> tuple[ShardEntry, TruncationReport] | None:
+    """The entry of a shard that an earlier, interrupted job left behind; None if it must be made.
+
+    The file is read whole, so that page checksums are compared.
+    """
+    uri = storage.join(store_uri, plan.path)
+    system, path = storage.filesystem(uri)
+    try:
+        with _open_parquet(uri) as file:
+            facts = json.loads((file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"{}"))
+            if facts.get("inputs_sha256") != inputs.digest:
+                return None
+            ids = [i for g in range(file.num_row_groups) for i in _read_ids(file, g)]
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    if ids != [prompt.prompt_id for prompt in plan.prompts]:
+        return None
+    report = TruncationReport(facts["truncated"], tuple(facts["truncated_examples"]))
+    size = int(system.get_file_info(path).size)
+    return _entry(plan, size, storage.sha256(uri)), report
+
+
+def write_manifest(store_uri: str, manifest: StoreManifest) -> None:
+    """Write ``manifest.json``; from then on the store is complete."""
+    storage.write_bytes(storage.join(store_uri, MANIFEST), manifest.to_json().encode())
+
+
+def _read_ids(file: pq.ParquetFile, group: int) -> list[str]:
+    return file.read_row_group(group)["prompt_id"].to_pylist()
+
+
+def _entry(plan: ShardPlan, size: int, sha256: str) -> ShardEntry:
+    return ShardEntry(
+        path=plan.path,
+        rows=len(plan.prompts),
+        bytes=size,
+        sha256=sha256,
+        row_groups=plan.row_groups,
+    )
+
+
+def _to_table(
+    prompts: Sequence[Prompt], encoded: Sequence[EncodedPrompt], dtype: TokenDtype
+) -> pa.Table:
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for prompt, (tokens, pooled, _) in zip(prompts, encoded, strict=True):
+        if not (bool(tokens.isfinite().all()) and bool(pooled.isfinite().all())):
+            raise ValueError(
+                f"the encoder gave non-finite numbers for prompt {prompt.text!r} "
+                f"({prompt.prompt_id}); check the encoder's weights"
+            )
+        content, scale = quantize(tokens, dtype)
+        columns["prompt_id"].append(prompt.prompt_id)
+        columns["prompt"].append(prompt.text)
+        columns["height"].append(prompt.height)
+        columns["width"].append(prompt.width)
+        columns["num_tokens"].append(tokens.shape[0])
+        columns["scale"].append(scale)
+        columns["tokens"].append(content)
+        columns["pooled"].append(pooled.float().contiguous().numpy().tobytes())
+    return pa.table(columns, schema=SCHEMA)
+
+
+# ----------------------------------------------------------------------------------- number format
+
+
+def quantize(tokens: Tensor, dtype: TokenDtype) -> tuple[bytes, float]:
+    """Token states ``(n, D)`` float32 -> little-endian bytes and the row's scale."""
+    import torch
+
+    if dtype == "bf16":
+        return tokens.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes(), 1.0
+    largest = float(tokens.abs().max()) if tokens.numel() else 0.0
+    # float32, as it is stored: the reader must multiply by the very number we divide by
+    scale = float(np.float32(largest / _FP8_MAX))
+    if scale == 0.0:
+        scale = 1.0
+    # the float32 scale may be rounded down: clamp, e4m3fn has no infinity to fall into
+    scaled = (tokens.float() / scale).clamp(-_FP8_MAX, _FP8_MAX)
+    return scaled.to(torch.float8_e4m3fn).contiguous().view(torch.uint8).numpy().tobytes(), scale
+
+
+def dequantize(content: bytes, scale: float, num_tokens: int, dtype: TokenDtype) -> Tensor:
+    """The inverse of `quantize`: ``(num_tokens, D)`` float32."""
+    import torch
+
+    raw = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
+    stored = raw.view(torch.float8_e4m3fn if dtype == "fp8" else torch.bfloat16)
+    return stored.float().mul_(scale).view(num_tokens, -1)
+
+
+def decode_rows(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
+    """Rows as they lie on disk -> padded tensors."""
+    import torch
+
+    encoder = inputs.encoder
+    counts = table["num_tokens"].to_pylist()
+    tokens = torch.zeros(table.num_rows, encoder.max_tokens, encoder.hidden_size)
+    rows = zip(table["tokens"].to_pylist(), table["scale"].to_pylist(), counts, strict=True)
+    for row, (content, scale, count) in enumerate(rows):
+        tokens[row, :count] = dequantize(content, scale, count, inputs.dtype)
+    pooled = [np.frombuffer(content, dtype="<f4") for content in table["pooled"].to_pylist()]
+    return EmbeddingBatch(
+        prompt_ids=tuple(table["prompt_id"].to_pylist()),
+        prompts=tuple(table["prompt"].to_pylist()),
+        heights=tuple(table["height"].to_pylist()),
+        widths=tuple(table["width"].to_pylist()),
+        tokens=tokens,
+        num_tokens=torch.tensor(counts, dtype=torch.int64),
+        pooled=torch.from_numpy(np.stack(pooled)),
+    )
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+class EmbeddingStore:
+    """A complete store. Rows are numbered through all shards, in the manifest's order."""
+
+    def __init__(self, uri: str, manifest: StoreManifest) -> None:
+        self.uri = uri
+        self.manifest = manifest
+
+    @staticmethod
+    def open(uri: str) -> EmbeddingStore:
+        """Open a store: reads its manifest and compares every file's presence and size.
+
+        Raises:
+            StoreError: no or an unreadable manifest, a missing file or one of another size.
+        """
+        store = EmbeddingStore(uri, read_manifest(uri))
+        sizes = storage.file_sizes(uri)
+        for entry in store.manifest.files:
+            if entry.path not in sizes:
+                raise StoreError(
+                    f"embedding store {uri} lacks {entry.path}; run `piflow embed` again: only "
+                    "what is missing is made anew"
+                )
+            if sizes[entry.path] != entry.bytes:
+                raise StoreError(
+                    f"{entry.path} of embedding store {uri} has {sizes[entry.path]} bytes, the "
+                    f"manifest says {entry.bytes}; {_REMEDY}"
+                )
+        return store
+
+    @property
+    def manifest_hash(self) -> str:
+        """Hex sha256 that names the store's exact content."""
+        return self.manifest.manifest_hash
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum.
+
+        Raises:
+            StoreError: names the first file whose content differs.
+        """
+        for entry in self.manifest.files:
+            found = storage.sha256(storage.join(self.uri, entry.path))
+            if found != entry.sha256:
+                raise StoreError(
+                    f"{entry.path} of embedding store {self.uri} is corrupt: sha256 {found[:12]}…, "
+                    f"the manifest says {entry.sha256[:12]}…; {_REMEDY}"
+                )
+
+    def require_encoder(self, expected: EncoderIdentity) -> None:
+        """Check that the store was made by the given encoder.
+
+        Raises:
+            StoreError: names both.
+        """
+        if self.manifest.encoder != expected:
+            raise StoreError(_other_encoder(self.uri, self.manifest.encoder, expected))
+
+    def index(self) -> pa.Table:
+        """``prompt_id``, ``prompt``, ``height``, ``width`` of all rows, without embeddings."""
+        columns = ["prompt_id", "prompt", "height", "width"]
+        reader = RowReader(self, columns=columns)
+        groups = [
+            reader.row_group(shard, group)
+            for shard, entry in enumerate(self.manifest.shards)
+            for group in range(len(entry.row_groups))
+        ]
+        return pa.concat_tables(groups)
+
+    def read(self, rows: Sequence[int]) -> EmbeddingBatch:
+        """Decode the rows with these numbers, in this order."""
+        table = RowReader(self).rows(np.asarray(rows, dtype=np.int64))
+        return decode_rows(table, self.manifest.inputs)
+
+    def first_by_hash(self, count: int) -> EmbeddingBatch:
+        """The ``count`` rows with the smallest prompt ids: a fixed random choice of prompts.
+
+        Raises:
+            ValueError: the store has fewer rows.
+        """
+        if count > self.manifest.num_rows:
+            raise ValueError(
+                f"{count} prompts were asked of embedding store {self.uri}, which holds "
+                f"{self.manifest.num_rows}; ask for fewer (evaluation.prompts)"
+            )
+        ids = np.array(self.index()["prompt_id"].to_pylist())
+        return self.read(np.argsort(ids, kind="stable")[:count].tolist())
+
+    def empty_prompt(self) -> EmbeddingBatch:
+        """The embedding of "", one row; its size is 0 x 0."""
+        entry = self.manifest.empty_prompt
+        table = _read_row_group(self.uri, entry.path, 0, None, None)
+        return decode_rows(table, self.manifest.inputs)
+
+
+class RowReader:
+    """Reads rows by number; keeps open files and the row groups used last.
+
+    Holds no torch and no Ray object, so it starts fast in a reading process.
+    """
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        columns: list[str] | None = None,
+        cache_bytes: int = 256 * 2**20,
+    ) -> None:
+        self._store = store
+        self._columns = columns
+        self._cache_bytes = cache_bytes
+        self._cache: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._files: dict[int, pq.ParquetFile] = {}
+
+    @cached_property
+    def _groups(self) -> list[tuple[int, int]]:
+        shards = self._store.manifest.shards
+        return [(s, g) for s, entry in enumerate(shards) for g in range(len(entry.row_groups))]
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        shards = self._store.manifest.shards
+        return np.cumsum([group.rows for entry in shards for group in entry.row_groups])
+
+    def rows(self, numbers: NDArray[np.int64]) -> pa.Table:
+        """The rows with these numbers as they lie on disk, in this order.
+
+        Raises:
+            StoreError: a row group can't be read; names shard and row group.
+        """
+        owners = np.searchsorted(self._ends, numbers, side="right")
+        parts, positions = [], np.empty(len(numbers), dtype=np.int64)
+        filled = 0
+        for owner in np.unique(owners):
+            mine = np.flatnonzero(owners == owner)
+            start = self._ends[owner - 1] if owner else 0
+            parts.append(self.row_group(*self._groups[owner]).take(numbers[mine] - start))
+            positions[mine] = np.arange(filled, filled + len(mine))
+            filled += len(mine)
+        return pa.concat_tables(parts).take(positions).combine_chunks()
+
+    def row_group(self, shard: int, group: int) -> pa.Table:
+        """One row group, from memory if it was used lately."""
+        key = (shard, group)
+        if key not in self._cache:
+            path = self._store.manifest.shards[shard].path
+            if shard not in self._files:
+                self._files[shard] = _open_shard(self._store.uri, path)
+            self._cache[key] = _read_row_group(
+                self._store.uri, path, group, self._files[shard], self._columns
+            )
+            self._evict()
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def _evict(self) -> None:
+        used = sum(table.nbytes for table in self._cache.values())
+        while used > self._cache_bytes and len(self._cache) > 1:
+            used -= self._cache.popitem(last=False)[1].nbytes
+
+
+def read_manifest(uri: str) -> StoreManifest:
+    """Read and validate ``manifest.json``.
+
+    Raises:
+        StoreError: it is missing, unreadable or of another version.
+    """
+    try:
+        content = storage.read_bytes(storage.join(uri, MANIFEST))
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"no embedding store at {uri}: {MANIFEST} is missing; make it with `piflow embed`"
+        ) from error
+    try:
+        tree = json.loads(content)
+        version = tree["inputs"]["schema_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(f"{MANIFEST} of embedding store {uri} is corrupt; {_REMEDY}") from error
+    if version != SCHEMA_VERSION:
+        raise StoreError(
+            f"embedding store {uri} has format version {version}, this piflow reads "
+            f"{SCHEMA_VERSION}; make the store anew with `piflow embed`"
+        )
+    try:
+        return StoreManifest.model_validate(tree)
+    except ValidationError as error:
+        raise StoreError(
+            f"{MANIFEST} of embedding store {uri} is corrupt; {_REMEDY}:\n{error}"
+        ) from error
+
+
+def require_same_inputs(uri: str, found: StoreInputs, expected: StoreInputs) -> None:
+    """Check that a store's folder belongs to the job at hand.
+
+    Raises:
+        StoreError: it was built for another encoder, or from other prompts or settings.
+    """
+    if found == expected:
+        return
+    if found.encoder != expected.encoder:
+        raise StoreError(_other_encoder(uri, found.encoder, expected.encoder))
+    ours, theirs = expected.model_dump(mode="json"), found.model_dump(mode="json")
+    changes = [
+        f"{key}: {theirs[key]} there, {ours[key]} in the recipe"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
+    raise StoreError(
+        f"the folder {uri} holds an embedding store of other inputs ({'; '.join(changes)}); "
+        "choose another embed.store or remove the folder"
+    )
+
+
+def _other_encoder(uri: str, found: EncoderIdentity, expected: EncoderIdentity) -> str:
+    return (
+        f"embedding store {uri} was built for another encoder: it holds {found}, the recipe asks "
+        f"for {expected}; choose another embed.store, remove the folder, or set the recipe's "
+        "encoder to the store's"
+    )
+
+
+def _open_parquet(uri: str) -> pq.ParquetFile:
+    system, path = storage.filesystem(uri)
+    return pq.ParquetFile(
+        system.open_input_file(path), pre_buffer=True, page_checksum_verification=True
+    )
+
+
+def _open_shard(store_uri: str, path: str) -> pq.ParquetFile:
+    try:
+        return _open_parquet(storage.join(store_uri, path))
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(
+            f"cannot open {path} of embedding store {store_uri}: {error}; if it is damaged, "
+            f"{_REMEDY}"
+        ) from error
+
+
+def _read_row_group(
+    store_uri: str,
+    path: str,
+    group: int,
+    file: pq.ParquetFile | None,
+    columns: list[str] | None,
+) -> pa.Table:
+    file = file or _open_shard(store_uri, path)
+    try:
+        return file.read_row_group(group, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(
+            f"cannot read row group {group} of {path} in embedding store {store_uri}: {error}; "
+            f"if it is damaged, {_REMEDY}"
+        ) from error

@@ -1,0 +1,391 @@
+"""The training stream: which prompts every optimiser step sees, and how they are read.
+
+**Order.** It is a pure function of (manifest, seed, batch size); the number of workers and the way
+of reading don't enter. In epoch ``e`` each bucket (picture size) ``b`` with ``n_b`` prompts is put
+in a random order: its row groups are permuted, then the rows are shuffled within windows of 8 row
+groups, so that a reader works on few row groups at a time. The random numbers are raw outputs of
+``Philox(key=[seed, e])``. The orders of all epochs, one after the other, make the bucket's endless
+sequence, and its consecutive slices of ``batch_size`` prompts are the bucket's batches. So
+
+* an optimiser step has one picture size;
+* in a bucket's sequence, every prompt comes exactly once an epoch;
+* what an epoch leaves over, fewer than ``batch_size`` prompts a bucket, opens the bucket's first
+  batch that the next epoch completes: a batch may span epochs, and nothing is dropped or repeated;
+* with one bucket, the stream is the plain concatenation of its epochs.
+
+A batch belongs to the epoch of its last prompt. Epoch ``e`` has ``⌊n_b(e+1)/B⌋ - ⌊n_b·e/B⌋``
+batches of bucket ``b``, and they are taken in a random order drawn from the same generator. These
+counts are closed formulas: any step is found without replaying what came before it.
+
+**Ranks.** A batch is cut into micro-batches, and rank ``r`` of ``W`` takes those whose index is
+``r`` modulo ``W``.
+
+**Reading.**
+
+::
+
+    rank's process: plan (step, row numbers) --> Ray Data: one actor reads row groups, picks rows
+                    tensors <-- decode thread <-- one Arrow block a step, in order, as on disk
+
+Every rank has its own dataset over the next 256 steps; the following one is started before it is
+used up. Without Ray (``reader="local"``) the same plan is read in the process.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, count, islice
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from piflow.data.execution import quiet_context, remote_cause
+from piflow.data.store import EmbeddingStore, RowReader, StoreManifest, decode_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+_WINDOW_GROUPS = 8  # row groups that are shuffled together
+_DATASET_STEPS = 256  # optimiser steps of one Ray dataset
+_START_NEXT = 64  # steps before its end at which the next dataset is started
+_DECODE_AHEAD = 2  # steps that are decoded before they are asked for
+_OBJECT_STORE_BYTES = 512 * 2**20  # what one rank's dataset may hold in Ray's object store
+_BATCH_ORDER = 0  # counter word of the generator that orders batches; bucket b has b + 1
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass: tokens ``(m, L, D)`` float32, zeros beyond ``num_tokens`` ``(m,)``.
+
+    ``index`` counts within the step, over all ranks; pooled is ``(m, P)``; sizes are pixels.
+    """
+
+    index: int
+    prompt_ids: tuple[str, ...]
+    prompts: tuple[str, ...]
+    tokens: Tensor
+    num_tokens: Tensor
+    pooled: Tensor
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """One rank's part of an optimiser step."""
+
+    step: int
+    micro_batches: list[MicroBatch]
+
+
+# ------------------------------------------------------------------------------------------ order
+
+
+def epoch_rows(manifest: StoreManifest, seed: int, epoch: int, bucket: int) -> NDArray[np.int64]:
+    """All row numbers of a bucket in the order of an epoch, ``(n_b,)``."""
+    generator = _philox(seed, epoch, bucket + 1)
+    groups = _bucket_groups(manifest, bucket)
+    order = _permutation(generator, len(groups))
+    windows = []
+    for start in range(0, len(groups), _WINDOW_GROUPS):
+        rows = np.concatenate(
+            [np.arange(*groups[g]) for g in order[start : start + _WINDOW_GROUPS]]
+        )
+        windows.append(rows[_permutation(generator, len(rows))])
+    return np.concatenate(windows)
+
+
+class StreamOrder:
+    """Rows of any optimiser step, found without replaying the steps before it.
+
+    Args:
+        manifest: the store's manifest.
+        seed: the stream's seed, 0 ≤ seed < 2^64.
+        batch_size: prompts an optimiser step, over all ranks.
+    """
+
+    def __init__(self, manifest: StoreManifest, seed: int, batch_size: int) -> None:
+        self._manifest = manifest
+        self._seed = seed
+        self._batch_size = batch_size
+        self._sizes = [bucket.rows for bucket in manifest.buckets]
+        # a batch lies in one or two epochs of its bucket, and the buckets take turns
+        self._rows = lru_cache(2 * len(self._sizes))(self._epoch_rows)
+        self._buckets = lru_cache(2)(self._epoch_buckets)
+
+    def step(self, step: int) -> tuple[int, NDArray[np.int64]]:
+        """The bucket's index and the global batch's row numbers ``(batch_size,)``."""
+        epoch = self._epoch_of_batch(step)
+        buckets = self._buckets(epoch)
+        position = step - self._batches_before(epoch)
+        bucket = int(buckets[position])
+        earlier = int((buckets[:position] == bucket).sum())
+        number = self._sizes[bucket] * epoch // self._batch_size + earlier
+        return bucket, self._slice(bucket, number * self._batch_size)
+
+    def _slice(self, bucket: int, start: int) -> NDArray[np.int64]:
+        """``batch_size`` entries of a bucket's endless sequence."""
+        parts: list[NDArray[np.int64]] = []
+        missing = self._batch_size
+        while missing:
+            epoch, offset = divmod(start, self._sizes[bucket])
+            part = self._rows(bucket, epoch)[offset : offset + missing]
+            parts.append(part)
+            start += len(part)
+            missing -= len(part)
+        return np.concatenate(parts)
+
+    def _batches_before(self, epoch: int) -> int:
+        return sum(rows * epoch // self._batch_size for rows in self._sizes)
+
+    def _epoch_of_batch(self, step: int) -> int:
+        """The epoch ``e`` with batches_before(e) <= step < batches_before(e + 1)."""
+        # a bucket's count is at most one below rows * epoch / batch_size: an upper bound of e
+        most = (step + len(self._sizes) + 1) * self._batch_size // sum(self._sizes) + 1
+        return bisect.bisect_right(range(most + 1), step, key=self._batches_before) - 1
+
+    def _epoch_buckets(self, epoch: int) -> NDArray[np.int64]:
+        size = self._batch_size
+        counts = [rows * (epoch + 1) // size - rows * epoch // size for rows in self._sizes]
+        buckets = np.repeat(np.arange(len(counts)), counts)
+        return buckets[_permutation(_philox(self._seed, epoch, _BATCH_ORDER), len(buckets))]
+
+    def _epoch_rows(self, bucket: int, epoch: int) -> NDArray[np.int64]:
+        return epoch_rows(self._manifest, self._seed, epoch, bucket)
+
+
+def _bucket_groups(manifest: StoreManifest, bucket: int) -> list[tuple[int, int]]:
+    """(first row, end) of each of a bucket's row groups."""
+    groups, start = [], 0
+    for shard in manifest.shards:
+        for group in shard.row_groups:
+            if group.bucket == bucket:
+                groups.append((start, start + group.rows))
+            start += group.rows
+    return groups
+
+
+def _philox(seed: int, epoch: int, purpose: int) -> np.random.Philox:
+    key = np.array([seed, epoch], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], dtype=np.uint64))
+
+
+def _permutation(generator: np.random.Philox, size: int) -> NDArray[np.int64]:
+    # NumPy promises that raw outputs never change between versions, but not `permutation`
+    return np.argsort(generator.random_raw(size), kind="stable")
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _PlannedStep:
+    """One rank's part of a step: row numbers of its micro-batches, one after the other."""
+
+    step: int
+    bucket: int
+    rows: NDArray[np.int64]
+
+
+class TrainStream:
+    """One rank's share of the endless training stream.
+
+    Args:
+        store_uri: an embedding store.
+        seed: the order's seed.
+        batch_size: prompts an optimiser step, over all ranks.
+        micro_batch_size: prompts a forward pass.
+        rank: this rank, from 0.
+        world_size: number of ranks.
+        start_sample: prompts consumed before, over all ranks; a multiple of ``batch_size``.
+        reader: ``ray`` reads through Ray Data (Ray must be running), ``local`` in this process.
+
+    Raises:
+        ValueError: the numbers don't fit one another, or the store can't be used.
+    """
+
+    def __init__(
+        self,
+        store_uri: str,
+        *,
+        seed: int,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        start_sample: int = 0,
+        reader: Literal["ray", "local"] = "ray",
+    ) -> None:
+        _check_sizes(batch_size, micro_batch_size, rank, world_size)
+        if start_sample < 0 or start_sample % batch_size:
+            raise ValueError(
+                f"start_sample must be a multiple of batch_size ({batch_size}), got {start_sample}"
+            )
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+        self.store = EmbeddingStore.open(store_uri)
+        self._order = StreamOrder(self.store.manifest, seed, batch_size)
+        self._batch_size = batch_size
+        self._micro_batch_size = micro_batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self._start_step = start_sample // batch_size
+        self._reader = reader
+
+    def epoch_of(self, step: int) -> float:
+        """Passes over the store before `step`: prompts consumed by then over prompts in it."""
+        return step * self._batch_size / self.store.manifest.num_rows
+
+    def batches(self) -> Iterator[StreamBatch]:
+        """This rank's part of every optimiser step from ``start_sample`` on, without end."""
+        if self._reader == "local":
+            rows = RowReader(self.store)
+            return _ahead(lambda plan: self._to_batch(plan, rows.rows(plan.rows)), self._plan())
+        return _ahead(lambda pair: self._to_batch(*pair), self._ray_tables())
+
+    def _plan(self) -> Iterator[_PlannedStep]:
+        for step in count(self._start_step):
+            bucket, rows = self._order.step(step)
+            mine = rows.reshape(-1, self._micro_batch_size)[self._rank :: self._world_size]
+            yield _PlannedStep(step, bucket, mine.reshape(-1))
+
+    def _to_batch(self, plan: _PlannedStep, table: pa.Table) -> StreamBatch:
+        batch = decode_rows(table, self.store.manifest.inputs)
+        bucket = self.store.manifest.buckets[plan.bucket]
+        size = self._micro_batch_size
+        micro_batches = []
+        for number, start in enumerate(range(0, len(plan.rows), size)):
+            part = slice(start, start + size)
+            micro_batches.append(
+                MicroBatch(
+                    index=self._rank + number * self._world_size,
+                    prompt_ids=batch.prompt_ids[part],
+                    prompts=batch.prompts[part],
+                    tokens=batch.tokens[part],
+                    num_tokens=batch.num_tokens[part],
+                    pooled=batch.pooled[part],
+                    height=bucket.height,
+                    width=bucket.width,
+                )
+            )
+        return StreamBatch(plan.step, micro_batches)
+
+    def _ray_tables(self) -> Iterator[tuple[_PlannedStep, pa.Table]]:
+        """Plan and Arrow rows of each step; datasets follow one another without a gap."""
+        plan = self._plan()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="next-dataset")
+        try:
+            steps = list(islice(plan, _DATASET_STEPS))
+            tables = _start_dataset(self.store, steps)
+            while True:
+                upcoming = list(islice(plan, _DATASET_STEPS))
+                following: Future[Iterator[pa.Table]] | None = None
+                for number, step in enumerate(steps):
+                    if following is None and number >= len(steps) - _START_NEXT:
+                        following = pool.submit(_start_dataset, self.store, upcoming)
+                    yield step, _require_step(next(tables, None), step)
+                if following is None:
+                    raise RuntimeError("a dataset of the training stream held no step")
+                steps, tables = upcoming, following.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_sizes(batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> None:
+    if batch_size <= 0 or micro_batch_size <= 0 or batch_size % micro_batch_size:
+        raise ValueError(
+            f"batch_size ({batch_size}) must be a positive multiple of micro_batch_size "
+            f"({micro_batch_size})"
+        )
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, world_size = {world_size}), got {rank}")
+    micro_batches = batch_size // micro_batch_size
+    if micro_batches % world_size:
+        raise ValueError(
+            f"{micro_batches} micro-batches a step (batch_size {batch_size} / micro_batch_size "
+            f"{micro_batch_size}) can't be split evenly over {world_size} ranks; use a number of "
+            f"ranks that divides {micro_batches}"
+        )
+
+
+def _ahead(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
+    """`map` in one background thread, a few items ahead of the consumer."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > _DECODE_AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class ReadRows:
+    """Ray Data's reading actor: a planned step in, its rows as they lie on disk out."""
+
+    def __init__(self, store_uri: str, manifest_json: str) -> None:
+        manifest = StoreManifest.model_validate_json(manifest_json)
+        self._reader = RowReader(EmbeddingStore(store_uri, manifest))
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
+        """Read one item, ``{"step": (1,), "rows": (1, n)}``."""
+        rows = np.asarray(batch["rows"][0], dtype=np.int64)
+        table = self._reader.rows(rows)
+        return table.append_column("step", pa.array([int(batch["step"][0])] * len(rows)))
+
+
+def _start_dataset(store: EmbeddingStore, steps: list[_PlannedStep]) -> Iterator[pa.Table]:
+    """Start reading; returns when the first step's rows are there."""
+    import ray
+
+    items = [{"step": plan.step, "rows": plan.rows.tolist()} for plan in steps]
+    source = ray.data.from_items(items, override_num_blocks=len(items))
+    context = quiet_context(source)
+    context.target_max_block_size = None  # one block a step, however large
+    options = context.execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(object_store_memory=_OBJECT_STORE_BYTES)
+    dataset = source.map_batches(
+        ReadRows,
+        fn_constructor_args=(store.uri, store.manifest.to_json()),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0,  # the ranks' own CPUs are all taken; reading mostly waits for storage
+    )
+    tables = _blocks(dataset)
+    first = next(tables)
+    return chain([first], tables)
+
+
+def _blocks(dataset: Any) -> Iterator[pa.Table]:
+    import ray
+
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    except ray.exceptions.RayError as error:
+        raise remote_cause(error) from error
+
+
+def _require_step(table: pa.Table | None, plan: _PlannedStep) -> pa.Table:
+    """The rows that a block holds, after a check that they are the step's, in full."""
+    found = [] if table is None else table["step"].unique().to_pylist()
+    if table is None or found != [plan.step] or table.num_rows != len(plan.rows):
+        raise RuntimeError(
+            f"the training stream lost its order: expected {len(plan.rows)} rows of step "
+            f"{plan.step}, got {0 if table is None else table.num_rows} of steps {found}"
+        )
+    return table.drop_columns(["step"])

@@ -1,0 +1,57 @@
+"""Exponential moving averages of weights: the Karras power schedule, or a fixed beta."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def karras_beta(step: int, gamma: float = 7.0) -> float:
+    """beta_t = (1 - 1/t)^(gamma + 1) (arXiv 2312.02696, the power-function average).
+
+    Args:
+        step: t >= 1, counted from the first averaged step; beta_1 = 0 copies the source.
+        gamma: larger follows the source faster.
+
+    Raises:
+        ValueError: `step` < 1.
+    """
+    if step < 1:
+        raise ValueError(
+            f"karras_beta: expected step >= 1, counted from the start of averaging, got {step}"
+        )
+    return (1.0 - 1.0 / step) ** (gamma + 1.0)
+
+
+@torch.no_grad()
+def ema_update(ema: Sequence[Tensor], source: Sequence[Tensor], beta: float) -> None:
+    """ema <- beta ema + (1 - beta) source, in place.
+
+    Args:
+        ema, source: aligned tensors; of sharded ones (DTensor) only the local shards are touched.
+            A source of another dtype is converted.
+        beta: in [0, 1]; `karras_beta(t)` or a fixed number.
+
+    Raises:
+        ValueError: lengths or shapes differ, or beta outside [0, 1].
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"ema_update: expected beta in [0, 1], got {beta}")
+    averages, values = [_local(t) for t in ema], [_local(t) for t in source]
+    shapes, others = [t.shape for t in averages], [t.shape for t in values]
+    if shapes != others:
+        raise ValueError(
+            f"ema_update: expected aligned tensors, got {len(shapes)} averages and {len(others)} "
+            "sources that differ in number or shape; align them by parameter name"
+        )
+    if not averages:
+        return
+    converted = [value.to(mean) for mean, value in zip(averages, values, strict=True)]
+    torch._foreach_lerp_(averages, converted, 1.0 - beta)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

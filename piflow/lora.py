@@ -1,0 +1,163 @@
+"""Named LoRA adapters on a frozen module: where they go, what they are called, which one is on.
+
+PEFT supplies the layers. Its public toggles change `requires_grad` as a side effect, so which
+adapter is active is set here, on the layers' flags alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+
+def resolve_targets(module: nn.Module, targets: Iterable[str], *, skip: Sequence[str]) -> list[str]:
+    """Full names of the linear layers that the suffixes stand for, in the module's order.
+
+    Args:
+        targets: name suffixes, whole path components ("proj_out" isn't "xproj_out").
+        skip: names of submodules that are never adapted, with all below them.
+
+    Raises:
+        ValueError: a target that matches no linear layer; lists what comes close.
+    """
+    linear = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and not _under(name, skip)
+    ]
+    wanted = list(targets)
+    matched = {target: [name for name in linear if _ends(name, target)] for target in wanted}
+    missing = [target for target, names in matched.items() if not names]
+    if missing:
+        suffixes = sorted({suffix for name in linear for suffix in _suffixes(name)})
+        near = difflib.get_close_matches(missing[0], suffixes, n=5, cutoff=0.4)
+        raise ValueError(
+            f"LoRA target {missing[0]!r} matches no linear layer of the model; "
+            f"close to it: {', '.join(near) if near else 'nothing'}. Correct lora.targets, "
+            "or leave it out for the family's own"
+        )
+    chosen = {name for names in matched.values() for name in names}
+    return [name for name in linear if name in chosen]
+
+
+def present_targets(module: nn.Module, targets: Iterable[str], *, skip: Sequence[str]) -> list[str]:
+    """Those of a family's default targets that this model has (a small one may lack a kind)."""
+    linear = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and not _under(name, skip)
+    ]
+    return [target for target in targets if any(_ends(name, target) for name in linear)]
+
+
+def inject(
+    module: nn.Module,
+    adapter: str,
+    ranks: Mapping[str, int],
+    *,
+    dropout: float,
+    generator: torch.Generator,
+) -> None:
+    """Adds a float32 LoRA adapter, alpha = rank, to the named layers; B is zero, A is Kaiming.
+
+    Args:
+        ranks: full layer name -> rank.
+        dropout: on the adapter's input, in training mode.
+        generator: a CPU generator; the values don't depend on the device.
+    """
+    patterns = dict(ranks)
+    first = next(iter(patterns.values()))
+    config = LoraConfig(
+        r=first,
+        lora_alpha=first,
+        rank_pattern=patterns,
+        alpha_pattern=patterns,
+        target_modules=list(patterns),
+        lora_dropout=dropout,
+        init_lora_weights=True,
+    )
+    with warnings.catch_warnings():
+        # PEFT warns of a second adapter on one model, which is what is wanted here
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, module, adapter_name=adapter)
+    for name in patterns:
+        module.get_submodule(f"{name}.lora_A.{adapter}").float()
+        module.get_submodule(f"{name}.lora_B.{adapter}").float()
+        down = module.get_parameter(f"{name}.lora_A.{adapter}.weight")
+        value = torch.empty(down.shape)
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            down.copy_(value)
+            nn.init.zeros_(module.get_parameter(f"{name}.lora_B.{adapter}.weight"))
+
+
+def layers(module: nn.Module) -> list[LoraLayer]:
+    """The module's adapted layers."""
+    return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+
+
+def activate(adapted: Iterable[LoraLayer], adapter: str | None) -> None:
+    """Switches the layers to one adapter, or to none; touches no parameter.
+
+    PEFT's `set_adapter` and `disable_adapters` would also change `requires_grad`.
+    """
+    for layer in adapted:
+        layer._disable_adapters = adapter is None
+        if adapter is not None:
+            layer._active_adapter = [adapter]
+
+
+def parameters(module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The adapter's weights by published name: `<layer>.lora_A.weight`, `<layer>.lora_B.weight`."""
+    found: dict[str, nn.Parameter] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer):
+            for kind in ("lora_A", "lora_B"):
+                found[f"{name}.{kind}.weight"] = module.get_parameter(
+                    f"{name}.{kind}.{adapter}.weight"
+                )
+    return found
+
+
+def ranks_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Full layer name -> rank, read from published LoRA tensors.
+
+    Raises:
+        ValueError: one of a layer's two tensors is missing, or their ranks differ.
+    """
+    ranks: dict[str, int] = {}
+    names = {name for name in tensors if ".lora_" in name}
+    for name in sorted(names):
+        layer, _, kind = name.removesuffix(".weight").rpartition(".")
+        other = f"{layer}.lora_{'B' if kind == 'lora_A' else 'A'}.weight"
+        if kind not in ("lora_A", "lora_B") or other not in names:
+            raise ValueError(f"LoRA tensor {name} has no partner {other}: the file is incomplete")
+        if kind == "lora_A":
+            ranks[layer] = tensors[name].shape[0]
+            if tensors[other].shape[-1] != ranks[layer]:
+                raise ValueError(
+                    f"LoRA of {layer}: A has rank {ranks[layer]} but B {tensors[other].shape[-1]}"
+                )
+    return ranks
+
+
+def _ends(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def _under(name: str, parents: Sequence[str]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def _suffixes(name: str) -> list[str]:
+    """What a user may write for "blocks.0.ff.proj": ["ff.proj", "proj"], no block number."""
+    parts = name.split(".")
+    block = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
+    return [".".join(parts[i:]) for i in range(block, len(parts))]

@@ -1,0 +1,141 @@
+"""The run's folder: which recipe it belongs to, its MLflow run, its checkpoints.
+
+RUN_DIR/run.json              recipe identity, MLflow run id
+RUN_DIR/checkpoints/step_*    checkpoints, as Ray Train stores them
+RUN_DIR/failure.json          why the last attempt stopped by itself, if it did
+RUN_DIR/adapter, report       what export and evaluate write
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from piflow import storage
+from piflow.config import Recipe, differences
+
+RECORD_FILE = "run.json"
+FAILURE_FILE = "failure.json"
+CHECKPOINTS = "checkpoints"
+
+
+class RunDirectoryError(ValueError):
+    """The run directory can't be used for this recipe."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `run.json` says."""
+
+    recipe_hash: str
+    identity: dict[str, Any]
+    tracking_uri: str
+    mlflow_run_id: str
+
+
+def read_record(run_dir: str) -> RunRecord | None:
+    """The run's record, or None if no run was started here.
+
+    Raises:
+        RunDirectoryError: `run.json` is damaged.
+    """
+    uri = storage.join(run_dir, RECORD_FILE)
+    if not storage.exists(uri):
+        return None
+    try:
+        return RunRecord(**json.loads(storage.read_bytes(uri)))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{uri} is damaged ({error}); restore it, or start afresh with another run_dir"
+        ) from error
+
+
+def write_record(run_dir: str, record: RunRecord) -> None:
+    """Write `run.json` whole."""
+    content = json.dumps(asdict(record), indent=1)
+    storage.write_bytes(storage.join(run_dir, RECORD_FILE), content.encode())
+
+
+def require_same_recipe(recipe: Recipe) -> RunRecord | None:
+    """The record of the run to resume, or None for a new run.
+
+    Raises:
+        RunDirectoryError: the folder belongs to another recipe; names the keys that differ.
+    """
+    record = read_record(recipe.run_dir)
+    if record is None or record.recipe_hash == recipe.hash():
+        return record
+    changes = differences(recipe.identity(), record.identity)
+    raise RunDirectoryError(
+        f"run directory {recipe.run_dir} belongs to another recipe "
+        f"({record.recipe_hash}, this one is {recipe.hash()}):\n  "
+        + "\n  ".join(changes[:10])
+        + "\nGo on with the old values, or set another run_dir"
+    )
+
+
+def require_run(recipe: Recipe) -> RunRecord:
+    """The record of a run that was started.
+
+    Raises:
+        RunDirectoryError: there is none, or it belongs to another recipe.
+    """
+    record = require_same_recipe(recipe)
+    if record is None:
+        raise RunDirectoryError(
+            f"no run in {recipe.run_dir}; start it with `piflow distill`, or set run_dir"
+        )
+    return record
+
+
+def checkpoints(run_dir: str) -> dict[int, str]:
+    """Step -> URI of every finished checkpoint, oldest first."""
+    root = storage.join(run_dir, CHECKPOINTS)
+    files = set(storage.list_files(root))
+    finished = {
+        name.split("/")[0]
+        for name in files
+        if name.endswith("/state.json") and f"{name.split('/')[0]}/.metadata" in files
+    }
+    return {
+        int(name.removeprefix("step_")): storage.join(root, name)
+        for name in sorted(finished)
+        if name.startswith("step_")
+    }
+
+
+def newest_checkpoint(run_dir: str) -> str:
+    """URI of the newest finished checkpoint.
+
+    Raises:
+        RunDirectoryError: there is none.
+    """
+    found = checkpoints(run_dir)
+    if not found:
+        raise RunDirectoryError(
+            f"no finished checkpoint in {run_dir}; run `piflow distill` first, or name one with "
+            "--checkpoint"
+        )
+    return found[max(found)]
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimiser steps."""
+    return f"step_{step:08d}"
+
+
+def write_failure(run_dir: str, message: str) -> None:
+    """Leave word for the driver why the run stopped by itself."""
+    uri = storage.join(run_dir, FAILURE_FILE)
+    storage.write_bytes(uri, json.dumps({"message": message}).encode())
+
+
+def take_failure(run_dir: str) -> str | None:
+    """The message that the workers left, if any; it is removed."""
+    uri = storage.join(run_dir, FAILURE_FILE)
+    if not storage.exists(uri):
+        return None
+    message: str = json.loads(storage.read_bytes(uri))["message"]
+    storage.delete_file(uri)
+    return message

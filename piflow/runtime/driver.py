@@ -1,0 +1,157 @@
+"""Ray's life cycle and a run's: checks first, then the MLflow run, then Ray Train's workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from piflow import rundir, storage
+from piflow.checkpoint import load_state
+from piflow.config import Recipe
+from piflow.data.store import EmbeddingStore
+from piflow.step import NonFiniteError
+
+_DATA_CPUS = 2  # logical CPUs for Ray Data's reading beside the workers, on a local instance
+
+
+@contextmanager
+def ray_session(recipe: Recipe) -> Iterator[None]:
+    """Use the running Ray, or the cluster in RAY_ADDRESS, or a local instance for this block."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(recipe.runtime.worker_start_timeout)
+    )
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    else:
+        workers = int(recipe.runtime.num_workers * recipe.runtime.cpus_per_worker)
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, workers + _DATA_CPUS),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def train(recipe: Recipe, *, show_progress: bool = True) -> int:
+    """Start the recipe's run, or go on with it from its newest checkpoint.
+
+    Returns:
+        The number of optimiser steps done.
+
+    Raises:
+        ValueError: the run directory belongs to another recipe, or the store doesn't fit.
+        NonFiniteError: the loss went NaN or infinite; the newest checkpoint is good.
+        RuntimeError: the workers failed more often than `runtime.max_failures` allows.
+    """
+    recipe = _absolute(recipe)
+    record = rundir.require_same_recipe(recipe)
+    check_store(recipe)
+    found = rundir.checkpoints(recipe.run_dir)
+    if found and max(found) >= recipe.training.steps:
+        print(
+            f"{recipe.name}: all {recipe.training.steps} steps are done; raise training.steps "
+            "to go on"
+        )
+        return max(found)
+    record = _tracked(recipe, record)
+    with ray_session(recipe):
+        _fit(recipe, record, show_progress=show_progress)
+    failure = rundir.take_failure(recipe.run_dir)
+    if failure is not None:
+        raise NonFiniteError(failure)
+    return load_state(storage.local_folder(rundir.newest_checkpoint(recipe.run_dir))).step
+
+
+def check_store(recipe: Recipe) -> EmbeddingStore:
+    """Open the recipe's store and make sure that the recipe's encoder wrote it.
+
+    Raises:
+        ValueError: no store, a damaged one, or one of another encoder or picture size.
+    """
+    from piflow.data.encoders import encoder_identity
+
+    store = EmbeddingStore.open(recipe.embed.store)
+    store.require_encoder(encoder_identity(recipe.encoder.path, recipe.encoder.max_tokens))
+    return store
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """Workers have other working directories: make local paths absolute."""
+    embed = recipe.embed.model_copy(update={"store": storage.absolute(recipe.embed.store)})
+    return recipe.model_copy(update={"run_dir": storage.absolute(recipe.run_dir), "embed": embed})
+
+
+def _tracked(recipe: Recipe, record: rundir.RunRecord | None) -> rundir.RunRecord:
+    """The run's record, with an MLflow run that was started or is to be resumed."""
+    from piflow import tracking
+
+    uri = recipe.tracking.uri or tracking.default_tracking_uri(recipe.run_dir)
+    run_id = tracking.start_or_resume(
+        uri,
+        recipe.tracking.experiment,
+        recipe.name,
+        record.mlflow_run_id if record else None,
+        recipe.model_dump(mode="json"),
+        {"piflow.recipe_hash": recipe.hash(), "piflow.run_dir": recipe.run_dir},
+    )
+    record = rundir.RunRecord(recipe.hash(), recipe.identity(), uri, run_id)
+    rundir.write_record(recipe.run_dir, record)
+    return record
+
+
+def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> None:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from piflow import tracking
+    from piflow.runtime.progress import progress_bar
+    from piflow.runtime.worker import train_worker
+
+    runtime = recipe.runtime
+    system, path = storage.filesystem(recipe.run_dir)
+    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
+    if runtime.use_gpu:
+        resources["GPU"] = 1
+    with progress_bar(f"{recipe.name}: steps", recipe.training.steps, show=show_progress) as board:
+        config: dict[str, Any] = {
+            "recipe": recipe.model_dump(mode="json"),
+            "tracking_uri": record.tracking_uri,
+            "run_id": record.mlflow_run_id,
+            "board": board,
+        }
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config=config,
+            torch_config=TorchConfig(backend="nccl" if runtime.use_gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=runtime.num_workers,
+                use_gpu=runtime.use_gpu,
+                resources_per_worker=resources,
+            ),
+            run_config=ray.train.RunConfig(
+                name=rundir.CHECKPOINTS,
+                storage_path=path,
+                storage_filesystem=system,
+                failure_config=ray.train.FailureConfig(max_failures=runtime.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.training.keep_last),
+            ),
+        )
+        try:
+            trainer.fit()
+        except BaseException:
+            tracking.finish(record.tracking_uri, record.mlflow_run_id, "FAILED")
+            raise
+    tracking.finish(record.tracking_uri, record.mlflow_run_id, "FINISHED")

@@ -1,0 +1,180 @@
+"""Sampling: a student in a few network evaluations, and the teacher's Euler reference.
+
+Source: arXiv 2510.14974, sections 3 and 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from piflow.policies.base import Policy, working_dtype
+from piflow.policies.gmflow import GMFlowPolicy, auto_temperature
+from piflow.policies.rollout import rollout
+from piflow.schedule import FlowSchedule, Segment
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+Student = Callable[[Tensor, Tensor], Policy]
+Temperature = float | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class FlowMapStep:
+    """One step of the stochastic flow map: roll to sigma_dst, then x <- keep x_dst + noise eps."""
+
+    sigma_dst: float
+    keep: float
+    noise: float
+
+
+def flow_map_step(sigma_src: float, sigma_to: float, h: float) -> FlowMapStep:
+    """How to go from sigma_src to sigma_to with stochasticity h.
+
+    With alpha = 1 - sigma and m = (sigma_to alpha_src / (sigma_src alpha_to))^(h^2): roll to
+    sigma_dst = sigma_to m / (alpha_to + sigma_to m), scale by alpha_to + sigma_to m, add
+    sigma_to sqrt(1 - m^2) of noise.
+
+    Args:
+        sigma_src, sigma_to: noise levels, 1 >= sigma_src > sigma_to >= 0.
+        h: >= 0; 0 is deterministic, math.inf re-noises fully.
+
+    Raises:
+        ValueError: h negative or not a number, or levels out of order.
+    """
+    if not h >= 0:
+        raise ValueError(f"expected h >= 0 (0 = deterministic, inf = full re-noising), got {h}")
+    if not 1 >= sigma_src > sigma_to >= 0:
+        raise ValueError(f"expected 1 >= sigma_src > sigma_to >= 0, got {sigma_src}, {sigma_to}")
+    if h == 0:
+        return FlowMapStep(sigma_to, 1.0, 0.0)
+    alpha_src, alpha_to = 1 - sigma_src, 1 - sigma_to
+    m = (sigma_to * alpha_src / (sigma_src * alpha_to)) ** (h * h)
+    keep = alpha_to + sigma_to * m
+    return FlowMapStep(sigma_to * m / keep, keep, sigma_to * math.sqrt(1 - m * m))
+
+
+@torch.no_grad()
+def sample_few_step(
+    student: Student,
+    noise: Tensor,
+    schedule: FlowSchedule,
+    segments: Sequence[Segment],
+    *,
+    total_substeps: int = 128,
+    temperature: Temperature = "auto",
+    h: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Sample x0 with one network evaluation a segment: student -> policy -> rollout.
+
+    Args:
+        student: (x, sigma (B,)) -> policy.
+        noise: (B, C, H, W) or (B, C, T, H, W) at sigma = 1.
+        schedule: raw time -> sigma.
+        segments: `piflow.schedule.segments(nfe, f)`; GM students run at any nfe from the trained
+            one up.
+        total_substeps: policy substeps over tau in [0, 1].
+        temperature: of GM policies, at all steps but the last; "auto" = clip(0.1 (nfe - 1), 0, 1).
+            Other policies have none: "auto" and 1 leave them as they are.
+        h: stochasticity; 0 is deterministic, math.inf re-noises fully.
+        generator: source of the noise of stochastic sampling, drawn on its device.
+
+    Returns:
+        x0, float32 (float64 if `noise` is).
+
+    Raises:
+        ValueError: a temperature for a policy that has none, or h < 0.
+    """
+    x = noise.to(working_dtype(noise))
+    for index, segment in enumerate(segments):
+        last = index == len(segments) - 1
+        sigma = torch.full((len(x),), schedule.sigma(segment.tau_src), device=x.device)
+        policy = student(x, sigma)
+        if not last:
+            policy = with_temperature(policy, temperature, len(segments))
+        x = follow(policy, x, segment, schedule, total_substeps, h, generator)
+    return x
+
+
+def with_temperature(policy: Policy, temperature: Temperature, nfe: int) -> Policy:
+    """The policy at a sampling temperature, "auto" resolved for `nfe` evaluations.
+
+    Raises:
+        ValueError: a temperature other than "auto" or 1 for a policy that isn't a GMFlowPolicy.
+    """
+    if isinstance(policy, GMFlowPolicy):
+        return policy.temperature(
+            auto_temperature(nfe) if temperature == "auto" else float(temperature)
+        )
+    if temperature not in ("auto", 1):
+        raise ValueError(
+            f"expected a GMFlowPolicy for temperature {temperature}, got {type(policy).__name__}; "
+            'use "auto" or 1'
+        )
+    return policy
+
+
+def follow(
+    policy: Policy,
+    x: Tensor,
+    segment: Segment,
+    schedule: FlowSchedule,
+    total_substeps: int = 128,
+    h: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One flow-map step: roll `x` (B, C, ...) along `policy` over `segment`, re-noise if h > 0."""
+    if h == 0:
+        return _roll(policy, x, segment.tau_src, segment.tau_dst, schedule, total_substeps)
+    step = flow_map_step(schedule.sigma(segment.tau_src), schedule.sigma(segment.tau_dst), h)
+    tau_dst = schedule.tau(step.sigma_dst)
+    x = _roll(policy, x, segment.tau_src, tau_dst, schedule, total_substeps)
+    if step.noise == 0:
+        return step.keep * x
+    device = generator.device if generator is not None else x.device
+    epsilon = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+    return step.keep * x + step.noise * epsilon.to(x.device)
+
+
+@torch.no_grad()
+def sample_euler(velocity: Velocity, noise: Tensor, schedule: FlowSchedule, steps: int) -> Tensor:
+    """Integrate a velocity field from noise to x0 in `steps` Euler steps uniform in raw time.
+
+    Args:
+        velocity: (x, sigma (B,)) -> u.
+        noise: (B, C, H, W) or (B, C, T, H, W) at sigma = 1.
+        schedule: raw time -> sigma.
+        steps: at least 1.
+
+    Returns:
+        x0, float32 (float64 if `noise` is).
+
+    Raises:
+        ValueError: `steps` < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"sample_euler: expected steps >= 1, got {steps}")
+    x = noise.to(working_dtype(noise))
+    sigmas = [schedule.sigma(1 - i / steps) for i in range(steps + 1)]
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        u = velocity(x, torch.full((len(x),), sigma, device=x.device))
+        x = x + (following - sigma) * u.to(x.dtype)
+    return x
+
+
+def _roll(
+    policy: Policy,
+    x: Tensor,
+    tau_from: float,
+    tau_to: float,
+    schedule: FlowSchedule,
+    total_substeps: int,
+) -> Tensor:
+    dtype = working_dtype(x)
+    start, stop = (torch.full((len(x),), tau, dtype=dtype) for tau in (tau_from, tau_to))
+    return rollout(policy, x, start, stop, schedule, total_substeps)

@@ -1,0 +1,204 @@
+"""One optimiser step: micro-batches -> loss -> backward -> clip -> optimiser -> EMA.
+
+Runs without Ray: a bare machine with torch, diffusers and peft can call `Trainer.step` in a loop.
+All randomness of a micro-batch comes from one generator seeded by (seed, step, micro-batch index).
+So a run's results don't depend on the number of workers, and nothing about randomness has to be
+saved: resuming at a step repeats exactly what an uninterrupted run does there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from piflow.batch import MicroBatch
+from piflow.config import OptimizerConfig, TrainingConfig
+from piflow.ema import ema_update, karras_beta
+from piflow.sharding.base import Strategy, local_shard
+
+Backward = Callable[[Tensor, bool], None]
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient is NaN or infinite; weights were not touched in this step."""
+
+
+class Objective(Protocol):
+    """A training objective on one micro-batch."""
+
+    def __call__(
+        self, batch: MicroBatch, step: int, generator: torch.Generator, backward: Backward
+    ) -> Tensor:
+        """Call `backward(loss, last)` for each part of the loss; return the detached sum."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimiser step reports, already averaged over the global batch."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+def micro_batch_generator(seed: int, step: int, index: int) -> torch.Generator:
+    """The CPU generator of one micro-batch, the same whichever worker runs it."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Linear warm-up, constant, then linear to 0 over the last `decay_fraction` of the run."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    decay_steps = config.decay_fraction * steps
+    decay = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
+    return config.lr * warmup * max(0.0, decay)
+
+
+def build_optimizers(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW over all parameters; or Muon over the blocks' weight matrices, AdamW over the rest."""
+    matrices = [
+        parameter
+        for name, parameter in parameters.items()
+        if config.type == "muon" and parameter.ndim == 2 and "blocks" in name
+    ]
+    chosen = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in parameters.values() if id(parameter) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",  # the same lr then suits both optimisers
+            )
+        )
+    optimizers.append(
+        torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    )
+    return optimizers
+
+
+class Trainer:
+    """Owns the optimiser and applies objectives; knows nothing of data, files or clusters.
+
+    Args:
+        parameters: the trainable parameters by name.
+        ema_parameters: their averages, by the same names; updated in place.
+        strategy: how gradients are reduced over the workers.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        parameters: Mapping[str, nn.Parameter],
+        ema_parameters: Mapping[str, Tensor],
+        strategy: Strategy,
+        training: TrainingConfig,
+        seed: int,
+    ) -> None:
+        self.objective = objective
+        self.parameters = dict(parameters)
+        self.ema_parameters = {name: ema_parameters[name] for name in parameters}
+        self.strategy = strategy
+        self.training = training
+        self.seed = seed
+        self.optimizers = build_optimizers(parameters, training.optimizer)
+        self.num_micro_batches = training.batch_size // training.micro_batch_size
+
+    def step(self, step: int, micro_batches: Sequence[MicroBatch]) -> StepMetrics:
+        """Run optimiser step `step` (counted from 0) on this worker's micro-batches.
+
+        Raises:
+            NonFiniteError: the loss or the gradient norm is not finite; names the prompts.
+        """
+        config = self.training.optimizer
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        loss, suspects = self._accumulate(step, micro_batches)
+        max_norm = config.clip_norm if step >= config.warmup_steps else math.inf
+        grad_norm = self.strategy.clip_grad_norm(list(self.parameters.values()), max_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteError(_non_finite_message(step, loss, grad_norm, suspects))
+        lr = learning_rate(step, self.training.steps, config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        self._update_ema(step)
+        return StepMetrics(step, loss, grad_norm, lr)
+
+    def optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
+        """The optimiser that moves a parameter."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if any(parameter is member for member in group["params"]):
+                    return optimizer
+        raise ValueError("this parameter is not one of the trainer's")
+
+    def _accumulate(
+        self, step: int, micro_batches: Sequence[MicroBatch]
+    ) -> tuple[float, list[str]]:
+        """Gradients of the mean loss over the global batch.
+
+        Returns:
+            that loss, and the prompt ids of this worker's micro-batches whose loss is not finite.
+        """
+        losses = []
+        for position, batch in enumerate(micro_batches):
+            final = position == len(micro_batches) - 1
+
+            def backward(loss: Tensor, last: bool, final: bool = final) -> None:
+                with self.strategy.gradient_sync(final and last):
+                    (loss / len(micro_batches)).backward()  # the workers' mean is the strategy's
+
+            generator = micro_batch_generator(self.seed, step, batch.index)
+            torch.manual_seed(generator.initial_seed())  # LoRA dropout draws from the global one
+            losses.append(self.objective(batch, step, generator, backward))
+        suspects = [
+            prompt_id
+            for batch, finite in zip(micro_batches, torch.stack(losses).isfinite(), strict=True)
+            if not finite
+            for prompt_id in batch.prompt_ids
+        ]
+        total = torch.stack(losses).sum()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return float(total) / self.num_micro_batches, suspects
+
+    @torch.no_grad()
+    def _update_ema(self, step: int) -> None:
+        config = self.training.ema
+        ema = [local_shard(tensor) for tensor in self.ema_parameters.values()]
+        source = [local_shard(parameter) for parameter in self.parameters.values()]
+        averaged = step + 1 - config.start
+        beta = karras_beta(averaged, config.gamma) if averaged > 0 else 0.0
+        ema_update(ema, source, beta)
+
+
+def _non_finite_message(step: int, loss: float, grad_norm: float, suspects: list[str]) -> str:
+    """Every worker calls this: the suspects of all of them are gathered."""
+    everyone = [suspects]
+    if dist.is_initialized():
+        everyone = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, suspects)
+    prompt_ids = [prompt_id for part in everyone for prompt_id in part]
+    where = f"prompt ids: {', '.join(prompt_ids)}" if prompt_ids else "the gradient overflowed"
+    return (
+        f"step {step}: loss {loss}, gradient norm {grad_norm}, expected finite numbers ({where}). "
+        "Weights were not touched and the last checkpoint is good. Try a lower "
+        "training.optimizer.lr, a longer warm-up, or check the store with `piflow embed --verify`"
+    )

@@ -1,0 +1,270 @@
+"""One URI for everything that is read or written.
+
+========================  ====================================================================
+``path`` or ``file://…``  a local path; relative ones start at the working directory
+``s3://bucket/prefix``    an object store; ``?endpoint_override=host:port&scheme=http`` for others
+                          than AWS, credentials from the usual ``AWS_*`` variables
+``package://name/sub``    files shipped inside an installed Python package; read-only
+========================  ====================================================================
+
+Data goes through ``pyarrow.fs``. A write is whole or invisible: local files are written beside
+their target and renamed, objects appear when their upload is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from pyarrow import fs
+
+SCHEMES = ("file", "s3", "package")
+_PARTIAL = ".partial"  # suffix of a local file that is still being written
+_COPY_BYTES = 8 * 2**20
+
+
+def scheme(uri: str) -> str:
+    """``file``, ``s3`` or ``package``.
+
+    Raises:
+        ValueError: the URI is empty or has another scheme.
+    """
+    if not uri:
+        raise ValueError("storage URI is empty; give a local path, file://…, s3://… or package://…")
+    name = uri.split("://", 1)[0] if "://" in uri else "file"
+    if name not in SCHEMES:
+        raise ValueError(
+            f"storage URI {uri!r} has scheme {name!r}; supported: {', '.join(SCHEMES)}, or a "
+            "local path"
+        )
+    return name
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system behind a URI and the path inside it.
+
+    Raises:
+        ValueError: unknown scheme, an S3 URI without a bucket, or a package that isn't installed.
+    """
+    kind = scheme(uri)
+    if kind == "s3":
+        if not urlsplit(uri).netloc:
+            raise ValueError(f"S3 URI {uri!r} names no bucket; expected s3://bucket/prefix")
+        system, path = fs.FileSystem.from_uri(uri)
+        return system, path
+    local = _package_path(uri) if kind == "package" else _local_path(uri)
+    return fs.LocalFileSystem(), str(local)
+
+
+def absolute(uri: str) -> str:
+    """The same place, independent of the working directory; other processes need this form."""
+    return uri if scheme(uri) != "file" else str(_local_path(uri))
+
+
+def join(uri: str, *parts: str) -> str:
+    """Append path parts; the query of an S3 URI stays at the end."""
+    tail = "/".join(part.strip("/") for part in parts)
+    if not tail:
+        return uri
+    if scheme(uri) != "s3":
+        return f"{uri.rstrip('/') or '/'}/{tail}" if uri != "/" else f"/{tail}"
+    pieces = urlsplit(uri)
+    return urlunsplit(pieces._replace(path=f"{pieces.path.rstrip('/')}/{tail}"))
+
+
+def suffix(uri: str) -> str:
+    """The file name's ending with its dot, lower case; '' if there is none."""
+    path = urlsplit(uri).path if scheme(uri) == "s3" else uri
+    return Path(path).suffix.lower()
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or a non-empty prefix (folder) is there."""
+    system, path = filesystem(uri)
+    return bool(system.get_file_info(path).type != fs.FileType.NotFound)
+
+
+def file_sizes(uri: str) -> dict[str, int]:
+    """All finished files below a folder, sorted: relative path -> bytes; {} without a folder."""
+    system, path = filesystem(uri)
+    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    sizes = {
+        os.path.relpath(info.path, path).replace(os.sep, "/"): int(info.size)
+        for info in system.get_file_info(selector)
+        if info.type == fs.FileType.File and not info.path.endswith(_PARTIAL)
+    }
+    return dict(sorted(sizes.items()))
+
+
+def list_files(uri: str) -> list[str]:
+    """Relative paths of all finished files below a folder, sorted; [] if there is no folder."""
+    return list(file_sizes(uri))
+
+
+def read_bytes(uri: str) -> bytes:
+    """A file's content.
+
+    Raises:
+        FileNotFoundError: names the URI.
+    """
+    system, path = filesystem(uri)
+    if system.get_file_info(path).type != fs.FileType.File:
+        raise FileNotFoundError(errno.ENOENT, "no such file", uri)
+    with system.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
+def sha256(uri: str) -> str:
+    """Hex sha256 of a file's content, read in pieces."""
+    system, path = filesystem(uri)
+    digest = hashlib.sha256()
+    with system.open_input_stream(path) as stream:
+        while piece := stream.read(_COPY_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_bytes(uri: str, content: bytes | memoryview) -> None:
+    """Write a file, whole or not at all; folders are made as needed.
+
+    Raises:
+        ValueError: the URI is read-only (``package://``).
+        OSError: the storage refused; names the URI, and says so when there is no space left.
+    """
+    _refuse_read_only(uri)
+    try:
+        if scheme(uri) == "s3":
+            system, path = filesystem(uri)
+            with system.open_output_stream(path) as stream:
+                stream.write(content)
+        else:
+            _write_local(_local_path(uri), content)
+    except OSError as error:
+        raise _write_error(uri, len(content), error) from error
+
+
+def delete_file(uri: str) -> None:
+    """Delete a file; nothing happens if it isn't there."""
+    _refuse_read_only(uri)
+    system, path = filesystem(uri)
+    if system.get_file_info(path).type == fs.FileType.File:
+        system.delete_file(path)
+
+
+def delete_folder(uri: str) -> None:
+    """Delete a folder and all below it; nothing happens if it isn't there.
+
+    Raises:
+        ValueError: the URI is read-only, a whole bucket or the root of a file system.
+    """
+    _refuse_read_only(uri)
+    system, path = filesystem(uri)
+    if not path.strip("/") or (scheme(uri) == "s3" and "/" not in path.strip("/")):
+        raise ValueError(f"refusing to delete {uri!r}, a root; name a folder inside it")
+    if system.get_file_info(path).type == fs.FileType.Directory:
+        system.delete_dir(path)
+
+
+def local_folder(uri: str, cache_dir: Path | None = None) -> Path:
+    """A local path that holds the folder's files, for libraries that only read local files.
+
+    Local and package folders are returned as they are. Objects are downloaded once into
+    ``cache_dir`` (default ``$XDG_CACHE_HOME/piflow`` or ``~/.cache/piflow``), in a folder named by
+    the URI and every file's size and time, so a changed source is downloaded anew.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it is empty.
+    """
+    system, path = filesystem(uri)
+    if scheme(uri) != "s3":
+        if not Path(path).is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such folder", uri)
+        return Path(path)
+    infos = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    files = sorted((i.path, i.size, i.mtime_ns) for i in infos if i.type == fs.FileType.File)
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, "no such folder, or it is empty", uri)
+    key = hashlib.sha256(repr((uri, files)).encode()).hexdigest()[:24]
+    target = (cache_dir or _default_cache()) / key
+    if not target.is_dir():
+        _download(system, path, [name for name, _, _ in files], target)
+    return target
+
+
+def _download(system: fs.FileSystem, root: str, files: list[str], target: Path) -> None:
+    """Copy into a fresh folder, then rename: a folder under its final name is complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=_PARTIAL, dir=target.parent))
+    try:
+        for name in files:
+            destination = fresh / os.path.relpath(name, root)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            with system.open_input_stream(name) as source, destination.open("wb") as copy:
+                shutil.copyfileobj(source, copy, _COPY_BYTES)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster: its copy is the same
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "piflow"
+
+
+def _local_path(uri: str) -> Path:
+    path = uri.removeprefix("file://")
+    if "://" in uri and not path.startswith("/"):
+        raise ValueError(f"file URI {uri!r} must hold an absolute path: file:///folder/file")
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _package_path(uri: str) -> Path:
+    package, _, inside = uri.removeprefix("package://").partition("/")
+    try:
+        spec = importlib.util.find_spec(package) if package else None
+    except ModuleNotFoundError:  # a parent of a dotted name is missing
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"{uri!r} needs the Python package {package!r}, which is not installed here; "
+            "install it, or give another URI"
+        )
+    candidates = [Path(folder) / inside for folder in spec.submodule_search_locations]
+    return next((path for path in candidates if path.exists()), candidates[0])
+
+
+def _refuse_read_only(uri: str) -> None:
+    if scheme(uri) == "package":
+        raise ValueError(f"{uri!r} is read-only; write to a local path or s3://…")
+
+
+def _write_local(path: Path, content: bytes | memoryview) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_error(uri: str, size: int, error: OSError) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = "no space left; free some, or choose another place; what was there is unchanged"
+    else:
+        reason = str(error)
+    return OSError(error.errno or errno.EIO, f"cannot write {size} bytes to {uri}: {reason}")

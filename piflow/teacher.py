@@ -1,0 +1,63 @@
+"""The small default teacher: fresh weights for pre-training, and its export."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from piflow import rundir, storage
+from piflow.backbones.flux import FluxBackbone
+from piflow.checkpoint import load_tensors
+from piflow.config import ModelConfig, Recipe
+
+
+def fresh_backbone(model: ModelConfig, seed: int) -> FluxBackbone:
+    """A backbone of `model.path`'s configuration with random weights.
+
+    Linear layers start Xavier-uniform with zero biases; adaptive norms and the output projection
+    start at zero, so every block starts as the identity and the first prediction is zero (the
+    initialisation of DiT, arXiv 2212.09748, section 3.2).
+    """
+    config = FluxTransformer2DModel.load_config(str(storage.local_folder(model.path)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = FluxTransformer2DModel.from_config(config)
+        for name, parameter in module.named_parameters():
+            _initialise(name, parameter)
+    return FluxBackbone(module)
+
+
+def _initialise(name: str, parameter: nn.Parameter) -> None:
+    adaptive_norm = "norm" in name and ".linear." in name
+    if parameter.ndim == 2 and not adaptive_norm and not name.startswith("proj_out"):
+        nn.init.xavier_uniform_(parameter)
+    elif parameter.ndim == 2 or name.endswith(".bias"):
+        nn.init.zeros_(parameter)
+
+
+def average_of(backbone: FluxBackbone) -> FluxBackbone:
+    """A frozen copy that holds the EMA."""
+    module = copy.deepcopy(backbone.module).requires_grad_(False)
+    assert isinstance(module, FluxTransformer2DModel)
+    return FluxBackbone(module)
+
+
+def export_teacher(recipe: Recipe) -> Path:
+    """Write the newest checkpoint's EMA as a diffusers folder in float16: RUN_DIR/teacher.
+
+    Raises:
+        ValueError: no finished checkpoint, or a run directory that isn't local.
+    """
+    if storage.scheme(recipe.run_dir) != "file":
+        raise ValueError(f"expected a local run_dir to export to, got {recipe.run_dir}")
+    checkpoint = storage.local_folder(rundir.newest_checkpoint(recipe.run_dir))
+    module = fresh_backbone(recipe.model, recipe.seed).module
+    assert isinstance(module, FluxTransformer2DModel)
+    module.load_state_dict(load_tensors(checkpoint, "ema"))
+    folder = Path(storage.absolute(recipe.run_dir)) / "teacher"
+    module.half().save_pretrained(str(folder))
+    return folder

@@ -1,0 +1,58 @@
+"""checkpoint -> adapter folder, and an MLflow model version with its lineage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from piflow.config import Recipe
+
+ALIAS = "newest"
+
+
+def main(
+    recipe: Recipe,
+    *,
+    checkpoint: str | None = None,
+    out: str | None = None,
+    weights: Literal["ema", "student"] = "ema",
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16",
+) -> tuple[str, str]:
+    """Export and register a checkpoint.
+
+    Args:
+        checkpoint: URI; default: the run's newest.
+        out: adapter folder; default: RUN_DIR/adapter.
+
+    Returns:
+        The adapter folder and the model version.
+
+    Raises:
+        ValueError: no run or checkpoint, or they belong to another recipe.
+    """
+    from piflow import rundir, storage
+    from piflow.data.store import EmbeddingStore
+    from piflow.student import export_adapter
+    from piflow.tracking import register_adapter
+
+    record = rundir.require_run(recipe)
+    checkpoint = checkpoint or rundir.newest_checkpoint(recipe.run_dir)
+    folder = out or storage.join(recipe.run_dir, "adapter")
+    lineage = {
+        "piflow.run_id": record.mlflow_run_id,
+        "piflow.recipe_hash": recipe.hash(),
+        "piflow.manifest_hash": EmbeddingStore.open(recipe.embed.store).manifest_hash,
+        "piflow.checkpoint": checkpoint.rstrip("/").rsplit("/", 1)[-1],
+        "piflow.weights": weights,
+    }
+    export_adapter(recipe, checkpoint, folder, weights=weights, dtype=dtype, lineage=lineage)
+    name = recipe.tracking.model_name or recipe.name
+    version = register_adapter(
+        record.tracking_uri,
+        record.mlflow_run_id,
+        storage.local_folder(folder),
+        name,
+        lineage,
+        ALIAS,
+    )
+    print(f"adapter written to {folder}; MLflow model {name}, version {version} ({ALIAS})")
+    return folder, version

@@ -1,0 +1,84 @@
+"""Small embedding stores with made-up numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from piflow.data.prompts import Prompt, PromptSet
+from piflow.data.store import (
+    SCHEMA_VERSION,
+    EmbeddingStore,
+    EncodedPrompt,
+    EncoderIdentity,
+    StoreInputs,
+    StoreManifest,
+    empty_prompt_plan,
+    plan_store,
+    write_manifest,
+    write_shard,
+)
+
+IDENTITY = EncoderIdentity(name="test-2x8", weights_sha256="ab" * 32, max_tokens=5, hidden_size=8)
+
+
+def encode(prompt: Prompt) -> EncodedPrompt:
+    """Random numbers that follow from the prompt, 1 to 5 tokens."""
+    generator = torch.Generator().manual_seed(int(prompt.prompt_id[:8], 16))
+    count = 1 + int(prompt.prompt_id[0], 16) % 5
+    return EncodedPrompt(
+        3 * torch.randn(count, 8, generator=generator), torch.randn(6, generator=generator), False
+    )
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Callable[..., EmbeddingStore]:
+    """Build a store: `sizes` has the number of prompts of each (height, width)."""
+
+    def build(
+        sizes: dict[tuple[int, int], int],
+        rows_per_shard: int = 10,
+        rows_per_group: int = 4,
+        dtype: str = "bf16",
+        name: str = "store",
+    ) -> EmbeddingStore:
+        prompts = [
+            Prompt(f"prompt {number}", height, width)
+            for (height, width), rows in sizes.items()
+            for number in range(rows)
+        ]
+        return write_store(str(tmp_path / name), prompts, rows_per_shard, rows_per_group, dtype)
+
+    return build
+
+
+def write_store(
+    uri: str, prompts: Sequence[Prompt], rows_per_shard: int, rows_per_group: int, dtype: str
+) -> EmbeddingStore:
+    inputs = StoreInputs(
+        schema_version=SCHEMA_VERSION,
+        encoder=IDENTITY,
+        dtype=dtype,
+        rows_per_shard=rows_per_shard,
+        rows_per_group=rows_per_group,
+        num_prompts=len(prompts),
+        prompts_sha256=PromptSet(tuple(prompts), 0).digest,
+    )
+    buckets, plans = plan_store(prompts, rows_per_shard, rows_per_group)
+    *shards, empty = [
+        write_shard(uri, plan, [encode(prompt) for prompt in plan.prompts], inputs)[0]
+        for plan in [*plans, empty_prompt_plan()]
+    ]
+    manifest = StoreManifest(
+        inputs=inputs,
+        inputs_sha256=inputs.digest,
+        buckets=buckets,
+        shards=tuple(shards),
+        empty_prompt=empty,
+        truncated_prompts=0,
+    )
+    write_manifest(uri, manifest)
+    return EmbeddingStore.open(uri)

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from piflow.data.store import EmbeddingStore
+from piflow.data.stream import MicroBatch, StreamOrder, TrainStream, epoch_rows
+
+MakeStore = Callable[..., EmbeddingStore]
+ONE_SIZE = {(32, 32): 103}
+THREE_SIZES = {(32, 32): 50, (64, 32): 33, (16, 16): 3}
+
+
+def _steps(
+    store: EmbeddingStore, count: int, rank: int = 0, world_size: int = 1, start: int = 0
+) -> list[list[MicroBatch]]:
+    stream = TrainStream(
+        store.uri,
+        seed=5,
+        batch_size=12,
+        micro_batch_size=2,
+        rank=rank,
+        world_size=world_size,
+        start_sample=start * 12,
+        reader="local",
+    )
+    batches = list(islice(stream.batches(), count))
+    assert [batch.step for batch in batches] == list(range(start, start + count))
+    return [batch.micro_batches for batch in batches]
+
+
+def _same(ours: MicroBatch, theirs: MicroBatch) -> bool:
+    return (
+        (ours.index, ours.prompt_ids, ours.prompts, ours.height, ours.width)
+        == (theirs.index, theirs.prompt_ids, theirs.prompts, theirs.height, theirs.width)
+        and torch.equal(ours.tokens, theirs.tokens)
+        and torch.equal(ours.num_tokens, theirs.num_tokens)
+        and torch.equal(ours.pooled, theirs.pooled)
+    )
+
+
+# ------------------------------------------------------------------------------------------ order
+
+
+@pytest.mark.parametrize("sizes", [ONE_SIZE, THREE_SIZES])
+@pytest.mark.parametrize("batch_size", [1, 7, 12, 64, 200])
+def test_every_prompt_comes_once_an_epoch(
+    make_store: MakeStore, sizes: dict[tuple[int, int], int], batch_size: int
+) -> None:
+    """Each bucket's batches, put end to end, are its epochs, put end to end."""
+    manifest = make_store(sizes).manifest
+    order = StreamOrder(manifest, 5, batch_size)
+    epochs = 6
+    steps = sum(rows * epochs // batch_size for rows in sizes.values())
+    sequence: dict[int, list[int]] = {bucket: [] for bucket in range(len(sizes))}
+    for step in range(steps):
+        bucket, rows = order.step(step)
+        assert rows.shape == (batch_size,)
+        sequence[bucket] += rows.tolist()
+    start = 0
+    for bucket, count in enumerate(sizes.values()):
+        mine = sequence[bucket]
+        assert count * epochs - len(mine) in range(batch_size)  # the rest opens the next batch
+        for first in range(0, len(mine) - count + 1, count):
+            assert sorted(mine[first : first + count]) == list(range(start, start + count))
+        start += count
+
+
+def test_with_one_bucket_batches_are_slices_of_the_epochs(make_store: MakeStore) -> None:
+    manifest = make_store(ONE_SIZE).manifest
+    epochs = np.concatenate([epoch_rows(manifest, 5, epoch, 0) for epoch in range(3)])
+    order = StreamOrder(manifest, 5, 12)
+    for step in range(len(epochs) // 12):
+        assert order.step(step)[1].tolist() == epochs[step * 12 : step * 12 + 12].tolist()
+
+
+def test_any_step_is_found_without_the_ones_before(make_store: MakeStore) -> None:
+    manifest = make_store(THREE_SIZES).manifest
+    replayed = StreamOrder(manifest, 5, 12)
+    steps = [replayed.step(step) for step in range(40)]
+    for step in (0, 39, 6, 7, 8, 31, 2):
+        bucket, rows = StreamOrder(manifest, 5, 12).step(step)
+        assert bucket == steps[step][0] and rows.tolist() == steps[step][1].tolist()
+
+
+def test_order_differs_by_epoch_and_seed_and_only_by_them(make_store: MakeStore) -> None:
+    manifest = make_store(ONE_SIZE).manifest
+    orders = [epoch_rows(manifest, seed, epoch, 0).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(103)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert epoch_rows(manifest, 1, 1, 0).tolist() == orders[3]
+
+
+def test_the_order_is_the_same_on_every_machine_and_version(make_store: MakeStore) -> None:
+    """A resumed run must meet the order that it left: these numbers may never change."""
+    manifest = make_store({(8, 8): 10}, rows_per_group=3).manifest
+    assert epoch_rows(manifest, 7, 2, 0).tolist() == [1, 2, 0, 7, 6, 8, 5, 3, 9, 4]
+
+
+def test_rows_are_mixed_within_a_window_of_row_groups_only(make_store: MakeStore) -> None:
+    manifest = make_store({(8, 8): 200}, rows_per_shard=100, rows_per_group=5).manifest
+    rows = epoch_rows(manifest, 0, 0, 0)
+    for window in rows.reshape(5, 40):  # 8 row groups of 5 rows
+        assert len(set(window // 5)) == 8
+        assert len(set(window[:5] // 5)) > 1
+
+
+def test_the_buckets_are_mixed(make_store: MakeStore) -> None:
+    order = StreamOrder(make_store({(8, 8): 100, (16, 8): 100}).manifest, 0, 4)
+    buckets = [order.step(step)[0] for step in range(50)]
+    assert Counter(buckets) == {0: 25, 1: 25}
+    assert len(set(buckets[:10])) == 2
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_see_what_one_rank_sees(make_store: MakeStore, world_size: int) -> None:
+    store = make_store(THREE_SIZES)
+    alone = _steps(store, 20)
+    ranks = [_steps(store, 20, rank, world_size) for rank in range(world_size)]
+    for step, expected in enumerate(alone):
+        found = sorted((m for rank in ranks for m in rank[step]), key=lambda m: m.index)
+        assert [m.index for m in found] == list(range(6))
+        assert all(_same(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [ONE_SIZE, THREE_SIZES])
+def test_resuming_gives_the_tail_of_the_whole(
+    make_store: MakeStore, sizes: dict[tuple[int, int], int]
+) -> None:
+    store = make_store(sizes)
+    whole = _steps(store, 24)  # two to three epochs
+    for start, world_size in ((5, 1), (8, 2), (9, 3), (20, 1)):
+        for rank in range(world_size):
+            tail = _steps(store, 24 - start, rank, world_size, start)
+            for ours, theirs in zip(tail, whole[start:], strict=True):
+                expected = theirs[rank::world_size]
+                assert all(_same(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_a_step_has_one_picture_size_and_the_stores_rows(make_store: MakeStore) -> None:
+    store = make_store(THREE_SIZES)
+    for micro_batches in _steps(store, 12):
+        assert len({(m.height, m.width) for m in micro_batches}) == 1
+    micro = micro_batches[0]
+    ids = store.index()["prompt_id"].to_pylist()
+    direct = store.read([ids.index(prompt_id) for prompt_id in micro.prompt_ids])
+    assert set(direct.heights) == {micro.height}
+    assert direct.prompts == micro.prompts and torch.equal(direct.tokens, micro.tokens)
+    assert micro.tokens.shape == (2, 5, 8) and micro.pooled.shape == (2, 6)
+
+
+def test_epoch_counts_passes_over_the_store(make_store: MakeStore) -> None:
+    store = make_store(ONE_SIZE)
+    stream = TrainStream(
+        store.uri, seed=0, batch_size=12, micro_batch_size=2, rank=0, world_size=1, reader="local"
+    )
+    assert stream.epoch_of(0) == 0.0
+    assert stream.epoch_of(103) == 12.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 5}, "6 micro-batches a step .* split evenly over 5 ranks"),
+        ({"micro_batch_size": 5}, r"batch_size \(12\) must be a positive multiple"),
+        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size = 2\), got 2"),
+        ({"start_sample": 13}, r"a multiple of batch_size \(12\), got 13"),
+        ({"seed": -1}, "seed must be in"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(
+    make_store: MakeStore, changes: dict[str, int], message: str
+) -> None:
+    numbers = {"seed": 0, "batch_size": 12, "micro_batch_size": 2, "rank": 0, "world_size": 1}
+    with pytest.raises(ValueError, match=message):
+        TrainStream(make_store(ONE_SIZE).uri, **(numbers | changes))

@@ -1,0 +1,46 @@
+"""Averages: the power schedule's closed form, fixed beta, in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from piflow.ema import ema_update, karras_beta
+
+
+def test_karras_beta_values() -> None:
+    assert karras_beta(1) == 0.0
+    assert karras_beta(2) == pytest.approx(0.5**8)
+    assert karras_beta(100, gamma=7.0) == pytest.approx(0.99**8)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 3.0, 7.0])
+def test_power_schedule_has_a_closed_form(gamma: float) -> None:
+    """The average after t steps weighs x_i by i^(g+1) - (i-1)^(g+1), over t^(g+1)."""
+    values = torch.randn(30, 4, dtype=torch.float64)
+    average = torch.full((4,), 1e6, dtype=torch.float64)
+    for step, value in enumerate(values, start=1):
+        ema_update([average], [value], karras_beta(step, gamma))
+    edges = torch.arange(31, dtype=torch.float64) ** (gamma + 1)
+    expected = (edges.diff()[:, None] * values).sum(0) / edges[-1]
+    torch.testing.assert_close(average, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_fixed_beta_is_in_place_and_converts() -> None:
+    average = torch.zeros(3)
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    for _ in range(3):
+        ema_update([average], [parameter], 0.9)
+    torch.testing.assert_close(average, torch.full((3,), 1 - 0.9**3))
+    assert average.dtype == torch.float32 and not average.requires_grad
+
+
+def test_bad_input_says_what_was_expected() -> None:
+    with pytest.raises(ValueError, match="step >= 1"):
+        karras_beta(0)
+    with pytest.raises(ValueError, match=r"beta in \[0, 1\]"):
+        ema_update([torch.zeros(1)], [torch.zeros(1)], 1.5)
+    with pytest.raises(ValueError, match="align"):
+        ema_update([torch.zeros(1)], [torch.zeros(1), torch.zeros(1)], 0.5)
+    with pytest.raises(ValueError, match="align"):
+        ema_update([torch.zeros(1)], [torch.zeros(2)], 0.5)

@@ -1,0 +1,67 @@
+"""Guidance: identities of CFG, interval and orthogonal projection; one doubled call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from piflow.guidance import guidance_active, guided_teacher, guided_velocity
+
+POS, NEG, X0 = torch.randn(3, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0)).unbind(0)
+
+
+def test_scale_identities() -> None:
+    torch.testing.assert_close(guided_velocity(POS, NEG, 1.0), POS)
+    torch.testing.assert_close(guided_velocity(POS, NEG, 0.0), NEG)
+    torch.testing.assert_close(guided_velocity(POS, NEG, 4.0), NEG + 4 * (POS - NEG))
+    torch.testing.assert_close(guided_velocity(POS, POS, 7.0), POS)
+
+
+def test_only_active_samples_are_guided() -> None:
+    active = guidance_active(torch.tensor([0.7, 0.6, 0.1]), (0.2, 0.6))
+    assert active.tolist() == [False, True, False]
+    mixed = guided_velocity(POS, NEG, 2.7, active)
+    torch.testing.assert_close(mixed[[0, 2]], POS[[0, 2]])
+    torch.testing.assert_close(mixed[1], guided_velocity(POS, NEG, 2.7)[1])
+
+
+def test_orthogonal_removes_the_parallel_part() -> None:
+    def parallel(u: Tensor) -> Tensor:
+        return ((u - POS) * X0).flatten(1).sum(1)
+
+    full = guided_velocity(POS, NEG, 3.0)
+    half = guided_velocity(POS, NEG, 3.0, orthogonal=0.5, x0_pos=X0)
+    none = guided_velocity(POS, NEG, 3.0, orthogonal=1.0, x0_pos=X0)
+    assert parallel(full).abs().min() > 0.1
+    torch.testing.assert_close(parallel(half), 0.5 * parallel(full))
+    torch.testing.assert_close(parallel(none), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(2 * half, full + none)
+
+
+def test_teacher_calls_once_on_a_doubled_batch() -> None:
+    calls = []
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append((x, sigma))
+        return torch.cat([POS, NEG]).to(torch.bfloat16)
+
+    sigma = torch.tensor([0.9, 0.5, 0.2])
+    teacher = guided_teacher(network, 4.0, interval=(0.3, 0.6), orthogonal=1.0)
+    guided = teacher(X0, sigma)
+    assert len(calls) == 1 and guided.dtype == torch.float32
+    torch.testing.assert_close(calls[0][0], torch.cat([X0, X0]))
+    torch.testing.assert_close(calls[0][1], torch.cat([sigma, sigma]))
+    pos, neg = POS.bfloat16().float(), NEG.bfloat16().float()
+    clean = X0 - sigma[:, None, None, None] * pos
+    active = torch.tensor([False, True, False])
+    torch.testing.assert_close(guided, guided_velocity(pos, neg, 4.0, active, 1.0, clean))
+
+
+def test_bad_input_says_what_was_expected() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        guided_velocity(POS, NEG[:2], 2.0)
+    with pytest.raises(ValueError, match="needs x0_pos"):
+        guided_velocity(POS, NEG, 2.0, orthogonal=0.5)
+    with pytest.raises(ValueError, match=r"orthogonal in \[0, 1\]"):
+        guided_velocity(POS, NEG, 2.0, orthogonal=2.0, x0_pos=X0)
