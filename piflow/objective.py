@@ -110,21 +110,8 @@ class FlowMatchingObjective:
         dropped = torch.rand(size, generator=generator) < self.config.prompt_dropout
         weight = sigma.view(-1, *[1] * (x0.ndim - 1))
         x = (1 - weight) * x0 + weight * noise
-        cond = _drop(conditioning(batch, self.device), self.empty, dropped.to(self.device))
+        cond = conditioning(batch, self.device).where(~dropped.to(self.device), self.empty)
         velocity = self.backbone(x.to(self.device), sigma.to(self.device), cond)
         loss = (velocity - (noise - x0).to(self.device)).square().mean()
         backward(loss, True)
         return loss.detach()
-
-
-def _drop(cond: Conditioning, empty: Conditioning, dropped: Tensor) -> Conditioning:
-    """The empty prompt where `dropped` `(B,)` is set."""
-    empty = empty.expand(cond.batch_size)
-    pooled = None
-    if cond.pooled is not None and empty.pooled is not None:
-        pooled = torch.where(dropped[:, None], empty.pooled, cond.pooled)
-    return Conditioning(
-        torch.where(dropped[:, None, None], empty.tokens, cond.tokens),
-        torch.where(dropped, empty.num_tokens, cond.num_tokens),
-        pooled,
-    )

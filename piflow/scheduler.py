@@ -40,7 +40,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         base_image_seq_len, max_image_seq_len, base_shift, max_shift: that line's anchors (log s).
     """
 
-    config_name = "scheduler_config.json"
+    config_name = "scheduler_config.json"  # type: ignore[assignment]
     order = 1
 
     @register_to_config
@@ -83,20 +83,20 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             ValueError: N < 1, or the sequence length is missing.
         """
         config = self.config
-        if config.use_dynamic_shifting:
+        if config["use_dynamic_shifting"]:
             if sequence_length is None:
                 raise ValueError("use_dynamic_shifting needs set_timesteps(..., sequence_length=)")
             self.schedule = FlowSchedule.for_sequence_length(
                 sequence_length,
-                config.base_image_seq_len,
-                config.max_image_seq_len,
-                config.base_shift,
-                config.max_shift,
+                config["base_image_seq_len"],
+                config["max_image_seq_len"],
+                config["base_shift"],
+                config["max_shift"],
             )
-        self.segments = segments(num_inference_steps, config.final_step_size_scale)
+        self.segments = segments(num_inference_steps, config["final_step_size_scale"])
         levels = [self.schedule.sigma(segment.tau_src) for segment in self.segments]
         self.sigmas = torch.tensor([*levels, 0.0], device=device)
-        self.timesteps = self.sigmas[:-1] * config.num_train_timesteps
+        self.timesteps = self.sigmas[:-1] * config["num_train_timesteps"]
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """Latents as the network wants them: unchanged."""
@@ -125,33 +125,33 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         index = self._index(float(timestep))
         policy = model_output
         if index < len(self.segments) - 1:
-            policy = with_temperature(policy, self.config.temperature, len(self.segments))
+            policy = with_temperature(policy, self.config["temperature"], len(self.segments))
         latents = sample.to(working_dtype(sample))
         previous = follow(
             policy,
             latents,
             self.segments[index],
             self.schedule,
-            self.config.total_substeps,
-            float(self.config.h),
+            self.config["total_substeps"],
+            float(self.config["h"]),
             generator,
         )
         return FlowMapSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """(1 - sigma) sample + sigma noise at `timestep` (B,)."""
-        sigma = per_sample(timestep / self.config.num_train_timesteps, sample, "timestep")
+        sigma = per_sample(timestep / self.config["num_train_timesteps"], sample, "timestep")
         return torch.lerp(sample, noise.to(sample.dtype), expand_as_latents(sigma, sample))
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
     def _index(self, timestep: float) -> int:
         if not self.segments:
             raise ValueError("FlowMapScheduler: call set_timesteps(nfe) before step")
         gaps = (self.timesteps - timestep).abs()
         index = int(gaps.argmin())
-        if gaps[index] > 1e-3 * self.config.num_train_timesteps:
+        if gaps[index] > 1e-3 * self.config["num_train_timesteps"]:
             raise ValueError(
                 f"FlowMapScheduler: expected one of the timesteps {self.timesteps.tolist()}, "
                 f"got {timestep}"

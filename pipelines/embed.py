@@ -108,6 +108,22 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> StoreManifest:
     return manifest
 
 
+def verify(recipe: Recipe) -> None:
+    """Read every file of the recipe's store and compare it with the manifest; print the result.
+
+    Raises:
+        StoreError: a file is missing, changed or damaged, or another encoder wrote the store.
+    """
+    store = EmbeddingStore.open(recipe.embed.store)
+    store.require_encoder(encoder_identity(recipe.encoder.path, recipe.encoder.max_tokens))
+    store.verify()
+    size = sum(entry.bytes for entry in store.manifest.files) / 1e6
+    print(
+        f"{recipe.embed.store}: {store.manifest.num_rows} prompts in {len(store.manifest.files)} "
+        f"files, {size:.1f} MB, all checksums match"
+    )
+
+
 def _plan(recipe: Recipe, prompts: PromptSet) -> _Job:
     embed = recipe.embed
     inputs = StoreInputs(
