@@ -32,7 +32,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The teacher: one diffusers transformer and the codec between pictures and its latents."""
 
-    family: Literal["flux"] = "flux"
+    family: Literal["flux"] = Field("flux", description="the architecture, FLUX.1's")
     path: str = Field(description="URI of the transformer's folder (config.json + safetensors)")
     codec: Literal["pixels"] = Field(
         "pixels", description="pixels: RGB, space-to-depth by 2, 12 latent channels, no VAE"
@@ -72,7 +72,7 @@ class GMFlowPolicyConfig(_Section):
     type: Literal["gmflow"] = "gmflow"
     num_gaussians: Positive = Field(8, description="mixture components K")
     logstd_inner_dim: Positive = Field(1024, description="width of the log-std MLP")
-    num_logstd_layers: Literal[2] = 2
+    num_logstd_layers: Literal[2] = Field(2, description="layers of the log-std MLP")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="probability that a component is dropped in training rollouts"
     )
@@ -97,13 +97,15 @@ class PiIDConfig(_Section):
     type: Literal["pi_id"] = "pi_id"
     data: Literal["free"] = Field("free", description="free: starts from noise, no pictures needed")
     nfe: Annotated[int, Field(ge=1, le=64)] = Field(4, description="network evaluations, N")
-    final_step_size_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
+    final_step_size_scale: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="length of the last segment in tau, relative to the others"
+    )
     shift: PositiveFloat = Field(3.2, description="time shift s of the noise schedule")
     total_substeps: Positive = Field(128, description="policy substeps over tau in [0, 1]")
     num_intermediate_states: Positive = Field(4, description="teacher evaluations a segment, J")
     window_substeps: NonNegative = Field(3, description="micro-window, in substeps of a segment")
     num_decay_iters: NonNegative = Field(2000, description="steps until lambda is 0; 0 = on-policy")
-    loss_scale: PositiveFloat = 30.0
+    loss_scale: PositiveFloat = Field(30.0, description="factor of the loss")
 
 
 class FlowMatchingConfig(_Section):
@@ -115,15 +117,17 @@ class FlowMatchingConfig(_Section):
     )
     shift: PositiveFloat = Field(1.0, description="time shift of the sampler in evaluation")
     logit_mean: float = Field(0.3, description="sigma = sigmoid(normal(mean, std))")
-    logit_std: PositiveFloat = 1.0
+    logit_std: PositiveFloat = Field(1.0, description="see logit_mean")
     prompt_dropout: Fraction = Field(0.1, description="share trained on the empty prompt, for CFG")
 
 
 class LoRAConfig(_Section):
     """The student's adapter; alpha = rank."""
 
-    rank: Positive = 256
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    rank: Positive = Field(256, description="rank of every adapted layer")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="on the adapter's input, in training"
+    )
     targets: list[str] | None = Field(
         None, description="module name suffixes; default: the family's own"
     )
@@ -132,17 +136,17 @@ class LoRAConfig(_Section):
 class EMAConfig(_Section):
     """beta_t = (1 - 1/t)^(gamma + 1), counted from `start`."""
 
-    gamma: PositiveFloat = 7.0
+    gamma: PositiveFloat = Field(7.0, description="larger follows the weights faster")
     start: NonNegative = Field(100, description="optimiser step at which averaging starts")
 
 
 class OptimizerConfig(_Section):
     """AdamW; or Muon on the weight matrices and AdamW on the rest (one worker)."""
 
-    type: Literal["adamw", "muon"] = "adamw"
-    lr: PositiveFloat = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)
+    type: Literal["adamw", "muon"] = Field("adamw", description="muon: one worker only")
+    lr: PositiveFloat = Field(1e-4, description="learning rate after warm-up")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's two decay rates")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, times lr a step")
     warmup_steps: NonNegative = Field(100, description="linear warm-up, optimiser steps")
     decay_fraction: Fraction = Field(
         0.0, description="last share of the run in which lr falls linearly to 0"
@@ -164,7 +168,9 @@ class TrainingConfig(_Section):
     keep_last: Positive = Field(2, description="checkpoints kept")
     log_every: Positive = Field(10, description="optimiser steps between metric points")
     sample_every: NonNegative = Field(0, description="optimiser steps between pictures; 0 = never")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="recompute each block in the backward pass: less memory, more time"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> TrainingConfig:
@@ -179,9 +185,9 @@ class TrainingConfig(_Section):
 class RuntimeConfig(_Section):
     """Ray Train's workers. Changing any of these never changes a run's results."""
 
-    num_workers: Positive = 1
-    use_gpu: bool = False
-    cpus_per_worker: PositiveFloat = 1.0
+    num_workers: Positive = Field(1, description="training processes")
+    use_gpu: bool = Field(False, description="one GPU a worker, and nccl instead of gloo")
+    cpus_per_worker: PositiveFloat = Field(1.0, description="logical CPUs that Ray reserves")
     strategy: Literal["fsdp", "single"] = Field(
         "fsdp", description="fsdp: FSDP2 shards parameters over all workers"
     )
@@ -197,7 +203,7 @@ class TrackingConfig(_Section):
     """MLflow."""
 
     uri: str | None = Field(None, description="tracking server; default: SQLite in the run folder")
-    experiment: str = "piflow"
+    experiment: str = Field("piflow", description="created when missing")
     model_name: str | None = Field(None, description="registered model; default: the recipe's name")
 
 
@@ -210,15 +216,17 @@ class EvaluationConfig(_Section):
     )
     seeds: Annotated[int, Field(ge=2)] = Field(4, description="pictures a prompt; held out")
     teacher_steps: Positive = Field(32, description="Euler steps of the reference")
-    batch_size: Positive = 64
+    batch_size: Positive = Field(64, description="pictures drawn at once")
     retrieval: bool = Field(True, description="retrieval@1; needs the emoji pictures")
 
 
 class Recipe(_Section):
     """One run, whole."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
-    seed: NonNegative = 0
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = Field(
+        description="of the run and, unless tracking says otherwise, the registered model"
+    )
+    seed: NonNegative = Field(0, description="of weights, noise and the order of prompts")
     run_dir: str = Field(description="URI of the run's folder: checkpoints, samples, state")
     model: ModelConfig
     encoder: EncoderConfig
@@ -257,10 +265,7 @@ class Recipe(_Section):
 
     def identity(self) -> dict[str, Any]:
         """What decides a run's results: the recipe less where, how fast and how long it runs."""
-        tree = self.model_dump(mode="json", exclude=_NOT_IDENTITY)
-        for key in _CADENCE:
-            del tree["training"][key]
-        return tree
+        return self.model_dump(mode="json", exclude=_NOT_IDENTITY)
 
     def hash(self) -> str:
         """sha256 (16 hex digits) of `identity()`."""
@@ -272,8 +277,14 @@ class Recipe(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-_NOT_IDENTITY = {"run_dir", "runtime", "tracking", "evaluation"}
-_CADENCE = ("steps", "checkpoint_every", "keep_last", "log_every", "sample_every")
+_NOT_IDENTITY: dict[str, Any] = {
+    "run_dir": True,
+    "runtime": True,
+    "tracking": True,
+    "evaluation": True,
+    "embed": {"store", "encoders", "gpus_per_encoder"},
+    "training": {"steps", "checkpoint_every", "keep_last", "log_every", "sample_every"},
+}
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -342,10 +353,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         )
     *parents, leaf = key.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        if tree.get(parent) is None:  # absent, or a section's bare name
+            tree[parent] = {}
+        tree = tree[parent]
         if not isinstance(tree, dict):
             raise RecipeError(f"--set {override}: {parent!r} is a value, not a section")
-    tree[leaf] = yaml.safe_load(text)
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not valid YAML: {error}") from error
 
 
 def _explain(problem: Any) -> str:

@@ -82,7 +82,13 @@ def build_methods(recipe: Recipe, trio: Trio, empty: Conditioning) -> list[Metho
             total_substeps=objective.total_substeps,
         )
 
-    steps = [recipe.evaluation.teacher_steps, 2 * objective.nfe, objective.nfe]
+    reference = recipe.evaluation.teacher_steps
+    if reference <= objective.nfe:
+        raise ValueError(
+            f"evaluation.teacher_steps = {reference}, the reference, must exceed the student's "
+            f"objective.nfe = {objective.nfe}; take 32 or more"
+        )
+    steps = list(dict.fromkeys([reference, 2 * objective.nfe, objective.nfe]))  # no method twice
     return [teacher(count) for count in steps] + [
         Method(f"student, {objective.nfe} NFE", objective.nfe, student)
     ]

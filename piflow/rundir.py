@@ -9,6 +9,7 @@ RUN_DIR/adapter, report       what export and evaluate write
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from piflow.config import Recipe, differences
 RECORD_FILE = "run.json"
 FAILURE_FILE = "failure.json"
 CHECKPOINTS = "checkpoints"
+_STATE_FILE = "state.json"  # see piflow.checkpoint, which this module doesn't import for torch
+_CHECKPOINT_NAME = re.compile(r"step_\d+")
 
 
 class RunDirectoryError(ValueError):
@@ -92,17 +95,27 @@ def require_run(recipe: Recipe) -> RunRecord:
 def checkpoints(run_dir: str) -> dict[int, str]:
     """Step -> URI of every finished checkpoint, oldest first."""
     root = storage.join(run_dir, CHECKPOINTS)
-    files = set(storage.list_files(root))
-    finished = {
-        name.split("/")[0]
-        for name in files
-        if name.endswith("/state.json") and f"{name.split('/')[0]}/.metadata" in files
-    }
+    folders: dict[str, dict[str, int]] = {}
+    for path, size in storage.file_sizes(root).items():
+        name, _, file = path.partition("/")
+        if _CHECKPOINT_NAME.fullmatch(name) and file:
+            folders.setdefault(name, {})[file] = size
     return {
         int(name.removeprefix("step_")): storage.join(root, name)
-        for name in sorted(finished)
-        if name.startswith("step_")
+        for name, files in sorted(folders.items())
+        if _is_finished(storage.join(root, name), files)
     }
+
+
+def _is_finished(uri: str, files: dict[str, int]) -> bool:
+    """Whether the checkpoint's own list of files, written by rank 0, is there in full."""
+    if _STATE_FILE not in files:
+        return False
+    try:
+        expected = json.loads(storage.read_bytes(storage.join(uri, _STATE_FILE)))["files"]
+    except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError):
+        return False  # half written, or deleted meanwhile
+    return all(files.get(name) == size for name, size in expected.items())
 
 
 def newest_checkpoint(run_dir: str) -> str:

@@ -132,6 +132,8 @@ class Trainer:
         max_norm = config.clip_norm if step >= config.warmup_steps else math.inf
         grad_norm = self.strategy.clip_grad_norm(list(self.parameters.values()), max_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            if math.isfinite(loss):  # an overflow in the backward pass: any of them
+                suspects = [prompt_id for batch in micro_batches for prompt_id in batch.prompt_ids]
             raise NonFiniteError(_non_finite_message(step, loss, grad_norm, suspects))
         lr = learning_rate(step, self.training.steps, config)
         for optimizer in self.optimizers:
@@ -196,9 +198,9 @@ def _non_finite_message(step: int, loss: float, grad_norm: float, suspects: list
         everyone = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, suspects)
     prompt_ids = [prompt_id for part in everyone for prompt_id in part]
-    where = f"prompt ids: {', '.join(prompt_ids)}" if prompt_ids else "the gradient overflowed"
     return (
-        f"step {step}: loss {loss}, gradient norm {grad_norm}, expected finite numbers ({where}). "
+        f"step {step}: loss {loss}, gradient norm {grad_norm}, expected finite numbers "
+        f"(prompt ids: {', '.join(prompt_ids)}). "
         "Weights were not touched and the last checkpoint is good. Try a lower "
         "training.optimizer.lr, a longer warm-up, or check the store with `piflow embed --verify`"
     )

@@ -36,6 +36,7 @@ class SamplingSettings:
     final_step_size_scale: float
     shift: float
     total_substeps: int
+    embedded_guidance: float | None = None  # FLUX.1-dev's guidance input
 
 
 def student_of_checkpoint(
@@ -96,6 +97,7 @@ def export_adapter(
         final_step_size_scale=objective.final_step_size_scale,
         shift=objective.shift,
         total_substeps=objective.total_substeps,
+        embedded_guidance=recipe.guidance.embedded,
     )
     tensors: dict[str, Tensor] = {
         name: parameter.detach() for name, parameter in trio.trainable_parameters().items()
@@ -115,7 +117,7 @@ def settings_of(adapter: Adapter, where: str) -> SamplingSettings:
     """The sampling settings in an adapter's metadata.
 
     Raises:
-        ValueError: the file was not written by piflow.
+        ValueError: the file was not written by piflow, or by another version.
     """
     text = adapter.metadata.get(SETTINGS_KEY)
     if text is None:
@@ -123,7 +125,12 @@ def settings_of(adapter: Adapter, where: str) -> SamplingSettings:
             f"{where} carries no {SETTINGS_KEY}: it was not exported by piflow, which notes the "
             "encoder, picture size and schedule there"
         )
-    return SamplingSettings(**json.loads(text))
+    try:
+        return SamplingSettings(**json.loads(text))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(
+            f"{where}: {SETTINGS_KEY} are not those of this piflow ({error}): export it again"
+        ) from error
 
 
 def load_student(folder: str, base: str | None = None) -> tuple[Trio, SamplingSettings]:
@@ -138,7 +145,10 @@ def load_student(folder: str, base: str | None = None) -> tuple[Trio, SamplingSe
     adapter = load_adapter(folder)
     settings = settings_of(adapter, folder)
     path = base or adapter.metadata["base_model"]
-    backbone = load_backbone(ModelConfig(family=settings.family, path=path, codec=settings.codec))
+    backbone = load_backbone(
+        ModelConfig(family=settings.family, path=path, codec=settings.codec),
+        embedded_guidance=settings.embedded_guidance,
+    )
     return Trio.from_adapter(backbone, adapter), settings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,10 @@ from piflow.data.store import EmbeddingStore
 from piflow.step import NonFiniteError
 
 _DATA_CPUS = 2  # logical CPUs for Ray Data's reading beside the workers, on a local instance
+
+
+class WorkersFailedError(ChildProcessError):
+    """The workers failed more often than `runtime.max_failures` allows; says why the last did."""
 
 
 @contextmanager
@@ -54,9 +58,8 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
     Raises:
         ValueError: the run directory belongs to another recipe, or the store doesn't fit.
         NonFiniteError: the loss went NaN or infinite; the newest checkpoint is good.
-        RuntimeError: the workers failed more often than `runtime.max_failures` allows.
+        WorkersFailedError: the workers failed more often than `runtime.max_failures` allows.
     """
-    recipe = _absolute(recipe)
     record = rundir.require_same_recipe(recipe)
     check_store(recipe)
     found = rundir.checkpoints(recipe.run_dir)
@@ -68,10 +71,7 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
         return max(found)
     record = _tracked(recipe, record)
     with ray_session(recipe):
-        _fit(recipe, record, show_progress=show_progress)
-    failure = rundir.take_failure(recipe.run_dir)
-    if failure is not None:
-        raise NonFiniteError(failure)
+        _fit(_absolute(recipe), record, show_progress=show_progress)
     return load_state(storage.local_folder(rundir.newest_checkpoint(recipe.run_dir))).step
 
 
@@ -91,7 +91,10 @@ def check_store(recipe: Recipe) -> EmbeddingStore:
 def _absolute(recipe: Recipe) -> Recipe:
     """Workers have other working directories: make local paths absolute."""
     embed = recipe.embed.model_copy(update={"store": storage.absolute(recipe.embed.store)})
-    return recipe.model_copy(update={"run_dir": storage.absolute(recipe.run_dir), "embed": embed})
+    model = recipe.model.model_copy(update={"path": storage.absolute(recipe.model.path)})
+    return recipe.model_copy(
+        update={"run_dir": storage.absolute(recipe.run_dir), "embed": embed, "model": model}
+    )
 
 
 def _tracked(recipe: Recipe, record: rundir.RunRecord | None) -> rundir.RunRecord:
@@ -105,7 +108,7 @@ def _tracked(recipe: Recipe, record: rundir.RunRecord | None) -> rundir.RunRecor
         recipe.name,
         record.mlflow_run_id if record else None,
         recipe.model_dump(mode="json"),
-        {"piflow.recipe_hash": recipe.hash(), "piflow.run_dir": recipe.run_dir},
+        {"piflow.recipe_hash": recipe.hash(), "piflow.run_dir": storage.absolute(recipe.run_dir)},
     )
     record = rundir.RunRecord(recipe.hash(), recipe.identity(), uri, run_id)
     rundir.write_record(recipe.run_dir, record)
@@ -128,6 +131,7 @@ def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> No
     with progress_bar(f"{recipe.name}: steps", recipe.training.steps, show=show_progress) as board:
         config: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
+            "recipe_hash": record.recipe_hash,
             "tracking_uri": record.tracking_uri,
             "run_id": record.mlflow_run_id,
             "board": board,
@@ -149,9 +153,26 @@ def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> No
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.training.keep_last),
             ),
         )
+        rundir.take_failure(recipe.run_dir)  # of an attempt whose driver died before it looked
         try:
             trainer.fit()
-        except BaseException:
+            failure = rundir.take_failure(recipe.run_dir)
+            if failure is not None:
+                raise NonFiniteError(failure)
+        except BaseException as error:
             tracking.finish(record.tracking_uri, record.mlflow_run_id, "FAILED")
+            if isinstance(error, ray.train.WorkerGroupError):
+                raise WorkersFailedError(_first_failure(error.worker_failures)) from error
             raise
     tracking.finish(record.tracking_uri, record.mlflow_run_id, "FINISHED")
+
+
+def _first_failure(failures: Mapping[int, Exception]) -> str:
+    """What the lowest failed rank raised, without the remote traceback that comes before it."""
+    if not failures:
+        return "the workers failed"
+    rank = min(failures)
+    lines = str(failures[rank]).strip().splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("  ")]
+    message = "\n".join(lines[starts[-1] + 1 :] if starts else lines)
+    return f"worker {rank} failed: {message}"

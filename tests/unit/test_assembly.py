@@ -1,0 +1,128 @@
+"""A recipe put together on one process without Ray, and trained for a few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from piflow.assembly import Assembly, assemble
+from piflow.config import Recipe, parse_recipe
+from piflow.data.store import EmbeddingStore
+from piflow.data.stream import TrainStream
+from piflow.sharding.single import SingleStrategy
+
+NAMES = ["red heart", "pizza", "ghost", "sunflower", "airplane", "tent"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def store(make_flux_store: Callable[..., EmbeddingStore]) -> EmbeddingStore:
+    return make_flux_store(NAMES, height=32, width=32)
+
+
+def recipe(store: EmbeddingStore, flux_folder: Path, **sections: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "name": "tiny",
+            "run_dir": "unused",
+            "model": {"path": str(flux_folder)},
+            "encoder": {"path": "unused", "max_tokens": 4},
+            "embed": {"prompts": "p.txt", "store": store.uri, "height": 32, "width": 32},
+            "objective": {"type": "pi_id", "nfe": 2, "total_substeps": 16},
+            "guidance": {"scale": 2.0},
+            "policy": {"num_gaussians": 3, "logstd_inner_dim": 8},
+            "lora": {"rank": 4},
+            "training": {
+                "batch_size": 4,
+                "micro_batch_size": 2,
+                "optimizer": {"lr": 1e-2, "warmup_steps": 0},
+                "ema": {"start": 0},
+            },
+            **sections,
+        }
+    )
+
+
+def train(ours: Recipe, store: EmbeddingStore, steps: int) -> tuple[Assembly, list[float]]:
+    assembly = assemble(ours, SingleStrategy(CPU), CPU)
+    stream = TrainStream(
+        store.uri, seed=0, batch_size=4, micro_batch_size=2, rank=0, world_size=1, reader="local"
+    )
+    batches = stream.batches()
+    losses = [
+        assembly.trainer.step(batch.step, batch.micro_batches).loss
+        for batch in islice(batches, steps)
+    ]
+    batches.close()
+    return assembly, losses
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "pi_id": {"type": "pi_id", "nfe": 2, "total_substeps": 16, "num_decay_iters": 0},
+    "flow_matching": {"type": "flow_matching"},
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_recipe_trains_and_repeats(kind: str, store: EmbeddingStore, flux_folder: Path) -> None:
+    ours = recipe(store, flux_folder, objective=OBJECTIVES[kind])
+    assembly, losses = train(ours, store, 3)
+    again, same = train(ours, store, 3)
+    assert losses == same and len(set(losses)) == 3
+    for name, parameter in assembly.trainer.parameters.items():
+        assert torch.equal(parameter, again.trainer.parameters[name]), name
+        average = assembly.trainer.ema_parameters[name]
+        assert average.shape == parameter.shape and not average.requires_grad
+
+
+def test_distillation_trains_the_students_weights_alone(
+    store: EmbeddingStore, flux_folder: Path
+) -> None:
+    names = set(train(recipe(store, flux_folder), store, 1)[0].trainer.parameters)
+    assert "proj_out_means.weight" in names
+    assert all(".lora_" in name or not name.startswith(("transf", "single")) for name in names)
+
+
+def test_pretraining_learns(store: EmbeddingStore, flux_folder: Path) -> None:
+    """From the zero prediction, whose loss is mean |ε - x0|^2."""
+    ours = recipe(
+        store,
+        flux_folder,
+        objective=OBJECTIVES["flow_matching"],
+        training={
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "optimizer": {"lr": 2e-2, "warmup_steps": 0, "type": "muon"},
+        },
+    )
+    _, losses = train(ours, store, 40)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_draw_is_the_average_and_samples_are_the_same_all_along(
+    store: EmbeddingStore, flux_folder: Path
+) -> None:
+    assembly, _ = train(recipe(store, flux_folder), store, 1)
+    first, again = assembly.draw_samples(), assembly.draw_samples()
+    assert first.tobytes() == again.tobytes() and first.width > 4 * 32
+    with torch.no_grad():
+        for parameter in assembly.trainer.parameters.values():
+            parameter += 1
+    assert assembly.draw_samples().tobytes() == first.tobytes()
+    with torch.no_grad():
+        for tensor in assembly.trainer.ema_parameters.values():
+            tensor += 0.1
+    assert assembly.draw_samples().tobytes() != first.tobytes()
+
+
+def test_a_store_of_fewer_prompts_than_a_sample_has_rows(
+    make_flux_store: Callable[..., EmbeddingStore], flux_folder: Path
+) -> None:
+    small = make_flux_store(NAMES[:2], height=32, width=32)
+    ours = recipe(small, flux_folder)
+    assert assemble(ours, SingleStrategy(CPU), CPU).draw_samples().height > 2 * 32

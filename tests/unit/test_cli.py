@@ -1,0 +1,117 @@
+"""The command line: help with examples, one-line errors, nothing heavy before a recipe is valid."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from piflow import cli
+from piflow.config import load_recipe, parse_recipe
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = REPOSITORY / cli.DEFAULT_RECIPE
+COMMANDS = sorted(
+    command.name or getattr(command.callback, "__name__", "")
+    for command in cli.app.registered_commands
+)
+
+
+def run_main(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """`piflow ARGUMENTS` in this process; the exit code."""
+    monkeypatch.setattr(sys, "argv", ["piflow", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
+
+
+def test_all_pipelines_have_a_command() -> None:
+    assert {"embed", "distill", "evaluate", "export", "sample", "pretrain", "demo"} <= set(COMMANDS)
+
+
+def test_help_lists_the_commands() -> None:
+    result = CliRunner().invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert command in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str) -> None:
+    result = CliRunner().invoke(cli.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"piflow {command}" in result.output.partition("Example:")[2].replace("\n", " ")
+
+
+def test_recipe_prints_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    result = CliRunner().invoke(cli.app, ["recipe", str(RECIPE), "--set", "training.steps=7"])
+    assert result.exit_code == 0
+    assert parse_recipe(yaml.safe_load(result.output)) == load_recipe(RECIPE, ["training.steps=7"])
+
+
+@pytest.mark.parametrize("command", ["embed", "distill", "evaluate", "export", "demo", "recipe"])
+def test_a_wrong_key_is_one_message_and_exit_code_1(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run_main(command, str(RECIPE), "--set", "training.lr=1e-4", monkeypatch=monkeypatch)
+    captured = capsys.readouterr()
+    assert code == 1
+    assert "unknown key 'training.lr'" in captured.err and "optimizer" in captured.err
+    assert "Traceback" not in captured.err + captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["distill", "none.yaml"], "recipe not found: none.yaml"),
+        (["distill", str(RECIPE), "--set", "model"], "--set expects key=value"),
+        (["sample", "nowhere", "--prompt", " "], "expected a prompt that says something"),
+        (["sample", "nowhere", "--prompt", "cat"], "nowhere is not an adapter folder"),
+        (["distill", str(REPOSITORY / "pipelines/recipes/emoji-teacher.yaml")], "piflow pretrain"),
+        (["pretrain", str(RECIPE)], "use `piflow distill`"),
+        (["evaluate", str(RECIPE), "--set", "run_dir=nowhere"], "no run in nowhere; start it"),
+        (["export", str(RECIPE), "--set", "run_dir=nowhere"], "no run in nowhere; start it"),
+        (["distill", str(RECIPE), "--set", "embed.store=nowhere"], "no embedding store at"),
+        (["embed", str(RECIPE), "--set", "embed.prompts=none.txt"], "none.txt"),
+    ],
+)
+def test_expected_mistakes(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main(*arguments, monkeypatch=monkeypatch) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("piflow: ") and expected in captured.err
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+def test_wrong_usage_is_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main("distil", monkeypatch=monkeypatch) == 2
+    assert "distil" in capsys.readouterr().err
+
+
+def test_recipes_are_checked_before_anything_heavy_is_imported() -> None:
+    """In a fresh interpreter: this one has torch already."""
+    program = (
+        "import sys\n"
+        "from piflow import cli\n"
+        f"sys.argv = ['piflow', 'distill', {str(RECIPE)!r}, '--set', 'training.lr=1']\n"
+        "try:\n    cli.main()\nexcept SystemExit as error:\n    assert error.code == 1\n"
+        "print([m for m in ('torch', 'ray', 'diffusers', 'mlflow', 'numpy', 'pyarrow')\n"
+        "       if m in sys.modules])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,252 @@
+"""Recipes: every mistake is named with its key, what came and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from piflow import config
+from piflow.config import Recipe, RecipeError, differences, load_recipe, parse_recipe
+
+MINIMAL: dict[str, Any] = {
+    "name": "test",
+    "run_dir": "runs/test",
+    "model": {"path": "teacher"},
+    "encoder": {"path": "encoder"},
+    "embed": {"prompts": "prompts.txt", "store": "store", "height": 32, "width": 32},
+}
+
+
+def recipe(**sections: Any) -> Recipe:
+    return parse_recipe({**MINIMAL, **sections})
+
+
+def refusal(**sections: Any) -> str:
+    with pytest.raises(RecipeError) as caught:
+        recipe(**sections)
+    return str(caught.value)
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def sections() -> list[type[BaseModel]]:
+    """All sections of a recipe, the variants of unions too."""
+    return [
+        value
+        for value in vars(config).values()
+        if isinstance(value, type)
+        and issubclass(value, BaseModel)
+        and value.__module__ == config.__name__
+        and not value.__name__.startswith("_")
+    ]
+
+
+# -------------------------------------------------------------------------------------- mistakes
+
+
+def test_unknown_keys_are_named_with_what_is_allowed() -> None:
+    message = refusal(learning_rate=1e-3)
+    assert "unknown key 'learning_rate'" in message and "training" in message
+    message = refusal(training={"optimizer": {"learning_rate": 1e-3}})
+    assert "unknown key 'training.optimizer.learning_rate'" in message
+    assert "lr, betas, weight_decay" in message
+
+
+def test_unknown_key_of_a_variant_lists_the_variants_keys() -> None:
+    message = refusal(objective={"type": "pi_id", "logit_mean": 1.0})
+    assert "unknown key 'objective.logit_mean'" in message
+    assert "num_intermediate_states" in message and "logit_std" not in message
+    message = refusal(objective={"type": "flow_matching", "nfe": 4})
+    assert "unknown key 'objective.nfe'" in message and "logit_mean" in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"training": {"steps": 0}}, "training.steps: .*greater than 0; got 0"),
+        ({"training": {"steps": "many"}}, "training.steps: .*integer.*; got 'many'"),
+        ({"model": {"path": "x", "dtype": "fp16"}}, "model.dtype: .*'float32' or 'bfloat16'.*fp16"),
+        ({"objective": {"type": "dmd"}}, "objective.*'dmd'.*'pi_id', 'flow_matching'"),
+        ({"objective": {"type": "pi_id", "nfe": 65}}, "objective.nfe: .*64; got 65"),
+        ({"guidance": {"interval": [0.5, 1.5]}}, "guidance.interval.1: .*1; got 1.5"),
+        ({"name": "My Run"}, "name: .*pattern.*; got 'My Run'"),
+        ({"embed": {"prompts": "p", "store": "s", "height": 8}}, "missing key 'embed.width'"),
+        ({"lora": {"targets": "proj_out"}}, "lora.targets: .*list; got 'proj_out'"),
+    ],
+)
+def test_wrong_values(changed: dict[str, Any], expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        recipe(**changed)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = refusal(seed=-1, training={"steps": 0}, lora={"alpha": 3})
+    assert "3 problem(s)" in message
+    for key in ("seed", "training.steps", "lora.alpha"):
+        assert key in message
+
+
+def test_a_missing_recipe_names_those_that_are_shipped(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="recipe not found: .*other.yaml.*emoji-flux.yaml"):
+        load_recipe(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("name: [", "not valid YAML"), ("- name", "mapping.*found list")]
+)
+def test_a_file_that_is_no_mapping(text: str, expected: str, recipe_file: Path) -> None:
+    recipe_file.write_text(text)
+    with pytest.raises(RecipeError, match=expected) as caught:
+        load_recipe(recipe_file)
+    assert str(recipe_file) in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_are_yaml_values(recipe_file: Path) -> None:
+    loaded = load_recipe(
+        recipe_file,
+        [
+            "training.optimizer.lr=1e-4",
+            "training.steps=7",
+            "lora.targets=[proj_mlp, ff.net.2]",
+            "tracking.uri=http://host:5000/?a=b",
+            "guidance.embedded=null",
+            "embed.height=64",
+        ],
+    )
+    assert loaded.training.optimizer.lr == 1e-4
+    assert loaded.training.steps == 7
+    assert loaded.lora.targets == ["proj_mlp", "ff.net.2"]
+    assert loaded.tracking.uri == "http://host:5000/?a=b"
+    assert loaded.guidance.embedded is None
+    assert (loaded.embed.height, loaded.embed.width) == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.steps", "expects key=value, got 'training.steps'; example"),
+        ("=3", "expects key=value"),
+        ("training.lr=1", "unknown key 'training.lr'"),
+        ("name.x=1", "'name' is a value, not a section"),
+        ("training.steps=[1", "training.steps=.*not valid YAML"),
+    ],
+)
+def test_wrong_overrides(override: str, expected: str, recipe_file: Path) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(recipe_file, [override])
+
+
+def test_override_into_a_section_that_the_file_leaves_empty(recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text() + "training:\n")
+    assert load_recipe(recipe_file, ["training.steps=7"]).training.steps == 7
+
+
+# ---------------------------------------------------------------------------------- cross checks
+
+
+def test_batch_must_be_whole_micro_batches() -> None:
+    message = refusal(training={"batch_size": 10, "micro_batch_size": 4})
+    assert "batch_size (10) must be a multiple of micro_batch_size (4)" in message
+
+
+def test_micro_batches_must_divide_over_the_workers() -> None:
+    training = {"batch_size": 6, "micro_batch_size": 2}
+    assert "3 micro-batches" in refusal(training=training, runtime={"num_workers": 2})
+    assert recipe(training=training, runtime={"num_workers": 3}).runtime.num_workers == 3
+
+
+def test_what_runs_on_one_worker_only() -> None:
+    muon = {"optimizer": {"type": "muon"}}
+    assert "muon needs whole matrices" in refusal(training=muon, runtime={"num_workers": 2})
+    single = {"strategy": "single", "num_workers": 2}
+    assert "strategy = single runs on one worker" in refusal(runtime=single)
+    assert recipe(training=muon, runtime={"strategy": "single"}).runtime.num_workers == 1
+
+
+# -------------------------------------------------------------------------------------- identity
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"run_dir": "elsewhere"},
+        {"runtime": {"num_workers": 2, "max_failures": 0}},
+        {"tracking": {"uri": "http://host"}},
+        {"evaluation": {"prompts": 3}},
+        {"training": {"steps": 9, "checkpoint_every": 2, "keep_last": 9, "log_every": 1}},
+        {"embed": {**MINIMAL["embed"], "store": "/elsewhere/store", "encoders": [2, 4]}},
+    ],
+)
+def test_identity_ignores_where_how_fast_and_how_long(changed: dict[str, Any]) -> None:
+    assert recipe(**changed).hash() == recipe().hash()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 1},
+        {"training": {"optimizer": {"lr": 2e-4}}},
+        {"training": {"micro_batch_size": 4}},
+        {"embed": {**MINIMAL["embed"], "height": 64}},
+        {"objective": {"type": "pi_id", "nfe": 2}},
+        {"lora": {"rank": 8}},
+    ],
+)
+def test_identity_holds_what_decides_results(changed: dict[str, Any]) -> None:
+    assert recipe(**changed).hash() != recipe().hash()
+
+
+def test_hash_is_stable_and_independent_of_the_order_of_keys() -> None:
+    """A changed default or a renamed key makes old runs unresumable: do it knowingly."""
+    backwards = parse_recipe(dict(reversed(MINIMAL.items())))
+    assert recipe().hash() == backwards.hash() == "4e5f3685ad88974f"
+
+
+def test_differences_name_dotted_keys_and_both_values() -> None:
+    ours = recipe(training={"optimizer": {"lr": 2e-4}}, seed=3).identity()
+    found = differences(ours, recipe().identity())
+    assert found == [
+        "seed: 3 here, 0 there",
+        "training.optimizer.lr: 0.0002 here, 0.0001 there",
+    ]
+    assert differences({"a": {"b": 1}}, {}) == ["a.b: 1 here, '(absent)' there"]
+
+
+def test_to_yaml_fills_in_every_default_and_reads_back() -> None:
+    whole = recipe(objective={"type": "flow_matching"})
+    tree = yaml.safe_load(whole.to_yaml())
+    assert tree["objective"]["logit_mean"] == 0.3 and tree["training"]["steps"] == 3000
+    assert parse_recipe(tree) == whole
+
+
+# ----------------------------------------------------------------------------------- the sections
+
+
+@pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
+def test_every_key_is_documented_and_unknown_ones_are_refused(section: type[BaseModel]) -> None:
+    assert section.model_config["extra"] == "forbid" and section.model_config["frozen"] is True
+    assert section.__doc__
+    inner = {name for name, field in section.model_fields.items() if "Config" in str(field)}
+    tags = {name for name in section.model_fields if name == "type"}
+    undocumented = {name for name, field in section.model_fields.items() if not field.description}
+    assert undocumented <= inner | tags
+
+
+def test_all_defaults_pass_their_own_checks() -> None:
+    """A section without required keys can be left out of a recipe."""
+    optional = [s for s in sections() if not any(f.is_required() for f in s.model_fields.values())]
+    assert len(optional) >= 9
+    for section in optional:
+        section()

@@ -1,0 +1,64 @@
+"""What the driver says of workers that failed, and what it checks before it starts any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from piflow.config import Recipe, parse_recipe
+from piflow.runtime import driver
+
+
+def recipe(run_dir: str, **sections: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "name": "test",
+            "run_dir": run_dir,
+            "model": {"path": "teacher"},
+            "encoder": {"path": "package://an.encoder"},
+            "embed": {"prompts": "prompts.txt", "store": "store", "height": 32, "width": 32},
+            **sections,
+        }
+    )
+
+
+class Remote(Exception):
+    """An error as Ray Train hands it over: its text is the remote traceback."""
+
+
+TRACEBACK = """Traceback (most recent call last):
+  File "/site-packages/ray/train/worker.py", line 1, in run
+    train_fn()
+  File "/piflow/data/store.py", line 9, in read
+    raise StoreError(message)
+piflow.data.store.StoreError: shard-00000.parquet is corrupt;
+delete it
+"""
+
+
+def test_the_lowest_ranks_message_comes_without_its_traceback() -> None:
+    failures = {1: Remote("second"), 0: Remote(TRACEBACK)}
+    assert driver._first_failure(failures) == (
+        "worker 0 failed: piflow.data.store.StoreError: shard-00000.parquet is corrupt;\ndelete it"
+    )
+
+
+def test_a_failure_without_traceback_is_told_whole() -> None:
+    assert driver._first_failure({3: Remote("the actor died")}) == "worker 3 failed: the actor died"
+    assert driver._first_failure({}) == "the workers failed"
+
+
+def test_local_paths_are_made_absolute_for_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run in other working directories."""
+    monkeypatch.chdir(tmp_path)
+    ours = driver._absolute(recipe("runs/x"))
+    assert ours.run_dir == str(tmp_path / "runs/x")
+    assert ours.embed.store == str(tmp_path / "store")
+    assert ours.model.path == str(tmp_path / "teacher")
+    remote = recipe("s3://bucket/run", model={"path": "package://piflow.demo/teacher"})
+    assert driver._absolute(remote).run_dir == "s3://bucket/run"
+    assert driver._absolute(remote).model.path == "package://piflow.demo/teacher"

@@ -1,0 +1,225 @@
+"""Objectives on one micro-batch: what reaches the model, what reaches `backward`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from piflow.backbones import Conditioning, PixelCodec
+from piflow.config import FlowMatchingConfig, Recipe, parse_recipe
+from piflow.objective import FlowMatchingObjective, PiIDObjective
+from piflow.step import micro_batch_generator
+from piflow.trio import Trio
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Three prompts of 16 x 8 pixels."""
+
+    tokens: Tensor
+    num_tokens: Tensor
+    pooled: Tensor
+    index: int = 0
+    height: int = 16
+    width: int = 8
+    prompts: tuple[str, ...] = ("a", "b", "c")
+    prompt_ids: tuple[str, ...] = ("1", "2", "3")
+
+
+@pytest.fixture
+def batch() -> Prompts:
+    generator = torch.Generator().manual_seed(5)
+    return Prompts(
+        torch.randn(3, 4, 6, generator=generator),
+        torch.tensor([4, 3, 2]),
+        torch.randn(3, 5, generator=generator),
+    )
+
+
+@pytest.fixture
+def empty() -> Conditioning:
+    return Conditioning(torch.full((1, 4, 6), 9.0), torch.tensor([1]), torch.full((1, 5), 9.0))
+
+
+# -------------------------------------------------------------------------------------------- π-ID
+
+
+def recipe(flux_folder: Path, **sections: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "name": "tiny",
+            "run_dir": "unused",
+            "model": {"path": str(flux_folder)},
+            "encoder": {"path": "unused"},
+            "embed": {"prompts": "p.txt", "store": "s", "height": 16, "width": 8},
+            "objective": {"type": "pi_id", "nfe": 3, "total_substeps": 16,
+                          "num_intermediate_states": 2},
+            "policy": {"num_gaussians": 3, "logstd_inner_dim": 8},
+            "lora": {"rank": 4, "dropout": 0.0},
+            **sections,
+        }
+    )  # fmt: skip
+
+
+def build(ours: Recipe) -> Trio:
+    return Trio.build(
+        ours.model, ours.lora, ours.policy, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def run_pi_id(
+    ours: Recipe, batch: Prompts, empty: Conditioning, step: int = 0
+) -> tuple[Tensor, list[tuple[float, bool]], dict[str, Tensor]]:
+    """Total, the parts that went to `backward`, and the gradients."""
+    trio = build(ours)
+    parts: list[tuple[float, bool]] = []
+
+    def backward(loss: Tensor, last: bool) -> None:
+        parts.append((loss.item(), last))
+        loss.backward()
+
+    objective = PiIDObjective(trio, PixelCodec(), empty, ours, CPU)
+    total = objective(batch, step, micro_batch_generator(0, step, 0), backward)
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in trio.trainable_parameters().items()
+        if parameter.grad is not None
+    }
+    return total, parts, gradients
+
+
+def test_pi_id_hands_over_each_segment_and_returns_their_sum(
+    flux_folder: Path, batch: Prompts, empty: Conditioning
+) -> None:
+    total, parts, gradients = run_pi_id(recipe(flux_folder), batch, empty)
+    assert [last for _, last in parts] == [False, False, True]
+    assert not total.requires_grad
+    assert total.item() == pytest.approx(sum(loss for loss, _ in parts), rel=1e-6)
+    assert total > 0 and any(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+def test_pi_id_is_a_function_of_its_generator(
+    flux_folder: Path, batch: Prompts, empty: Conditioning
+) -> None:
+    ours = recipe(flux_folder)
+    total, _, gradients = run_pi_id(ours, batch, empty)
+    again, _, same = run_pi_id(ours, batch, empty)
+    other, _, _ = run_pi_id(ours, batch, empty, step=1)
+    assert torch.equal(total, again) and not torch.equal(total, other)
+    assert all(torch.equal(gradient, same[name]) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize(
+    "changed", [{"guidance": {"scale": 4.0}}, {"objective": {"type": "pi_id", "loss_scale": 60.0}}]
+)
+def test_pi_id_follows_the_recipe(
+    changed: dict[str, Any], flux_folder: Path, batch: Prompts, empty: Conditioning
+) -> None:
+    total, _, _ = run_pi_id(recipe(flux_folder, objective={"type": "pi_id"}), batch, empty)
+    other, _, _ = run_pi_id(
+        recipe(flux_folder, **{"objective": {"type": "pi_id"}, **changed}), batch, empty
+    )
+    if "guidance" in changed:
+        assert not torch.equal(total, other)
+    else:
+        assert other.item() == pytest.approx(2 * total.item(), rel=1e-6)
+
+
+def test_pi_id_refuses_another_objective(flux_folder: Path, empty: Conditioning) -> None:
+    pretraining = recipe(flux_folder, objective={"type": "flow_matching"})
+    with pytest.raises(ValueError, match="expected objective.type pi_id, got flow_matching"):
+        PiIDObjective(build(pretraining), PixelCodec(), empty, pretraining, CPU)
+
+
+# ----------------------------------------------------------------------------------- flow matching
+
+
+class Oracle:
+    """In the backbone's place: knows the clean latents, and notes what it was shown."""
+
+    def __init__(self, x0: Tensor) -> None:
+        self.x0 = x0
+        self.cond: Conditioning | None = None
+        self.sigma = torch.zeros(0)
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        self.sigma, self.cond = sigma, cond
+        weight = sigma.view(-1, 1, 1, 1)
+        return (x - self.x0) / weight  # ε - x0, since x = x0 + sigma (ε - x0)
+
+
+def flow_matching(
+    oracle: Any, empty: Conditioning, config: FlowMatchingConfig, pictures: Tensor
+) -> FlowMatchingObjective:
+    def draw(prompts: Sequence[str], generator: torch.Generator) -> Tensor:
+        assert list(prompts) == ["a", "b", "c"]
+        return pictures
+
+    return FlowMatchingObjective(oracle, PixelCodec(), draw, empty, config, CPU)
+
+
+def test_flow_matching_target_is_noise_minus_data(batch: Prompts, empty: Conditioning) -> None:
+    """A model that knows x0 has no loss; one that says nothing has mean |ε - x0|^2."""
+    pictures = torch.rand(3, 3, 16, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x0 = PixelCodec().encode(pictures)
+    config = FlowMatchingConfig(prompt_dropout=0.0)
+    losses: list[tuple[float, bool]] = []
+
+    def note(loss: Tensor, last: bool) -> None:
+        losses.append((loss.item(), last))
+
+    perfect = flow_matching(Oracle(x0), empty, config, pictures)
+    assert perfect(batch, 0, micro_batch_generator(0, 0, 0), note) < 1e-8
+    silent = flow_matching(lambda x, sigma, cond: torch.zeros_like(x), empty, config, pictures)
+    loss = silent(batch, 0, micro_batch_generator(0, 0, 0), note)
+    noise = torch.randn(x0.shape, generator=micro_batch_generator(0, 0, 0))
+    assert loss.item() == pytest.approx((noise - x0).square().mean().item(), rel=1e-6)
+    assert losses[1] == (loss.item(), True)
+
+
+def test_noise_levels_are_logit_normal(batch: Prompts, empty: Conditioning) -> None:
+    oracle = Oracle(torch.zeros(3, 12, 8, 4))
+    config = FlowMatchingConfig(logit_mean=0.7, logit_std=0.5)
+    objective = flow_matching(oracle, empty, config, torch.zeros(3, 3, 16, 8))
+    logits = []
+    for step in range(200):
+        objective(batch, step, micro_batch_generator(0, step, 0), lambda loss, last: None)
+        logits.append(torch.logit(oracle.sigma))
+    drawn = torch.cat(logits)
+    assert drawn.mean() == pytest.approx(0.7, abs=0.08)
+    assert drawn.std() == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize(("share", "dropped"), [(0.0, False), (1.0, True)])
+def test_dropped_prompts_become_the_empty_one(
+    share: float, dropped: bool, batch: Prompts, empty: Conditioning
+) -> None:
+    oracle = Oracle(torch.zeros(3, 12, 8, 4))
+    config = FlowMatchingConfig(prompt_dropout=share)
+    objective = flow_matching(oracle, empty, config, torch.zeros(3, 3, 16, 8))
+    objective(batch, 0, micro_batch_generator(0, 0, 0), lambda loss, last: None)
+    cond, expected = oracle.cond, empty.expand(3)
+    assert cond is not None and cond.pooled is not None and expected.pooled is not None
+    assert torch.equal(cond.tokens, expected.tokens if dropped else batch.tokens)
+    assert torch.equal(cond.num_tokens, expected.num_tokens if dropped else batch.num_tokens)
+    assert torch.equal(cond.pooled, expected.pooled if dropped else batch.pooled)
+
+
+def test_prompt_dropout_has_its_share(batch: Prompts, empty: Conditioning) -> None:
+    oracle = Oracle(torch.zeros(3, 12, 8, 4))
+    config = FlowMatchingConfig(prompt_dropout=0.3)
+    objective = flow_matching(oracle, empty, config, torch.zeros(3, 3, 16, 8))
+    count = 0
+    for step in range(300):
+        objective(batch, step, micro_batch_generator(0, step, 0), lambda loss, last: None)
+        assert oracle.cond is not None
+        count += int((oracle.cond.num_tokens == 1).sum())
+    assert count / 900 == pytest.approx(0.3, abs=0.05)

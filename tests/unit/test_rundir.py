@@ -1,0 +1,133 @@
+"""The run's folder: whose it is, which checkpoints count, and why it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from piflow import rundir
+from piflow.config import Recipe, parse_recipe
+from piflow.rundir import RunDirectoryError, RunRecord
+
+
+def recipe(run_dir: Path, **sections: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "name": "test",
+            "run_dir": str(run_dir),
+            "model": {"path": "teacher"},
+            "encoder": {"path": "encoder"},
+            "embed": {"prompts": "prompts.txt", "store": "store", "height": 32, "width": 32},
+            **sections,
+        }
+    )
+
+
+def start(recipe: Recipe) -> RunRecord:
+    record = RunRecord(recipe.hash(), recipe.identity(), "sqlite:///mlflow.db", "run-id")
+    rundir.write_record(recipe.run_dir, record)
+    return record
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    """A finished one of two workers, as far as its files are concerned."""
+    folder = run_dir / "checkpoints" / rundir.checkpoint_name(step)
+    folder.mkdir(parents=True)
+    sizes = {".metadata": 3, "__0_0.distcp": 20, "__1_0.distcp": 10}
+    for name, size in sizes.items():
+        (folder / name).write_bytes(b"x" * size)
+    (folder / "state.json").write_text(json.dumps({"step": step, "files": sizes}))
+    return folder
+
+
+def test_a_new_folder_has_no_record(tmp_path: Path) -> None:
+    assert rundir.read_record(str(tmp_path / "run")) is None
+    assert rundir.require_same_recipe(recipe(tmp_path)) is None
+    with pytest.raises(RunDirectoryError, match="no run in .*; start it with `piflow distill`"):
+        rundir.require_run(recipe(tmp_path))
+
+
+def test_record_round_trip(tmp_path: Path) -> None:
+    ours = recipe(tmp_path / "run")
+    record = start(ours)
+    assert rundir.read_record(ours.run_dir) == record
+    assert rundir.require_run(ours) == record
+
+
+def test_the_same_recipe_may_run_longer_elsewhere_and_wider(tmp_path: Path) -> None:
+    record = start(recipe(tmp_path, training={"steps": 5}))
+    longer = recipe(tmp_path, training={"steps": 50}, runtime={"num_workers": 2})
+    assert rundir.require_same_recipe(longer) == record
+
+
+def test_a_moved_store_is_still_the_same_run(tmp_path: Path) -> None:
+    record = start(recipe(tmp_path))
+    embed = {"prompts": "prompts.txt", "store": "/moved/store", "height": 32, "width": 32}
+    assert rundir.require_run(recipe(tmp_path, embed=embed)) == record
+
+
+def test_another_recipes_folder_names_the_keys_that_differ(tmp_path: Path) -> None:
+    start(recipe(tmp_path))
+    changed = recipe(tmp_path, seed=3, training={"optimizer": {"lr": 2e-4}})
+    with pytest.raises(RunDirectoryError) as caught:
+        rundir.require_run(changed)
+    message = str(caught.value)
+    assert f"{tmp_path} belongs to another recipe" in message
+    assert "seed: 3 here, 0 there" in message
+    assert "training.optimizer.lr: 0.0002 here, 0.0001 there" in message
+    assert "set another run_dir" in message
+    assert message.count("there") == 2
+
+
+@pytest.mark.parametrize("content", ['{"recipe_hash": "ab', "{}", "[]"])
+def test_a_damaged_record(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunDirectoryError, match="run.json is damaged.*another run_dir"):
+        rundir.require_same_recipe(recipe(tmp_path))
+
+
+def test_only_finished_checkpoints_count(tmp_path: Path) -> None:
+    """Workers' files arrive one by one: none may be missing or short."""
+    first, second = checkpoint(tmp_path, 200), checkpoint(tmp_path, 1000)
+    for step, name in enumerate(("state.json", ".metadata", "__0_0.distcp", "__1_0.distcp"), 1200):
+        (checkpoint(tmp_path, step) / name).unlink()
+    (checkpoint(tmp_path, 1300) / "__1_0.distcp").write_bytes(b"xxx")
+    for step, content in enumerate(('{"step": 1400, "fi', "{}", "[]"), 1400):
+        (checkpoint(tmp_path, step) / "state.json").write_text(content)
+    found = rundir.checkpoints(str(tmp_path))
+    assert found == {200: str(first), 1000: str(second)}
+    assert list(found) == [200, 1000]
+    assert rundir.newest_checkpoint(str(tmp_path)) == str(second)
+
+
+def test_other_files_beside_checkpoints_are_no_checkpoints(tmp_path: Path) -> None:
+    copy = checkpoint(tmp_path, 200)
+    shutil.copytree(copy, copy.with_name("step_of_mine"))
+    shutil.copytree(copy, copy.with_name("notes"))
+    (copy.parent / "checkpoint_manager_snapshot.json").write_text("{}")
+    (copy.parent / "step_7").write_text("a file")
+    assert list(rundir.checkpoints(str(tmp_path))) == [200]
+
+
+def test_no_checkpoint_yet(tmp_path: Path) -> None:
+    assert rundir.checkpoints(str(tmp_path / "new")) == {}
+    (checkpoint(tmp_path, 200) / ".metadata").unlink()
+    with pytest.raises(RunDirectoryError, match="no finished checkpoint in .*piflow distill"):
+        rundir.newest_checkpoint(str(tmp_path))
+
+
+def test_checkpoint_names_sort_as_numbers_do() -> None:
+    names = [rundir.checkpoint_name(step) for step in (2, 10, 99_999, 100_000)]
+    assert names == sorted(names)
+
+
+def test_failure_is_left_once(tmp_path: Path) -> None:
+    run_dir = str(tmp_path / "run")
+    assert rundir.take_failure(run_dir) is None
+    rundir.write_failure(run_dir, "step 3: loss nan, prompt ids: ä, b")
+    assert rundir.take_failure(run_dir) == "step 3: loss nan, prompt ids: ä, b"
+    assert rundir.take_failure(run_dir) is None
