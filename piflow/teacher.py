@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import nn
 
 from piflow import rundir, storage
