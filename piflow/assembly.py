@@ -108,7 +108,9 @@ def _pretraining(
     for view in (backbone, average):
         strategy.prepare(view.module, view.block_classes)
     trainer = Trainer(
-        FlowMatchingObjective(backbone, codec, PictureSource(), empty, objective, device),
+        FlowMatchingObjective(
+            backbone, codec, PictureSource(recipe.embed.height), empty, objective, device
+        ),
         dict(backbone.module.named_parameters()),
         dict(average.module.named_parameters()),
         strategy,

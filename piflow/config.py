@@ -251,6 +251,11 @@ class Recipe(_Section):
                 f"a step can't be split evenly over runtime.num_workers = "
                 f"{self.runtime.num_workers}; use a number of workers that divides {micro_batches}"
             )
+        if self.objective.type == "flow_matching" and self.embed.height != self.embed.width:
+            raise ValueError(
+                f"objective.type = flow_matching draws square pictures, embed is "
+                f"{self.embed.height}x{self.embed.width}; set embed.height = embed.width"
+            )
         if self.training.optimizer.type == "muon" and self.runtime.num_workers > 1:
             raise ValueError(
                 "training.optimizer.type = muon needs whole matrices and runs on one worker, "
@@ -265,7 +270,10 @@ class Recipe(_Section):
 
     def identity(self) -> dict[str, Any]:
         """What decides a run's results: the recipe less where, how fast and how long it runs."""
-        return self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+        tree = self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+        if self.training.optimizer.decay_fraction:  # the learning rate then depends on the length
+            tree["training"]["steps"] = self.training.steps
+        return tree
 
     def hash(self) -> str:
         """sha256 (16 hex digits) of `identity()`."""

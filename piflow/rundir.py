@@ -35,6 +35,7 @@ class RunRecord:
     identity: dict[str, Any]
     tracking_uri: str
     mlflow_run_id: str
+    manifest_hash: str  # of the embedding store: the order of prompts depends on it
 
 
 def read_record(run_dir: str) -> RunRecord | None:
@@ -76,6 +77,20 @@ def require_same_recipe(recipe: Recipe) -> RunRecord | None:
         + "\n  ".join(changes[:10])
         + "\nGo on with the old values, or set another run_dir"
     )
+
+
+def require_same_store(recipe: Recipe, record: RunRecord | None, manifest_hash: str) -> None:
+    """Make sure that a run goes on with the store it was started on.
+
+    Raises:
+        RunDirectoryError: the store's content changed, and with it the order of prompts.
+    """
+    if record is not None and record.manifest_hash != manifest_hash:
+        raise RunDirectoryError(
+            f"run {recipe.run_dir} was started on store {record.manifest_hash[:16]}, "
+            f"{recipe.embed.store} is {manifest_hash[:16]}: prompts would come in another order. "
+            "Restore the store, or set another run_dir"
+        )
 
 
 def require_run(recipe: Recipe) -> RunRecord:

@@ -89,7 +89,7 @@ def export_adapter(
     settings = SamplingSettings(
         family=recipe.model.family,
         codec=recipe.model.codec,
-        encoder=recipe.encoder.path,
+        encoder=storage.absolute(recipe.encoder.path),
         max_tokens=recipe.encoder.max_tokens,
         height=recipe.embed.height,
         width=recipe.embed.width,
@@ -107,7 +107,7 @@ def export_adapter(
         trio.backbone,
         tensors,
         recipe.policy,
-        base_model=recipe.model.path,
+        base_model=storage.absolute(recipe.model.path),
         metadata={SETTINGS_KEY: json.dumps(asdict(settings)), **lineage},
         dtype=dtype,
     )

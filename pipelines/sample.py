@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def main(
@@ -31,7 +35,6 @@ def main(
     import torch
 
     from piflow.backbones import CODECS
-    from piflow.pictures import grid, to_image
     from piflow.sampling import sample_few_step
     from piflow.schedule import FlowSchedule, segments
     from piflow.student import encode_prompts, load_student
@@ -47,7 +50,8 @@ def main(
     codec = CODECS[settings.codec]()
     shape = codec.latent_shape(settings.height, settings.width)
     columns = []
-    for number in range(seed, seed + count):
+    seeds = range(seed, seed + count)
+    for number in seeds:
         noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(number))
         latents = sample_few_step(
             lambda x, sigma: trio.student(x, sigma, cond),
@@ -57,16 +61,21 @@ def main(
             total_substeps=settings.total_substeps,
         )
         columns.append(codec.decode(latents))
-    pictures = torch.stack(columns, dim=1)  # (prompts, count, 3, H, W)
+    return _write(torch.stack(columns, dim=1), prompts, seeds, out)
+
+
+def _write(pictures: Tensor, prompts: list[str], seeds: range, out: Path) -> list[Path]:
+    """One file a picture of (prompts, seeds, 3, H, W), and the grid."""
+    from piflow.pictures import grid, to_image
+
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for prompt, row in zip(prompts, pictures, strict=True):
-        for number, picture in enumerate(row, start=seed):
+        for number, picture in zip(seeds, row, strict=True):
             files.append(out / f"{_slug(prompt)}-{number}.png")
             to_image(picture, upscale=4).save(files[-1])
     files.append(out / "grid.png")
-    labels = [f"seed {number}" for number in range(seed, seed + count)]
-    grid(list(pictures), prompts, labels).save(files[-1])
+    grid(list(pictures), prompts, [f"seed {number}" for number in seeds]).save(files[-1])
     print(f"{len(files) - 1} pictures and grid.png written to {out}")
     return files
 

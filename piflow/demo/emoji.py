@@ -167,12 +167,13 @@ def random_pictures(glyphs: Tensor, generator: torch.Generator, size: int = 32) 
 class PictureSource:
     """(prompts, generator) -> random pictures of these emoji, for pre-training."""
 
-    def __init__(self, font: Path = DEFAULT_FONT) -> None:
+    def __init__(self, size: int = 32, font: Path = DEFAULT_FONT) -> None:
         emoji, self._glyphs = list_drawable(font)
+        self._size = size
         self._index = {item.prompt: number for number, item in enumerate(emoji)}
 
     def __call__(self, prompts: Sequence[str], generator: torch.Generator) -> Tensor:
-        """Pictures ``(B, 3, 32, 32)`` in [-1, 1].
+        """Pictures ``(B, 3, size, size)`` in [-1, 1].
 
         Raises:
             ValueError: a prompt that is not the name of an emoji that the font can draw.
@@ -184,4 +185,4 @@ class PictureSource:
                 "takes the prompts of package://piflow.demo/prompts.txt"
             )
         rows = [self._index[prompt] for prompt in prompts]
-        return random_pictures(self._glyphs[rows], generator)
+        return random_pictures(self._glyphs[rows], generator, self._size)

@@ -56,12 +56,13 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
         The number of optimiser steps done.
 
     Raises:
-        ValueError: the run directory belongs to another recipe, or the store doesn't fit.
+        ValueError: the run directory belongs to another recipe or store, or the store doesn't fit.
         NonFiniteError: the loss went NaN or infinite; the newest checkpoint is good.
         WorkersFailedError: the workers failed more often than `runtime.max_failures` allows.
     """
     record = rundir.require_same_recipe(recipe)
-    check_store(recipe)
+    manifest_hash = check_store(recipe).manifest_hash
+    rundir.require_same_store(recipe, record, manifest_hash)
     found = rundir.checkpoints(recipe.run_dir)
     if found and max(found) >= recipe.training.steps:
         print(
@@ -69,7 +70,7 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
             "to go on"
         )
         return max(found)
-    record = _tracked(recipe, record)
+    record = _tracked(recipe, record, manifest_hash)
     with ray_session(recipe):
         _fit(_absolute(recipe), record, show_progress=show_progress)
     return load_state(storage.local_folder(rundir.newest_checkpoint(recipe.run_dir))).step
@@ -97,7 +98,9 @@ def _absolute(recipe: Recipe) -> Recipe:
     )
 
 
-def _tracked(recipe: Recipe, record: rundir.RunRecord | None) -> rundir.RunRecord:
+def _tracked(
+    recipe: Recipe, record: rundir.RunRecord | None, manifest_hash: str
+) -> rundir.RunRecord:
     """The run's record, with an MLflow run that was started or is to be resumed."""
     from piflow import tracking
 
@@ -110,7 +113,7 @@ def _tracked(recipe: Recipe, record: rundir.RunRecord | None) -> rundir.RunRecor
         recipe.model_dump(mode="json"),
         {"piflow.recipe_hash": recipe.hash(), "piflow.run_dir": storage.absolute(recipe.run_dir)},
     )
-    record = rundir.RunRecord(recipe.hash(), recipe.identity(), uri, run_id)
+    record = rundir.RunRecord(recipe.hash(), recipe.identity(), uri, run_id, manifest_hash)
     rundir.write_record(recipe.run_dir, record)
     return record
 

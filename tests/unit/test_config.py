@@ -250,3 +250,17 @@ def test_all_defaults_pass_their_own_checks() -> None:
     assert len(optional) >= 9
     for section in optional:
         section()
+
+
+def test_the_length_is_part_of_the_identity_where_the_learning_rate_depends_on_it() -> None:
+    constant = {"optimizer": {"decay_fraction": 0.0}}
+    decaying = {"optimizer": {"decay_fraction": 0.5}}
+    short, long = ({"steps": 10}, {"steps": 20})
+    assert (
+        recipe(training={**constant, **short}).hash()
+        == recipe(training={**constant, **long}).hash()
+    )
+    assert (
+        recipe(training={**decaying, **short}).hash()
+        != recipe(training={**decaying, **long}).hash()
+    )

@@ -28,7 +28,9 @@ def recipe(run_dir: Path, **sections: Any) -> Recipe:
 
 
 def start(recipe: Recipe) -> RunRecord:
-    record = RunRecord(recipe.hash(), recipe.identity(), "sqlite:///mlflow.db", "run-id")
+    record = RunRecord(
+        recipe.hash(), recipe.identity(), "sqlite:///mlflow.db", "run-id", "manifest"
+    )
     rundir.write_record(recipe.run_dir, record)
     return record
 
@@ -62,6 +64,15 @@ def test_the_same_recipe_may_run_longer_elsewhere_and_wider(tmp_path: Path) -> N
     record = start(recipe(tmp_path, training={"steps": 5}))
     longer = recipe(tmp_path, training={"steps": 50}, runtime={"num_workers": 2})
     assert rundir.require_same_recipe(longer) == record
+
+
+def test_another_store_is_refused(tmp_path: Path) -> None:
+    ours = recipe(tmp_path)
+    record = RunRecord(ours.hash(), ours.identity(), "sqlite:///mlflow.db", "run-id", "manifest-a")
+    rundir.require_same_store(ours, None, "manifest-b")
+    rundir.require_same_store(ours, record, "manifest-a")
+    with pytest.raises(RunDirectoryError, match="started on store manifest-a.*is manifest-b"):
+        rundir.require_same_store(ours, record, "manifest-b")
 
 
 def test_a_moved_store_is_still_the_same_run(tmp_path: Path) -> None:
