@@ -212,7 +212,8 @@ class EvaluationConfig(_Section):
 
     prompts: Positive = Field(64, description="how many prompts")
     prompt_list: str | None = Field(
-        None, description="URI of a text file, its first prompts are taken; default: a fixed choice"
+        None,
+        description="URI of a text file, taken evenly spaced; default: the smallest prompt ids",
     )
     seeds: Annotated[int, Field(ge=2)] = Field(4, description="pictures a prompt; held out")
     teacher_steps: Positive = Field(32, description="Euler steps of the reference")

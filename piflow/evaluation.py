@@ -95,13 +95,14 @@ def build_methods(recipe: Recipe, trio: Trio, empty: Conditioning) -> list[Metho
 
 
 def evaluation_rows(recipe: Recipe, store: EmbeddingStore) -> list[int]:
-    """Row numbers of the evaluation prompts: the list's first, or the smallest prompt ids.
+    """Row numbers of the evaluation prompts: evenly spaced over the list, or the smallest ids.
 
     Raises:
         ValueError: the list or the store holds fewer prompts, or the store lacks one of them.
     """
     config = recipe.evaluation
     index = store.index()
+    spacing = 1.0
     if config.prompt_list is None:
         wanted = sorted(index["prompt_id"].to_pylist())
         column = "prompt_id"
@@ -109,13 +110,14 @@ def evaluation_rows(recipe: Recipe, store: EmbeddingStore) -> list[int]:
         text = storage.read_bytes(config.prompt_list).decode()
         wanted = [line.strip() for line in text.splitlines() if line.strip()]
         column = "prompt"
+        spacing = len(wanted) / config.prompts
     if len(wanted) < config.prompts:
         raise ValueError(
             f"evaluation.prompts asks for {config.prompts} prompts, "
             f"{config.prompt_list or recipe.embed.store} holds {len(wanted)}; ask for fewer"
         )
     position = {name: number for number, name in enumerate(index[column].to_pylist())}
-    chosen = wanted[: config.prompts]
+    chosen = [wanted[int(number * spacing)] for number in range(config.prompts)]
     missing = [name for name in chosen if name not in position]
     if missing:
         raise ValueError(

@@ -73,6 +73,8 @@ def _print_summary(
         )
     gain, ratio = result.psnr_gain, result.diversity_ratio
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)  # a log file has no width of its own
     console.print()
     console.print(table)
     console.print(

@@ -33,12 +33,14 @@ def main(
     if blank := [prompt for prompt in prompts if not prompt.strip()]:
         raise ValueError(f"expected a prompt that says something, got {blank[0]!r}")
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from piflow.backbones import CODECS
     from piflow.sampling import sample_few_step
     from piflow.schedule import FlowSchedule, segments
     from piflow.student import encode_prompts, load_student
 
+    transformers_logging.disable_progress_bar()
     trio, settings = load_student(adapter, base)
     steps = nfe or settings.nfe
     if steps < settings.nfe:

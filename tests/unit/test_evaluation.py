@@ -63,6 +63,11 @@ def test_rows_of_a_list_are_its_first_prompts_in_order(
     assert store.read(rows).prompts == ("prompt 7", "prompt 0", "prompt 4")
 
 
+def test_rows_are_spread_over_the_list(store: EmbeddingStore, tmp_path: Path) -> None:
+    ours = recipe(store, evaluation=listed(tmp_path, *NAMES))
+    assert evaluation_rows(ours, store) == [0, 3, 6]
+
+
 def test_rows_without_a_list_are_the_smallest_ids(store: EmbeddingStore) -> None:
     rows = evaluation_rows(recipe(store), store)
     assert store.read(rows).prompt_ids == store.first_by_hash(3).prompt_ids
