@@ -264,3 +264,10 @@ def test_the_length_is_part_of_the_identity_where_the_learning_rate_depends_on_i
         recipe(training={**decaying, **short}).hash()
         != recipe(training={**decaying, **long}).hash()
     )
+
+
+def test_pre_training_pictures_are_square() -> None:
+    wide = {"prompts": "p.txt", "store": "store", "height": 32, "width": 64}
+    assert "draws square pictures, embed is 32x64" in refusal(
+        objective={"type": "flow_matching"}, embed=wide
+    )

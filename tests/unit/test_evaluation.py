@@ -170,7 +170,8 @@ def test_a_reference_with_as_few_steps_as_the_student(
 
 def test_a_recipe_that_distils_nothing(store: EmbeddingStore, flux_folder: Path) -> None:
     ours = recipe(store, flux_folder)
-    pretraining = recipe(store, flux_folder, objective={"type": "flow_matching"})
+    square = {"prompts": "p.txt", "store": store.uri, "height": 16, "width": 16}
+    pretraining = recipe(store, flux_folder, objective={"type": "flow_matching"}, embed=square)
     with pytest.raises(ValueError, match="expected .* pi_id, got flow_matching"):
         build_methods(pretraining, build(ours), empty())
 

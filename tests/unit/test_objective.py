@@ -134,7 +134,8 @@ def test_pi_id_follows_the_recipe(
 
 
 def test_pi_id_refuses_another_objective(flux_folder: Path, empty: Conditioning) -> None:
-    pretraining = recipe(flux_folder, objective={"type": "flow_matching"})
+    square = {"prompts": "p.txt", "store": "s", "height": 16, "width": 16}
+    pretraining = recipe(flux_folder, objective={"type": "flow_matching"}, embed=square)
     with pytest.raises(ValueError, match="expected objective.type pi_id, got flow_matching"):
         PiIDObjective(build(pretraining), PixelCodec(), empty, pretraining, CPU)
 

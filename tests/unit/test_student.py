@@ -189,7 +189,8 @@ def test_a_checkpoint_of_another_recipe(checkpoint: tuple[Path, Trio], flux_fold
 
 
 def test_export_of_a_recipe_that_distils_nothing(flux_folder: Path, tmp_path: Path) -> None:
-    pretraining = recipe(flux_folder, objective={"type": "flow_matching"})
+    square = {"prompts": "p.txt", "store": "s", "height": 16, "width": 16}
+    pretraining = recipe(flux_folder, objective={"type": "flow_matching"}, embed=square)
     with pytest.raises(ValueError, match="expected .* pi_id, got flow_matching"):
         export_adapter(pretraining, "x", str(tmp_path), weights="ema", dtype="float32", lineage={})
 

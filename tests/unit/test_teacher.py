@@ -69,7 +69,7 @@ def test_export_is_the_newest_average_in_float16(
             "run_dir": str(tmp_path / "run"),
             "model": {"path": str(flux_folder)},
             "encoder": {"path": "unused"},
-            "embed": {"prompts": "p.txt", "store": "s", "height": 16, "width": 8},
+            "embed": {"prompts": "p.txt", "store": "s", "height": 16, "width": 16},
             "objective": {"type": "flow_matching"},
         }
     )
@@ -101,7 +101,7 @@ def test_export_needs_a_local_folder_and_a_checkpoint(flux_folder: Path, tmp_pat
         "run_dir": "s3://bucket/run",
         "model": {"path": str(flux_folder)},
         "encoder": {"path": "unused"},
-        "embed": {"prompts": "p.txt", "store": "s", "height": 16, "width": 8},
+        "embed": {"prompts": "p.txt", "store": "s", "height": 16, "width": 16},
         "objective": {"type": "flow_matching"},
     }
     with pytest.raises(ValueError, match="expected a local run_dir.*s3://bucket/run"):
