@@ -195,13 +195,14 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
 
     embed = recipe.embed
     source = ray.data.from_items(
-        [{"plan": plan} for plan in missing], override_num_blocks=len(missing)
+        [{"shard": number} for number in range(len(missing))], override_num_blocks=len(missing)
     )
     context = quiet_context(source)
     context.target_max_block_size = 1  # hand every progress row on at once
+    plans = ray.put(missing)
     dataset = source.map_batches(
         EncodeShard,
-        fn_constructor_args=(recipe.model_dump(mode="json"), job.store, job.inputs),
+        fn_constructor_args=(recipe.model_dump(mode="json"), job.store, job.inputs, plans),
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(
@@ -220,7 +221,8 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
 class EncodeShard:
     """The encoder actor: encodes and writes whole shards, and tells how far it is."""
 
-    def __init__(self, recipe: dict[str, Any], store: str, inputs: StoreInputs) -> None:
+    def __init__(self, recipe: dict[str, Any], store: str, inputs: StoreInputs, plans: Any) -> None:
+        import ray
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -235,10 +237,11 @@ class EncodeShard:
         self._batch_size = config.embed.batch_size
         self._store = store
         self._inputs = inputs
+        self._plans: list[ShardPlan] = ray.get(plans)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
         """Encode one shard: a progress row after each encoder call, then the shard's entry."""
-        plan: ShardPlan = batch["plan"][0]
+        plan = self._plans[int(batch["shard"][0])]
         texts = [prompt.text for prompt in plan.prompts]
         encoded: dict[int, EncodedPrompt] = {}
         for rows, results in self._encoder.encode_by_length(texts, self._batch_size):
