@@ -86,11 +86,6 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
-def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    assert ours.keys() == theirs.keys()
-    return float(sum((ours[name] - theirs[name]).square().sum() for name in ours)) ** 0.5
-
-
 @dataclass(frozen=True)
 class Tracked:
     """A run as MLflow holds it."""
@@ -286,11 +281,10 @@ def test_one_worker_equals_two(straight: Recipe) -> None:
     alone = recipe("one-worker", runtime={"num_workers": 1, "max_failures": 0})
     assert alone.hash() == straight.hash()
     distill.main(alone, show_progress=False)
-    # in norm: Adam's first steps blow rounding up where a gradient is all but zero
+    moved = largest_difference(weights(straight, "trainable", 6), weights(straight, "trainable"))
+    assert moved > 1e-3, "the tolerance below must mean something"
     for section in ("ema", "trainable"):
-        ours, theirs = weights(alone, section), weights(straight, section)
-        moved = distance(weights(straight, section, 6), theirs)
-        assert distance(ours, theirs) <= 1e-2 * moved, section
+        assert largest_difference(weights(alone, section), weights(straight, section)) <= 1e-5
 
 
 # ------------------------------------------------------------------- evaluate, export and sample
