@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: install demo test lint unit integration pretrain clean help
+.PHONY: install install-dev demo test lint unit integration pretrain clean help
 
 help:
 	@echo "make demo         the whole pipeline on the embedded default (about 15 minutes on 2 cores)"
@@ -17,12 +19,17 @@ help:
 
 install: $(STAMP) $(FONT)
 
+install-dev: $(DEV) $(FONT)
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "piflow needs Python 3.11 or newer; set one with: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[ray,mlflow,s3,demo,dev]'
+	$(INSTALL) --editable '.[ray,mlflow,s3,demo]'
+	@touch $@
+
+$(DEV): $(STAMP)
+	$(INSTALL) --editable '.[ray,mlflow,s3,demo,lowbit,dev]'
 	@touch $@
 
 $(FONT):
@@ -32,18 +39,18 @@ $(FONT):
 demo: install
 	$(BIN)/piflow demo
 
-test: install lint
+test: install-dev lint
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: install
-	$(BIN)/python -m pytest tests/unit tests/recipes
+unit: install-dev
+	$(BIN)/python -m pytest tests/unit tests/recipes tests/conformance
 
-integration: install
+integration: install-dev
 	$(BIN)/python -m pytest tests/integration
 
 pretrain: install

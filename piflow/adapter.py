@@ -1,14 +1,16 @@
 """The published adapter format: what a few-step student is as files.
 
 A folder with `config.json` (the student's architecture, diffusers style) and
-`diffusion_pytorch_model.safetensors` (LoRA, the GM output layer, `norm_out`; metadata).
+`diffusion_pytorch_model.safetensors` (LoRA and the policy's output layer, or all weights of a fully
+trained student; metadata).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,100 +24,121 @@ from torch import Tensor, nn
 
 from piflow import storage
 from piflow.backbones.base import Backbone
-from piflow.config import GMFlowPolicyConfig
-from piflow.heads import OUTPUT_LAYERS, PATCH_POSITIONS
+from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
+from piflow.heads import PATCH_POSITIONS, PolicyClock
 from piflow.lora import ranks_of
 
-CLASS_NAME = "GMFluxTransformer2DModel"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PREFIX = "transformer."  # some published files have it
+POLICY_KEY = "policy_config"  # in the safetensors metadata
+GM_PREFIX = "GM"  # of a GM student's class name; a DX student has the base's own class
 
-BASE_FIELDS = (
-    "in_channels",
-    "out_channels",
-    "num_layers",
-    "num_single_layers",
-    "attention_head_dim",
-    "num_attention_heads",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-    "guidance_embeds",
-    "axes_dims_rope",
-)
+GM_FIXED = {
+    "constant_logstd": None,
+    "gm_num_logstd_layers": 2,
+    "logweights_channels": PATCH_POSITIONS,
+}
+GM_OWN = ("num_gaussians", "logstd_inner_dim", *GM_FIXED)
+DX_OWN = ("segment_size", "shift", "mode")  # in the metadata
+HEAD_LAYERS = {  # beside `norm_out`; the values' projection first
+    "gmflow": ("proj_out_means", "proj_out_logweights", "proj_out_logstds.1", "proj_out_logstds.3"),
+    "dx": ("proj_out",),
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """`config.json`: the policy head's fields, then the base architecture's.
+    """What `config.json` and the metadata's `policy_config` say of a student.
 
     Attributes:
-        num_gaussians: mixture components K.
-        logstd_inner_dim: width of the log-std MLP.
-        base: the base class's fields, `BASE_FIELDS`.
+        class_name: `_class_name`, one of the backbone's `adapter_class_names`.
+        fields: the rest of `config.json`: of a GM head, then the base class's. `in_channels` is a
+            token's features where patches are packed before the model (FLUX, Qwen-Image), the
+            latent's channels where the model does it (DiT); `out_channels` is the same, times N_g
+            for DX.
+        policy_fields: `policy_config`.
     """
 
-    num_gaussians: int
-    logstd_inner_dim: int
-    base: dict[str, Any]
+    class_name: str
+    fields: dict[str, Any]
+    policy_fields: dict[str, Any]
 
     @classmethod
-    def of(cls, backbone: Backbone, policy: GMFlowPolicyConfig) -> AdapterConfig:
-        """The config of a student on this backbone."""
-        config = backbone.config
-        base = {field: config[field] for field in BASE_FIELDS}
-        return cls(policy.num_gaussians, policy.logstd_inner_dim, json.loads(json.dumps(base)))
-
-    def policy(self) -> GMFlowPolicyConfig:
-        """The policy head's shape (training-only fields are the defaults)."""
-        return GMFlowPolicyConfig(
-            num_gaussians=self.num_gaussians, logstd_inner_dim=self.logstd_inner_dim
-        )
-
-    def to_json(self) -> str:
-        """The published layout."""
-        fields = {
-            "_class_name": CLASS_NAME,
-            "_diffusers_version": diffusers_version,
-            "num_gaussians": self.num_gaussians,
-            "constant_logstd": None,
-            "logstd_inner_dim": self.logstd_inner_dim,
-            "gm_num_logstd_layers": 2,
-            "logweights_channels": PATCH_POSITIONS,
-            **self.base,
-        }
-        return json.dumps(fields, indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, where: str) -> AdapterConfig:
-        """Reads the published layout.
+    def of(
+        cls, backbone: Backbone, policy: PolicyConfig, clock: PolicyClock | None
+    ) -> AdapterConfig:
+        """The config of a student on this backbone; `clock` is DX's.
 
         Raises:
-            ValueError: another class, a field that is missing, or a head of another kind.
+            ValueError: a DX policy without a clock.
         """
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not valid JSON ({error}): export it again") from error
-        name = fields.get("_class_name") if isinstance(fields, dict) else None
-        if name != CLASS_NAME:
-            raise ValueError(f"{where}: expected _class_name {CLASS_NAME}, got {name!r}")
-        needed = ("num_gaussians", "logstd_inner_dim", *BASE_FIELDS)
+        base: dict[str, Any] = {field: backbone.config[field] for field in backbone.adapter_fields}
+        base = json.loads(json.dumps(base))
+        features = base["in_channels"]
+        gm_class, dx_class = backbone.adapter_class_names
+        if isinstance(policy, GMFlowPolicyConfig):
+            own = {
+                "num_gaussians": policy.num_gaussians,
+                "logstd_inner_dim": policy.logstd_inner_dim,
+                **GM_FIXED,
+            }
+            return cls(gm_class, {**own, **base, "out_channels": features}, {"type": "GMFlow"})
+        if clock is None:
+            raise ValueError("a DX student needs its segment_size and shift: pass its PolicyClock")
+        patch = math.isqrt(PATCH_POSITIONS * backbone.latent_channels // features)
+        outputs = {"patch_size": patch, "out_channels": policy.num_points * features}
+        described = {"type": "DX", **asdict(clock), "mode": policy.mode}
+        return cls(dx_class, {**base, **outputs}, described)
+
+    def policy(self) -> PolicyConfig:
+        """The policy head's shape (training-only fields are the defaults)."""
+        if self.policy_fields["type"] == "GMFlow":
+            return GMFlowPolicyConfig(
+                num_gaussians=self.fields["num_gaussians"],
+                logstd_inner_dim=self.fields["logstd_inner_dim"],
+            )
+        points = self.fields["out_channels"] // self.fields["in_channels"]
+        return DXPolicyConfig(mode=self.policy_fields["mode"], num_points=points)
+
+    def clock(self) -> PolicyClock | None:
+        """What a DX policy was trained with; None for GM."""
+        if self.policy_fields["type"] == "GMFlow":
+            return None
+        return PolicyClock(self.policy_fields["segment_size"], self.policy_fields["shift"])
+
+    def to_json(self) -> str:
+        """`config.json`, in the published layout."""
+        own = {"_class_name": self.class_name, "_diffusers_version": diffusers_version}
+        return json.dumps(own | self.fields, indent=2) + "\n"
+
+    @classmethod
+    def parse(cls, text: str, policy_json: str | None, where: str) -> AdapterConfig:
+        """Reads `config.json` and the metadata's `policy_config` (None: the file has none).
+
+        Raises:
+            ValueError: no JSON, a field that is missing, or a head of another kind.
+        """
+        fields = _parse_object(text, where)
+        class_name = str(fields.get("_class_name"))
+        is_gm = class_name.startswith(GM_PREFIX)
+        kind = "GMFlow" if is_gm else "DX"
+        described = _parse_object(policy_json or '{"type": "GMFlow"}', f"{where}'s {POLICY_KEY}")
+        if described.get("type") != kind:
+            raise ValueError(
+                f"{where}: _class_name {class_name} would be a {kind} student's, but {POLICY_KEY} "
+                f"in the safetensors metadata is {policy_json}: config and weights don't belong "
+                "together, or this is a base model and not an adapter"
+            )
+        needed = ["in_channels", "out_channels", *(GM_OWN[:2] if is_gm else ())]
         missing = [field for field in needed if field not in fields]
+        missing += [field for field in DX_OWN if not is_gm and field not in described]
         if missing:
             raise ValueError(f"{where} lacks {', '.join(missing)}: export it again")
-        for field, value in (
-            ("constant_logstd", None),
-            ("gm_num_logstd_layers", 2),
-            ("logweights_channels", PATCH_POSITIONS),
-        ):
-            if fields.get(field, value) != value:
-                raise ValueError(
-                    f"{where}: {field} {fields[field]!r} isn't supported, only {value!r}"
-                )
-        base = {field: fields[field] for field in BASE_FIELDS}
-        return cls(fields["num_gaussians"], fields["logstd_inner_dim"], base)
+        _check_outputs(fields, is_gm, where)
+        config = {key: value for key, value in fields.items() if not key.startswith("_")}
+        return cls(class_name, config, described)
 
 
 @dataclass(frozen=True)
@@ -132,33 +155,53 @@ class Adapter:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
+    @property
+    def is_full_model(self) -> bool:
+        """Whether all weights were trained: there are others than LoRA and output layer."""
+        return bool(_base_tensors(self.tensors, self.config.policy()))
+
     def check_fits(self, backbone: Backbone) -> None:
-        """Refuses a base of another architecture, and tensors of other shapes than it needs.
+        """Refuses a base of another architecture, and LoRA that doesn't go onto it.
 
         Raises:
             ValueError: names the field or tensor, what the adapter has and what the base has.
         """
-        base = AdapterConfig.of(backbone, self.config.policy()).base
-        wrong = [field for field in BASE_FIELDS if not _same(field, self.config.base, base)]
+        config, policy = self.config, self.config.policy()
+        expected = AdapterConfig.of(backbone, policy, config.clock())
+        if config.class_name != expected.class_name:
+            raise ValueError(
+                f"expected _class_name {expected.class_name} for a student on a "
+                f"{backbone.class_name}, got {config.class_name!r}: load the base model that the "
+                "adapter was made from"
+            )
+        base = [field for field in expected.fields if field not in GM_OWN]
+        missing = [field for field in base if field not in config.fields]
+        if missing:
+            raise ValueError(f"the adapter's config lacks {', '.join(missing)}: export it again")
+        wrong = [field for field in base if not _same(field, config.fields, expected.fields)]
         if wrong:
             differences = ", ".join(
-                f"{field} {self.config.base[field]} (base: {base[field]})" for field in wrong
+                f"{field} {config.fields[field]} (base: {expected.fields[field]})"
+                for field in wrong
             )
             raise ValueError(
                 f"the adapter was made for another architecture: {differences}. "
                 "Load the base model that it was made from"
             )
-        _check_head(self.tensors, self.config, backbone.width)
+        _check_complete(self.tensors, policy)
+        _check_values(self.tensors, policy, backbone)
+        layers = dict(backbone.module.named_modules())
         for name, tensor in self.tensors.items():
             if ".lora_" in name:
-                _check_lora(name, tensor, backbone)
+                _check_lora(name, tensor, layers, backbone.output_names)
 
 
 def save_adapter(
     folder: str | Path,
     backbone: Backbone,
     tensors: Mapping[str, Tensor],
-    policy: GMFlowPolicyConfig,
+    policy: PolicyConfig,
+    clock: PolicyClock | None,
     *,
     base_model: str,
     metadata: Mapping[str, str] | None = None,
@@ -170,21 +213,19 @@ def save_adapter(
         folder: URI or path.
         tensors: whole tensors by published name, such as a strategy gathers from
             `Trio.ema_parameters()`.
+        clock: DX's segment size and shift; not used for GM.
         base_model: name or URI of the base, for the metadata.
         metadata: further strings for the safetensors header (lineage, sampling settings).
         dtype: of all tensors in the file.
 
     Raises:
-        ValueError: tensors that are missing or don't fit the backbone, values that `dtype` can't
-            hold, or metadata that would overwrite the format's own.
+        ValueError: output-layer tensors that are missing, LoRA that doesn't fit the backbone, a DX
+            policy without a clock, values that `dtype` can't hold, or metadata that would overwrite
+            the format's own.
     """
-    config = AdapterConfig.of(backbone, policy)
+    config = AdapterConfig.of(backbone, policy, clock)
     Adapter(config, dict(tensors), {}).check_fits(backbone)
-    own = {
-        "format": "pt",
-        "policy_config": json.dumps({"type": "GMFlow"}),
-        "base_model": base_model,
-    }
+    own = {"format": "pt", POLICY_KEY: json.dumps(config.policy_fields), "base_model": base_model}
     extra = dict(metadata or {})
     clash = sorted(own.keys() & extra.keys())
     if clash:
@@ -210,18 +251,21 @@ def load_adapter(folder: str | Path) -> Adapter:
                 "Give the folder that `piflow export` wrote"
             )
         content[name] = storage.read_bytes(uri)
-    config_uri = storage.join(str(folder), CONFIG_FILE)
-    config = AdapterConfig.from_json(content[CONFIG_FILE].decode(), config_uri)
     weights_uri = storage.join(str(folder), WEIGHTS_FILE)
     try:
         stored = parse_tensors(content[WEIGHTS_FILE])
     except safetensors.SafetensorError as error:
         raise ValueError(f"{weights_uri} is damaged ({error}): export it again") from error
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
-    width = config.base["num_attention_heads"] * config.base["attention_head_dim"]
-    _check_head(tensors, config, width)
+    metadata = _header_metadata(content[WEIGHTS_FILE])
+    config = AdapterConfig.parse(
+        content[CONFIG_FILE].decode(),
+        metadata.get(POLICY_KEY),
+        storage.join(str(folder), CONFIG_FILE),
+    )
+    _check_complete(tensors, config.policy())
     ranks_of(tensors)
-    return Adapter(config, tensors, _header_metadata(content[WEIGHTS_FILE]))
+    return Adapter(config, tensors, metadata)
 
 
 def _header_metadata(content: bytes) -> dict[str, str]:
@@ -231,49 +275,72 @@ def _header_metadata(content: bytes) -> dict[str, str]:
     return metadata
 
 
-def _head_shapes(config: AdapterConfig, width: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of everything in the file that isn't LoRA."""
-    components, inner = config.num_gaussians, config.logstd_inner_dim
-    features = config.base["out_channels"] or config.base["in_channels"]
-    outputs = {
-        "norm_out.linear": (2 * width, width),
-        "proj_out_means": (components * features, width),
-        "proj_out_logweights": (components * PATCH_POSITIONS, width),
-        "proj_out_logstds.1": (inner, width),
-        "proj_out_logstds.3": (1, inner),
-    }
-    weights: dict[str, tuple[int, ...]] = {f"{n}.weight": shape for n, shape in outputs.items()}
-    biases: dict[str, tuple[int, ...]] = {f"{n}.bias": s[:1] for n, s in outputs.items()}
-    return {**weights, **biases}
+def _parse_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON ({error}): export it again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} must hold an object, got {text[:40]!r}: export it again")
+    return fields
 
 
-def _check_head(tensors: Mapping[str, Tensor], config: AdapterConfig, width: int) -> None:
-    """Refuses a file whose output layer isn't complete and of the config's shapes."""
-    expected = _head_shapes(config, width)
+def _check_outputs(fields: Mapping[str, Any], is_gm: bool, where: str) -> None:
+    """Refuses heads of a kind that isn't read here."""
+    for field, value in GM_FIXED.items() if is_gm else ():
+        if fields.get(field, value) != value:
+            raise ValueError(f"{where}: {field} {fields[field]!r} isn't supported, only {value!r}")
+    features, outputs = fields["in_channels"], fields["out_channels"]
+    if not is_gm and (not outputs or outputs % features):
+        raise ValueError(
+            f"{where}: expected out_channels to be N_g times in_channels = {features} for a DX "
+            f"student, got {outputs}: export it again"
+        )
+
+
+def _base_tensors(tensors: Mapping[str, Tensor], policy: PolicyConfig) -> list[str]:
+    """Names of tensors that are neither LoRA nor output layer."""
+    layers = ("norm_out", *HEAD_LAYERS[policy.type])
+    head = tuple(f"{layer}." for layer in layers)
+    return [name for name in tensors if ".lora_" not in name and not name.startswith(head)]
+
+
+def _check_complete(tensors: Mapping[str, Tensor], policy: PolicyConfig) -> None:
+    """Refuses a file that lacks a part of its output layer, or has LoRA and base weights."""
+    expected = [f"{n}.{kind}" for n in HEAD_LAYERS[policy.type] for kind in ("weight", "bias")]
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise ValueError(
             f"the adapter lacks {len(missing)} of {len(expected)} output-layer tensors "
             f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): export it again"
         )
-    unknown = [name for name in tensors if ".lora_" not in name and name not in expected]
-    if unknown:
+    changed = _base_tensors(tensors, policy)
+    if changed and any(".lora_" in name for name in tensors):
         raise ValueError(
-            f"the adapter has {len(unknown)} tensors that are neither LoRA nor output layer "
-            f"({', '.join(unknown[:3])}): it changes the base itself, which the teacher shares"
+            f"the adapter has LoRA and {len(changed)} tensors that are neither LoRA nor output "
+            f"layer ({', '.join(changed[:3])}): it changes the base itself, which the teacher "
+            "shares"
         )
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"{name}: expected {shape} from the config, got {tuple(tensors[name].shape)}"
-            )
 
 
-def _check_lora(name: str, tensor: Tensor, backbone: Backbone) -> None:
+def _check_values(tensors: Mapping[str, Tensor], policy: PolicyConfig, backbone: Backbone) -> None:
+    """Refuses a projection of another shape than policy and base ask for."""
+    values = policy.num_points if isinstance(policy, DXPolicyConfig) else policy.num_gaussians
+    name = f"{HEAD_LAYERS[policy.type][0]}.weight"
+    expected = (values * PATCH_POSITIONS * backbone.latent_channels, backbone.width)
+    if tuple(tensors[name].shape) != expected:
+        raise ValueError(
+            f"{name}: expected {expected} from the config, got {tuple(tensors[name].shape)}"
+        )
+
+
+def _check_lora(
+    name: str, tensor: Tensor, layers: Mapping[str, nn.Module], output_names: Sequence[str]
+) -> None:
     """Refuses a LoRA tensor whose layer the base lacks or has in another shape."""
     layer, _, kind = name.removesuffix(".weight").rpartition(".")
-    module = dict(backbone.module.named_modules()).get(layer)
-    adaptable = isinstance(module, nn.Linear | LoraLayer) and layer not in OUTPUT_LAYERS
+    module = layers.get(layer)
+    adaptable = isinstance(module, nn.Linear | LoraLayer) and layer not in output_names
     if module is None or not adaptable or kind not in ("lora_A", "lora_B"):
         raise ValueError(
             f"the adapter's {name} belongs to no linear layer that can be adapted in the base: "

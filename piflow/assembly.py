@@ -9,18 +9,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from piflow.backbones import Conditioning, PixelCodec, build_codec
+from piflow.backbones import Codec, Conditioning, build_codec
 from piflow.batch import conditioning
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
 from piflow.data.store import EmbeddingStore
-from piflow.objective import FlowMatchingObjective, PiIDObjective
+from piflow.objective import FlowMatchingObjective, Pictures, PiIDObjective
 from piflow.pictures import grid
 from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FlowSchedule, segments
 from piflow.sharding.base import Strategy
 from piflow.step import Trainer
 from piflow.teacher import average_of, fresh_backbone
-from piflow.trio import GuidedTeacher, Trio
+from piflow.trio import GuidedTeacher, build_trio
 
 SAMPLE_PROMPTS = 4
 SAMPLE_SEEDS = 4
@@ -44,34 +44,30 @@ def assemble(recipe: Recipe, strategy: Strategy, device: torch.device) -> Assemb
     """
     store = EmbeddingStore.open(recipe.embed.store)
     codec = build_codec(recipe.model)
-    empty = conditioning(store.empty_prompt(), device)
     if isinstance(recipe.objective, PiIDConfig):
-        trainer, draw = _distillation(recipe, recipe.objective, codec, empty, strategy, device)
+        trainer, draw = _distillation(recipe, recipe.objective, codec, store, strategy, device)
     else:
-        trainer, draw = _pretraining(recipe, recipe.objective, codec, empty, strategy, device)
+        trainer, draw = _pretraining(recipe, recipe.objective, codec, store, strategy, device)
     return Assembly(trainer, draw, lambda: _draw_samples(recipe, store, codec, draw, device))
 
 
 def _distillation(
     recipe: Recipe,
     objective: PiIDConfig,
-    codec: PixelCodec,
-    empty: Conditioning,
+    codec: Codec,
+    store: EmbeddingStore,
     strategy: Strategy,
     device: torch.device,
 ) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor]]:
-    trio = Trio.build(
-        recipe.model,
-        recipe.lora,
-        recipe.policy,
-        generator=torch.Generator().manual_seed(recipe.seed),
-        embedded_guidance=recipe.guidance.embedded,
-    )
+    pictures = _picture_source(recipe, store) if objective.data == "dependent" else None
+    negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
+    trio = build_trio(recipe)
     if recipe.training.gradient_checkpointing:
-        trio.backbone.enable_gradient_checkpointing()
-    strategy.prepare(trio.module, trio.block_classes)
+        trio.enable_gradient_checkpointing()
+    for module in trio.modules:
+        strategy.prepare(module, trio.block_classes)
     trainer = Trainer(
-        PiIDObjective(trio, codec, empty, recipe, device),
+        PiIDObjective(trio, codec, negative, recipe, device, pictures),
         trio.trainable_parameters(),
         trio.ema_parameters(),
         strategy,
@@ -96,21 +92,20 @@ def _distillation(
 def _pretraining(
     recipe: Recipe,
     objective: FlowMatchingConfig,
-    codec: PixelCodec,
-    empty: Conditioning,
+    codec: Codec,
+    store: EmbeddingStore,
     strategy: Strategy,
     device: torch.device,
 ) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor]]:
-    from piflow.demo.emoji import PictureSource
-
+    pictures = _picture_source(recipe, store)
+    empty = conditioning(store.empty_prompt(), device)
+    negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
     backbone = fresh_backbone(recipe.model, recipe.seed)
     average = average_of(backbone)
     for view in (backbone, average):
         strategy.prepare(view.module, view.block_classes)
     trainer = Trainer(
-        FlowMatchingObjective(
-            backbone, codec, PictureSource(recipe.embed.height), empty, objective, device
-        ),
+        FlowMatchingObjective(backbone, codec, pictures, empty, objective, device),
         dict(backbone.module.named_parameters()),
         dict(average.module.named_parameters()),
         strategy,
@@ -120,17 +115,26 @@ def _pretraining(
     schedule = FlowSchedule(objective.shift)
 
     def draw(cond: Conditioning, noise: Tensor) -> Tensor:
-        teacher = GuidedTeacher(average, cond, empty, recipe.guidance)
+        teacher = GuidedTeacher(average, cond, negative, recipe.guidance)
         return sample_euler(teacher, noise, schedule, _PRETRAIN_STEPS)
 
     return trainer, draw
+
+
+def _picture_source(recipe: Recipe, store: EmbeddingStore) -> Pictures:
+    """Pictures of the store's prompts; the emoji, so far the only kind, are drawn on the fly."""
+    from piflow.demo.emoji import PictureSource
+
+    source = PictureSource(recipe.embed.height)
+    source.require(store.index()["prompt"].to_pylist())
+    return source
 
 
 @torch.no_grad()
 def _draw_samples(
     recipe: Recipe,
     store: EmbeddingStore,
-    codec: PixelCodec,
+    codec: Codec,
     draw: Callable[[Conditioning, Tensor], Tensor],
     device: torch.device,
 ) -> Image.Image:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from piflow.optimizers import allocate_state, state_tensors
 from piflow.step import Trainer
 
 STATE_FILE = "state.json"
@@ -162,7 +163,7 @@ def _tree(trainer: Trainer) -> dict[str, Tensor]:
     tree: dict[str, Tensor] = {}
     for name, parameter in trainer.parameters.items():
         tree[f"trainable.{name}"] = parameter.detach()
-        for key, value in trainer.optimizer_of(parameter).state.get(parameter, {}).items():
+        for key, value in state_tensors(trainer.optimizer_of(parameter), parameter).items():
             tree[f"optimizer.{name}.{key}"] = value
     for name, tensor in trainer.ema_parameters.items():
         tree[f"ema.{name}"] = tensor.detach()
@@ -173,15 +174,8 @@ def _allocate_optimizer_state(trainer: Trainer, stored: dict[str, Any]) -> None:
     """Optimisers make their state in the first step; a resumed one needs it before that."""
     for name, parameter in trainer.parameters.items():
         prefix = f"optimizer.{name}."
-        trainer.optimizer_of(parameter).state[parameter] = {
-            key.removeprefix(prefix): (
-                torch.zeros_like(parameter, requires_grad=False)
-                if entry.size == parameter.shape
-                else torch.zeros(entry.size, dtype=entry.properties.dtype)
-            )
-            for key, entry in stored.items()
-            if key.startswith(prefix)
-        }
+        keys = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
+        allocate_state(trainer.optimizer_of(parameter), parameter, keys)
 
 
 def _mismatches(tree: dict[str, Tensor], stored: dict[str, Any]) -> list[str]:

@@ -10,10 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -29,32 +37,93 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+class _Variant(_Section):
+    """One choice of several; `type` says which."""
+
+    type: str
+
+
 class ModelConfig(_Section):
     """The teacher: one diffusers transformer and the codec between pictures and its latents."""
 
-    family: Literal["flux"] = Field("flux", description="the architecture, FLUX.1's")
+    family: Literal["flux", "qwen_image", "dit"] = Field(
+        "flux", description="the architecture: FLUX.1, Qwen-Image, or class-conditional DiT"
+    )
     path: str = Field(description="URI of the transformer's folder (config.json + safetensors)")
-    codec: Literal["pixels"] = Field(
-        "pixels", description="pixels: RGB, space-to-depth by 2, 12 latent channels, no VAE"
+    codec: Literal["pixels", "vae"] = Field(
+        "pixels", description="pixels: RGB, space-to-depth by 2, 12 latent channels; or the VAE"
+    )
+    vae: str | None = Field(
+        None, description="URI of the VAE's folder; default: `vae` beside the transformer's"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="the frozen base's dtype")
 
 
-class EncoderConfig(_Section):
-    """The text encoder behind `encoder_hidden_states` and the pooled vector."""
+class BertEncoderConfig(_Variant):
+    """A BERT-like text encoder: token states, and their mean as the pooled vector."""
 
-    type: Literal["bert"] = Field("bert", description="token states, and their mean as pooled")
+    type: Literal["bert"] = "bert"
     path: str = Field(description="URI of a transformers folder (config, tokenizer, weights)")
     max_tokens: Positive = Field(64, description="tokens a prompt is padded or truncated to")
+
+
+class FluxEncoderConfig(_Variant):
+    """FLUX.1's two text encoders: T5 for token states, CLIP for the pooled vector."""
+
+    type: Literal["flux"] = "flux"
+    path: str = Field(description="URI of a folder with text_encoder(_2) and tokenizer(_2)")
+    max_tokens: Positive = Field(512, description="T5 tokens a prompt is padded or truncated to")
+    padding: Literal["keep", "drop"] = Field(
+        "keep",
+        description="keep: all max_tokens states, as FluxPipeline feeds; drop: only the prompt's, "
+        "zeros elsewhere (10-40 times smaller store, another conditioning than the pipeline's)",
+    )
+
+
+class QwenImageEncoderConfig(_Variant):
+    """Qwen-Image's text encoder: Qwen2.5-VL under the family's template."""
+
+    type: Literal["qwen_image"] = "qwen_image"
+    path: str = Field(description="URI of a folder with text_encoder and tokenizer")
+    max_tokens: Positive = Field(512, description="tokens after the template's, at most 1024")
+
+
+class ClassLabelEncoderConfig(_Variant):
+    """No text: a prompt is a class number; the empty prompt is the null class."""
+
+    type: Literal["class_label"] = "class_label"
+    num_classes: Positive = Field(1000, description="prompts are 0 .. num_classes - 1")
+
+
+EncoderConfig = (
+    BertEncoderConfig | FluxEncoderConfig | QwenImageEncoderConfig | ClassLabelEncoderConfig
+)
 
 
 class EmbedConfig(_Section):
     """prompts -> embedding store."""
 
-    prompts: str = Field(description="URI of a .txt (one a line), .jsonl, .csv or .parquet file")
+    prompts: str = Field(
+        description="URI of a .txt (one a line), .jsonl, .csv or .parquet file, all but Parquet "
+        "also as .gz; of a pattern such as s3://bucket/prompts/*.parquet, whose files are read in "
+        "order of their names; or of a dataset folder, whose `train` split is read"
+    )
     prompt_column: str = Field("prompt", description="the column, for files that have columns")
+    height_column: str | None = Field(
+        None, description="column of a prompt's own picture height in pixels; empty: see buckets"
+    )
+    width_column: str | None = Field(None, description="the same for the width; both or neither")
+    buckets: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]] = Field(
+        [],
+        description="[height, width] sizes in pixels, one chosen for each prompt that has no size "
+        "of its own; listed twice, it is chosen twice as often; [] gives them height x width",
+    )
+    seed: NonNegative = Field(0, description="of the choice among buckets, with the prompt's text")
     store: str = Field(description="URI of the embedding store's folder")
-    height: Positive = Field(description="pixels of the pictures that these prompts stand for")
+    height: Positive = Field(
+        description="pixels of the pictures that prompts stand for without a size of their own or "
+        "buckets, and of samples and evaluation"
+    )
     width: Positive = Field(description="pixels")
     dtype: Literal["fp8", "bf16"] = Field("fp8", description="token states on disk")
     rows_per_shard: Positive = Field(4096, description="prompts a Parquet file")
@@ -65,8 +134,22 @@ class EmbedConfig(_Section):
     )
     gpus_per_encoder: float = Field(0.0, ge=0, description="may be fractional")
 
+    @property
+    def has_several_sizes(self) -> bool:
+        """Whether prompts may stand for pictures of different sizes."""
+        return bool(self.buckets) or self.height_column is not None
 
-class GMFlowPolicyConfig(_Section):
+    @model_validator(mode="after")
+    def _columns_in_pairs(self) -> EmbedConfig:
+        if (self.height_column is None) != (self.width_column is None):
+            raise ValueError(
+                f"height_column is {self.height_column!r} and width_column is "
+                f"{self.width_column!r}; a picture's size needs both, or neither"
+            )
+        return self
+
+
+class GMFlowPolicyConfig(_Variant):
     """A Gaussian mixture per latent pixel (arXiv 2510.14974, section 3)."""
 
     type: Literal["gmflow"] = "gmflow"
@@ -76,6 +159,19 @@ class GMFlowPolicyConfig(_Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="probability that a component is dropped in training rollouts"
     )
+
+
+class DXPolicyConfig(_Variant):
+    """x0 as a function of time over a segment (arXiv 2510.14974, section 3)."""
+
+    type: Literal["dx"] = "dx"
+    mode: Literal["grid", "polynomial"] = Field(
+        "grid", description="values interpolated linearly in tau, or a polynomial's coefficients"
+    )
+    num_points: Positive = Field(10, description="grid values or coefficients, N_g")
+
+
+PolicyConfig = GMFlowPolicyConfig | DXPolicyConfig
 
 
 class GuidanceConfig(_Section):
@@ -89,13 +185,21 @@ class GuidanceConfig(_Section):
         0.0, description="share of the parallel part that is projected out"
     )
     embedded: float | None = Field(None, ge=0, description="FLUX.1-dev's guidance input")
+    negative_prompt: str = Field(
+        "", description="the other side of classifier-free guidance; `piflow embed` encodes it"
+    )
 
 
-class PiIDConfig(_Section):
+class PiIDConfig(_Variant):
     """π-ID: policy-based imitation distillation (arXiv 2510.14974, section 4)."""
 
     type: Literal["pi_id"] = "pi_id"
-    data: Literal["free"] = Field("free", description="free: starts from noise, no pictures needed")
+    data: Literal["free", "dependent"] = Field(
+        "free", description="free: from noise, all segments; dependent: from noised pictures, one"
+    )
+    pictures: Literal["emoji"] | None = Field(
+        None, description="where pictures of the prompts come from, for data = dependent"
+    )
     nfe: Annotated[int, Field(ge=1, le=64)] = Field(4, description="network evaluations, N")
     final_step_size_scale: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="length of the last segment in tau, relative to the others"
@@ -107,8 +211,17 @@ class PiIDConfig(_Section):
     num_decay_iters: NonNegative = Field(2000, description="steps until lambda is 0; 0 = on-policy")
     loss_scale: PositiveFloat = Field(30.0, description="factor of the loss")
 
+    @model_validator(mode="after")
+    def _has_pictures(self) -> PiIDConfig:
+        if (self.data == "dependent") != (self.pictures is not None):
+            raise ValueError(
+                f"data = {self.data} goes with {'a' if self.data == 'dependent' else 'no'} source "
+                f"of pictures, pictures is {self.pictures}; set both or neither"
+            )
+        return self
 
-class FlowMatchingConfig(_Section):
+
+class FlowMatchingConfig(_Variant):
     """Flow-matching pre-training of a small teacher: all weights, velocity target."""
 
     type: Literal["flow_matching"] = "flow_matching"
@@ -134,16 +247,31 @@ class LoRAConfig(_Section):
 
 
 class EMAConfig(_Section):
-    """beta_t = (1 - 1/t)^(gamma + 1), counted from `start`."""
+    """beta_t = (1 - 1/t)^(gamma + 1), counted from `start`; or a fixed beta."""
 
     gamma: PositiveFloat = Field(7.0, description="larger follows the weights faster")
+    beta: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="a constant share of the old average, e.g. 0.999, in place of gamma"
+    )
     start: NonNegative = Field(100, description="optimiser step at which averaging starts")
+
+
+class ParameterGroupConfig(_Section):
+    """Trainable parameters with a learning rate or weight decay of their own."""
+
+    match: Annotated[str, Field(min_length=1)] = Field(
+        description="shell pattern of parameter names, e.g. 'proj_out_*' or '*.lora_B.weight'"
+    )
+    lr_scale: float = Field(1.0, ge=0, description="factor of the learning rate")
+    weight_decay: float | None = Field(None, ge=0, description="default: the optimiser's")
 
 
 class OptimizerConfig(_Section):
     """AdamW; or Muon on the weight matrices and AdamW on the rest (one worker)."""
 
-    type: Literal["adamw", "muon"] = Field("adamw", description="muon: one worker only")
+    type: Literal["adamw", "adamw8bit", "muon"] = Field(
+        "adamw", description="adamw8bit: both moments in 8 bits (torchao); muon: one worker only"
+    )
     lr: PositiveFloat = Field(1e-4, description="learning rate after warm-up")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's two decay rates")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, times lr a step")
@@ -152,6 +280,9 @@ class OptimizerConfig(_Section):
         0.0, description="last share of the run in which lr falls linearly to 0"
     )
     clip_norm: PositiveFloat = Field(50.0, description="gradient norm, applied after warm-up")
+    groups: list[ParameterGroupConfig] = Field(
+        [], description="exceptions; a parameter belongs to the first that matches its name"
+    )
 
 
 class TrainingConfig(_Section):
@@ -221,6 +352,17 @@ class EvaluationConfig(_Section):
     retrieval: bool = Field(True, description="retrieval@1; needs the emoji pictures")
 
 
+def _by_type(default: str) -> Discriminator:
+    """Chooses a union's variant by its `type` key; without one it is `default`."""
+
+    def tag(value: Any) -> Any:
+        if isinstance(value, dict):
+            return value.get("type", default)
+        return value.type if isinstance(value, _Variant) else default
+
+    return Discriminator(tag)
+
+
 class Recipe(_Section):
     """One run, whole."""
 
@@ -230,21 +372,33 @@ class Recipe(_Section):
     seed: NonNegative = Field(0, description="of weights, noise and the order of prompts")
     run_dir: str = Field(description="URI of the run's folder: checkpoints, samples, state")
     model: ModelConfig
-    encoder: EncoderConfig
+    encoder: Annotated[
+        Annotated[BertEncoderConfig, Tag("bert")]
+        | Annotated[FluxEncoderConfig, Tag("flux")]
+        | Annotated[QwenImageEncoderConfig, Tag("qwen_image")]
+        | Annotated[ClassLabelEncoderConfig, Tag("class_label")],
+        _by_type("bert"),
+    ]
     embed: EmbedConfig
-    policy: GMFlowPolicyConfig = GMFlowPolicyConfig()
+    policy: Annotated[
+        Annotated[GMFlowPolicyConfig, Tag("gmflow")] | Annotated[DXPolicyConfig, Tag("dx")],
+        _by_type("gmflow"),
+    ] = GMFlowPolicyConfig()
     guidance: GuidanceConfig = GuidanceConfig()
-    objective: Annotated[PiIDConfig | FlowMatchingConfig, Field(discriminator="type")] = (
-        PiIDConfig()
+    objective: Annotated[
+        Annotated[PiIDConfig, Tag("pi_id")] | Annotated[FlowMatchingConfig, Tag("flow_matching")],
+        _by_type("pi_id"),
+    ] = PiIDConfig()
+    lora: LoRAConfig | None = Field(
+        LoRAConfig(), description="null: all of the student's weights are trained, not an adapter"
     )
-    lora: LoRAConfig = LoRAConfig()
     training: TrainingConfig = TrainingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
-    def _fits_the_workers(self) -> Recipe:
+    def _fits_together(self) -> Recipe:
         micro_batches = self.training.batch_size // self.training.micro_batch_size
         if micro_batches % self.runtime.num_workers:
             raise ValueError(
@@ -252,9 +406,19 @@ class Recipe(_Section):
                 f"a step can't be split evenly over runtime.num_workers = "
                 f"{self.runtime.num_workers}; use a number of workers that divides {micro_batches}"
             )
-        if self.objective.type == "flow_matching" and self.embed.height != self.embed.width:
+        if (self.model.family == "dit") != (self.encoder.type == "class_label"):
             raise ValueError(
-                f"objective.type = flow_matching draws square pictures, embed is "
+                f"model.family = {self.model.family} doesn't go with encoder.type = "
+                f"{self.encoder.type}; dit takes class_label, the others a text encoder"
+            )
+        if self.objective.pictures == "emoji" and self.embed.has_several_sizes:
+            raise ValueError(
+                "objective.pictures = emoji draws square pictures of one size; leave out "
+                "embed.buckets, embed.height_column and embed.width_column"
+            )
+        if self.objective.pictures == "emoji" and self.embed.height != self.embed.width:
+            raise ValueError(
+                f"objective.pictures = emoji draws square pictures, embed is "
                 f"{self.embed.height}x{self.embed.width}; set embed.height = embed.width"
             )
         if self.training.optimizer.type == "muon" and self.runtime.num_workers > 1:
@@ -382,6 +546,9 @@ def _explain(problem: Any) -> str:
         )
     if problem["type"] == "missing":
         return f"missing key {key!r}"
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"{key}.type: expected one of {context['expected_tags']}; got {context['tag']!r}"
     message = problem["msg"].removeprefix("Value error, ")
     if not isinstance(problem["input"], dict):
         message = f"{message}; got {problem['input']!r}"
@@ -389,6 +556,12 @@ def _explain(problem: Any) -> str:
 
 
 _VARIANTS: dict[str, type[_Section]] = {
+    "bert": BertEncoderConfig,
+    "flux": FluxEncoderConfig,
+    "qwen_image": QwenImageEncoderConfig,
+    "class_label": ClassLabelEncoderConfig,
+    "gmflow": GMFlowPolicyConfig,
+    "dx": DXPolicyConfig,
     "pi_id": PiIDConfig,
     "flow_matching": FlowMatchingConfig,
 }
@@ -398,7 +571,12 @@ def _section(location: list[str]) -> type[BaseModel]:
     """The section at `location`; a variant's tag stands in it after the union's key."""
     section: Any = Recipe
     for part in location:
-        section = _VARIANTS[part] if part in _VARIANTS else section.model_fields[part].annotation
+        if part in _VARIANTS:
+            section = _VARIANTS[part]
+        elif not part.isdigit():  # a number is a place in a list
+            annotation = section.model_fields[part].annotation
+            members = [item for item in get_args(annotation) if item is not type(None)]
+            section = members[0] if members else annotation  # of a list or an optional section
     return section
 
 

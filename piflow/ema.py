@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from piflow.config import EMAConfig
+
 
 def karras_beta(step: int, gamma: float = 7.0) -> float:
     """beta_t = (1 - 1/t)^(gamma + 1) (arXiv 2312.02696, the power-function average).
@@ -24,6 +26,19 @@ def karras_beta(step: int, gamma: float = 7.0) -> float:
             f"karras_beta: expected step >= 1, counted from the start of averaging, got {step}"
         )
     return (1.0 - 1.0 / step) ** (gamma + 1.0)
+
+
+def ema_beta(step: int, config: EMAConfig) -> float:
+    """The old average's share in the update after optimiser step `step`, counted from 0.
+
+    Before `config.start` 0, the average is a copy; from there `config.beta`, or without one the
+    power schedule with t = 1 at `config.start`.
+    """
+    if step < config.start:
+        return 0.0
+    if config.beta is not None:
+        return config.beta
+    return karras_beta(step + 1 - config.start, config.gamma)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from piflow import storage
-from piflow.backbones import Conditioning, PixelCodec, build_codec
+from piflow.backbones import Codec, Conditioning, build_codec
 from piflow.batch import conditioning
 from piflow.config import PiIDConfig, Recipe
 from piflow.data.store import EmbeddingStore
@@ -30,6 +30,8 @@ from piflow.step import micro_batch_generator
 from piflow.trio import GuidedTeacher, Trio
 
 Sampler = Callable[[Tensor, Conditioning], Tensor]
+Retrieve = Callable[[Tensor, Sequence[str]], Tensor]
+"""(pictures (B, 3, H, W), their prompts) -> whether each shows its prompt, (B,) bool."""
 _HELD_OUT = -1  # the noise's "step": training counts from 0, so no training noise is ever met
 
 
@@ -54,7 +56,7 @@ class Evaluation:
     pictures: dict[str, Tensor]
 
 
-def build_methods(recipe: Recipe, trio: Trio, empty: Conditioning) -> list[Method]:
+def build_methods(recipe: Recipe, trio: Trio, negative: Conditioning) -> list[Method]:
     """The teacher at reference, doubled and the student's own number of steps, then the student.
 
     Raises:
@@ -68,7 +70,7 @@ def build_methods(recipe: Recipe, trio: Trio, empty: Conditioning) -> list[Metho
 
     def teacher(steps: int) -> Method:
         def sample(noise: Tensor, cond: Conditioning) -> Tensor:
-            guided = GuidedTeacher(trio, cond, empty, recipe.guidance)
+            guided = GuidedTeacher(trio, cond, negative, recipe.guidance)
             return sample_euler(guided, noise, schedule, steps)
 
         return Method(f"teacher, {steps} Euler steps", steps, sample)
@@ -132,7 +134,7 @@ def draw(
     method: Method,
     cond: Conditioning,
     noise: Tensor,
-    codec: PixelCodec,
+    codec: Codec,
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Tensor:
@@ -163,25 +165,25 @@ def evaluate(
     store: EmbeddingStore,
     device: torch.device,
     *,
-    retrieve: Callable[[Tensor, Sequence[str]], float] | None = None,
+    retrieve: Retrieve | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Draw with every method from the same held-out noise, and measure.
 
     Args:
         trio: teacher and the student to be measured.
-        retrieve: (pictures (B, 3, H, W), their prompts) -> retrieval@1.
+        retrieve: finds the emoji nearest to each picture, for retrieval@1.
         advance: progress, in pictures.
     """
     batch = store.read(evaluation_rows(recipe, store))
     cond = conditioning(batch, device)
-    empty = conditioning(store.empty_prompt(), device)
+    negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
     codec = build_codec(recipe.model)
     latent = codec.latent_shape(recipe.embed.height, recipe.embed.width)
     generator = micro_batch_generator(recipe.seed, _HELD_OUT, 0)
     shape = (len(batch.prompts), recipe.evaluation.seeds, *latent)
     noise = torch.randn(shape, generator=generator).to(device)
-    methods = build_methods(recipe, trio, empty)
+    methods = build_methods(recipe, trio, negative)
     pictures, seconds = {}, {}
     for method in methods:
         began = time.perf_counter()
@@ -197,7 +199,7 @@ def _measure(
     pictures: dict[str, Tensor],
     seconds: dict[str, float],
     prompts: tuple[str, ...],
-    retrieve: Callable[[Tensor, Sequence[str]], float] | None,
+    retrieve: Retrieve | None,
 ) -> Evaluation:
     reference = pictures[methods[0].name]
     few_steps, student = methods[-2].name, methods[-1].name
@@ -208,7 +210,7 @@ def _measure(
         .mean(1)
         for name, drawn in pictures.items()
     }
-    repeated = [prompt for prompt in prompts for _ in range(reference.shape[1])]
+    found = _retrieval_at_1(pictures, prompts, retrieve) if retrieve else {}
     results = tuple(
         MethodResult(
             name=method.name,
@@ -218,7 +220,7 @@ def _measure(
             diversity_ratio=float(
                 diversity[method.name].mean() / diversity[methods[0].name].mean()
             ),
-            retrieval_at_1=retrieve(drawn.flatten(0, 1), repeated) if retrieve else None,
+            retrieval_at_1=found.get(method.name),
             seconds=seconds[method.name],
         )
         for method, drawn in ((method, pictures[method.name]) for method in methods)
@@ -239,3 +241,14 @@ def _measure(
         ),
         pictures=pictures,
     )
+
+
+def _retrieval_at_1(
+    pictures: dict[str, Tensor], prompts: Sequence[str], retrieve: Retrieve
+) -> dict[str, float]:
+    """Share of right pictures by method; all methods' pictures go into one search."""
+    everything = torch.cat([drawn.flatten(0, 1) for drawn in pictures.values()])
+    seeds = next(iter(pictures.values())).shape[1]
+    repeated = [prompt for prompt in prompts for _ in range(seeds)] * len(pictures)
+    hits = retrieve(everything, repeated).float().unflatten(0, (len(pictures), -1)).mean(1)
+    return dict(zip(pictures, hits.tolist(), strict=True))

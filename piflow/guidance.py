@@ -44,8 +44,7 @@ def guided_velocity(
             f"guided_velocity: expected velocities of one shape, got {tuple(u_pos.shape)} and "
             f"{tuple(u_neg.shape)}"
         )
-    if not 0 <= orthogonal <= 1:
-        raise ValueError(f"guided_velocity: expected orthogonal in [0, 1], got {orthogonal}")
+    _check_orthogonal(orthogonal)
     dtype = working_dtype(u_pos, u_neg)
     positive = u_pos.to(dtype)
     bias = positive - u_neg.to(dtype)
@@ -77,11 +76,20 @@ def guided_teacher(
         doubled: (x (2B, ...), sigma (2B,)) -> u (2B, ...); its first half is conditioned on the
             prompts, its second on the negative prompts.
         scale, orthogonal: as in `guided_velocity`.
-        interval: sigmas (low, high) at which guidance is on.
+        interval: sigmas (low, high) at which guidance is on, both included.
+
+    Raises:
+        ValueError: an interval with low > high, or `orthogonal` outside [0, 1].
 
     The network is always called on the doubled batch, also where guidance is off: under sharding
     all workers must make the same calls.
     """
+    low, high = interval
+    if low > high:
+        raise ValueError(
+            f"guided_teacher: expected interval (low, high) with low <= high, got ({low}, {high})"
+        )
+    _check_orthogonal(orthogonal)
 
     def teacher(x: Tensor, sigma: Tensor) -> Tensor:
         u_pos, u_neg = doubled(torch.cat([x, x]), torch.cat([sigma, sigma])).chunk(2)
@@ -90,6 +98,14 @@ def guided_teacher(
         return guided_velocity(u_pos, u_neg, scale, active, orthogonal, x0_pos)
 
     return teacher
+
+
+def _check_orthogonal(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(
+            f"expected orthogonal in [0, 1], got {share}; it is the share of the guidance along x0 "
+            "that is taken out"
+        )
 
 
 def _projection(vector: Tensor, axis: Tensor) -> Tensor:

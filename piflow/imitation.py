@@ -47,6 +47,43 @@ class ImitationOutput:
     tau: Tensor
 
 
+@dataclass(frozen=True)
+class ImitationSettings:
+    """How a segment is imitated; the same for all segments of an iteration.
+
+    Attributes:
+        num_states: J, teacher evaluations a segment.
+        window_substeps: micro-window in substeps of its segment; 0 = instantaneous velocity.
+        teacher_ratio: lambda in [0, 1].
+        dropout: probability in [0, 1) that a GM component is dropped from a rollout; GM policies
+            only.
+        total_substeps: S, policy substeps over tau in [0, 1].
+        scale: factor of the loss.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    num_states: int
+    window_substeps: int = 3
+    teacher_ratio: float = 0.0
+    dropout: float = 0.0
+    total_substeps: int = 128
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value, good, expected in (
+            ("num_states", self.num_states, self.num_states >= 1, ">= 1"),
+            ("window_substeps", self.window_substeps, self.window_substeps >= 0, ">= 0"),
+            ("teacher_ratio", self.teacher_ratio, 0 <= self.teacher_ratio <= 1, "in [0, 1]"),
+            ("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)"),
+            ("total_substeps", self.total_substeps, self.total_substeps >= 1, ">= 1"),
+            ("scale", self.scale, self.scale > 0, "> 0"),
+        ):
+            if not good:
+                raise ValueError(f"ImitationSettings: expected {name} {expected}, got {value}")
+
+
 def teacher_ratio(step: int, num_decay_iters: int) -> float:
     """lambda, falling linearly from 1 at step 0 to 0 at `num_decay_iters` (0 = always 0)."""
     if num_decay_iters <= 0:
@@ -166,14 +203,9 @@ def run_data_free(
     noise: Tensor,
     schedule: FlowSchedule,
     segments: Sequence[Segment],
+    settings: ImitationSettings,
     *,
-    num_states: int,
-    window_substeps: int,
-    teacher_ratio: float,
-    dropout: float,
     generator: torch.Generator,
-    total_substeps: int = 128,
-    scale: float = 1.0,
     backward: Backward,
 ) -> list[Tensor]:
     """One data-free iteration: all segments in order, each back-propagated at once.
@@ -184,24 +216,19 @@ def run_data_free(
 
     Args:
         student: (x, sigma) -> policy, called once a segment.
-        teacher: (x, sigma) -> u, called `num_states` times a segment.
+        teacher: (x, sigma) -> u, called `settings.num_states` times a segment.
         noise: (B, C, H, W) or (B, C, T, H, W) at sigma = 1.
         schedule, segments: the clock, and `piflow.schedule.segments(...)`.
-        num_states: J, teacher evaluations a segment.
-        window_substeps: micro-window in substeps of its segment.
-        teacher_ratio: lambda in [0, 1].
-        dropout: probability that a GM component is dropped from a rollout; GM policies only.
+        settings: how each segment is imitated.
         generator: the only source of random numbers.
-        total_substeps, scale: as in `imitation_loss`.
         backward: receives each weighted loss and whether it is the last.
 
     Returns:
         The segments' losses, detached, not weighted.
 
     Raises:
-        ValueError: `dropout` > 0 for a policy that isn't a GMFlowPolicy.
+        ValueError: `settings.dropout` > 0 for a policy that isn't a GMFlowPolicy.
     """
-    settings = _Settings(num_states, window_substeps, teacher_ratio, dropout, total_substeps, scale)
     x, losses = noise.to(working_dtype(noise)), []
     for index, segment in enumerate(segments):
         tau_src, tau_dst, size = (
@@ -225,14 +252,9 @@ def run_data_dependent(
     noise: Tensor,
     schedule: FlowSchedule,
     segments: Sequence[Segment],
+    settings: ImitationSettings,
     *,
-    num_states: int,
-    window_substeps: int,
-    teacher_ratio: float,
-    dropout: float,
     generator: torch.Generator,
-    total_substeps: int = 128,
-    scale: float = 1.0,
     backward: Backward,
 ) -> list[Tensor]:
     """One data-dependent iteration: one random segment a sample, started from noised data.
@@ -241,7 +263,6 @@ def run_data_dependent(
     sigma noise at the segment's start. Arguments and errors as in `run_data_free`, and `data`,
     clean latents shaped as `noise`. Calls `backward(loss, True)` once; returns [loss], detached.
     """
-    settings = _Settings(num_states, window_substeps, teacher_ratio, dropout, total_substeps, scale)
     if data.shape != noise.shape:
         raise ValueError(
             f"run_data_dependent: expected data and noise of one shape, got {tuple(data.shape)} "
@@ -258,16 +279,6 @@ def run_data_dependent(
     return [loss]
 
 
-@dataclass(frozen=True)
-class _Settings:
-    num_states: int
-    window_substeps: int
-    teacher_ratio: float
-    dropout: float
-    total_substeps: int
-    scale: float
-
-
 def _run_segment(
     student: Student,
     teacher: Velocity,
@@ -275,7 +286,7 @@ def _run_segment(
     tau_src: Tensor,
     size: Tensor,
     schedule: FlowSchedule,
-    settings: _Settings,
+    settings: ImitationSettings,
     generator: torch.Generator,
     backward: Callable[[Tensor], None],
     tau_dst: Tensor | None,

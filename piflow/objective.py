@@ -8,40 +8,65 @@ import torch
 from torch import Tensor
 
 from piflow.backbones.base import Backbone, Conditioning
-from piflow.backbones.codec import PixelCodec
+from piflow.backbones.codec import Codec
 from piflow.batch import MicroBatch, conditioning
-from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
-from piflow.imitation import run_data_free, teacher_ratio
+from piflow.config import FlowMatchingConfig, GMFlowPolicyConfig, PiIDConfig, Recipe
+from piflow.imitation import ImitationSettings, run_data_dependent, run_data_free, teacher_ratio
+from piflow.policies.base import Policy, expand_as_latents
 from piflow.schedule import FlowSchedule, segments
 from piflow.step import Backward
 from piflow.trio import GuidedTeacher, Trio
 
+Pictures = Callable[[Sequence[str], torch.Generator], Tensor]
+"""(m prompts, generator) -> their pictures (m, 3, H, W) in [-1, 1]."""
+
 
 class PiIDObjective:
-    """Data-free π-ID (arXiv 2510.14974, section 4): all segments of a trajectory from noise.
+    """π-ID (arXiv 2510.14974, section 4).
+
+    Data-free: all segments of a trajectory from noise. Data-dependent: for each sample one random
+    segment, from its noised picture.
 
     Args:
         trio: teacher and student over one backbone.
-        negative: conditioning of the empty prompt, batch of 1, for classifier-free guidance.
+        codec: between pictures and latents.
+        negative: conditioning of the negative prompt, one or a batch of them, for classifier-free
+            guidance.
+        recipe: objective, guidance, policy and picture size are used.
+        device: where the trio is.
+        pictures: needed if `recipe.objective.data` is "dependent", and only then.
+
+    Raises:
+        ValueError: another objective, or pictures missing or given where they aren't used.
     """
 
     def __init__(
         self,
         trio: Trio,
-        codec: PixelCodec,
+        codec: Codec,
         negative: Conditioning,
         recipe: Recipe,
         device: torch.device,
+        pictures: Pictures | None = None,
     ) -> None:
         if not isinstance(recipe.objective, PiIDConfig):
             raise ValueError(f"expected objective.type pi_id, got {recipe.objective.type}")
+        if (recipe.objective.data == "dependent") != (pictures is not None):
+            raise ValueError(
+                f"objective.data = {recipe.objective.data} needs "
+                f"{'a' if pictures is None else 'no'} source of pictures, got "
+                f"{'none' if pictures is None else 'one'}; pictures go with data = dependent"
+            )
         self.trio = trio
         self.codec = codec
         self.negative = negative
         self.config = recipe.objective
         self.guidance = recipe.guidance
-        self.dropout = recipe.policy.dropout
+        # components are dropped from mixtures only
+        policy = recipe.policy
+        self.dropout = policy.dropout if isinstance(policy, GMFlowPolicyConfig) else 0.0
         self.device = device
+        self.pictures = pictures
         self.schedule = FlowSchedule(self.config.shift)
         self.segments = segments(self.config.nfe, self.config.final_step_size_scale)
 
@@ -49,29 +74,43 @@ class PiIDObjective:
         self, batch: MicroBatch, step: int, generator: torch.Generator, backward: Backward
     ) -> Tensor:
         cond = conditioning(batch, self.device)
-        shape = (len(batch.prompts), *self.codec.latent_shape(batch.height, batch.width))
         total = torch.zeros((), device=self.device, dtype=torch.float64)
+
+        def student(x: Tensor, sigma: Tensor) -> Policy:
+            return self.trio.student(x, sigma, cond)
 
         def add_up(loss: Tensor, last: bool) -> None:
             total.add_(loss.detach())
             backward(loss, last)
 
-        run_data_free(
-            lambda x, sigma: self.trio.student(x, sigma, cond),
-            GuidedTeacher(self.trio, cond, self.negative, self.guidance),
-            torch.randn(shape, generator=generator).to(self.device),
-            self.schedule,
-            self.segments,
+        teacher = GuidedTeacher(self.trio, cond, self.negative, self.guidance)
+        settings = self.settings(step)
+        if self.pictures is None:
+            shape = self.codec.latent_shape(batch.height, batch.width)
+            noise = torch.randn((len(batch.prompts), *shape), generator=generator).to(self.device)
+            run_data_free(
+                student, teacher, noise, self.schedule, self.segments, settings,
+                generator=generator, backward=add_up,
+            )  # fmt: skip
+        else:
+            x0 = _latents(self.codec, self.pictures, batch, generator, self.device)
+            noise = torch.randn(x0.shape, generator=generator).to(self.device)
+            run_data_dependent(
+                student, teacher, x0, noise, self.schedule, self.segments, settings,
+                generator=generator, backward=add_up,
+            )  # fmt: skip
+        return total
+
+    def settings(self, step: int) -> ImitationSettings:
+        """What optimiser step `step` imitates with; lambda falls along the run."""
+        return ImitationSettings(
             num_states=self.config.num_intermediate_states,
             window_substeps=self.config.window_substeps,
             teacher_ratio=teacher_ratio(step, self.config.num_decay_iters),
             dropout=self.dropout,
-            generator=generator,
             total_substeps=self.config.total_substeps,
             scale=self.config.loss_scale,
-            backward=add_up,
         )
-        return total
 
 
 class FlowMatchingObjective:
@@ -79,15 +118,18 @@ class FlowMatchingObjective:
 
     Args:
         backbone: the model being trained.
-        pictures: (prompts, generator) -> pictures ``(m, 3, H, W)`` in [-1, 1].
+        codec: between pictures and latents.
+        pictures: where pictures of the prompts come from.
         empty: conditioning of the empty prompt, batch of 1, put in for `prompt_dropout` of them.
+        config: noise levels and prompt dropout.
+        device: where the backbone is.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        codec: PixelCodec,
-        pictures: Callable[[Sequence[str], torch.Generator], Tensor],
+        codec: Codec,
+        pictures: Pictures,
         empty: Conditioning,
         config: FlowMatchingConfig,
         device: torch.device,
@@ -103,15 +145,38 @@ class FlowMatchingObjective:
         self, batch: MicroBatch, step: int, generator: torch.Generator, backward: Backward
     ) -> Tensor:
         size = len(batch.prompts)
-        x0 = self.codec.encode(self.pictures(batch.prompts, generator))
-        noise = torch.randn(x0.shape, generator=generator)
+        x0 = _latents(self.codec, self.pictures, batch, generator, self.device)
+        noise = torch.randn(x0.shape, generator=generator).to(self.device)
         logit = torch.randn(size, generator=generator)
         sigma = torch.sigmoid(self.config.logit_mean + self.config.logit_std * logit)
         dropped = torch.rand(size, generator=generator) < self.config.prompt_dropout
-        weight = sigma.view(-1, *[1] * (x0.ndim - 1))
+        sigma = sigma.to(self.device)
+        weight = expand_as_latents(sigma, x0)
         x = (1 - weight) * x0 + weight * noise
         cond = conditioning(batch, self.device).where(~dropped.to(self.device), self.empty)
-        velocity = self.backbone(x.to(self.device), sigma.to(self.device), cond)
-        loss = (velocity - (noise - x0).to(self.device)).square().mean()
+        velocity = self.backbone(x, sigma, cond)
+        loss = (velocity - (noise - x0)).square().mean()
         backward(loss, True)
         return loss.detach()
+
+
+def _latents(
+    codec: Codec,
+    pictures: Pictures,
+    batch: MicroBatch,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """Clean latents of the micro-batch's pictures, (m, C, h, w) on the device.
+
+    Raises:
+        ValueError: the pictures are not of the micro-batch's size.
+    """
+    drawn = pictures(batch.prompts, generator)
+    expected = (len(batch.prompts), 3, batch.height, batch.width)
+    if drawn.shape != expected:
+        raise ValueError(
+            f"the source of pictures returned {tuple(drawn.shape)} for {expected[0]} prompts of "
+            f"{batch.height}x{batch.width} pixels, expected {expected}"
+        )
+    return codec.encode(drawn.to(device))

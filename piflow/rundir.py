@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from piflow import storage
 from piflow.config import Recipe, differences
@@ -36,6 +36,14 @@ class RunRecord:
     tracking_uri: str
     mlflow_run_id: str
     manifest_hash: str  # of the embedding store: the order of prompts depends on it
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the workers stopped by themselves, where another try would end the same way."""
+
+    kind: Literal["recipe", "non-finite"]
+    message: str
 
 
 def read_record(run_dir: str) -> RunRecord | None:
@@ -153,17 +161,17 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_failure(run_dir: str, message: str) -> None:
+def write_failure(run_dir: str, failure: Failure) -> None:
     """Leave word for the driver why the run stopped by itself."""
     uri = storage.join(run_dir, FAILURE_FILE)
-    storage.write_bytes(uri, json.dumps({"message": message}).encode())
+    storage.write_bytes(uri, json.dumps(asdict(failure)).encode())
 
 
-def take_failure(run_dir: str) -> str | None:
-    """The message that the workers left, if any; it is removed."""
+def take_failure(run_dir: str) -> Failure | None:
+    """What the workers left, if anything; it is removed."""
     uri = storage.join(run_dir, FAILURE_FILE)
     if not storage.exists(uri):
         return None
-    message: str = json.loads(storage.read_bytes(uri))["message"]
+    failure = Failure(**json.loads(storage.read_bytes(uri)))
     storage.delete_file(uri)
-    return message
+    return failure

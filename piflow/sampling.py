@@ -21,6 +21,7 @@ from piflow.schedule import FlowSchedule, Segment
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Student = Callable[[Tensor, Tensor], Policy]
 Temperature = float | Literal["auto"]
+Generators = torch.Generator | Sequence[torch.Generator]  # one for the batch, or one a sample
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,26 @@ def flow_map_step(sigma_src: float, sigma_to: float, h: float) -> FlowMapStep:
     return FlowMapStep(sigma_to * m / keep, keep, sigma_to * math.sqrt(1 - m * m))
 
 
+def check_nfe(nfe: int, trained: int, *, elastic: bool) -> None:
+    """Refuses numbers of network evaluations that a student wasn't trained for.
+
+    Args:
+        nfe: evaluations asked for.
+        trained: evaluations of its training.
+        elastic: whether it runs at more than that: GM students do; a DX policy spans one segment of
+            the trained length.
+
+    Raises:
+        ValueError: fewer than trained, or others without `elastic`.
+    """
+    if nfe < trained or (nfe > trained and not elastic):
+        allowed = f"{trained} or more" if elastic else f"{trained} exactly (its policy is DX)"
+        raise ValueError(
+            f"this student was trained for {trained} network evaluations and runs at {allowed}, "
+            f"got {nfe}; distil another for {nfe}"
+        )
+
+
 @torch.no_grad()
 def sample_few_step(
     student: Student,
@@ -68,7 +89,7 @@ def sample_few_step(
     total_substeps: int = 128,
     temperature: Temperature = "auto",
     h: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
 ) -> Tensor:
     """Sample x0 with one network evaluation a segment: student -> policy -> rollout.
 
@@ -82,13 +103,15 @@ def sample_few_step(
         temperature: of GM policies, at all steps but the last; "auto" = clip(0.1 (nfe - 1), 0, 1).
             Other policies have none: "auto" and 1 leave them as they are.
         h: stochasticity; 0 is deterministic, math.inf re-noises fully.
-        generator: source of the noise of stochastic sampling, drawn on its device.
+        generator: source of the noise of stochastic sampling, drawn on its device; or one a
+            sample, so that a sample doesn't depend on the others.
 
     Returns:
         x0, float32 (float64 if `noise` is).
 
     Raises:
-        ValueError: a temperature for a policy that has none, or h < 0.
+        ValueError: a temperature for a policy that has none, h < 0, or a number of generators that
+            isn't the batch's.
     """
     x = noise.to(working_dtype(noise))
     for index, segment in enumerate(segments):
@@ -126,9 +149,13 @@ def follow(
     schedule: FlowSchedule,
     total_substeps: int = 128,
     h: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
 ) -> Tensor:
-    """One flow-map step: roll `x` (B, C, ...) along `policy` over `segment`, re-noise if h > 0."""
+    """One flow-map step: roll `x` (B, C, ...) along `policy` over `segment`, re-noise if h > 0.
+
+    Raises:
+        ValueError: h < 0, or a number of generators that isn't the batch's.
+    """
     if h == 0:
         return _roll(policy, x, segment.tau_src, segment.tau_dst, schedule, total_substeps)
     step = flow_map_step(schedule.sigma(segment.tau_src), schedule.sigma(segment.tau_dst), h)
@@ -136,9 +163,7 @@ def follow(
     x = _roll(policy, x, segment.tau_src, tau_dst, schedule, total_substeps)
     if step.noise == 0:
         return step.keep * x
-    device = generator.device if generator is not None else x.device
-    epsilon = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-    return step.keep * x + step.noise * epsilon.to(x.device)
+    return step.keep * x + step.noise * _normal_like(x, generator)
 
 
 @torch.no_grad()
@@ -165,6 +190,21 @@ def sample_euler(velocity: Velocity, noise: Tensor, schedule: FlowSchedule, step
         u = velocity(x, torch.full((len(x),), sigma, device=x.device))
         x = x + (following - sigma) * u.to(x.dtype)
     return x
+
+
+def _normal_like(x: Tensor, generator: Generators | None) -> Tensor:
+    """Standard normal numbers shaped as `x`, from one generator or one a sample."""
+    if isinstance(generator, Sequence) and len(generator) == 1:
+        generator = generator[0]  # as diffusers: of the whole batch
+    if isinstance(generator, Sequence):
+        if len(generator) != len(x):
+            raise ValueError(
+                f"expected one generator, or one for each of the {len(x)} samples, got "
+                f"{len(generator)}"
+            )
+        return torch.cat([_normal_like(x[i : i + 1], part) for i, part in enumerate(generator)])
+    device = generator.device if generator is not None else x.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
 def _roll(

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from piflow.batch import MicroBatch
 from piflow.config import OptimizerConfig, TrainingConfig
-from piflow.ema import ema_update, karras_beta
+from piflow.ema import ema_beta, ema_update
+from piflow.optimizers import build_optimizers, set_learning_rate
 from piflow.sharding.base import Strategy, local_shard
 
 Backward = Callable[[Tensor, bool], None]
@@ -47,7 +48,7 @@ class StepMetrics:
     step: int
     loss: float
     grad_norm: float
-    lr: float
+    lr: float  # the schedule's; a parameter group has it times its lr_scale
 
 
 def micro_batch_generator(seed: int, step: int, index: int) -> torch.Generator:
@@ -64,34 +65,6 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.lr * warmup * max(0.0, decay)
 
 
-def build_optimizers(
-    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig
-) -> list[torch.optim.Optimizer]:
-    """AdamW over all parameters; or Muon over the blocks' weight matrices, AdamW over the rest."""
-    matrices = [
-        parameter
-        for name, parameter in parameters.items()
-        if config.type == "muon" and parameter.ndim == 2 and "blocks" in name
-    ]
-    chosen = {id(parameter) for parameter in matrices}
-    rest = [parameter for parameter in parameters.values() if id(parameter) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = []
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                momentum=0.95,
-                adjust_lr_fn="match_rms_adamw",  # the same lr then suits both optimisers
-            )
-        )
-    optimizers.append(
-        torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    )
-    return optimizers
-
-
 class Trainer:
     """Owns the optimiser and applies objectives; knows nothing of data, files or clusters.
 
@@ -99,6 +72,11 @@ class Trainer:
         parameters: the trainable parameters by name.
         ema_parameters: their averages, by the same names; updated in place.
         strategy: how gradients are reduced over the workers.
+        training: batch, optimiser and averaging.
+        seed: of the micro-batches' generators.
+
+    Raises:
+        ValueError: a parameter has no average, or an optimiser group fits no parameter.
     """
 
     def __init__(
@@ -110,6 +88,12 @@ class Trainer:
         training: TrainingConfig,
         seed: int,
     ) -> None:
+        missing = [name for name in parameters if name not in ema_parameters]
+        if missing:
+            raise ValueError(
+                f"expected an average of every parameter, {len(missing)} have none, first "
+                f"{', '.join(missing[:3])}; pass ema_parameters with the parameters' names"
+            )
         self.objective = objective
         self.parameters = dict(parameters)
         self.ema_parameters = {name: ema_parameters[name] for name in parameters}
@@ -124,7 +108,13 @@ class Trainer:
 
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite; names the prompts.
+            ValueError: no micro-batch.
         """
+        if not micro_batches:
+            raise ValueError(
+                f"step {step}: expected at least one micro-batch on every worker, got none; use "
+                f"at most {self.num_micro_batches} workers"
+            )
         config = self.training.optimizer
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -136,9 +126,8 @@ class Trainer:
                 suspects = [prompt_id for batch in micro_batches for prompt_id in batch.prompt_ids]
             raise NonFiniteError(_non_finite_message(step, loss, grad_norm, suspects))
         lr = learning_rate(step, self.training.steps, config)
+        set_learning_rate(self.optimizers, lr)
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             optimizer.step()
         self._update_ema(step)
         return StepMetrics(step, loss, grad_norm, lr)
@@ -183,12 +172,9 @@ class Trainer:
 
     @torch.no_grad()
     def _update_ema(self, step: int) -> None:
-        config = self.training.ema
         ema = [local_shard(tensor) for tensor in self.ema_parameters.values()]
         source = [local_shard(parameter) for parameter in self.parameters.values()]
-        averaged = step + 1 - config.start
-        beta = karras_beta(averaged, config.gamma) if averaged > 0 else 0.0
-        ema_update(ema, source, beta)
+        ema_update(ema, source, ema_beta(step, self.training.ema))
 
 
 def _non_finite_message(step: int, loss: float, grad_norm: float, suspects: list[str]) -> str:

@@ -8,7 +8,8 @@
 ========================  ====================================================================
 
 Data goes through ``pyarrow.fs``. A write is whole or invisible: local files are written beside
-their target and renamed, objects appear when their upload is complete.
+their target and renamed, objects appear when their upload is complete. Bytes are what lies there:
+pyarrow's streams would pack and unpack by a name's ending (``.gz``) unless told not to.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import os
 import shutil
 import tempfile
 import uuid
+from fnmatch import fnmatchcase
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pyarrow import fs
 
@@ -79,10 +81,34 @@ def join(uri: str, *parts: str) -> str:
     return urlunsplit(pieces._replace(path=f"{pieces.path.rstrip('/')}/{tail}"))
 
 
+def sibling(uri: str, name: str) -> str:
+    """What lies under `name` in the same folder; the query of an S3 URI stays at the end.
+
+    Raises:
+        ValueError: the URI is a root and has no siblings.
+    """
+    if scheme(uri) == "s3":
+        pieces = urlsplit(uri)
+        parent, separator, _ = pieces.path.rstrip("/").rpartition("/")
+        if separator:
+            return urlunsplit(pieces._replace(path=f"{parent}/{name}"))
+    else:
+        prefix, _, path = uri.rpartition("://")
+        head, separator, leaf = path.rstrip("/").rpartition("/")
+        if leaf not in ("", ".", "..") and (separator or not prefix):
+            return f"{prefix}{'://' if prefix else ''}{head}{separator}{name}"
+    raise ValueError(f"{uri!r} is a root and has nothing beside it; name a folder inside it")
+
+
+def member(folder: str, name: str) -> str:
+    """URI of a file that `list_files` named: characters that mean something in a URI are quoted."""
+    return join(folder, quote(name) if scheme(folder) == "s3" else name)
+
+
 def suffix(uri: str) -> str:
-    """The file name's ending with its dot, lower case; '' if there is none."""
-    path = urlsplit(uri).path if scheme(uri) == "s3" else uri
-    return Path(path).suffix.lower()
+    """The file name's ending with its dots, lower case: ``.csv``, ``.csv.gz``; '' if none."""
+    name = Path((urlsplit(uri).path if scheme(uri) == "s3" else uri).lower())
+    return Path(name.stem).suffix + name.suffix if name.suffix == ".gz" else name.suffix
 
 
 def exists(uri: str) -> bool:
@@ -91,10 +117,10 @@ def exists(uri: str) -> bool:
     return bool(system.get_file_info(path).type != fs.FileType.NotFound)
 
 
-def file_sizes(uri: str) -> dict[str, int]:
-    """All finished files below a folder, sorted: relative path -> bytes; {} without a folder."""
+def file_sizes(uri: str, *, recursive: bool = True) -> dict[str, int]:
+    """Finished files below a folder, sorted: relative path -> bytes; {} without a folder."""
     system, path = filesystem(uri)
-    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
     sizes = {
         os.path.relpath(info.path, path).replace(os.sep, "/"): int(info.size)
         for info in system.get_file_info(selector)
@@ -103,9 +129,53 @@ def file_sizes(uri: str) -> dict[str, int]:
     return dict(sorted(sizes.items()))
 
 
-def list_files(uri: str) -> list[str]:
-    """Relative paths of all finished files below a folder, sorted; [] if there is no folder."""
-    return list(file_sizes(uri))
+def list_files(uri: str, *, recursive: bool = True) -> list[str]:
+    """Relative paths of finished files below a folder, sorted; [] if there is no folder."""
+    return list(file_sizes(uri, recursive=recursive))
+
+
+def expand(uri: str) -> list[str]:
+    """URIs of the files that a pattern matches, sorted by path; any other URI stands for itself.
+
+    ``*`` matches within a name, ``**`` any number of folders, ``[ab]`` one of these characters,
+    ``?`` one character (not in an S3 URI, where it starts the query). Hidden names, with a leading
+    dot, must be spelled out. A local file whose name merely looks like a pattern is itself.
+
+    Raises:
+        FileNotFoundError: the pattern matches no file.
+    """
+    remote = scheme(uri) == "s3"
+
+    def whole(path: str) -> str:
+        return urlunsplit(urlsplit(uri)._replace(path=path)) if remote else path
+
+    wildcards = "*[" if remote else "*[?"
+    parts = (urlsplit(uri).path if remote else uri).split("/")
+    special = [any(wildcard in part for wildcard in wildcards) for part in parts]
+    fixed = (*special, True).index(True)
+    folder, pattern = "".join(f"{part}/" for part in parts[:fixed]), parts[fixed:]
+    if not pattern or (not remote and exists(uri)):
+        return [uri]
+    found = [
+        member(whole(folder) or ".", name)
+        for name in list_files(whole(folder) or ".", recursive=len(pattern) > 1 or "**" in pattern)
+        if _matches(name.split("/"), pattern)
+    ]
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, "no file matches the pattern", uri)
+    return found
+
+
+def _matches(names: list[str], pattern: list[str]) -> bool:
+    """Whether the parts of a path match the parts of a pattern."""
+    if not pattern or not names:
+        return not names and all(part == "**" for part in pattern)
+    name, part = names[0], pattern[0]
+    if name.startswith(".") and not part.startswith("."):
+        return part == "**" and _matches(names, pattern[1:])
+    if part == "**":
+        return _matches(names, pattern[1:]) or _matches(names[1:], pattern)
+    return fnmatchcase(name, part) and _matches(names[1:], pattern[1:])
 
 
 def read_bytes(uri: str) -> bytes:
@@ -117,7 +187,7 @@ def read_bytes(uri: str) -> bytes:
     system, path = filesystem(uri)
     if system.get_file_info(path).type != fs.FileType.File:
         raise FileNotFoundError(errno.ENOENT, "no such file", uri)
-    with system.open_input_stream(path) as stream:
+    with system.open_input_stream(path, compression=None) as stream:
         return bytes(stream.read())
 
 
@@ -125,7 +195,7 @@ def sha256(uri: str) -> str:
     """Hex sha256 of a file's content, read in pieces."""
     system, path = filesystem(uri)
     digest = hashlib.sha256()
-    with system.open_input_stream(path) as stream:
+    with system.open_input_stream(path, compression=None) as stream:
         while piece := stream.read(_COPY_BYTES):
             digest.update(piece)
     return digest.hexdigest()
@@ -142,7 +212,7 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
     try:
         if scheme(uri) == "s3":
             system, path = filesystem(uri)
-            with system.open_output_stream(path) as stream:
+            with system.open_output_stream(path, compression=None) as stream:
                 stream.write(content)
         else:
             _write_local(_local_path(uri), content)
@@ -206,7 +276,10 @@ def _download(system: fs.FileSystem, root: str, files: list[str], target: Path) 
         for name in files:
             destination = fresh / os.path.relpath(name, root)
             destination.parent.mkdir(parents=True, exist_ok=True)
-            with system.open_input_stream(name) as source, destination.open("wb") as copy:
+            with (
+                system.open_input_stream(name, compression=None) as source,
+                destination.open("wb") as copy,
+            ):
                 shutil.copyfileobj(source, copy, _COPY_BYTES)
         try:
             fresh.rename(target)

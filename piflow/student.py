@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from piflow import storage
 from piflow.adapter import Adapter, load_adapter, save_adapter
 from piflow.backbones import Conditioning, load_backbone
 from piflow.checkpoint import RunState, load_state, load_tensors
-from piflow.config import ModelConfig, PiIDConfig, Recipe
-from piflow.data.encoders import BertEncoder
-from piflow.trio import Trio
+from piflow.config import (
+    EncoderConfig,
+    ModelConfig,
+    PiIDConfig,
+    Recipe,
+)
+from piflow.data.encoders import absolute_path, build_encoder
+from piflow.heads import PolicyClock
+from piflow.trio import Trio, build_trio
 
 SETTINGS_KEY = "piflow_settings"
 Weights = Literal["ema", "student"]
 _SECTIONS = {"ema": "ema", "student": "trainable"}
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
+class SamplingSettings(BaseModel):
     """What sampling needs beside the weights; kept in the safetensors metadata as JSON."""
 
-    family: Literal["flux"]
-    codec: Literal["pixels"]
-    encoder: str  # URI of the text encoder
-    max_tokens: int
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ModelConfig  # the base and its codec, with absolute URIs
+    encoder: Annotated[EncoderConfig, Field(discriminator="type")]  # with an absolute URI
     height: int  # pixels
     width: int
     nfe: int
     final_step_size_scale: float
     shift: float
     total_substeps: int
-    embedded_guidance: float | None = None  # FLUX.1-dev's guidance input
+    embedded_guidance: float | None  # FLUX.1-dev's guidance input
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> SamplingSettings:
+        """The recipe's.
+
+        Raises:
+            ValueError: the recipe distils nothing.
+        """
+        objective = _distillation(recipe)
+        return cls(
+            model=_absolute_model(recipe.model),
+            encoder=absolute_path(recipe.encoder),
+            height=recipe.embed.height,
+            width=recipe.embed.width,
+            nfe=objective.nfe,
+            final_step_size_scale=objective.final_step_size_scale,
+            shift=objective.shift,
+            total_substeps=objective.total_substeps,
+            embedded_guidance=recipe.guidance.embedded,
+        )
 
 
 def student_of_checkpoint(
@@ -45,7 +69,8 @@ def student_of_checkpoint(
     """Teacher and student with a checkpoint's weights, on the CPU, ready to sample.
 
     Raises:
-        ValueError: no finished checkpoint there, or one of another recipe.
+        ValueError: no finished checkpoint there, one of another recipe, or a recipe that distils
+            nothing.
     """
     folder = storage.local_folder(checkpoint)
     state = load_state(folder)
@@ -54,13 +79,7 @@ def student_of_checkpoint(
             f"checkpoint {checkpoint} was written by recipe {state.recipe_hash}, this one is "
             f"{recipe.hash()}; use the recipe that wrote it"
         )
-    trio = Trio.build(
-        recipe.model,
-        recipe.lora,
-        recipe.policy,
-        generator=torch.Generator().manual_seed(recipe.seed),
-        embedded_guidance=recipe.guidance.embedded,
-    )
+    trio = build_trio(recipe)
     trio.load_student(load_tensors(folder, _SECTIONS[weights]))
     return trio.train(False), state
 
@@ -82,23 +101,8 @@ def export_adapter(
     Raises:
         ValueError: the recipe distils nothing, or the checkpoint doesn't fit it.
     """
-    objective = recipe.objective
-    if not isinstance(objective, PiIDConfig):
-        raise ValueError(f"expected a recipe with objective.type pi_id, got {objective.type}")
+    settings = SamplingSettings.of(recipe)
     trio, _ = student_of_checkpoint(recipe, checkpoint, weights)
-    settings = SamplingSettings(
-        family=recipe.model.family,
-        codec=recipe.model.codec,
-        encoder=storage.absolute(recipe.encoder.path),
-        max_tokens=recipe.encoder.max_tokens,
-        height=recipe.embed.height,
-        width=recipe.embed.width,
-        nfe=objective.nfe,
-        final_step_size_scale=objective.final_step_size_scale,
-        shift=objective.shift,
-        total_substeps=objective.total_substeps,
-        embedded_guidance=recipe.guidance.embedded,
-    )
     tensors: dict[str, Tensor] = {
         name: parameter.detach() for name, parameter in trio.trainable_parameters().items()
     }
@@ -107,8 +111,9 @@ def export_adapter(
         trio.backbone,
         tensors,
         recipe.policy,
-        base_model=storage.absolute(recipe.model.path),
-        metadata={SETTINGS_KEY: json.dumps(asdict(settings)), **lineage},
+        PolicyClock.of(_distillation(recipe)),
+        base_model=settings.model.path,
+        metadata={SETTINGS_KEY: settings.model_dump_json(), **lineage},
         dtype=dtype,
     )
 
@@ -126,10 +131,13 @@ def settings_of(adapter: Adapter, where: str) -> SamplingSettings:
             "encoder, picture size and schedule there"
         )
     try:
-        return SamplingSettings(**json.loads(text))
-    except (json.JSONDecodeError, TypeError) as error:
+        return SamplingSettings.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "JSON"
         raise ValueError(
-            f"{where}: {SETTINGS_KEY} are not those of this piflow ({error}): export it again"
+            f"{where}: {SETTINGS_KEY} are not those of this piflow ({place}: {first['msg']}): "
+            "export it again"
         ) from error
 
 
@@ -137,30 +145,53 @@ def load_student(folder: str, base: str | None = None) -> tuple[Trio, SamplingSe
     """Teacher and student from an adapter folder, on the CPU, ready to sample.
 
     Args:
-        base: URI of the base model; default: the one in the adapter's metadata.
+        base: URI of the base model; default: the one that the student was made from.
+
+    Returns:
+        The trio, and the settings with the base that was loaded.
 
     Raises:
         ValueError: not an adapter folder, or one of another base.
     """
     adapter = load_adapter(folder)
     settings = settings_of(adapter, folder)
-    path = base or adapter.metadata["base_model"]
-    backbone = load_backbone(
-        ModelConfig(family=settings.family, path=path, codec=settings.codec),
-        embedded_guidance=settings.embedded_guidance,
-    )
+    if base is not None:
+        model = settings.model.model_copy(update={"path": base})
+        settings = settings.model_copy(update={"model": model})
+    backbone = load_backbone(settings.model, embedded_guidance=settings.embedded_guidance)
     return Trio.from_adapter(backbone, adapter), settings
 
 
 def encode_prompts(settings: SamplingSettings, prompts: list[str]) -> Conditioning:
-    """Conditioning of free prompts by the student's own text encoder."""
-    encoder = BertEncoder(settings.encoder, settings.max_tokens)
+    """Conditioning of free prompts by the student's own text encoder.
+
+    Raises:
+        ValueError: the encoder doesn't load, or can't take a prompt.
+    """
+    encoder = build_encoder(settings.encoder)
     encoded = encoder.encode(prompts)
-    tokens = torch.zeros(len(prompts), settings.max_tokens, encoded[0].tokens.shape[1])
+    identity = encoder.identity
+    tokens = torch.zeros(len(prompts), identity.max_tokens, identity.hidden_size)
     for row, prompt in zip(tokens, encoded, strict=True):
         row[: len(prompt.tokens)] = prompt.tokens
+    pooled = [prompt.pooled for prompt in encoded if prompt.pooled is not None]
     return Conditioning(
         tokens,
         torch.tensor([len(prompt.tokens) for prompt in encoded]),
-        torch.stack([prompt.pooled for prompt in encoded]),
+        torch.stack(pooled) if pooled else None,
     )
+
+
+def _distillation(recipe: Recipe) -> PiIDConfig:
+    """The recipe's objective, refused unless there is a student in it."""
+    if not isinstance(recipe.objective, PiIDConfig):
+        raise ValueError(
+            f"expected a recipe with objective.type pi_id, got {recipe.objective.type}"
+        )
+    return recipe.objective
+
+
+def _absolute_model(model: ModelConfig) -> ModelConfig:
+    """The same, wherever it is read; a VAE beside the transformer stays where the base is."""
+    vae = None if model.vae is None else storage.absolute(model.vae)
+    return model.model_copy(update={"path": storage.absolute(model.path), "vae": vae})

@@ -21,14 +21,26 @@ def fresh_backbone(model: ModelConfig, seed: int) -> FluxBackbone:
     Linear layers start Xavier-uniform with zero biases; adaptive norms and the output projection
     start at zero, so every block starts as the identity and the first prediction is zero (the
     initialisation of DiT, arXiv 2212.09748, section 3.2).
+
+    Raises:
+        ValueError: another family than FLUX.
     """
+    return FluxBackbone(_fresh_module(model, seed))
+
+
+def _fresh_module(model: ModelConfig, seed: int) -> FluxTransformer2DModel:
+    if model.family != "flux":
+        raise ValueError(
+            f"pre-training from fresh weights is for model.family flux, got {model.family}: train "
+            "the teacher elsewhere and give its folder to distillation"
+        )
     config = FluxTransformer2DModel.load_config(str(storage.local_folder(model.path)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = FluxTransformer2DModel.from_config(config)
         for name, parameter in module.named_parameters():
             _initialise(name, parameter)
-    return FluxBackbone(module)
+    return module
 
 
 def _initialise(name: str, parameter: nn.Parameter) -> None:
@@ -41,9 +53,9 @@ def _initialise(name: str, parameter: nn.Parameter) -> None:
 
 def average_of(backbone: FluxBackbone) -> FluxBackbone:
     """A frozen copy that holds the EMA."""
-    module = copy.deepcopy(backbone.module).requires_grad_(False)
-    assert isinstance(module, FluxTransformer2DModel)
-    return FluxBackbone(module)
+    average = copy.deepcopy(backbone)
+    average.module.requires_grad_(False)
+    return average
 
 
 def export_teacher(recipe: Recipe) -> Path:
@@ -55,8 +67,7 @@ def export_teacher(recipe: Recipe) -> Path:
     if storage.scheme(recipe.run_dir) != "file":
         raise ValueError(f"expected a local run_dir to export to, got {recipe.run_dir}")
     checkpoint = storage.local_folder(rundir.newest_checkpoint(recipe.run_dir))
-    module = fresh_backbone(recipe.model, recipe.seed).module
-    assert isinstance(module, FluxTransformer2DModel)
+    module = _fresh_module(recipe.model, recipe.seed)
     module.load_state_dict(load_tensors(checkpoint, "ema"))
     folder = Path(storage.absolute(recipe.run_dir)) / "teacher"
     module.half().save_pretrained(str(folder))

@@ -1,17 +1,22 @@
-"""Teacher, student and EMA as three views of one backbone.
+"""Teacher, student and EMA behind one interface.
+
+With LoRA they are three views of one backbone:
 
     frozen base ──┬─ no adapter        + the model's own output layer = teacher
-                  ├─ adapter "student" + GM head "student"            = student (trained)
-                  └─ adapter "ema"     + GM head "ema"                = EMA of the student
+                  ├─ adapter "student" + policy head "student"        = student (trained)
+                  └─ adapter "ema"     + policy head "ema"            = EMA of the student
 
 One copy of the base in memory and in every all-gather. Between calls the student is active, so a
 backward pass that recomputes activations (gradient checkpointing) recomputes the student's.
+
+With full training they are three backbones: the teacher as it was loaded, and two float32 copies of
+it with a policy head each.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,12 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from piflow import lora as adapters
-from piflow.backbones import Backbone, Conditioning, load_backbone
-from piflow.config import GMFlowPolicyConfig, GuidanceConfig, LoRAConfig, ModelConfig
+from piflow.backbones import Backbone, Conditioning, OutputLayer, load_backbone
+from piflow.config import GuidanceConfig, LoRAConfig, PiIDConfig, PolicyConfig, Recipe
 from piflow.ema import ema_update
 from piflow.guidance import guided_teacher
-from piflow.heads import BIAS_NOISE, OUTPUT_LAYERS, GMHead, OutputRouter, TeacherHead, split_gm
-from piflow.policies import GMFlowPolicy
+from piflow.heads import (
+    BIAS_NOISE,
+    DXHead,
+    GMHead,
+    OutputRouter,
+    PolicyClock,
+    PolicyHead,
+    build_head,
+)
+from piflow.policies import DXPolicy, GMFlowPolicy
 
 if TYPE_CHECKING:
     from piflow.adapter import Adapter
@@ -33,78 +46,176 @@ STUDENT = "student"
 EMA = "ema"
 
 
-class Trio:
-    """Three roles over one backbone; callers name the role by the method and toggle nothing.
+class Roles(Protocol):
+    """Which weights the roles have, and how to call them; "student" is always there.
 
-    `x` is `(B, C, H, W)`, `sigma` `(B,)`, `cond` a `Conditioning` of B prompts. Make one with
-    `Trio.build` (training) or `Trio.from_adapter` (sampling).
+    Attributes:
+        backbone: the student's.
+        modules: everything with weights.
+        heads: policy head by role.
     """
 
-    def __init__(self, backbone: Backbone, router: OutputRouter, num_gaussians: int) -> None:
+    backbone: Backbone
+    modules: tuple[nn.Module, ...]
+    heads: dict[str, PolicyHead]
+
+    def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The teacher's `(B, C, H, W)` velocity, float32, without gradient."""
+        ...
+
+    def tokens(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The tokens `(B, HW/4, F)` of the role's head."""
+        ...
+
+    def body_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The role's own weights but the head's, by published name."""
+        ...
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode."""
+        ...
+
+
+class SharedBackbone:
+    """LoRA: one module, whose adapters and output router are switched to a role for a call.
+
+    Args:
+        backbone: has the adapters of the roles; it is taken over.
+        heads: policy head by role.
+
+    Raises:
+        ValueError: the backbone was taken over before.
+    """
+
+    def __init__(self, backbone: Backbone, heads: dict[str, PolicyHead]) -> None:
         self.backbone = backbone
-        self.num_gaussians = num_gaussians
-        self._router = router
+        self.modules: tuple[nn.Module, ...] = (backbone.module,)
+        self.heads = heads
+        self._router = OutputRouter(backbone.output_layer(), heads, STUDENT)
+        backbone.install_output(self._router)
         self._adapted = adapters.layers(backbone.module)
-        for name, parameter in backbone.module.named_parameters():
-            parameter.requires_grad_(_role_of(name) == STUDENT)
         self._activate(STUDENT)
 
-    @classmethod
-    def build(
-        cls,
-        model: ModelConfig,
-        lora: LoRAConfig,
-        policy: GMFlowPolicyConfig,
-        *,
-        generator: torch.Generator,
-        device: torch.device | str = "cpu",
-        embedded_guidance: float | None = None,
-    ) -> Trio:
-        """Loads the recipe's base and adds student and EMA to it, in training mode.
+    def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """See `Roles`."""
+        with self._role(None):
+            return self.backbone.teacher_velocity(x, sigma, cond)
 
-        Args:
-            generator: a CPU generator; equal seeds give equal trios on every worker and device.
-            device: where the base is loaded. For a base that only fits sharded give "cpu": the
-                sharding strategy moves it, block by block.
-            embedded_guidance: FLUX.1-dev's guidance input, for all three roles.
+    def tokens(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """See `Roles`."""
+        with self._role(role):
+            return self.backbone.output_tokens(x, sigma, cond)
 
-        Raises:
-            ValueError: a folder that isn't the family's model, or a LoRA target without a match.
-        """
-        backbone = load_backbone(model, device=device, embedded_guidance=embedded_guidance)
-        return cls.from_backbone(backbone, lora, policy, generator=generator)
+    def body_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The LoRA weights."""
+        return adapters.parameters(self.backbone.module, role)
+
+    def train(self, mode: bool) -> None:
+        """LoRA dropout is the only difference; the EMA's adapter has none."""
+        self.backbone.module.train(mode)
+
+    @contextmanager
+    def _role(self, role: str | None) -> Iterator[None]:
+        """Activates a role (None: the teacher), then the student again."""
+        self._activate(role)
+        try:
+            yield
+        finally:
+            self._activate(STUDENT)
+
+    def _activate(self, role: str | None) -> None:
+        adapters.activate(self._adapted, role)
+        self._router.role = "teacher" if role is None else role
+
+
+class SeparateBackbones:
+    """Full training: the teacher's module, and a float32 copy of it for each role.
+
+    Args:
+        teacher: stays as it is.
+        head: copied for each role.
+        roles: "student", and what else has weights of its own.
+    """
+
+    def __init__(self, teacher: Backbone, head: PolicyHead, roles: Sequence[str]) -> None:
+        self.heads = {role: copy.deepcopy(head) for role in roles}
+        self._teacher = teacher
+        self._copies = {role: _float_copy(teacher) for role in roles}
+        for role, backbone in self._copies.items():
+            backbone.install_output(self.heads[role])
+        self.backbone = self._copies[STUDENT]
+        self.modules = (teacher.module, *(copied.module for copied in self._copies.values()))
+
+    def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """See `Roles`."""
+        return self._teacher.teacher_velocity(x, sigma, cond)
+
+    def tokens(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """See `Roles`."""
+        return self._copies[role].output_tokens(x, sigma, cond)
+
+    def body_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The module's own names; the head, wherever it was installed, is left out."""
+        head = {id(parameter) for parameter in self.heads[role].parameters()}
+        named = self._copies[role].module.named_parameters()
+        return {name: parameter for name, parameter in named if id(parameter) not in head}
+
+    def train(self, mode: bool) -> None:
+        """Of the student alone."""
+        for module in self.modules:
+            module.eval()
+        self.backbone.module.train(mode)
+
+
+class Trio:
+    """Three roles; callers name the role by the method and toggle nothing.
+
+    `x` is `(B, C, H, W)`, `sigma` `(B,)`, `cond` a `Conditioning` of B prompts. Make one with
+    `build_trio` (training) or `Trio.from_adapter` (sampling).
+    """
+
+    def __init__(self, roles: Roles) -> None:
+        self._roles = roles
+        for module in roles.modules:
+            module.requires_grad_(False)
+        for parameter in self.trainable_parameters().values():
+            parameter.requires_grad_(True)
 
     @classmethod
     def from_backbone(
         cls,
         backbone: Backbone,
-        lora: LoRAConfig,
-        policy: GMFlowPolicyConfig,
+        lora: LoRAConfig | None,
+        policy: PolicyConfig,
+        clock: PolicyClock | None,
         *,
         generator: torch.Generator,
         bias_noise: float = BIAS_NOISE,
     ) -> Trio:
         """Adds student and EMA, equal to each other, to a loaded backbone, which it takes over.
 
-        At the start the student's mixture mean is the teacher's velocity up to `bias_noise`.
+        At the start the student's policy is the teacher's velocity; a GM one's up to its mixture's
+        std and `bias_noise`.
+
+        Args:
+            lora: None for full training.
+            clock: DX only.
+            generator: a CPU generator; equal seeds give equal trios on every worker and device.
+
+        Raises:
+            ValueError: a LoRA target without a match, a DX policy without a clock, or a backbone
+                that was taken over before.
         """
-        norm_out, proj_out = backbone.output_layers()
-        targets = lora.targets
-        if targets is None:
-            targets = adapters.present_targets(
-                backbone.module, backbone.default_lora_targets, skip=OUTPUT_LAYERS
-            )
-        names = adapters.resolve_targets(backbone.module, targets, skip=OUTPUT_LAYERS)
-        ranks = dict.fromkeys(names, lora.rank)
-        adapters.inject(backbone.module, STUDENT, ranks, dropout=lora.dropout, generator=generator)
-        adapters.inject(backbone.module, EMA, ranks, dropout=0.0, generator=generator)
-        head = GMHead.from_teacher(
-            norm_out, proj_out, policy, generator=generator, bias_noise=bias_noise
-        )
-        heads = {STUDENT: head, EMA: copy.deepcopy(head)}
-        router = OutputRouter(TeacherHead(norm_out, proj_out), heads, STUDENT)
-        backbone.install_output(router)
-        trio = cls(backbone, router, policy.num_gaussians)
+        output = backbone.output_layer()
+        if lora is not None:
+            _inject_lora(backbone, lora, generator)
+        head = build_head(output, policy, clock, generator=generator, bias_noise=bias_noise)
+        roles: Roles
+        if lora is None:
+            roles = SeparateBackbones(backbone, head, (STUDENT, EMA))
+        else:
+            roles = SharedBackbone(backbone, {STUDENT: head, EMA: copy.deepcopy(head)})
+        trio = cls(roles)
         trio.update_ema(0.0)
         return trio.train(True)
 
@@ -113,38 +224,52 @@ class Trio:
         """Adds a published adapter to a loaded backbone, for sampling: teacher and student only.
 
         Raises:
-            ValueError: the adapter was made for another architecture, or its tensors don't fit.
+            ValueError: the adapter was made for another architecture, its tensors don't fit, or a
+                backbone that was taken over before.
         """
         adapter.check_fits(backbone)
-        norm_out, proj_out = backbone.output_layers()
-        ranks = adapters.ranks_of(adapter.tensors)
         generator = torch.Generator().manual_seed(0)  # every value it draws is overwritten below
-        if ranks:
-            adapters.inject(backbone.module, STUDENT, ranks, dropout=0.0, generator=generator)
-        policy = adapter.config.policy()
-        head = GMHead.from_teacher(norm_out, proj_out, policy, generator=generator)
-        router = OutputRouter(TeacherHead(norm_out, proj_out), {STUDENT: head}, STUDENT)
-        backbone.install_output(router)
-        trio = cls(backbone, router, policy.num_gaussians)
+        config = adapter.config
+        head = build_head(
+            backbone.output_layer(), config.policy(), config.clock(), generator=generator
+        )
+        roles: Roles
+        if adapter.is_full_model:
+            roles = SeparateBackbones(backbone, head, (STUDENT,))
+        else:
+            ranks = adapters.ranks_of(adapter.tensors)
+            if ranks:
+                adapters.inject(backbone.module, STUDENT, ranks, dropout=0.0, generator=generator)
+            roles = SharedBackbone(backbone, {STUDENT: head})
+        trio = cls(roles)
         trio.load_student(adapter.tensors)
         return trio.train(False)
 
     @property
-    def module(self) -> nn.Module:
-        """The one module that is sharded."""
-        return self.backbone.module
+    def backbone(self) -> Backbone:
+        """The student's; with LoRA the one that all roles share."""
+        return self._roles.backbone
+
+    @property
+    def head(self) -> PolicyHead:
+        """The student's, which reads a policy from the tokens of `backbone`."""
+        return self._roles.heads[STUDENT]
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What is sharded: one module with LoRA, the roles' three with full training."""
+        return self._roles.modules
 
     @property
     def block_classes(self) -> tuple[type[nn.Module], ...]:
-        """Modules that are sharded one by one: the backbone's blocks and the output layer."""
-        return (*self.backbone.block_classes, OutputRouter)
+        """Modules that are sharded one by one: the backbone's blocks and the output layers."""
+        return (*self.backbone.block_classes, OutputLayer, GMHead, DXHead)
 
     def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """The frozen base's unguided velocity `(B, C, H, W)`, float32, without gradient."""
-        with self._role(None):
-            return self.backbone.teacher_velocity(x, sigma, cond)
+        return self._roles.teacher_velocity(x, sigma, cond)
 
-    def student(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> GMFlowPolicy:
+    def student(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> GMFlowPolicy | DXPolicy:
         """The student's policy from `(x, sigma)`, with gradient unless the caller forbids it.
 
         LoRA dropout (training mode only) draws from torch's global generator.
@@ -152,7 +277,7 @@ class Trio:
         return self._policy(STUDENT, x, sigma, cond)
 
     @torch.no_grad()
-    def ema(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> GMFlowPolicy:
+    def ema(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> GMFlowPolicy | DXPolicy:
         """The averaged student's policy, without gradient or dropout."""
         return self._policy(EMA, x, sigma, cond)
 
@@ -187,46 +312,59 @@ class Trio:
 
     def train(self, mode: bool = True) -> Trio:
         """Training mode (LoRA dropout on) or evaluation mode; returns itself."""
-        self.module.train(mode)
+        self._roles.train(mode)
         return self
 
-    def _policy(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> GMFlowPolicy:
-        if role not in self._router.heads:
-            raise ValueError(
-                f"this trio has no {role!r} role: it was made from an adapter, for sampling; use "
-                "student, or Trio.build"
-            )
-        with self._role(role):
-            tokens = self.backbone.output_tokens(x, sigma, cond)
-        means, logweights, logstds = split_gm(tokens.float(), self.num_gaussians)
-        height, width = x.shape[2:]
-        logweights = self.backbone.unpack(logweights, height, width)[:, :, None]
-        return GMFlowPolicy(
-            means=self.backbone.unpack(means, height, width).unflatten(1, (self.num_gaussians, -1)),
-            logstds=logstds[:, None, None, None, None],
-            logweights=logweights.log_softmax(dim=1),
-            x_src=x,
-            sigma_src=sigma,
-        )
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes each of the student's blocks in the backward pass: less memory, more time."""
+        self.backbone.enable_gradient_checkpointing()
+
+    def _policy(
+        self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning
+    ) -> GMFlowPolicy | DXPolicy:
+        head = self._head_of(role)
+        tokens = self._roles.tokens(role, x, sigma, cond)
+        return head.policy(tokens, self.backbone.unpack, x, sigma)
 
     def _parameters_of(self, role: str) -> dict[str, nn.Parameter]:
-        if role not in self._router.heads:
-            raise ValueError(f"this trio has no {role!r} role: it was made from an adapter")
-        head = self._router.heads[role]
-        return {**adapters.parameters(self.module, role), **dict(head.named_parameters())}
+        head = self._head_of(role)
+        return {**self._roles.body_parameters(role), **dict(head.named_parameters())}
 
-    @contextmanager
-    def _role(self, role: str | None) -> Iterator[None]:
-        """Activates a role (None: the teacher), then the student again."""
-        self._activate(role)
-        try:
-            yield
-        finally:
-            self._activate(STUDENT)
+    def _head_of(self, role: str) -> PolicyHead:
+        if role not in self._roles.heads:
+            raise ValueError(
+                f"this trio has no {role!r} role: it was made from an adapter, for sampling; use "
+                "student, or build_trio"
+            )
+        return self._roles.heads[role]
 
-    def _activate(self, role: str | None) -> None:
-        adapters.activate(self._adapted, role)
-        self._router.role = "teacher" if role is None else role
+
+def build_trio(recipe: Recipe, *, device: torch.device | str = "cpu") -> Trio:
+    """Loads the recipe's base and adds student and EMA to it, in training mode.
+
+    Args:
+        device: where the base is loaded. For a base that only fits sharded give "cpu": the sharding
+            strategy moves it, block by block.
+
+    Raises:
+        ValueError: the recipe distils nothing, a folder that isn't the family's model, or a LoRA
+            target without a match.
+    """
+    if not isinstance(recipe.objective, PiIDConfig):
+        raise ValueError(
+            f"expected a recipe with objective.type pi_id, got {recipe.objective.type}: only a "
+            "distillation has teacher and student"
+        )
+    backbone = load_backbone(
+        recipe.model, device=device, embedded_guidance=recipe.guidance.embedded
+    )
+    return Trio.from_backbone(
+        backbone,
+        recipe.lora,
+        recipe.policy,
+        PolicyClock.of(recipe.objective),
+        generator=torch.Generator().manual_seed(recipe.seed),
+    )
 
 
 class TeacherVelocity(Protocol):
@@ -244,7 +382,7 @@ class GuidedTeacher:
     Args:
         teacher: a trio or a bare backbone.
         cond: B prompts.
-        negative: the empty prompt, one or B; not used when `guidance.scale` is 1.
+        negative: the negative prompt, one or B; not used when `guidance.scale` is 1.
         guidance: scale, sigma interval and orthogonal share.
 
     Raises:
@@ -263,8 +401,8 @@ class GuidedTeacher:
             return
         if negative is None:
             raise ValueError(
-                f"guidance.scale {guidance.scale} needs the empty prompt's conditioning, got none: "
-                "pass it, or set guidance.scale to 1"
+                f"guidance.scale {guidance.scale} needs the negative prompt's conditioning, got "
+                "none: pass it, or set guidance.scale to 1"
             )
         both = Conditioning.cat([cond, negative.expand(cond.batch_size)])
         self._velocity = guided_teacher(
@@ -287,13 +425,28 @@ def _velocity_of(
     return lambda x, sigma: teacher.teacher_velocity(x, sigma, cond)
 
 
-def _role_of(name: str) -> str | None:
-    """The role that a parameter belongs to by its module name; None: the frozen base."""
-    parts = name.split(".")
-    for container in ("lora_A", "lora_B", "heads"):
-        if container in parts[:-1]:
-            return parts[parts.index(container) + 1]
-    return None
+def _inject_lora(backbone: Backbone, lora: LoRAConfig, generator: torch.Generator) -> None:
+    """Adds the student's and the EMA's adapter."""
+    module, skip = backbone.module, backbone.output_names
+    targets = lora.targets
+    if targets is None:
+        targets = adapters.present_targets(module, backbone.default_lora_targets, skip=skip)
+    ranks = dict.fromkeys(adapters.resolve_targets(module, targets, skip=skip), lora.rank)
+    if not ranks:
+        raise ValueError(
+            "lora.targets names no layer of the model: list some, or set lora to null to train all "
+            "weights"
+        )
+    adapters.inject(module, STUDENT, ranks, dropout=lora.dropout, generator=generator)
+    adapters.inject(module, EMA, ranks, dropout=0.0, generator=generator)
+
+
+def _float_copy(backbone: Backbone) -> Backbone:
+    """An independent backbone in float32."""
+    copied = copy.deepcopy(backbone)
+    copied.module.float()
+    copied.dtype = torch.float32
+    return copied
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

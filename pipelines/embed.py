@@ -6,7 +6,8 @@
        one item a shard --> encoder actors (min..max): encode, write the shard   (Ray Data)
     driver: <-- progress, then each shard's entry --> manifest.json, last
 
-An interrupted job loses only unfinished shards: a file that is there and whole is kept.
+An interrupted job loses only unfinished shards: a file that is there and whole is kept. A finished
+store that lacks the recipe's negative prompt gets it as one more file.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from piflow import storage
-from piflow.config import Recipe
-from piflow.data.encoders import BertEncoder, encoder_identity
+from piflow.config import FluxEncoderConfig, Recipe
+from piflow.data.encoders import absolute_path, build_encoder, check_prompts, encoder_identity
 from piflow.data.execution import quiet_context, remote_cause
 from piflow.data.prompts import PromptSet, read_prompts
 from piflow.data.store import (
@@ -37,6 +38,7 @@ from piflow.data.store import (
     StoreManifest,
     TruncationReport,
     empty_prompt_plan,
+    negative_prompt_plan,
     plan_store,
     read_manifest,
     require_same_inputs,
@@ -48,6 +50,7 @@ from piflow.data.store import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_MUCH_MEMORY = 8e9  # bytes of float32 states that an encoder actor may hold without a word
 JOB_FILE = "job.json"  # inputs of an unfinished store, so that a later job knows whose shards lie
 
 
@@ -58,7 +61,14 @@ class _Job:
     store: str
     inputs: StoreInputs
     buckets: tuple[Bucket, ...]
-    shards: list[ShardPlan]  # the empty prompt's file is the last
+    shards: list[ShardPlan]
+    empty: ShardPlan
+    negative: ShardPlan | None  # of the recipe's guidance.negative_prompt, unless it is ""
+
+    @property
+    def plans(self) -> list[ShardPlan]:
+        """All files."""
+        return [*self.shards, self.empty, *([self.negative] if self.negative else [])]
 
 
 @dataclass(frozen=True)
@@ -77,34 +87,30 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> StoreManifest:
         ValueError: unusable prompts or encoder, or the store's folder belongs to other inputs.
         OSError: the storage refused.
     """
-    from piflow.runtime.driver import ray_session
-
     console = Console(stderr=True, quiet=not show_progress)
     embed = recipe.embed
     prompts = read_prompts(
-        embed.prompts, column=embed.prompt_column, height=embed.height, width=embed.width
+        embed.prompts,
+        column=embed.prompt_column,
+        height=embed.height,
+        width=embed.width,
+        height_column=embed.height_column,
+        width_column=embed.width_column,
+        buckets=embed.buckets,
+        seed=embed.seed,
     )
     if prompts.duplicates:
         _say(console, f"{prompts.duplicates} repeated prompt(s) are encoded once")
     job = _plan(recipe, prompts)
     finished = _finished_store(job)
-    if finished is not None:
+    if finished is None:
+        return _make_store(recipe, job, console)
+    if job.negative is None or any(e.path == job.negative.path for e in finished.negative_prompts):
         _say(console, f"{job.store} is up to date, nothing to do")
         return finished
-    storage.write_bytes(
-        storage.join(job.store, JOB_FILE), job.inputs.model_dump_json(indent=1).encode()
-    )
-    done = _reusable(job)
-    if done:
-        _say(console, f"{len(done)} of {len(job.shards)} files are there already")
-    missing = [plan for plan in job.shards if plan.path not in done]
-    if missing:
-        with ray_session(recipe):
-            done |= _encode(recipe, job, missing, console)
-    manifest = _to_manifest(job, done)
+    _say(console, f"{job.store} is complete but for the negative prompt, which is added")
+    manifest = _with_negative_prompt(recipe, job, job.negative, finished, console)
     write_manifest(job.store, manifest)
-    storage.delete_file(storage.join(job.store, JOB_FILE))
-    _warn_of_truncation(console, list(done.values()), recipe.encoder.max_tokens)
     return manifest
 
 
@@ -112,10 +118,12 @@ def verify(recipe: Recipe) -> None:
     """Read every file of the recipe's store and compare it with the manifest; print the result.
 
     Raises:
-        StoreError: a file is missing, changed or damaged, or another encoder wrote the store.
+        StoreError: a file is missing, changed or damaged, another encoder wrote the store, or the
+            recipe's negative prompt isn't in it.
     """
     store = EmbeddingStore.open(recipe.embed.store)
-    store.require_encoder(encoder_identity(recipe.encoder.path, recipe.encoder.max_tokens))
+    store.require_encoder(encoder_identity(recipe.encoder))
+    store.require_negative_prompt(recipe.guidance.negative_prompt)
     store.verify()
     size = sum(entry.bytes for entry in store.manifest.files) / 1e6
     print(
@@ -125,10 +133,12 @@ def verify(recipe: Recipe) -> None:
 
 
 def _plan(recipe: Recipe, prompts: PromptSet) -> _Job:
-    embed = recipe.embed
+    embed, negative = recipe.embed, recipe.guidance.negative_prompt
+    check_prompts(recipe.encoder, (prompt.text for prompt in prompts.prompts))
+    check_prompts(recipe.encoder, [negative])
     inputs = StoreInputs(
         schema_version=SCHEMA_VERSION,
-        encoder=encoder_identity(recipe.encoder.path, recipe.encoder.max_tokens),
+        encoder=encoder_identity(recipe.encoder),
         dtype=embed.dtype,
         rows_per_shard=embed.rows_per_shard,
         rows_per_group=embed.rows_per_group,
@@ -136,11 +146,18 @@ def _plan(recipe: Recipe, prompts: PromptSet) -> _Job:
         prompts_sha256=prompts.digest,
     )
     buckets, shards = plan_store(prompts.prompts, embed.rows_per_shard, embed.rows_per_group)
-    return _Job(storage.absolute(embed.store), inputs, buckets, [*shards, empty_prompt_plan()])
+    return _Job(
+        store=storage.absolute(embed.store),
+        inputs=inputs,
+        buckets=buckets,
+        shards=shards,
+        empty=empty_prompt_plan(),
+        negative=negative_prompt_plan(negative) if negative else None,
+    )
 
 
 def _finished_store(job: _Job) -> StoreManifest | None:
-    """The manifest, if the store is complete; a folder of other inputs is refused."""
+    """The manifest, if all its files are there; a folder of other inputs is refused."""
     if storage.exists(storage.join(job.store, MANIFEST)):
         manifest = read_manifest(job.store)
         require_same_inputs(job.store, manifest.inputs, job.inputs)
@@ -155,10 +172,36 @@ def _finished_store(job: _Job) -> StoreManifest | None:
     return None
 
 
+def _make_store(recipe: Recipe, job: _Job, console: Console) -> StoreManifest:
+    """Encode what isn't there yet, and write the manifest."""
+    _warn_of_memory(recipe, job, console)
+    storage.write_bytes(
+        storage.join(job.store, JOB_FILE), job.inputs.model_dump_json(indent=1).encode()
+    )
+    done = _reusable(job)
+    if done:
+        _say(console, f"{len(done)} of {len(job.plans)} files are there already")
+    done |= _encode(recipe, job, [plan for plan in job.plans if plan.path not in done], console)
+    manifest = _to_manifest(job, done, _negative_prompts_of_others(job))
+    write_manifest(job.store, manifest)
+    storage.delete_file(storage.join(job.store, JOB_FILE))
+    _warn_of_truncation(console, list(done.values()), job.inputs.encoder.max_tokens)
+    return manifest
+
+
+def _with_negative_prompt(
+    recipe: Recipe, job: _Job, plan: ShardPlan, finished: StoreManifest, console: Console
+) -> StoreManifest:
+    done = _encode(recipe, job, [plan], console)
+    _warn_of_truncation(console, list(done.values()), job.inputs.encoder.max_tokens)
+    entries = (*finished.negative_prompts, done[plan.path].entry)
+    return finished.model_copy(update={"negative_prompts": entries})
+
+
 def _reusable(job: _Job) -> dict[str, _Finished]:
     found: dict[str, _Finished] = {}
     present = set(storage.list_files(job.store))
-    for plan in job.shards:
+    for plan in job.plans:
         kept = reusable_shard(job.store, plan, job.inputs) if plan.path in present else None
         if kept is not None:
             found[plan.path] = _Finished(*kept)
@@ -169,7 +212,11 @@ def _encode(
     recipe: Recipe, job: _Job, missing: list[ShardPlan], console: Console
 ) -> dict[str, _Finished]:
     """Run the encoder actors over the missing shards, with a bar that counts prompts."""
+    from piflow.runtime.driver import ray_session
+
     finished: dict[str, _Finished] = {}
+    if not missing:
+        return finished
     bar = Progress(
         TextColumn("embed: prompts"),
         BarColumn(),
@@ -178,7 +225,7 @@ def _encode(
         console=console,
         disable=console.quiet,
     )
-    with bar:
+    with ray_session(recipe), bar:
         task = bar.add_task("embed", total=sum(len(plan.prompts) for plan in missing))
         for row in _run(recipe, job, missing):
             bar.advance(task, row["prompts"])
@@ -202,7 +249,12 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
     plans = ray.put(missing)
     dataset = source.map_batches(
         EncodeShard,
-        fn_constructor_args=(recipe.model_dump(mode="json"), job.store, job.inputs, plans),
+        fn_constructor_args=(
+            recipe.model_copy(update={"encoder": absolute_path(recipe.encoder)}),
+            job.store,
+            job.inputs,
+            plans,
+        ),
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(
@@ -221,20 +273,19 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
 class EncodeShard:
     """The encoder actor: encodes and writes whole shards, and tells how far it is."""
 
-    def __init__(self, recipe: dict[str, Any], store: str, inputs: StoreInputs, plans: Any) -> None:
+    def __init__(self, recipe: Recipe, store: str, inputs: StoreInputs, plans: Any) -> None:
         import ray
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-        config = Recipe.model_validate(recipe)
-        device = "cuda" if config.embed.gpus_per_encoder else "cpu"
-        self._encoder = BertEncoder(config.encoder.path, config.encoder.max_tokens, device)
+        device = "cuda" if recipe.embed.gpus_per_encoder else "cpu"
+        self._encoder = build_encoder(recipe.encoder, device)
         if self._encoder.identity != inputs.encoder:
             raise ValueError(
-                f"the encoder {config.encoder.path} is {self._encoder.identity} on this node, but "
+                f"the recipe's encoder is {self._encoder.identity} on this node, but "
                 f"{inputs.encoder} on the driver's; put the same files on all nodes"
             )
-        self._batch_size = config.embed.batch_size
+        self._batch_size = recipe.embed.batch_size
         self._store = store
         self._inputs = inputs
         self._plans: list[ShardPlan] = ray.get(plans)
@@ -263,16 +314,50 @@ def _row(
     }
 
 
-def _to_manifest(job: _Job, done: dict[str, _Finished]) -> StoreManifest:
-    *shards, empty = [done[plan.path] for plan in job.shards]
+def _negative_prompts_of_others(job: _Job) -> tuple[ShardEntry, ...]:
+    """What a damaged store still has of other recipes' negative prompts."""
+    if not storage.exists(storage.join(job.store, MANIFEST)):
+        return ()
+    own = job.negative.path if job.negative else None
+    sizes = storage.file_sizes(job.store)
+    return tuple(
+        entry
+        for entry in read_manifest(job.store).negative_prompts
+        if entry.path != own and sizes.get(entry.path) == entry.bytes
+    )
+
+
+def _to_manifest(
+    job: _Job, done: dict[str, _Finished], negative_prompts: tuple[ShardEntry, ...]
+) -> StoreManifest:
+    own = (done[job.negative.path].entry,) if job.negative else ()
+    shards = [done[plan.path] for plan in job.shards]
     return StoreManifest(
         inputs=job.inputs,
         inputs_sha256=job.inputs.digest,
         buckets=job.buckets,
         shards=tuple(shard.entry for shard in shards),
-        empty_prompt=empty.entry,
+        empty_prompt=done[job.empty.path].entry,
         truncated_prompts=sum(shard.truncated.count for shard in shards),
+        negative_prompts=(*negative_prompts, *own),
     )
+
+
+def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
+    """Unpadded prompts are short; with all of T5's padding a prompt has 8 MB until it is stored."""
+    if not isinstance(recipe.encoder, FluxEncoderConfig) or recipe.encoder.padding != "keep":
+        return
+    encoder = job.inputs.encoder
+    prompt = 4 * encoder.max_tokens * encoder.hidden_size
+    largest = prompt * max(len(plan.prompts) for plan in job.plans)
+    if largest > _MUCH_MEMORY:
+        _say(
+            console,
+            f"warning: each encoder actor holds up to {largest / 1e9:.0f} GB of float32 states "
+            f"({prompt / 1e6:.1f} MB a prompt with all padding); lower embed.rows_per_shard, e.g. "
+            "to 256, and embed.rows_per_group to 16, or set encoder.padding = drop",
+            style="yellow",
+        )
 
 
 def _warn_of_truncation(console: Console, finished: list[_Finished], max_tokens: int) -> None:

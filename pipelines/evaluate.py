@@ -16,7 +16,7 @@ from piflow.config import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from piflow.evaluation import Evaluation
+    from piflow.evaluation import Evaluation, Retrieve
 
 GRID_PROMPTS = 8  # rows of the picture grid
 NUM_METHODS = 4  # the teacher at three step counts, the student
@@ -36,17 +36,18 @@ def main(
     import torch
 
     from piflow import rundir
-    from piflow.data.store import EmbeddingStore
     from piflow.evaluation import evaluate
+    from piflow.runtime.driver import check_store
     from piflow.student import student_of_checkpoint
     from piflow.tracking import MlflowTracker
 
     record = rundir.require_run(recipe)
     checkpoint = checkpoint or rundir.newest_checkpoint(recipe.run_dir)
-    store = EmbeddingStore.open(recipe.embed.store)
+    store = check_store(recipe)
     trio, state = student_of_checkpoint(recipe, checkpoint, "ema")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trio.module.to(device)
+    for module in trio.modules:
+        module.to(device)
     with _progress(recipe, show_progress) as advance:
         result = evaluate(recipe, trio, store, device, retrieve=_retrieval(recipe), advance=advance)
     folder = _write_report(recipe, result, record.mlflow_run_id, store.manifest_hash, state.step)
@@ -87,15 +88,15 @@ def _progress(recipe: Recipe, show: bool) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.update(task, advance=done)
 
 
-def _retrieval(recipe: Recipe) -> Callable[[Tensor, Sequence[str]], float] | None:
-    """retrieval@1 among the emoji of the evaluation list, if the recipe asks for it."""
+def _retrieval(recipe: Recipe) -> Retrieve | None:
+    """Nearest-emoji search among the emoji of the evaluation list, if the recipe asks for it."""
     if not recipe.evaluation.retrieval:
         return None
     import torch
 
     from piflow import storage
     from piflow.demo.emoji import list_drawable
-    from piflow.demo.retrieval import retrieval_at_1
+    from piflow.demo.retrieval import retrieval_hits
 
     emoji, glyphs = list_drawable()
     names = [item.prompt for item in emoji]
@@ -105,14 +106,14 @@ def _retrieval(recipe: Recipe) -> Callable[[Tensor, Sequence[str]], float] | Non
         names, glyphs = [names[number] for number in kept], glyphs[kept]
     position = {name: number for number, name in enumerate(names)}
 
-    def retrieve(pictures: Tensor, prompts: Sequence[str]) -> float:
+    def retrieve(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         unknown = [prompt for prompt in prompts if prompt not in position]
         if unknown:
             raise ValueError(
                 f"evaluation.retrieval needs emoji names as prompts, got {unknown[0]!r}; set "
                 "evaluation.retrieval=false for other prompts"
             )
-        return retrieval_at_1(pictures, glyphs, torch.tensor([position[name] for name in prompts]))
+        return retrieval_hits(pictures, glyphs, torch.tensor([position[name] for name in prompts]))
 
     return retrieve
 

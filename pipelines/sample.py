@@ -28,28 +28,26 @@ def main(
         The files written, the grid last.
 
     Raises:
-        ValueError: an empty prompt, fewer steps than trained, or an adapter that doesn't load.
+        ValueError: an empty prompt, numbers of steps that the student doesn't run at, or an adapter
+            that doesn't load.
     """
     if blank := [prompt for prompt in prompts if not prompt.strip()]:
         raise ValueError(f"expected a prompt that says something, got {blank[0]!r}")
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from piflow.backbones import CODECS
-    from piflow.sampling import sample_few_step
+    from piflow.backbones import build_codec
+    from piflow.heads import GMHead
+    from piflow.sampling import check_nfe, sample_few_step
     from piflow.schedule import FlowSchedule, segments
     from piflow.student import encode_prompts, load_student
 
     transformers_logging.disable_progress_bar()
     trio, settings = load_student(adapter, base)
     steps = nfe or settings.nfe
-    if steps < settings.nfe:
-        raise ValueError(
-            f"--nfe {steps}: this student was trained for {settings.nfe} network evaluations and "
-            "runs at that many or more"
-        )
+    check_nfe(steps, settings.nfe, elastic=isinstance(trio.head, GMHead))
     cond = encode_prompts(settings, prompts)
-    codec = CODECS[settings.codec]()
+    codec = build_codec(settings.model)
     shape = codec.latent_shape(settings.height, settings.width)
     columns = []
     seeds = range(seed, seed + count)

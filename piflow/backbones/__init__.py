@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import torch
 
-from piflow.backbones.base import Backbone, Conditioning
-from piflow.backbones.codec import PixelCodec
+from piflow.backbones.base import Backbone, Conditioning, OutputLayer
+from piflow.backbones.codec import Codec, PixelCodec, VAECodec, build_codec
+from piflow.backbones.dit import DiTBackbone
 from piflow.backbones.flux import FluxBackbone
+from piflow.backbones.qwen_image import QwenImageBackbone
 from piflow.config import ModelConfig
 
-__all__ = ["Backbone", "Conditioning", "FluxBackbone", "PixelCodec", "build_codec", "load_backbone"]
+__all__ = [
+    "Backbone",
+    "Codec",
+    "Conditioning",
+    "DiTBackbone",
+    "FluxBackbone",
+    "OutputLayer",
+    "PixelCodec",
+    "QwenImageBackbone",
+    "VAECodec",
+    "build_codec",
+    "load_backbone",
+]
 
-FAMILIES = {"flux": FluxBackbone}
-CODECS = {"pixels": PixelCodec}
+FAMILIES: dict[str, type[Backbone]] = {
+    "flux": FluxBackbone,
+    "qwen_image": QwenImageBackbone,
+    "dit": DiTBackbone,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -21,7 +38,7 @@ def load_backbone(
     *,
     device: torch.device | str = "cpu",
     embedded_guidance: float | None = None,
-) -> FluxBackbone:
+) -> Backbone:
     """The recipe's transformer as it is on disk: the teacher, with no adapters.
 
     Raises:
@@ -33,8 +50,3 @@ def load_backbone(
         device=device,
         embedded_guidance=embedded_guidance,
     )
-
-
-def build_codec(model: ModelConfig) -> PixelCodec:
-    """The recipe's codec between pictures and latents."""
-    return CODECS[model.codec]()

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+PATCH = 2  # a token is a 2×2 patch
+
 
 @dataclass(frozen=True)
 class Conditioning:
-    """A batch of text embeddings.
+    """A batch of embedded prompts.
 
     Attributes:
         tokens: `(B, L, D)` token states; positions from `num_tokens` on are zeros. L is the
             encoder's `max_tokens`, the same for every batch, so that a sample never depends on its
             neighbours (FLUX has no text mask).
         num_tokens: `(B,)` valid tokens of each prompt.
-        pooled: `(B, P)` pooled vector, or None for families without one.
+        pooled: `(B, P)` pooled vector, or None for families without one. For class labels it is the
+            class number, `(B, 1)` float32.
     """
 
     tokens: Tensor
@@ -130,30 +134,97 @@ class Conditioning:
         )
 
 
+def pack(latents: Tensor) -> Tensor:
+    """`(B, C, H, W)` -> `(B, HW/4, 4C)`: 2×2 patches, row by row, channel-major inside.
+
+    Raises:
+        ValueError: H or W is odd.
+    """
+    batch, channels, height, width = latents.shape
+    if height % PATCH or width % PATCH:
+        raise ValueError(f"latent height and width must be even, got {height}×{width}")
+    rows, columns = height // PATCH, width // PATCH
+    patches = latents.reshape(batch, channels, rows, PATCH, columns, PATCH)
+    patches = patches.permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, rows * columns, channels * PATCH * PATCH)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """`(B, HW/4, 4F)` -> `(B, F, H, W)`, the inverse of `pack`."""
+    batch, _, features = tokens.shape
+    rows, columns, channels = height // PATCH, width // PATCH, features // (PATCH * PATCH)
+    patches = tokens.reshape(batch, rows, columns, channels, PATCH, PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+class OutputLayer(nn.Module):
+    """A transformer's own last layer: adaptive norm, then projection.
+
+    Args:
+        norm: `(B, T, d)`, `(B, d)` -> `(B, T, d)`, shifted and scaled by the time embedding.
+        projection: d -> 4C with a bias; rows are channel-major, (C, patch position).
+    """
+
+    def __init__(self, norm: nn.Module, projection: nn.Linear) -> None:
+        super().__init__()
+        self.norm = norm
+        self.projection = projection
+
+    def forward(self, hidden: Tensor, temb: Tensor) -> Tensor:
+        """`(B, T, d)`, `(B, d)` -> `(B, T, 4C)`."""
+        tokens: Tensor = self.projection(self.norm(hidden, temb))
+        return tokens
+
+
 class Backbone(Protocol):
     """One transformer: pack latents to tokens, call, unpack tokens to latents.
 
-    Latents are `(B, C, H, W)`; a token holds a 2×2 patch, channel-major.
+    Latents are `(B, C, H, W)`; a token holds a 2×2 patch, channel-major, whatever the family's own
+    layout is. `copy.deepcopy` of a backbone gives an independent one.
 
     Attributes:
-        module: the diffusers transformer, the thing that is sharded and checkpointed.
+        module: the transformer, the thing that is sharded and checkpointed.
         dtype: the frozen base's dtype.
         width: the transformer's hidden size d.
         latent_channels: C.
+        class_name: the diffusers class in a model folder's config.json.
         block_classes: modules that are sharded one by one.
-        default_lora_targets: module name suffixes that the student adapts.
+        output_names: submodules of `module` that make up its output layer; never adapted.
+        adapter_class_names: `_class_name` in an adapter's config.json: of a GM student, of a DX
+            student.
+        adapter_fields: fields of `config` that an adapter's config.json repeats.
     """
 
     module: nn.Module
     dtype: torch.dtype
     width: int
     latent_channels: int
+    class_name: str
     block_classes: tuple[type[nn.Module], ...]
-    default_lora_targets: tuple[str, ...]
+    output_names: tuple[str, ...]
+    adapter_class_names: tuple[str, str]
+    adapter_fields: tuple[str, ...]
+
+    @classmethod
+    def load(
+        cls,
+        uri: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        embedded_guidance: float | None = None,
+    ) -> Self:
+        """Loads a diffusers folder (config.json + safetensors) in evaluation mode."""
+        ...
 
     @property
-    def config(self) -> dict[str, object]:
+    def config(self) -> Mapping[str, object]:
         """The constructor's arguments, as in the family's config.json."""
+        ...
+
+    @property
+    def default_lora_targets(self) -> tuple[str, ...]:
+        """Name suffixes of the linear layers that the student adapts, each with a gradient."""
         ...
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -172,12 +243,12 @@ class Backbone(Protocol):
         """`(B, HW/4, 4F)` -> `(B, F, H, W)`."""
         ...
 
-    def output_layers(self) -> tuple[nn.Module, nn.Linear]:
-        """The teacher's last adaptive norm and projection."""
+    def output_layer(self) -> OutputLayer:
+        """The teacher's last adaptive norm and projection; a ValueError once replaced."""
         ...
 
     def install_output(self, output: nn.Module) -> None:
-        """Replaces norm and projection by `output(hidden, temb)`."""
+        """Makes `output(hidden, temb)` the model's last layer."""
         ...
 
     def enable_gradient_checkpointing(self) -> None:

@@ -1,52 +1,273 @@
-"""Between pictures and a backbone's latents."""
+"""Between pictures and a backbone's latents: RGB itself, or the family's VAE."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from piflow import storage
+from piflow.config import ModelConfig
+
+
+class Codec(Protocol):
+    """Pictures `(B, 3, H, W)` float32 in [-1, 1] <-> latents `(B, C, h, w)` float32."""
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of a picture's latents; the backbones' 2×2 patches need h and w even.
+
+        Raises:
+            ValueError: height or width, in pixels, doesn't divide.
+        """
+        ...
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """`(B, 3, H, W)` -> `(B, C, h, w)`, without gradients for a VAE.
+
+        Raises:
+            ValueError: not RGB, or sizes that don't divide.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """`(B, C, h, w)` -> `(B, 3, H, W)`; values are not clamped to [-1, 1].
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        ...
+
+
+def build_codec(model: ModelConfig) -> Codec:
+    """The recipe's codec; a VAE's weights are read at the first encode or decode.
+
+    Raises:
+        FileNotFoundError: there is no VAE.
+        ValueError: its folder holds something else.
+    """
+    if model.codec == "pixels":
+        return PixelCodec()
+    return VAECodec(model.vae or storage.sibling(model.path, "vae"))
+
 
 class PixelCodec:
-    """RGB itself, space-to-depth by 2: 12 latent channels, lossless, no weights.
-
-    Pictures are `(B, 3, H, W)` in [-1, 1]; latents `(B, 12, H/2, W/2)`.
-    """
+    """RGB itself, space-to-depth by 2: 12 latent channels, lossless, no weights."""
 
     channels = 12
     factor = 2
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(12, H/2, W/2).
+
+        Raises:
+            ValueError: height or width isn't a positive multiple of 4 pixels.
+        """
+        return _latent_shape(self.channels, self.factor, height, width)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """`(B, 3, H, W)` -> `(B, 12, H/2, W/2)`.
 
         Raises:
-            ValueError: not RGB, or a height or width that is odd.
+            ValueError: not RGB, or a height or width that isn't a multiple of 4.
         """
-        if pictures.ndim != 4 or pictures.shape[1] != 3:
-            raise ValueError(f"pictures must be (B, 3, H, W), got {tuple(pictures.shape)}")
+        _check_pictures(pictures)
         self.latent_shape(pictures.shape[2], pictures.shape[3])
         return F.pixel_unshuffle(pictures, self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """`(B, 12, h, w)` -> `(B, 3, 2h, 2w)`; values are not clamped.
+        """`(B, 12, h, w)` -> `(B, 3, 2h, 2w)`.
 
         Raises:
             ValueError: not 12 latent channels.
         """
-        if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise ValueError(
-                f"latents must be (B, {self.channels}, h, w), got {tuple(latents.shape)}"
-            )
+        _check_latents(latents, self.channels)
         return F.pixel_shuffle(latents, self.factor)
 
+
+_SCALING_FACTOR = 0.18215  # diffusers' default for AutoencoderKL; its oldest files lack the key
+
+
+@dataclass(frozen=True)
+class _LatentSpace:
+    """A VAE's geometry and its latents' normalisation, `(z - shift) · scale` by channel."""
+
+    channels: int
+    factor: int  # pixels a latent pixel, each way
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    has_frames: bool  # a video VAE: (B, C, T, H, W), pictures are one frame
+
+
+class VAECodec:
+    """A diffusers VAE in float32: the posterior's mean, normalised as the pipelines do.
+
+    `AutoencoderKL` (FLUX.1, Stable Diffusion, DiT): `(z - shift_factor) · scaling_factor`.
+    `AutoencoderKLQwenImage`: `(z - latents_mean) / latents_std` by channel. Pictures go through
+    one by one, so that memory is one picture's and results don't depend on the batch.
+
+    Args:
+        uri: the VAE's folder (config.json and safetensors); only config.json is read at once.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it isn't one of these two classes' VAE of RGB pictures.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        config = _read_config(uri)
+        self._class_name = str(config.get("_class_name"))
+        if self._class_name not in _LATENT_SPACES:
+            raise ValueError(
+                f"config.json of VAE {uri} has _class_name {self._class_name!r}; supported: "
+                f"{', '.join(_LATENT_SPACES)}; set model.vae to the VAE's folder"
+            )
+        try:
+            self._space = _LATENT_SPACES[self._class_name](config)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"config.json of VAE {uri} lacks what {self._class_name} needs: {error}"
+            ) from error
+        self._vae: Any = None
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of a picture's latents; the backbone's 2×2 patches need h and w even.
+        """(C, H/factor, W/factor); from config.json alone.
 
         Raises:
-            ValueError: height or width isn't a positive multiple of 4 pixels.
+            ValueError: height or width isn't a positive multiple of 2·factor pixels.
         """
-        step = 2 * self.factor
-        if height <= 0 or width <= 0 or height % step or width % step:
-            raise ValueError(
-                f"picture sizes must be positive multiples of {step} pixels, got {height}×{width}"
-            )
-        return self.channels, height // self.factor, width // self.factor
+        return _latent_shape(self._space.channels, self._space.factor, height, width)
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """`(B, 3, H, W)` -> `(B, C, h, w)`, on the pictures' device.
+
+        Raises:
+            ValueError: not RGB, sizes that don't divide, or weights that don't load.
+        """
+        _check_pictures(pictures)
+        self.latent_shape(pictures.shape[2], pictures.shape[3])
+        pictures = pictures.float()
+        vae = self._on(pictures.device)
+        inputs = pictures.unsqueeze(2) if self._space.has_frames else pictures
+        z = vae.encode(inputs).latent_dist.mode()
+        shift, scale = self._normalisation(pictures.device)
+        return ((z[:, :, 0] if self._space.has_frames else z) - shift) * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """`(B, C, h, w)` -> `(B, 3, h·factor, w·factor)`, on the latents' device.
+
+        Raises:
+            ValueError: another number of channels, or weights that don't load.
+        """
+        _check_latents(latents, self._space.channels)
+        latents = latents.float()
+        vae = self._on(latents.device)
+        shift, scale = self._normalisation(latents.device)
+        z = latents / scale + shift
+        pictures = vae.decode(z.unsqueeze(2) if self._space.has_frames else z).sample
+        return pictures[:, :, 0] if self._space.has_frames else pictures
+
+    def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        shift, scale = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+            for values in (self._space.shift, self._space.scale)
+        )
+        return shift, scale
+
+    def _on(self, device: torch.device) -> Any:
+        """The VAE on this device, loaded when it is first needed."""
+        if self._vae is None:
+            self._vae = _load_vae(self._class_name, self._uri)
+        return self._vae.to(device)
+
+
+def _load_vae(class_name: str, uri: str) -> Any:
+    from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+
+    vae_class = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLQwenImage": AutoencoderKLQwenImage}
+    try:
+        vae, info = vae_class[class_name].from_pretrained(
+            str(storage.local_folder(uri)),
+            local_files_only=True,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot load the VAE {uri}: {error}") from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"the VAE {uri} lacks {len(info['missing_keys'])} of the model's weights, e.g. "
+            f"{', '.join(sorted(info['missing_keys'])[:3])}; use a complete {class_name}"
+        )
+    vae.enable_slicing()
+    return vae.eval().requires_grad_(False)
+
+
+def _space_of_kl(config: dict[str, Any]) -> _LatentSpace:
+    _require_rgb(config.get("in_channels", 3))
+    return _LatentSpace(
+        channels=int(config["latent_channels"]),
+        factor=2 ** (len(config["block_out_channels"]) - 1),
+        shift=(float(config.get("shift_factor") or 0.0),),
+        scale=(float(config.get("scaling_factor", _SCALING_FACTOR)),),
+        has_frames=False,
+    )
+
+
+def _space_of_qwen_image(config: dict[str, Any]) -> _LatentSpace:
+    _require_rgb(config.get("input_channels", 3))
+    std = torch.tensor(config["latents_std"], dtype=torch.float32)
+    return _LatentSpace(
+        channels=int(config["z_dim"]),
+        factor=2 ** len(config["temperal_downsample"]),
+        shift=tuple(float(value) for value in config["latents_mean"]),
+        scale=tuple((1.0 / std).tolist()),  # in float32, as the pipeline inverts it
+        has_frames=True,
+    )
+
+
+_LATENT_SPACES = {
+    "AutoencoderKL": _space_of_kl,
+    "AutoencoderKLQwenImage": _space_of_qwen_image,
+}
+
+
+def _require_rgb(channels: int) -> None:
+    if channels != 3:
+        raise ValueError(f"the VAE takes {channels} picture channels; expected one for RGB, 3")
+
+
+def _read_config(uri: str) -> dict[str, Any]:
+    try:
+        config = json.loads(storage.read_bytes(storage.join(uri, "config.json")))
+    except ValueError as error:
+        raise ValueError(f"config.json of VAE {uri} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json of VAE {uri} must hold an object")
+    return config
+
+
+def _latent_shape(channels: int, factor: int, height: int, width: int) -> tuple[int, int, int]:
+    step = 2 * factor
+    if height <= 0 or width <= 0 or height % step or width % step:
+        raise ValueError(
+            f"picture sizes must be positive multiples of {step} pixels, got {height}×{width}"
+        )
+    return channels, height // factor, width // factor
+
+
+def _check_pictures(pictures: Tensor) -> None:
+    if pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise ValueError(f"pictures must be (B, 3, H, W), got {tuple(pictures.shape)}")
+
+
+def _check_latents(latents: Tensor, channels: int) -> None:
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(f"latents must be (B, {channels}, h, w), got {tuple(latents.shape)}")

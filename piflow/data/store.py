@@ -3,15 +3,21 @@
 ::
 
     store/
-      manifest.json                 written last: a store without it is unfinished
-      shard-00000.parquet …         rows in file order of the prompts, grouped by bucket
-      empty-prompt.parquet          the embedding of "", for guidance and prompt dropout
+      manifest.json                  written last: a store without it is unfinished
+      shard-00000.parquet …          rows in file order of the prompts, grouped by bucket
+      empty-prompt.parquet           the embedding of "", for guidance and prompt dropout
+      negative-prompt-<id>.parquet   one for each negative prompt that a recipe asked for
 
 A row holds one prompt's valid token states only, without padding. As ``fp8`` they are e4m3 with
 one float32 ``scale`` for the row, ``x = scale · q`` with ``scale = max|x| / 448``: an element is
 off by at most ``max(|x| / 16, scale / 1024)``. As ``bf16`` they are rounded to 8 bits of mantissa
-and ``scale`` is 1. The pooled vector stays float32, it is small. A row group never mixes buckets
-(picture sizes), so that the manifest alone decides the order of training. Pages carry checksums.
+and ``scale`` is 1. The pooled vector stays float32, it is small; it is null for encoders that have
+none. A row group never mixes buckets (picture sizes), so that the manifest alone decides the order
+of training. Pages carry checksums.
+
+Negative prompts are additions: `piflow embed` encodes a recipe's own into a finished store, and
+neither the store's inputs nor its `manifest_hash` know of them, because the recipe names the text
+and the encoder decides its embedding.
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 EMPTY_PROMPT = "empty-prompt.parquet"
 TokenDtype = Literal["fp8", "bf16"]
@@ -50,7 +56,7 @@ SCHEMA = pa.schema(
         pa.field("num_tokens", pa.int32(), nullable=False),
         pa.field("scale", pa.float32(), nullable=False),
         pa.field("tokens", pa.large_binary(), nullable=False),
-        pa.field("pooled", pa.binary(), nullable=False),
+        pa.field("pooled", pa.binary(), nullable=True),
     ]
 )
 _COMPRESSION = {name: "zstd" for name in SCHEMA.names} | {"tokens": "none", "pooled": "none"}
@@ -68,7 +74,11 @@ class _Record(BaseModel):
 
 
 class EncoderIdentity(_Record):
-    """What decides an embedding, wherever the encoder's files lie."""
+    """What decides an embedding, wherever the encoder's files lie.
+
+    `name` holds architecture, sizes and what else changes the states; the hash covers weights,
+    configurations and tokenizers.
+    """
 
     name: str
     weights_sha256: str
@@ -133,6 +143,7 @@ class StoreManifest(_Record):
     shards: tuple[ShardEntry, ...]
     empty_prompt: ShardEntry
     truncated_prompts: int
+    negative_prompts: tuple[ShardEntry, ...] = ()
 
     @property
     def encoder(self) -> EncoderIdentity:
@@ -141,35 +152,35 @@ class StoreManifest(_Record):
 
     @property
     def num_rows(self) -> int:
-        """Prompts in the store, the empty one not counted."""
+        """Prompts in the store, the empty and the negative ones not counted."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def files(self) -> tuple[ShardEntry, ...]:
         """All Parquet files."""
-        return (*self.shards, self.empty_prompt)
+        return (*self.shards, self.empty_prompt, *self.negative_prompts)
 
     @property
     def manifest_hash(self) -> str:
-        """Hex sha256 of the canonical JSON: names the store's exact content."""
-        return _canonical_sha256(self)
+        """Hex sha256 of the canonical JSON: names the content, less the negative prompts."""
+        return _canonical_sha256(self, exclude={"negative_prompts"})
 
     def to_json(self) -> str:
         """Indented JSON, ends with a line end."""
         return self.model_dump_json(indent=1) + "\n"
 
 
-def _canonical_sha256(record: _Record) -> str:
-    tree = record.model_dump(mode="json")
+def _canonical_sha256(record: _Record, exclude: set[str] | None = None) -> str:
+    tree = record.model_dump(mode="json", exclude=exclude)
     canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class EncodedPrompt(NamedTuple):
-    """One encoded prompt: tokens ``(n, D)``, pooled ``(P,)``, float32 on the CPU."""
+    """One encoded prompt: tokens ``(n, D)``, pooled ``(P,)`` or None, float32 on the CPU."""
 
     tokens: Tensor
-    pooled: Tensor
+    pooled: Tensor | None
     truncated: bool
 
 
@@ -177,7 +188,8 @@ class EncodedPrompt(NamedTuple):
 class EmbeddingBatch:
     """Decoded rows: tokens ``(m, L, D)`` float32, zeros beyond ``num_tokens`` ``(m,)`` int64.
 
-    ``L`` is the encoder's ``max_tokens``; pooled is ``(m, P)`` float32; sizes are pixels.
+    ``L`` is the encoder's ``max_tokens``; pooled is ``(m, P)`` float32, or None for encoders
+    without one; sizes are pixels.
     """
 
     prompt_ids: tuple[str, ...]
@@ -186,7 +198,7 @@ class EmbeddingBatch:
     widths: tuple[int, ...]
     tokens: Tensor
     num_tokens: Tensor
-    pooled: Tensor
+    pooled: Tensor | None
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -242,6 +254,13 @@ def empty_prompt_plan() -> ShardPlan:
     return ShardPlan(EMPTY_PROMPT, (Prompt("", 0, 0),), (RowGroup(rows=1, bucket=0),))
 
 
+def negative_prompt_plan(text: str) -> ShardPlan:
+    """The file of a negative prompt, named by its text; for every picture size, so 0 x 0."""
+    prompt = Prompt(text, 0, 0)
+    path = f"negative-prompt-{prompt.prompt_id}.parquet"
+    return ShardPlan(path, (prompt,), (RowGroup(rows=1, bucket=0),))
+
+
 @dataclass(frozen=True)
 class TruncationReport:
     """How many prompts of a shard were longer than the encoder takes, and a few of them."""
@@ -256,7 +275,8 @@ def write_shard(
     """Write one shard, whole or not at all. The file is built in memory first.
 
     Raises:
-        ValueError: an embedding isn't finite (names the prompt) or the counts differ.
+        ValueError: an embedding isn't finite (names the prompt), the counts differ, or only some
+            embeddings have a pooled vector.
         OSError: the storage refused.
     """
     if len(encoded) != len(plan.prompts):
@@ -336,9 +356,15 @@ def _entry(plan: ShardPlan, size: int, sha256: str) -> ShardEntry:
 def _to_table(
     prompts: Sequence[Prompt], encoded: Sequence[EncodedPrompt], dtype: TokenDtype
 ) -> pa.Table:
+    with_pooled = sum(item.pooled is not None for item in encoded)
+    if with_pooled not in (0, len(encoded)):
+        raise ValueError(
+            f"{with_pooled} of {len(encoded)} embeddings have a pooled vector: give all of them "
+            "one, or none"
+        )
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for prompt, (tokens, pooled, _) in zip(prompts, encoded, strict=True):
-        if not (bool(tokens.isfinite().all()) and bool(pooled.isfinite().all())):
+        if not all(bool(x.isfinite().all()) for x in (tokens, pooled) if x is not None):
             raise ValueError(
                 f"the encoder gave non-finite numbers for prompt {prompt.text!r} "
                 f"({prompt.prompt_id}); check the encoder's weights"
@@ -351,7 +377,9 @@ def _to_table(
         columns["num_tokens"].append(tokens.shape[0])
         columns["scale"].append(scale)
         columns["tokens"].append(content)
-        columns["pooled"].append(pooled.float().contiguous().numpy().tobytes())
+        columns["pooled"].append(
+            None if pooled is None else pooled.float().contiguous().numpy().tobytes()
+        )
     return pa.table(columns, schema=SCHEMA)
 
 
@@ -393,7 +421,11 @@ def decode_rows(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
     rows = zip(table["tokens"].to_pylist(), table["scale"].to_pylist(), counts, strict=True)
     for row, (content, scale, count) in enumerate(rows):
         tokens[row, :count] = dequantize(content, scale, count, inputs.dtype)
-    pooled = [np.frombuffer(content, dtype="<f4") for content in table["pooled"].to_pylist()]
+    contents = table["pooled"].to_pylist()
+    pooled = None
+    if contents and None not in contents:
+        stacked = np.stack([np.frombuffer(content, dtype="<f4") for content in contents])
+        pooled = torch.from_numpy(stacked)
     return EmbeddingBatch(
         prompt_ids=tuple(table["prompt_id"].to_pylist()),
         prompts=tuple(table["prompt"].to_pylist()),
@@ -401,7 +433,7 @@ def decode_rows(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
         widths=tuple(table["width"].to_pylist()),
         tokens=tokens,
         num_tokens=torch.tensor(counts, dtype=torch.int64),
-        pooled=torch.from_numpy(np.stack(pooled)),
+        pooled=pooled,
     )
 
 
@@ -497,7 +529,34 @@ class EmbeddingStore:
 
     def empty_prompt(self) -> EmbeddingBatch:
         """The embedding of "", one row; its size is 0 x 0."""
-        entry = self.manifest.empty_prompt
+        return self._read_single(self.manifest.empty_prompt)
+
+    def negative_prompt(self, text: str) -> EmbeddingBatch:
+        """The embedding of a recipe's `guidance.negative_prompt`, one row; "" is the empty prompt.
+
+        Raises:
+            StoreError: the store doesn't hold it.
+        """
+        self.require_negative_prompt(text)
+        return self._read_single(self._negative(text) or self.manifest.empty_prompt)
+
+    def require_negative_prompt(self, text: str) -> None:
+        """Check that the store holds this negative prompt.
+
+        Raises:
+            StoreError: it doesn't; says how to add it.
+        """
+        if text and self._negative(text) is None:
+            raise StoreError(
+                f"embedding store {self.uri} lacks the recipe's guidance.negative_prompt "
+                f"{text!r}; run `piflow embed` with this recipe: only that prompt is encoded"
+            )
+
+    def _negative(self, text: str) -> ShardEntry | None:
+        path = negative_prompt_plan(text).path
+        return next((e for e in self.manifest.negative_prompts if e.path == path), None)
+
+    def _read_single(self, entry: ShardEntry) -> EmbeddingBatch:
         table = _read_row_group(self.uri, entry.path, 0, None, None)
         return decode_rows(table, self.manifest.inputs)
 
@@ -587,7 +646,7 @@ def read_manifest(uri: str) -> StoreManifest:
     if version != SCHEMA_VERSION:
         raise StoreError(
             f"embedding store {uri} has format version {version}, this piflow reads "
-            f"{SCHEMA_VERSION}; make the store anew with `piflow embed`"
+            f"{SCHEMA_VERSION}; remove the folder and make the store anew with `piflow embed`"
         )
     try:
         return StoreManifest.model_validate(tree)

@@ -67,7 +67,8 @@ Result = TypeVar("Result")
 class MicroBatch:
     """One forward pass: tokens ``(m, L, D)`` float32, zeros beyond ``num_tokens`` ``(m,)``.
 
-    ``index`` counts within the step, over all ranks; pooled is ``(m, P)``; sizes are pixels.
+    ``index`` counts within the step, over all ranks; pooled is ``(m, P)``, or None for encoders
+    without one; sizes are pixels.
     """
 
     index: int
@@ -75,7 +76,7 @@ class MicroBatch:
     prompts: tuple[str, ...]
     tokens: Tensor
     num_tokens: Tensor
-    pooled: Tensor
+    pooled: Tensor | None
     height: int
     width: int
 
@@ -273,7 +274,7 @@ class TrainStream:
                     prompts=batch.prompts[part],
                     tokens=batch.tokens[part],
                     num_tokens=batch.num_tokens[part],
-                    pooled=batch.pooled[part],
+                    pooled=None if batch.pooled is None else batch.pooled[part],
                     height=bucket.height,
                     width=bucket.width,
                 )

@@ -6,7 +6,7 @@ are the glyphs of Debian's ``fonts-noto-color-emoji`` (SIL Open Font Licence). N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,15 +165,15 @@ def random_pictures(glyphs: Tensor, generator: torch.Generator, size: int = 32) 
 
 
 class PictureSource:
-    """(prompts, generator) -> random pictures of these emoji, for pre-training."""
+    """(prompts, generator) -> random pictures of these emoji."""
 
     def __init__(self, size: int = 32, font: Path = DEFAULT_FONT) -> None:
         emoji, self._glyphs = list_drawable(font)
         self._size = size
         self._index = {item.prompt: number for number, item in enumerate(emoji)}
 
-    def __call__(self, prompts: Sequence[str], generator: torch.Generator) -> Tensor:
-        """Pictures ``(B, 3, size, size)`` in [-1, 1].
+    def require(self, prompts: Iterable[str]) -> None:
+        """Make sure that there is a picture of every prompt.
 
         Raises:
             ValueError: a prompt that is not the name of an emoji that the font can draw.
@@ -181,8 +181,12 @@ class PictureSource:
         unknown = [prompt for prompt in prompts if prompt not in self._index]
         if unknown:
             raise ValueError(
-                f"{unknown[0]!r} is not the name of an emoji that the font can draw; pre-training "
-                "takes the prompts of package://piflow.demo/prompts.txt"
+                f"{unknown[0]!r} is not the name of an emoji that the font can draw; pictures of "
+                "emoji go with the prompts of package://piflow.demo/prompts.txt"
             )
+
+    def __call__(self, prompts: Sequence[str], generator: torch.Generator) -> Tensor:
+        """Pictures ``(B, 3, size, size)`` in [-1, 1]; errors as `require`."""
+        self.require(prompts)
         rows = [self._index[prompt] for prompt in prompts]
         return random_pictures(self._glyphs[rows], generator, self._size)

@@ -62,9 +62,15 @@ def retrieval_ranks(pictures: Tensor, glyphs: Tensor) -> Tensor:
 
 
 def retrieval_at_1(pictures: Tensor, glyphs: Tensor, targets: Tensor) -> float:
-    """Share of pictures ``(B, 3, s, s)`` whose nearest glyph of ``(N, 4, 64, 64)`` is the target.
+    """Share of `retrieval_hits`; arguments and errors as there."""
+    return float(retrieval_hits(pictures, glyphs, targets).double().mean())
+
+
+def retrieval_hits(pictures: Tensor, glyphs: Tensor, targets: Tensor) -> Tensor:
+    """Whether the nearest glyph of ``(N, 4, 64, 64)`` to each picture is its target: (B,) bool.
 
     Args:
+        pictures: ``(B, 3, s, s)`` in [-1, 1].
         targets: ``(B,)`` integer, each picture's own emoji as an index into ``glyphs``.
 
     Raises:
@@ -80,7 +86,7 @@ def retrieval_at_1(pictures: Tensor, glyphs: Tensor, targets: Tensor) -> float:
             f"{int(targets.min())} to {int(targets.max())}"
         )
     nearest = retrieval_ranks(pictures, glyphs).argmin(1)
-    return float((nearest == targets.to(nearest.device)).double().mean())
+    return nearest == targets.to(nearest.device)
 
 
 def _placed(glyphs: Tensor, size: int) -> Tensor:

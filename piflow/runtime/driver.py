@@ -17,6 +17,9 @@ from piflow.step import NonFiniteError
 _DATA_CPUS = 2  # logical CPUs for Ray Data's reading beside the workers, on a local instance
 
 
+_FAILURES: dict[str, type[Exception]] = {"recipe": ValueError, "non-finite": NonFiniteError}
+
+
 class WorkersFailedError(ChildProcessError):
     """The workers failed more often than `runtime.max_failures` allows; says why the last did."""
 
@@ -56,7 +59,8 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
         The number of optimiser steps done.
 
     Raises:
-        ValueError: the run directory belongs to another recipe or store, or the store doesn't fit.
+        ValueError: the run directory belongs to another recipe or store, or store, model and recipe
+            don't fit one another.
         NonFiniteError: the loss went NaN or infinite; the newest checkpoint is good.
         WorkersFailedError: the workers failed more often than `runtime.max_failures` allows.
     """
@@ -80,19 +84,24 @@ def check_store(recipe: Recipe) -> EmbeddingStore:
     """Open the recipe's store and make sure that the recipe's encoder wrote it.
 
     Raises:
-        ValueError: no store, a damaged one, or one of another encoder or picture size.
+        ValueError: no store, a damaged one, one of another encoder, or one without the recipe's
+            negative prompt.
     """
     from piflow.data.encoders import encoder_identity
 
     store = EmbeddingStore.open(recipe.embed.store)
-    store.require_encoder(encoder_identity(recipe.encoder.path, recipe.encoder.max_tokens))
+    store.require_encoder(encoder_identity(recipe.encoder))
+    store.require_negative_prompt(recipe.guidance.negative_prompt)
     return store
 
 
 def _absolute(recipe: Recipe) -> Recipe:
     """Workers have other working directories: make local paths absolute."""
     embed = recipe.embed.model_copy(update={"store": storage.absolute(recipe.embed.store)})
-    model = recipe.model.model_copy(update={"path": storage.absolute(recipe.model.path)})
+    paths = {"path": storage.absolute(recipe.model.path)}
+    if recipe.model.vae is not None:
+        paths["vae"] = storage.absolute(recipe.model.vae)
+    model = recipe.model.model_copy(update=paths)
     return recipe.model_copy(
         update={"run_dir": storage.absolute(recipe.run_dir), "embed": embed, "model": model}
     )
@@ -161,7 +170,7 @@ def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> No
             trainer.fit()
             failure = rundir.take_failure(recipe.run_dir)
             if failure is not None:
-                raise NonFiniteError(failure)
+                raise _FAILURES[failure.kind](failure.message)
         except BaseException as error:
             tracking.finish(record.tracking_uri, record.mlflow_run_id, "FAILED")
             if isinstance(error, ray.train.WorkerGroupError):

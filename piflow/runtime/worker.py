@@ -16,13 +16,15 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
+import torch
+import torch.distributed as dist
 
 from piflow import rundir
 from piflow.assembly import Assembly, assemble
 from piflow.checkpoint import RunState, load_checkpoint, save_checkpoint
 from piflow.config import Recipe
 from piflow.data.stream import StreamBatch, TrainStream
-from piflow.sharding import build_strategy
+from piflow.sharding import Strategy, build_strategy
 from piflow.step import NonFiniteError, StepMetrics
 from piflow.tracking import MlflowTracker, NullTracker, Tracker
 
@@ -39,10 +41,12 @@ def train_worker(config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     strategy = build_strategy(recipe.runtime.strategy, world_size, device)
-    assembly = assemble(recipe, strategy, device)
     tracker: Tracker = NullTracker()
     if rank == 0:
         tracker = MlflowTracker(config["tracking_uri"], config["run_id"])
+    assembly = _assemble_or_tell(recipe, strategy, device, tracker)
+    if assembly is None:
+        return
     loop = _Loop(
         recipe, config["recipe_hash"], assembly, tracker, config["board"], rank, config["run_id"]
     )
@@ -60,8 +64,34 @@ def train_worker(config: dict[str, Any]) -> None:
         loop.run(start, stream)
     except NonFiniteError as error:  # every rank raises it in the same step
         if rank == 0:
-            rundir.write_failure(recipe.run_dir, str(error))
+            rundir.write_failure(recipe.run_dir, rundir.Failure("non-finite", str(error)))
             tracker.event("non-finite", str(error))
+
+
+def _assemble_or_tell(
+    recipe: Recipe, strategy: Strategy, device: torch.device, tracker: Tracker
+) -> Assembly | None:
+    """The run's models and trainer; or None on every rank, and word left for the driver.
+
+    A recipe that doesn't fit its model fails again in every restart, so it ends the attempt here.
+    Assembling communicates nothing: all ranks come to the exchange of what went wrong.
+    """
+    assembly, problem = None, None
+    try:
+        assembly = assemble(recipe, strategy, device)
+    except ValueError as error:
+        problem = str(error)
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    first = next((text for text in problems if text is not None), None)
+    if first is None:
+        return assembly
+    if ray.train.get_context().get_world_rank() == 0:
+        rundir.write_failure(recipe.run_dir, rundir.Failure("recipe", first))
+        tracker.event("recipe", first)
+    return None
 
 
 class _Loop:

@@ -49,7 +49,9 @@ class FSDPStrategy:
         """
         for block in [m for m in module.modules() if isinstance(m, block_classes)]:
             fully_shard(block, mesh=self._mesh)
-        fully_shard(module, mesh=self._mesh)
+        # by default the rest would stay whole until a backward pass, which an EMA never has: its
+        # next forward would then not see what the average became meanwhile
+        fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
         if not isinstance(module, FSDPModule):
             raise TypeError(f"fully_shard left a {type(module).__name__}")
         self._modules.append(module)

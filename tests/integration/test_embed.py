@@ -10,11 +10,22 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
-from piflow.config import Recipe, parse_recipe
+from piflow.config import FluxEncoderConfig, Recipe, parse_recipe
 from piflow.data import stream as stream_module
-from piflow.data.encoders import BertEncoder
-from piflow.data.store import EmbeddingStore, StoreError, StoreManifest
+from piflow.data.encoders import build_encoder
+from piflow.data.prompts import Prompt
+from piflow.data.store import (
+    SCHEMA_VERSION,
+    EmbeddingStore,
+    EncoderIdentity,
+    StoreError,
+    StoreInputs,
+    StoreManifest,
+    empty_prompt_plan,
+    plan_store,
+)
 from piflow.data.stream import MicroBatch, TrainStream
 from pipelines import embed
 
@@ -25,15 +36,18 @@ LONG = "a very long prompt that no encoder of eight tokens can take whole"
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("ray_cluster")]
 
 
-def _recipe(folder: Path, **embed_keys: object) -> Recipe:
+def _recipe(folder: Path, negative_prompt: str = "", **embed_keys: object) -> Recipe:
     return parse_recipe(
         {
             "name": "embed-test",
             "run_dir": str(folder / "run"),
             "model": {"path": "unused"},
             "encoder": {"path": ENCODER, "max_tokens": MAX_TOKENS},
+            "guidance": {"scale": 2.0, "negative_prompt": negative_prompt},
             "embed": {
                 "prompts": str(folder / "prompts.jsonl"),
+                "height_column": "height",
+                "width_column": "width",
                 "store": str(folder / "store"),
                 "height": 32,
                 "width": 32,
@@ -84,13 +98,14 @@ def test_store_is_complete_and_holds_what_the_encoder_gives(folder: Path) -> Non
     assert store.manifest.truncated_prompts == 1
     batch = store.read(range(41))
     assert batch.prompts[10:12] == ("green heart", "blue heart")
-    expected = BertEncoder(ENCODER, MAX_TOKENS).encode(batch.prompts, batch_size=3)
+    expected = build_encoder(_recipe(folder).encoder).encode(batch.prompts, batch_size=3)
     for row, (tokens, pooled, _) in enumerate(expected):
         count = int(batch.num_tokens[row])
         assert count == len(tokens)
         bound = torch.maximum(tokens.abs() / 16, tokens.abs().max() / 448 / 1024)
         assert ((batch.tokens[row, :count] - tokens).abs() <= bound * 1.01 + 1e-5).all()
         assert (batch.tokens[row, count:] == 0).all()
+        assert batch.pooled is not None and pooled is not None
         torch.testing.assert_close(batch.pooled[row], pooled, rtol=0, atol=1e-5)
     empty = store.empty_prompt()
     assert empty.prompts == ("",) and int(empty.num_tokens[0]) == 2  # [CLS] and [SEP]
@@ -135,6 +150,34 @@ def test_a_store_of_other_inputs_is_refused(folder: Path) -> None:
         embed.main(_recipe(folder, dtype="bf16"), show_progress=False)
 
 
+def test_a_finished_store_gets_another_recipes_negative_prompt(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "store", tmp_path / "store")
+    before = _files(tmp_path)
+    store = str(tmp_path / "store")
+    embed.verify(_recipe(folder, store=store))
+    recipe = _recipe(folder, "blurry, ugly", store=store)
+    with pytest.raises(StoreError, match="lacks the recipe's guidance.negative_prompt 'blurry, u"):
+        embed.verify(recipe)
+    manifest = embed.main(recipe)
+    embed.verify(recipe)
+    assert "complete but for the negative prompt" in capfd.readouterr().err
+    after = _files(tmp_path)
+    [entry] = manifest.negative_prompts
+    assert after.keys() - before.keys() == {entry.path}
+    assert {name for name in before if after[name] != before[name]} == {"manifest.json"}
+    opened = EmbeddingStore.open(store)
+    assert opened.manifest_hash == EmbeddingStore.open(str(folder / "store")).manifest_hash
+    found = opened.negative_prompt("blurry, ugly")
+    [expected] = build_encoder(recipe.encoder).encode(["blurry, ugly"])
+    tokens = found.tokens[0, : len(expected.tokens)]
+    torch.testing.assert_close(tokens, expected.tokens, rtol=1 / 16, atol=1e-2)
+    assert embed.main(recipe) == manifest and "up to date" in capfd.readouterr().err
+    (tmp_path / "store" / "empty-prompt.parquet").unlink()  # repaired by a recipe without one
+    assert embed.main(_recipe(folder, store=store)) == manifest
+
+
 def test_the_actors_errors_arrive_without_rays_wrapping(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other" / "shard-00000.parquet" / "in-the-way").mkdir(parents=True)
     recipe = _recipe(folder, store=str(tmp_path / "other"), rows_per_shard=1000)
@@ -142,6 +185,62 @@ def test_the_actors_errors_arrive_without_rays_wrapping(folder: Path, tmp_path: 
         embed.main(recipe, show_progress=False)
     assert not {"Traceback", "UDF"} & set(str(caught.value).split())
     assert not (tmp_path / "other" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("padding", "rows", "warned"),
+    [("keep", 4096, True), ("keep", 256, False), ("drop", 4096, False)],
+)
+def test_shards_that_need_much_memory_are_told(
+    padding: str, rows: int, warned: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flux = FluxEncoderConfig.model_validate({"path": "x", "padding": padding})
+    recipe = _recipe(Path("unused")).model_copy(update={"encoder": flux})
+    encoder = EncoderIdentity(name="t5", weights_sha256="0", max_tokens=512, hidden_size=4096)
+    prompts = tuple(Prompt(str(number), 8, 8) for number in range(rows))
+    inputs = StoreInputs(
+        schema_version=SCHEMA_VERSION,
+        encoder=encoder,
+        dtype="fp8",
+        rows_per_shard=rows,
+        rows_per_group=16,
+        num_prompts=rows,
+        prompts_sha256="0",
+    )
+    buckets, shards = plan_store(prompts, rows, 16)
+    job = embed._Job("unused", inputs, buckets, shards, empty_prompt_plan(), None)
+    embed._warn_of_memory(recipe, job, Console(stderr=True))
+    message = capfd.readouterr().err
+    assert ("up to 34 GB of float32 states (8.4 MB a prompt" in message) == warned
+    assert bool(message) == warned
+
+
+def test_class_labels_in_place_of_texts(folder: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(
+        {
+            "name": "labels",
+            "run_dir": str(tmp_path / "run"),
+            "model": {"family": "dit", "path": "unused"},
+            "encoder": {"type": "class_label", "num_classes": 10},
+            "embed": {
+                "prompts": str(tmp_path / "labels.txt"),
+                "store": str(tmp_path / "store"),
+                "height": 256,
+                "width": 256,
+            },
+        }
+    )
+    (tmp_path / "labels.txt").write_text("3\n10\n")
+    with pytest.raises(ValueError, match="'10' is not a class of encoder.num_classes = 10"):
+        embed.main(recipe, show_progress=False)
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "labels.txt").write_text("3\n9\n0\n")
+    embed.main(recipe, show_progress=False)
+    embed.verify(recipe)
+    store = EmbeddingStore.open(str(tmp_path / "store"))
+    pooled, empty = store.read(range(3)).pooled, store.empty_prompt().pooled
+    assert pooled is not None and pooled.tolist() == [[3.0], [9.0], [0.0]]
+    assert empty is not None and empty.tolist() == [[10.0]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -172,6 +271,7 @@ def test_ray_reads_what_a_local_reader_reads(
             assert ours.index == theirs.index and ours.prompt_ids == theirs.prompt_ids
             assert (ours.height, ours.width) == (theirs.height, theirs.width)
             assert torch.equal(ours.tokens, theirs.tokens)
+            assert ours.pooled is not None and theirs.pooled is not None
             assert torch.equal(ours.pooled, theirs.pooled)
 
 

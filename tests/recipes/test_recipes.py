@@ -33,9 +33,58 @@ def test_package_files_are_there(path: Path) -> None:
         for value in flatten(load_recipe(path).model_dump(mode="json")).values()
         if isinstance(value, str) and value.startswith("package://")
     ]
-    assert named
     for uri in named:
         assert storage.exists(uri), uri
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_one_model_share_a_store(path: Path) -> None:
+    """Variants of policy and step count differ in nothing that the embeddings depend on."""
+    recipe = load_recipe(path)
+    for other in (load_recipe(other) for other in RECIPES):
+        if other.embed.store == recipe.embed.store:
+            assert other.encoder == recipe.encoder and other.embed == recipe.embed
+            assert other.guidance.negative_prompt == recipe.guidance.negative_prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("imagenet-dit-gm-1nfe", {"num_gaussians": 32, "nfe": 1, "f": 1, "shift": 1, "J": 2,
+            "window": 0, "dropout": 0.05, "decay": 0, "cfg": 2.7, "scale": 3, "lr": 5e-5,
+            "batch": 4096, "steps": 140_000, "ema": 400}),
+        ("flux1-dev-gm-4nfe", {"num_gaussians": 8, "nfe": 4, "f": 0.5, "shift": 3.2, "J": 4,
+            "window": 3, "dropout": 0.1, "decay": 2000, "cfg": 1, "scale": 30, "lr": 1e-4,
+            "batch": 256, "steps": 3000, "ema": 100}),
+        ("flux1-dev-gm-8nfe", {"num_gaussians": 8, "nfe": 8, "f": 0.5, "shift": 3.2, "J": 4}),
+        ("flux1-dev-dx-4nfe", {"mode": "grid", "num_points": 10, "nfe": 4, "decay": 2000}),
+        ("qwen-image-gm-4nfe", {"num_gaussians": 8, "nfe": 4, "f": 0.5, "shift": 3.2, "J": 2,
+            "window": 3, "dropout": 0.1, "decay": 0, "cfg": 4, "scale": 30, "lr": 1e-4,
+            "batch": 256, "steps": 9000, "ema": 100}),
+        ("qwen-image-dx-4nfe", {"mode": "grid", "num_points": 10, "cfg": 4, "decay": 0}),
+        ("qwen-image-poly-4nfe", {"mode": "polynomial", "num_points": 10, "cfg": 4, "decay": 0}),
+    ],
+)  # fmt: skip
+def test_published_hyper_parameters(name: str, expected: dict[str, float | str]) -> None:
+    """arXiv 2510.14974, the table of hyper-parameters."""
+    recipe = load_recipe(DEFAULT.with_name(f"{name}.yaml"))
+    objective, training = recipe.objective, recipe.training
+    assert objective.type == "pi_id"
+    found: dict[str, object] = {
+        "nfe": objective.nfe, "f": objective.final_step_size_scale, "shift": objective.shift,
+        "J": objective.num_intermediate_states, "window": objective.window_substeps,
+        "decay": objective.num_decay_iters, "scale": objective.loss_scale,
+        "cfg": recipe.guidance.scale, "lr": training.optimizer.lr, "batch": training.batch_size,
+        "steps": training.steps, "ema": training.ema.start,
+        **recipe.policy.model_dump(),
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    assert training.optimizer.betas == (0.9, 0.95) and training.optimizer.clip_norm == 50
+    if recipe.model.family == "dit":
+        assert recipe.lora is None and recipe.guidance.interval == (0, 0.6)
+    else:
+        assert recipe.lora is not None and (recipe.lora.rank, recipe.lora.dropout) == (256, 0.05)
+    assert recipe.guidance.embedded == (3.5 if recipe.model.family == "flux" else None)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

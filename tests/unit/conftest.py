@@ -1,4 +1,4 @@
-"""A tiny FLUX on disk, inputs and an embedding store for it, shared by the model tests."""
+"""Tiny backbones with inputs, and an embedding store, shared by the model tests."""
 
 from __future__ import annotations
 
@@ -55,8 +55,57 @@ def flux_inputs() -> tuple[Any, Any, Any]:
 
 
 @pytest.fixture(scope="session")
+def make_case() -> Callable[[str], tuple[Any, tuple[Any, Any, Any]]]:
+    """A family's name -> a fresh tiny backbone, the same at every call, and its inputs.
+
+    Inputs: latents (3, C, H, W), sigma (3,), Conditioning of three prompts.
+    """
+    import torch
+    from diffusers import (
+        DiTTransformer2DModel,
+        FluxTransformer2DModel,
+        QwenImageTransformer2DModel,
+    )
+
+    from piflow.backbones import Conditioning, DiTBackbone, FluxBackbone, QwenImageBackbone
+
+    size: dict[str, Any] = {"attention_head_dim": 8, "num_attention_heads": 2}
+    text: dict[str, Any] = {"joint_attention_dim": 6, "axes_dims_rope": (2, 2, 4)}
+
+    def build(family: str) -> tuple[Any, Any, tuple[int, int]]:
+        if family == "flux":
+            flux = FluxTransformer2DModel(
+                in_channels=16, num_layers=1, num_single_layers=1, pooled_projection_dim=5,
+                **size, **text,
+            )  # fmt: skip
+            cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), torch.randn(3, 5))
+            return FluxBackbone(flux.eval()), cond, (4, 8)
+        if family == "qwen_image":
+            qwen = QwenImageTransformer2DModel(
+                in_channels=16, out_channels=4, num_layers=2, **size, **text
+            )
+            cond = Conditioning(torch.randn(3, 5, 6), torch.tensor([5, 1, 3]))
+            return QwenImageBackbone(qwen.eval()), cond, (4, 8)
+        dit = DiTTransformer2DModel(
+            in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=10, **size
+        )
+        classes = torch.tensor([[0.0], [7.0], [10.0]])
+        cond = Conditioning(torch.zeros(3, 1, 1), torch.ones(3, dtype=torch.long), classes)
+        return DiTBackbone(dit.eval()), cond, (8, 8)
+
+    def case(family: str) -> tuple[Any, tuple[Any, Any, Any]]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            backbone, cond, (height, width) = build(family)
+            x = torch.randn(3, backbone.latent_channels, height, width)
+        return backbone, (x, torch.tensor([1.0, 0.6, 0.2]), cond)
+
+    return case
+
+
+@pytest.fixture(scope="session")
 def make_flux_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """(prompts, height, width) -> a store whose made-up embeddings fit the tiny FLUX."""
+    """(prompts, height, width, negative prompts) -> a store that fits the tiny FLUX."""
     import torch
 
     from piflow.data import store
@@ -66,7 +115,9 @@ def make_flux_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., A
         tokens = torch.randn(3, 6, generator=generator)
         return store.EncodedPrompt(tokens, torch.randn(5, generator=generator), False)
 
-    def build(names: Sequence[str], height: int, width: int) -> store.EmbeddingStore:
+    def build(
+        names: Sequence[str], height: int, width: int, negatives: Sequence[str] = ()
+    ) -> store.EmbeddingStore:
         uri = str(tmp_path_factory.mktemp("store"))
         prompts = tuple(Prompt(name, height, width) for name in names)
         inputs = store.StoreInputs(
@@ -82,16 +133,19 @@ def make_flux_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., A
         )
         buckets, plans = store.plan_store(prompts, 5, 2)
         generator = torch.Generator().manual_seed(0)
-        *shards, empty = [
+        extra = [store.empty_prompt_plan(), *map(store.negative_prompt_plan, negatives)]
+        entries = [
             store.write_shard(uri, plan, [encoded(generator) for _ in plan.prompts], inputs)[0]
-            for plan in [*plans, store.empty_prompt_plan()]
+            for plan in [*plans, *extra]
         ]
+        shards, (empty, *negative) = entries[: len(plans)], entries[len(plans) :]
         manifest = store.StoreManifest(
             inputs=inputs,
             inputs_sha256=inputs.digest,
             buckets=buckets,
             shards=tuple(shards),
             empty_prompt=empty,
+            negative_prompts=tuple(negative),
             truncated_prompts=0,
         )
         store.write_manifest(uri, manifest)

@@ -14,6 +14,7 @@ from piflow.assembly import Assembly, assemble
 from piflow.config import Recipe, parse_recipe
 from piflow.data.store import EmbeddingStore
 from piflow.data.stream import TrainStream
+from piflow.objective import PiIDObjective
 from piflow.sharding.single import SingleStrategy
 
 NAMES = ["red heart", "pizza", "ghost", "sunflower", "airplane", "tent"]
@@ -62,15 +63,18 @@ def train(ours: Recipe, store: EmbeddingStore, steps: int) -> tuple[Assembly, li
     return assembly, losses
 
 
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "pi_id": {"type": "pi_id", "nfe": 2, "total_substeps": 16, "num_decay_iters": 0},
-    "flow_matching": {"type": "flow_matching"},
+KINDS: dict[str, dict[str, Any]] = {
+    "data-free": {},
+    "data-dependent": {"objective": {"nfe": 2, "data": "dependent", "pictures": "emoji"}},
+    "dx": {"policy": {"type": "dx", "num_points": 3}},
+    "full": {"lora": None, "policy": {"type": "dx", "mode": "polynomial", "num_points": 3}},
+    "flow-matching": {"objective": {"type": "flow_matching"}},
 }
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_recipe_trains_and_repeats(kind: str, store: EmbeddingStore, flux_folder: Path) -> None:
-    ours = recipe(store, flux_folder, objective=OBJECTIVES[kind])
+    ours = recipe(store, flux_folder, **KINDS[kind])
     assembly, losses = train(ours, store, 3)
     again, same = train(ours, store, 3)
     assert losses == same and len(set(losses)) == 3
@@ -78,6 +82,29 @@ def test_a_recipe_trains_and_repeats(kind: str, store: EmbeddingStore, flux_fold
         assert torch.equal(parameter, again.trainer.parameters[name]), name
         average = assembly.trainer.ema_parameters[name]
         assert average.shape == parameter.shape and not average.requires_grad
+
+
+def test_full_training_moves_every_weight(store: EmbeddingStore, flux_folder: Path) -> None:
+    ours = recipe(store, flux_folder, **KINDS["full"])
+    before = dict(assemble(ours, SingleStrategy(CPU), CPU).trainer.parameters)
+    after = train(ours, store, 1)[0].trainer.parameters
+    assert "x_embedder.weight" in after and not any(".lora_" in name for name in after)
+    assert [name for name, tensor in before.items() if torch.equal(tensor, after[name])] == []
+
+
+def test_guidance_is_against_the_recipes_negative_prompt(
+    make_flux_store: Callable[..., EmbeddingStore], flux_folder: Path
+) -> None:
+    store = make_flux_store(NAMES, height=32, width=32, negatives=["blurry"])
+    ours = recipe(store, flux_folder, guidance={"scale": 2.0, "negative_prompt": "blurry"})
+    losses = train(ours, store, 1)[1]
+    assert losses != train(recipe(store, flux_folder), store, 1)[1]
+    objective = assemble(ours, SingleStrategy(CPU), CPU).trainer.objective
+    assert isinstance(objective, PiIDObjective)
+    assert torch.equal(objective.negative.tokens, store.negative_prompt("blurry").tokens)
+    missing = recipe(store, flux_folder, guidance={"scale": 2.0, "negative_prompt": "ugly"})
+    with pytest.raises(ValueError, match="lacks the recipe's guidance.negative_prompt 'ugly'"):
+        assemble(missing, SingleStrategy(CPU), CPU)
 
 
 def test_distillation_trains_the_students_weights_alone(
@@ -93,7 +120,7 @@ def test_pretraining_learns(store: EmbeddingStore, flux_folder: Path) -> None:
     ours = recipe(
         store,
         flux_folder,
-        objective=OBJECTIVES["flow_matching"],
+        objective=KINDS["flow-matching"]["objective"],
         training={
             "batch_size": 4,
             "micro_batch_size": 2,

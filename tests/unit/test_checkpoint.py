@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -35,12 +41,12 @@ class Rows:
         self.prompts = self.prompt_ids = tuple(f"{index}.{row}" for row in range(3))
 
 
-def make(kind: str = "adamw", width: int = 6, extra: bool = False) -> Trainer:
+def make(kind: str = "adamw", width: int = 6, extra: bool = False, features: int = 4) -> Trainer:
     """A fresh trainer of a small network, named as a backbone's blocks are."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers: dict[str, nn.Module] = {
-            "blocks": nn.Linear(4, width),
+            "blocks": nn.Linear(features, width),
             "out": nn.Linear(width, 1),
         }
         if extra:
@@ -48,7 +54,7 @@ def make(kind: str = "adamw", width: int = 6, extra: bool = False) -> Trainer:
         network = nn.ModuleDict(layers)
 
     def objective(batch: Rows, step: int, generator: torch.Generator, backward: Backward) -> Tensor:
-        hidden = network["blocks"](torch.randn(3, 4, generator=generator)).tanh()
+        hidden = network["blocks"](torch.randn(3, features, generator=generator)).tanh()
         output = network["out"](hidden)
         loss = ((network["more"](output) if extra else output) - 1).square().mean()
         backward(loss, True)
@@ -84,21 +90,27 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("error:torch.distributed")
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "adamw8bit"])
 def test_continuation_is_bit_identical(kind: str, tmp_path: Path) -> None:
-    whole = make(kind)
+    if kind == "adamw8bit":
+        pytest.importorskip("torchao")
+    size = {"width": 64, "features": 64} if kind == "adamw8bit" else {}
+    whole = make(kind, **size)
     losses = train(whole, range(5))
-    first = make(kind)
+    first = make(kind, **size)
     early = train(first, range(3))
     save_checkpoint(tmp_path / "step_3", first, STATE)
 
-    resumed = make(kind)
+    resumed = make(kind, **size)
     assert load_checkpoint(tmp_path / "step_3", resumed) == STATE
     assert early + train(resumed, range(3, 5)) == losses
     for name, parameter in whole.parameters.items():
         assert torch.equal(resumed.parameters[name], parameter), name
         assert torch.equal(resumed.ema_parameters[name], whole.ema_parameters[name]), name
     assert not torch.equal(whole.parameters["out.weight"], first.parameters["out.weight"])
+    if kind == "adamw8bit":
+        names = {type(optimizer).__name__ for optimizer in resumed.optimizers}
+        assert names == {"BlockwiseAdamW8bit", "AdamW"}
 
 
 def test_loading_keeps_the_trainers_own_tensors(saved: Path) -> None:
@@ -127,7 +139,97 @@ def test_whole_tensors_of_a_section(saved: Path) -> None:
         load_tensors(saved, "teacher")
 
 
+# ------------------------------------------------------------------------- other numbers of workers
+
+SCRIPT = Path(__file__).with_name("resharded_training.py")
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("resharded_training", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def resharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """One process saves, two resume, train on and save, one resumes: what each held."""
+    pytest.importorskip("torchao")
+    script = load_script()
+    folder = tmp_path_factory.mktemp("resharded")
+    single = SingleStrategy(torch.device("cpu"))
+    results: dict[str, dict[str, Any]] = {}
+    for kind in script.KINDS:
+        trainer = script.make(kind, single)
+        script.train(trainer, 0, script.SAVED)
+        saved = {name: value.clone() for name, value in script.whole_state(trainer).items()}
+        save_checkpoint(folder / "one" / kind, trainer, replace(STATE, step=script.SAVED))
+        losses = script.train(trainer, script.SAVED, script.END)
+        results[kind] = {"one": saved, "losses": losses, "end": script.whole_state(trainer)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder), str(rank), "2"],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    for kind, found in torch.load(folder / "results.pt").items():
+        trainer = script.make(kind, single)
+        load_checkpoint(folder / "many" / kind, trainer)
+        results[kind] |= {"two": found, "resumed": script.whole_state(trainer)}
+    return results
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_another_number_of_workers_restores_every_tensor_exactly(
+    kind: str, resharded: dict[str, dict[str, Any]]
+) -> None:
+    found = resharded[kind]
+    for before, after in (
+        (found["one"], found["two"]["restored"]),
+        (found["two"]["saved"], found["resumed"]),
+    ):
+        assert list(before) == list(after)
+        for name, value in before.items():
+            assert torch.equal(value, after[name]), name
+    moments = [name for name in found["one"] if "exp_avg.codes" in name]
+    assert len(moments) == (2 if kind == "adamw8bit" else 0)
+    assert any(found["one"][name].any() for name in found["one"] if "exp_avg" in name)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_another_number_of_workers_trains_on_as_before(
+    kind: str, resharded: dict[str, dict[str, Any]]
+) -> None:
+    found = resharded[kind]
+    assert found["two"]["losses"] == pytest.approx(found["losses"], rel=1e-5)
+    for name in [name for name in found["end"] if name.startswith("weight ")]:
+        way = (found["end"][name] - found["one"][name]).norm()
+        gap = (found["two"]["saved"][name] - found["end"][name]).norm()
+        assert gap < 0.01 * way, name
+
+
 # ------------------------------------------------------------------------------- what doesn't fit
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [("adamw", "muon"), ("adamw8bit", "adamw")])
+def test_another_optimisers_state_is_named(wrote: str, reads: str, tmp_path: Path) -> None:
+    if wrote == "adamw8bit":
+        pytest.importorskip("torchao")
+    trainer = make(wrote, width=64, features=64)
+    train(trainer, range(2))
+    save_checkpoint(tmp_path / "step_2", trainer, replace(STATE, step=2))
+    with pytest.raises(CheckpointError, match="an unknown optimizer.blocks.weight.*recipe that wr"):
+        load_checkpoint(tmp_path / "step_2", make(reads, width=64, features=64))
 
 
 def test_an_unfinished_checkpoint(saved: Path) -> None:

@@ -58,7 +58,9 @@ def test_local_paths_are_made_absolute_for_the_workers(
     ours = driver._absolute(recipe("runs/x"))
     assert ours.run_dir == str(tmp_path / "runs/x")
     assert ours.embed.store == str(tmp_path / "store")
-    assert ours.model.path == str(tmp_path / "teacher")
+    assert ours.model.path == str(tmp_path / "teacher") and ours.model.vae is None
+    other = driver._absolute(recipe("runs/x", model={"path": "teacher", "vae": "vae"}))
+    assert other.model.vae == str(tmp_path / "vae")
     remote = recipe("s3://bucket/run", model={"path": "package://piflow.demo/teacher"})
     assert driver._absolute(remote).run_dir == "s3://bucket/run"
     assert driver._absolute(remote).model.path == "package://piflow.demo/teacher"

@@ -58,6 +58,24 @@ def test_teacher_calls_once_on_a_doubled_batch() -> None:
     torch.testing.assert_close(guided, guided_velocity(pos, neg, 4.0, active, 1.0, clean))
 
 
+def test_interval_includes_its_bounds() -> None:
+    sigma = torch.tensor([0.25, 0.5, 0.75, 0.2499, 0.7501])
+    assert guidance_active(sigma, (0.25, 0.75)).tolist() == [True, True, True, False, False]
+    assert guidance_active(sigma, (0.0, 1.0)).all()
+
+
+def test_frames_are_guided_as_pictures_are() -> None:
+    """(B, C, T, H, W): projections run over all of a sample's values."""
+    pos, neg, x0 = (value.unflatten(3, (2, 3)) for value in (POS, NEG, X0))
+    active = torch.tensor([True, False, True])
+    found = guided_velocity(pos, neg, 3.0, active, 0.7, x0)
+    torch.testing.assert_close(found.flatten(3), guided_velocity(POS, NEG, 3.0, active, 0.7, X0))
+    sigma = torch.tensor([0.9, 0.5, 0.2])
+    teacher = guided_teacher(lambda x, s: torch.cat([pos, neg]), 3.0, orthogonal=0.7)
+    flat = guided_teacher(lambda x, s: torch.cat([POS, NEG]), 3.0, orthogonal=0.7)
+    torch.testing.assert_close(teacher(x0, sigma).flatten(3), flat(X0, sigma))
+
+
 def test_bad_input_says_what_was_expected() -> None:
     with pytest.raises(ValueError, match="one shape"):
         guided_velocity(POS, NEG[:2], 2.0)
@@ -65,3 +83,7 @@ def test_bad_input_says_what_was_expected() -> None:
         guided_velocity(POS, NEG, 2.0, orthogonal=0.5)
     with pytest.raises(ValueError, match=r"orthogonal in \[0, 1\]"):
         guided_velocity(POS, NEG, 2.0, orthogonal=2.0, x0_pos=X0)
+    with pytest.raises(ValueError, match=r"low <= high, got \(0.6, 0.2\)"):
+        guided_teacher(lambda x, sigma: x, 2.0, interval=(0.6, 0.2))
+    with pytest.raises(ValueError, match=r"orthogonal in \[0, 1\]"):
+        guided_teacher(lambda x, sigma: x, 2.0, orthogonal=-0.1)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from piflow.imitation import (
+    ImitationSettings,
     Intervals,
     imitation_loss,
     micro_window,
@@ -221,12 +224,8 @@ class Free:
             noise,
             SCHEDULE,
             PARTS,
-            num_states=3,
-            window_substeps=3,
-            teacher_ratio=ratio,
-            dropout=dropout,
+            ImitationSettings(num_states=3, teacher_ratio=ratio, dropout=dropout, scale=2.0),
             generator=torch.Generator().manual_seed(seed),
-            scale=2.0,
             backward=self.backward,
         )
 
@@ -234,6 +233,9 @@ class Free:
         assert all(reference() is None for reference in self.alive), "an older graph is alive"
         self.sigmas.append(sigma)
         self.inputs.append(x)
+        return self.policy(x, sigma)
+
+    def policy(self, x: Tensor, sigma: Tensor) -> GMFlowPolicy:
         spread = torch.tensor([-1.0, 0.0, 1.0], dtype=F64).reshape(1, 3, 1, 1, 1)
         means = spread + self.weight.sin() * x.unsqueeze(1)
         self.alive.append(weakref.ref(means))
@@ -263,6 +265,86 @@ def test_data_free_holds_one_segments_graph_at_a_time() -> None:
     assert len(Free().alive) == len(PARTS)
 
 
+@dataclass(eq=False)
+class Kept:
+    """What autograd holds in a saved tensor's place."""
+
+    tensor: Tensor
+
+
+class SavedBytes:
+    """Bytes of the tensors that autograd keeps for backward passes: now, and at most."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._holders: Counter[int] = Counter()
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
+
+    def _pack(self, tensor: Tensor) -> Kept:
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        kept = Kept(tensor)
+        if not self._holders[address]:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self._holders[address] += 1
+        weakref.finalize(kept, self._drop, address, size)
+        return kept
+
+    def _drop(self, address: int, size: int) -> None:
+        self._holders[address] -= 1
+        if not self._holders[address]:
+            self.now -= size
+
+
+def peak_of_an_iteration(nfe: int, at_once: bool) -> tuple[int, Tensor]:
+    """Most saved bytes of a data-free iteration, and the student's gradient.
+
+    Not at once: all segments' losses are back-propagated together, after the last.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hidden = [layer for _ in range(6) for layer in (nn.Linear(32, 32), nn.Tanh())]
+        network = nn.Sequential(nn.Linear(4, 32), *hidden, nn.Linear(32, 8))
+
+    def student(x: Tensor, sigma: Tensor) -> GMFlowPolicy:
+        means = network(x.movedim(1, -1)).movedim(-1, 1).unflatten(1, (2, 4))
+        logstds = torch.full((len(x), 1, 1, 1, 1), -2.0)
+        return GMFlowPolicy(means, logstds, torch.zeros_like(means[:, :, :1]), x, sigma)
+
+    parts: list[Tensor] = []
+
+    def backward(loss: Tensor, last: bool) -> None:
+        parts.append(loss)
+        if at_once or last:
+            torch.stack(parts).sum().backward()
+            parts.clear()
+
+    saved = SavedBytes()
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with saved.hooks():
+        run_data_free(
+            student, teacher, noise, SCHEDULE, segments(nfe), ImitationSettings(num_states=2),
+            generator=torch.Generator().manual_seed(0), backward=backward,
+        )  # fmt: skip
+    assert saved.now == 0
+    gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+    return saved.peak, gradient
+
+
+def test_peak_memory_of_data_free_mode_is_one_segments() -> None:
+    """Four segments need what one needs; back-propagated at the end they would need four times."""
+    one, _ = peak_of_an_iteration(1, at_once=True)
+    four, gradient = peak_of_an_iteration(4, at_once=True)
+    late, same = peak_of_an_iteration(4, at_once=False)
+    assert one > 100_000
+    assert four <= 1.1 * one
+    assert 3.5 * one < late < 4.1 * one
+    torch.testing.assert_close(gradient, same)
+
+
 def test_data_free_segments_chain() -> None:
     """A one-component policy without spread goes straight, so each start is known exactly."""
     inputs = []
@@ -275,14 +357,88 @@ def test_data_free_segments_chain() -> None:
 
     noise = start()[0]
     run_data_free(
-        student, teacher, noise, SCHEDULE, PARTS, num_states=3, window_substeps=3,
-        teacher_ratio=0.0, dropout=0.0, generator=torch.Generator().manual_seed(0),
-        backward=lambda loss, last: None,
+        student, teacher, noise, SCHEDULE, PARTS, ImitationSettings(num_states=3),
+        generator=torch.Generator().manual_seed(0), backward=lambda loss, last: None,
     )  # fmt: skip
     assert torch.equal(inputs[0][0], noise)
     for (x, sigma), (following, later) in zip(inputs[:-1], inputs[1:], strict=True):
         expected = x + x.cos() * column(later - sigma)
         torch.testing.assert_close(following, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_data_free_walks_from_noise_to_data(ratio: float) -> None:
+    """Policy and teacher agree on a straight flow to `goal`: every state lies on it exactly."""
+    goal, noise = torch.randn(2, 2, 2, 2, 2, dtype=F64, generator=torch.Generator().manual_seed(3))
+    visits: list[Tensor] = []
+
+    def straight(x: Tensor, sigma: Tensor) -> Tensor:
+        visits.append(sigma)
+        torch.testing.assert_close(x, torch.lerp(goal, noise, column(sigma.double())), rtol=1e-5,
+                                   atol=1e-5)  # fmt: skip
+        return (x - goal) / column(sigma)
+
+    def student(x: Tensor, sigma: Tensor) -> DXPolicy:
+        values = ((x - goal) / column(sigma)).unsqueeze(1).requires_grad_()
+        return DXPolicy(values, x, sigma, 1 / 3.5, 3.2)
+
+    losses = run_data_free(
+        student, straight, noise, SCHEDULE, PARTS,
+        ImitationSettings(num_states=3, teacher_ratio=ratio),
+        generator=torch.Generator().manual_seed(0), backward=lambda loss, last: None,
+    )  # fmt: skip
+    assert torch.stack(losses).max() < 1e-8
+    levels = torch.stack(visits)
+    assert len(levels) == 3 * len(PARTS) and (levels.diff(dim=0) <= 0).all()
+    assert levels.min() < SCHEDULE.sigma(PARTS[-1].tau_src)
+
+
+def test_data_free_at_lambda_one_is_the_teachers_trajectory() -> None:
+    """Whatever the student says, the teacher is asked along its own Euler steps in a segment."""
+    run = Free(ratio=1.0)
+    for segment in range(len(PARTS)):
+        inside = run.recorder.calls[3 * segment : 3 * segment + 3]
+        assert torch.equal(inside[0][0], run.inputs[segment])
+        for (x, sigma), (following, later) in zip(inside[:-1], inside[1:], strict=True):
+            expected = x + column(later - sigma) * teacher(x, sigma)
+            torch.testing.assert_close(following, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_data_free_at_lambda_zero_is_the_policys_trajectory() -> None:
+    run = Free(ratio=0.0)
+    for segment, part in enumerate(PARTS):
+        x_src, sigma_src = run.inputs[segment], run.sigmas[segment]
+        with torch.no_grad():
+            policy = run.policy(x_src, sigma_src)
+        tau_src = torch.full((2,), part.tau_src, dtype=torch.float32)
+        x, tau = x_src, tau_src
+        for at, sigma in run.recorder.calls[3 * segment : 3 * segment + 3]:
+            later = SCHEDULE.tau(sigma).float()
+            x, tau = rollout(policy, x, tau, later, SCHEDULE), later
+            torch.testing.assert_close(at, x, rtol=1e-4, atol=1e-4)
+
+
+def test_data_free_takes_frames() -> None:
+    """(B, C, T, H, W): a policy works by pixel, so frames are as good as more rows."""
+
+    def student(x: Tensor, sigma: Tensor) -> GMFlowPolicy:
+        means = torch.stack([x.cos(), x.sin(), -x], dim=1).requires_grad_()
+        ones = torch.ones(2, *[1] * x.ndim, dtype=F64)
+        return GMFlowPolicy(means, -ones, torch.zeros_like(means[:, :, :1]), x, sigma)
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        return x.sin() + sigma.reshape(-1, *[1] * (x.ndim - 1))
+
+    frames = torch.randn(2, 3, 5, 4, 2, dtype=F64, generator=torch.Generator().manual_seed(2))
+    found, expected = (
+        run_data_free(
+            student, velocity, noise, SCHEDULE, PARTS,
+            ImitationSettings(num_states=2, teacher_ratio=0.4, dropout=0.2),
+            generator=torch.Generator().manual_seed(0), backward=lambda loss, last: None,
+        )
+        for noise in (frames, frames.flatten(2, 3))
+    )  # fmt: skip
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected))
 
 
 def test_data_free_depends_on_its_generator_alone() -> None:
@@ -315,10 +471,7 @@ def test_data_dependent_starts_from_noised_data_at_segment_starts() -> None:
         noise,
         SCHEDULE,
         PARTS,
-        num_states=2,
-        window_substeps=0,
-        teacher_ratio=0.0,
-        dropout=0.0,
+        ImitationSettings(num_states=2, window_substeps=0),
         generator=torch.Generator().manual_seed(0),
         backward=lambda loss, last: graphs.append((loss, last)),
     )
@@ -348,13 +501,20 @@ def test_bad_input_says_what_was_expected() -> None:
         micro_window(half, -1)
     x, tau, _ = start()
     dx = DXPolicy(x.unsqueeze(1), x, SCHEDULE.sigma(tau), 1.0, 3.2)
-    common = {
-        "num_states": 1, "window_substeps": 0, "teacher_ratio": 0.0,
-        "generator": torch.Generator(), "backward": lambda loss, last: None,
-    }  # fmt: skip
+    common = {"generator": torch.Generator(), "backward": lambda loss, last: None}
+    plain = ImitationSettings(num_states=1, window_substeps=0)
+    dropping = ImitationSettings(num_states=1, window_substeps=0, dropout=0.1)
     with pytest.raises(ValueError, match="set dropout to 0"):
-        run_data_free(lambda y, s: dx, teacher, x, SCHEDULE, PARTS, dropout=0.1, **common)
+        run_data_free(lambda y, s: dx, teacher, x, SCHEDULE, PARTS, dropping, **common)
     with pytest.raises(ValueError, match="one shape"):
-        run_data_dependent(
-            lambda y, s: dx, teacher, x, x[:1], SCHEDULE, PARTS, dropout=0.0, **common
-        )
+        run_data_dependent(lambda y, s: dx, teacher, x, x[:1], SCHEDULE, PARTS, plain, **common)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_states", 0), ("window_substeps", -1), ("teacher_ratio", 1.1), ("teacher_ratio", -0.1),
+     ("dropout", 1.0), ("total_substeps", 0), ("scale", 0.0)],
+)  # fmt: skip
+def test_settings_name_what_is_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"expected {name} .*, got {value}"):
+        ImitationSettings(**{"num_states": 1, name: value})

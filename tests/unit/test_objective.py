@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from piflow.backbones import Conditioning, PixelCodec
 from piflow.config import FlowMatchingConfig, Recipe, parse_recipe
-from piflow.objective import FlowMatchingObjective, PiIDObjective
+from piflow.imitation import ImitationSettings
+from piflow.objective import FlowMatchingObjective, Pictures, PiIDObjective
+from piflow.policies import GMFlowPolicy
+from piflow.schedule import FlowSchedule, segments
 from piflow.step import micro_batch_generator
-from piflow.trio import Trio
+from piflow.trio import build_trio
 
 CPU = torch.device("cpu")
 
@@ -69,24 +73,27 @@ def recipe(flux_folder: Path, **sections: Any) -> Recipe:
     )  # fmt: skip
 
 
-def build(ours: Recipe) -> Trio:
-    return Trio.build(
-        ours.model, ours.lora, ours.policy, generator=torch.Generator().manual_seed(0)
-    )
+def draw(prompts: Sequence[str], generator: torch.Generator) -> Tensor:
+    """Random pictures of 16 x 8 pixels."""
+    return torch.rand(len(prompts), 3, 16, 8, generator=generator) * 2 - 1
 
 
 def run_pi_id(
-    ours: Recipe, batch: Prompts, empty: Conditioning, step: int = 0
+    ours: Recipe,
+    batch: Prompts,
+    empty: Conditioning,
+    step: int = 0,
+    pictures: Pictures | None = None,
 ) -> tuple[Tensor, list[tuple[float, bool]], dict[str, Tensor]]:
     """Total, the parts that went to `backward`, and the gradients."""
-    trio = build(ours)
+    trio = build_trio(ours)
     parts: list[tuple[float, bool]] = []
 
     def backward(loss: Tensor, last: bool) -> None:
         parts.append((loss.item(), last))
         loss.backward()
 
-    objective = PiIDObjective(trio, PixelCodec(), empty, ours, CPU)
+    objective = PiIDObjective(trio, PixelCodec(), empty, ours, CPU, pictures)
     total = objective(batch, step, micro_batch_generator(0, step, 0), backward)
     gradients = {
         name: parameter.grad.clone()
@@ -133,11 +140,116 @@ def test_pi_id_follows_the_recipe(
         assert other.item() == pytest.approx(2 * total.item(), rel=1e-6)
 
 
-def test_pi_id_refuses_another_objective(flux_folder: Path, empty: Conditioning) -> None:
-    square = {"prompts": "p.txt", "store": "s", "height": 16, "width": 16}
-    pretraining = recipe(flux_folder, objective={"type": "flow_matching"}, embed=square)
+def test_pi_id_uses_the_negative_prompt_as_it_is_given(
+    flux_folder: Path, batch: Prompts, empty: Conditioning
+) -> None:
+    other = Conditioning(-empty.tokens, empty.num_tokens, empty.pooled)
+    guided, plain = recipe(flux_folder, guidance={"scale": 4.0}), recipe(flux_folder)
+    for ours, same in ((guided, False), (plain, True)):
+        first, second = (run_pi_id(ours, batch, negative)[0] for negative in (empty, other))
+        assert torch.equal(first, second) == same
+
+
+@pytest.mark.parametrize("mode", ["grid", "polynomial"])
+def test_pi_id_trains_dx_students(
+    mode: str, flux_folder: Path, batch: Prompts, empty: Conditioning
+) -> None:
+    """Components are dropped from mixtures only: a DX policy refuses dropout."""
+    ours = recipe(flux_folder, policy={"type": "dx", "mode": mode, "num_points": 3})
+    total, parts, gradients = run_pi_id(ours, batch, empty)
+    assert len(parts) == 3 and total > 0
+    assert any(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+def test_settings_of_a_step_are_the_recipes(flux_folder: Path, empty: Conditioning) -> None:
+    ours = recipe(
+        flux_folder,
+        policy={"num_gaussians": 3, "logstd_inner_dim": 8, "dropout": 0.2},
+        objective={"num_intermediate_states": 3, "window_substeps": 5, "num_decay_iters": 10,
+                   "total_substeps": 64, "loss_scale": 7.0},
+    )  # fmt: skip
+    objective = PiIDObjective(build_trio(ours), PixelCodec(), empty, ours, CPU)
+    assert objective.settings(4) == ImitationSettings(3, 5, 0.6, 0.2, 64, 7.0)
+    assert objective.settings(400).teacher_ratio == 0.0
+
+
+DEPENDENT = {"data": "dependent", "pictures": "emoji", "nfe": 3, "total_substeps": 16,
+             "num_intermediate_states": 2, "shift": 2.0}  # fmt: skip
+SQUARE = {"prompts": "p.txt", "store": "s", "height": 16, "width": 16}
+
+
+class KnownFlow:
+    """In the trio's place: teacher and student know the clean latents; notes the starts."""
+
+    def __init__(self, x0: Tensor) -> None:
+        self.x0 = x0
+        self.starts: list[tuple[Tensor, Tensor]] = []
+
+    def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        return (x - self.x0) / sigma.view(-1, 1, 1, 1)
+
+    def student(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> GMFlowPolicy:
+        self.starts.append((x, sigma))
+        means = self.teacher_velocity(x, sigma, cond).unsqueeze(1).requires_grad_()
+        logstds = torch.full((len(x), 1, 1, 1, 1), -20.0)
+        return GMFlowPolicy(means, logstds, torch.zeros_like(means[:, :, :1]), x, sigma)
+
+
+def test_data_dependent_pi_id_starts_from_noised_pictures(
+    flux_folder: Path, batch: Prompts, empty: Conditioning
+) -> None:
+    """Each sample at the start of one of the segments, one student call a micro-batch."""
+    ours = recipe(flux_folder, objective=DEPENDENT, embed=SQUARE)
+    starts = FlowSchedule(2.0).sigma(
+        torch.tensor([part.tau_src for part in segments(3, ours.objective.final_step_size_scale)])
+    )
+    found = []
+    for step in range(20):
+        replay = micro_batch_generator(0, step, 0)
+        x0 = PixelCodec().encode(draw(batch.prompts, replay))
+        noise = torch.randn(x0.shape, generator=replay)
+        flow: Any = KnownFlow(x0)
+        calls: list[bool] = []
+        objective = PiIDObjective(flow, PixelCodec(), empty, ours, CPU, draw)
+        note = partial(lambda calls, loss, last: calls.append(last), calls)
+        loss = objective(batch, step, micro_batch_generator(0, step, 0), note)
+        ((x, sigma),) = flow.starts
+        torch.testing.assert_close(x, torch.lerp(x0, noise, sigma.view(-1, 1, 1, 1)))
+        assert (sigma[:, None] - starts).abs().amin(1).max() < 1e-6
+        assert calls == [True] and loss.item() < 1e-4
+        found.append(sigma)
+    assert len(torch.cat(found).unique()) == 3  # every segment is drawn at times
+
+
+def test_data_dependent_pi_id_trains_the_student(
+    flux_folder: Path, batch: Prompts, empty: Conditioning
+) -> None:
+    ours = recipe(flux_folder, objective=DEPENDENT, embed=SQUARE)
+    total, parts, gradients = run_pi_id(ours, batch, empty, pictures=draw)
+    again, _, same = run_pi_id(ours, batch, empty, pictures=draw)
+    assert [last for _, last in parts] == [True] and total.item() == pytest.approx(parts[0][0])
+    assert torch.equal(total, again)
+    assert all(torch.equal(gradient, same[name]) for name, gradient in gradients.items())
+    assert any(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+def test_pi_id_refuses_what_does_not_fit(
+    flux_folder: Path, batch: Prompts, empty: Conditioning
+) -> None:
+    pretraining = recipe(flux_folder, objective={"type": "flow_matching"}, embed=SQUARE)
+    flow: Any = KnownFlow(torch.zeros(3, 12, 8, 4))
     with pytest.raises(ValueError, match="expected objective.type pi_id, got flow_matching"):
-        PiIDObjective(build(pretraining), PixelCodec(), empty, pretraining, CPU)
+        PiIDObjective(flow, PixelCodec(), empty, pretraining, CPU)
+    with pytest.raises(ValueError, match="data = free needs no source of pictures, got one"):
+        PiIDObjective(flow, PixelCodec(), empty, recipe(flux_folder), CPU, draw)
+    dependent = recipe(flux_folder, objective=DEPENDENT, embed=SQUARE)
+    with pytest.raises(ValueError, match="data = dependent needs a source of pictures, got none"):
+        PiIDObjective(flow, PixelCodec(), empty, dependent, CPU)
+    wrong = PiIDObjective(
+        flow, PixelCodec(), empty, dependent, CPU, lambda prompts, _: torch.zeros(3, 3, 16, 16)
+    )
+    with pytest.raises(ValueError, match=r"returned \(3, 3, 16, 16\) for 3 prompts of 16x8 pixels"):
+        wrong(batch, 0, micro_batch_generator(0, 0, 0), lambda loss, last: None)
 
 
 # ----------------------------------------------------------------------------------- flow matching
@@ -160,11 +272,11 @@ class Oracle:
 def flow_matching(
     oracle: Any, empty: Conditioning, config: FlowMatchingConfig, pictures: Tensor
 ) -> FlowMatchingObjective:
-    def draw(prompts: Sequence[str], generator: torch.Generator) -> Tensor:
+    def fixed(prompts: Sequence[str], generator: torch.Generator) -> Tensor:
         assert list(prompts) == ["a", "b", "c"]
         return pictures
 
-    return FlowMatchingObjective(oracle, PixelCodec(), draw, empty, config, CPU)
+    return FlowMatchingObjective(oracle, PixelCodec(), fixed, empty, config, CPU)
 
 
 def test_flow_matching_target_is_noise_minus_data(batch: Prompts, empty: Conditioning) -> None:

@@ -139,6 +139,7 @@ def test_checkpoint_names_sort_as_numbers_do() -> None:
 def test_failure_is_left_once(tmp_path: Path) -> None:
     run_dir = str(tmp_path / "run")
     assert rundir.take_failure(run_dir) is None
-    rundir.write_failure(run_dir, "step 3: loss nan, prompt ids: ä, b")
-    assert rundir.take_failure(run_dir) == "step 3: loss nan, prompt ids: ä, b"
+    failure = rundir.Failure("non-finite", "step 3: loss nan, prompt ids: ä, b")
+    rundir.write_failure(run_dir, failure)
+    assert rundir.take_failure(run_dir) == failure
     assert rundir.take_failure(run_dir) is None

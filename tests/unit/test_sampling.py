@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from piflow.policies import DXPolicy, GMFlowPolicy, rollout
-from piflow.sampling import flow_map_step, follow, sample_euler, sample_few_step
+from piflow.sampling import (
+    check_nfe,
+    flow_map_step,
+    follow,
+    sample_euler,
+    sample_few_step,
+)
 from piflow.schedule import FlowSchedule, segments
 
 F64 = torch.float64
@@ -115,6 +121,81 @@ def test_renoising_comes_from_the_generator_alone() -> None:
     noise = torch.randn(NOISE.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
     expected = (1 - sigma) * TARGET + sigma * noise
     torch.testing.assert_close(first, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_generator_a_sample() -> None:
+    """A sample then depends on its own generator, not on its neighbours."""
+    parts = segments(3, 0.5)
+
+    def generators(*seeds: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def sample(rows: slice, *seeds: int) -> Tensor:
+        def student(x: Tensor, sigma: Tensor) -> GMFlowPolicy:
+            means = torch.stack([0.5 * x, 2 * x], 1)
+            logs = torch.zeros(len(x), 2, 1, 2, 2, dtype=F64)
+            return GMFlowPolicy(means, logs[:, :1, :, :1, :1], logs, x, sigma)
+
+        noise, randomness = NOISE[rows], generators(*seeds)
+        return sample_few_step(student, noise, SCHEDULE, parts, h=1.0, generator=randomness)
+
+    both = sample(slice(0, 2), 3, 4)
+    assert torch.equal(both[1:], sample(slice(1, 2), 4))
+    assert not torch.equal(both, sample(slice(0, 2), 4, 3))
+    with pytest.raises(ValueError, match="one for each of the 2 samples, got 3"):
+        sample(slice(0, 2), 3, 4, 5)
+
+
+def test_numbers_of_evaluations_that_a_student_takes() -> None:
+    for nfe in (4, 5, 16):
+        check_nfe(nfe, 4, elastic=True)
+    check_nfe(4, 4, elastic=False)
+    with pytest.raises(ValueError, match="trained for 4 .* runs at 4 or more, got 3"):
+        check_nfe(3, 4, elastic=True)
+    for nfe in (3, 5):
+        with pytest.raises(ValueError, match=f"runs at 4 exactly .*DX.*, got {nfe}"):
+            check_nfe(nfe, 4, elastic=False)
+
+
+CENTRES, SPREAD = torch.tensor([-1.0, 2.0], dtype=F64), 0.3
+
+
+def exact_student(x: Tensor, sigma: Tensor) -> GMFlowPolicy:
+    """Data are two Gaussians a pixel, equally likely; the policy is their exact posterior."""
+    level = sigma.double().reshape(-1, 1, 1, 1, 1)
+    centres, variance = CENTRES.reshape(1, 2, 1, 1, 1), SPREAD**2
+    total = ((1 - level) * SPREAD).square() + level.square()
+    residual = x.unsqueeze(1) - (1 - level) * centres
+    logs = (-0.5 * residual.square() / total).sum(2, keepdim=True)
+    means = centres + (1 - level) * variance / total * residual
+    logstd = 0.5 * (variance / total).log()
+    return GMFlowPolicy((x.unsqueeze(1) - means) / level, logstd, logs, x, sigma)
+
+
+@pytest.mark.parametrize("nfe", [2, 4, 9])
+def test_elastic_nfe_of_a_student_that_knows_the_data(nfe: int) -> None:
+    """It rolls out to one end at any number of evaluations."""
+    noise = NOISE[:, :1]
+    options = {"temperature": 1.0, "total_substeps": 2048}
+    once = sample_few_step(exact_student, noise, SCHEDULE, segments(1, 0.5), **options)
+    found = sample_few_step(exact_student, noise, SCHEDULE, segments(nfe, 0.5), **options)
+    torch.testing.assert_close(found, once, rtol=0, atol=2e-3)
+    assert (once - noise).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("h", [0.0, 0.5, math.inf])
+def test_renoising_keeps_the_datas_distribution(h: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(8, 1, 40, 40, dtype=F64, generator=generator)
+    found = sample_few_step(
+        exact_student, noise, SCHEDULE, segments(4, 0.5),
+        total_substeps=512, temperature=1.0, h=h, generator=generator,
+    )  # fmt: skip
+    right = found > 0.5
+    assert right.double().mean() == pytest.approx(0.5, abs=0.02)  # std of the share: 0.0044
+    for side, centre in ((found[~right], -1.0), (found[right], 2.0)):
+        assert side.mean() == pytest.approx(centre, abs=0.03)
+        assert side.std() == pytest.approx(SPREAD, abs=0.02)
 
 
 def test_half_precision_noise_is_sampled_in_float32() -> None:

@@ -16,7 +16,6 @@ from piflow.step import (
     Backward,
     NonFiniteError,
     Trainer,
-    build_optimizers,
     learning_rate,
     micro_batch_generator,
 )
@@ -61,7 +60,9 @@ class Linear:
 
 
 def make(
-    optimizer: OptimizerConfig | None = None, ema_start: int = 0, micro_batches: int = 4
+    optimizer: OptimizerConfig | None = None,
+    ema: EMAConfig | None = None,
+    micro_batches: int = 4,
 ) -> tuple[Trainer, nn.Parameter]:
     weight = nn.Parameter(torch.linspace(-1, 1, 5))
     training = TrainingConfig(
@@ -69,7 +70,7 @@ def make(
         batch_size=2 * micro_batches,
         micro_batch_size=2,
         optimizer=optimizer or OptimizerConfig(lr=0.1, warmup_steps=0, clip_norm=1e9),
-        ema=EMAConfig(gamma=1.0, start=ema_start),
+        ema=ema or EMAConfig(gamma=1.0, start=0),
     )
     trainer = Trainer(
         Linear(weight),
@@ -201,7 +202,7 @@ def test_clipping_starts_after_warm_up() -> None:
 @pytest.mark.parametrize("start", [0, 3])
 def test_ema_closed_form(start: int) -> None:
     """Up to `start` a copy; then sum over t of (1 - beta_t) prod_{s > t} beta_s weight_t."""
-    trainer, weight = make(ema_start=start)
+    trainer, weight = make(ema=EMAConfig(gamma=1.0, start=start))
     history = []
     for step in range(7):
         trainer.step(step, batches())
@@ -215,6 +216,21 @@ def test_ema_closed_form(start: int) -> None:
         for t, (beta, value) in enumerate(zip(betas, averaged, strict=True))
     )
     assert isinstance(expected, Tensor)
+    torch.testing.assert_close(trainer.ema_parameters["weight"], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(trainer.ema_parameters["weight"], history[-1])
+
+
+def test_fixed_beta_closed_form() -> None:
+    """A copy up to `start`, then beta^n copy + (1 - beta) sum of beta^(n - i) weight_i."""
+    trainer, weight = make(ema=EMAConfig(beta=0.8, start=2))
+    history = []
+    for step in range(6):
+        trainer.step(step, batches())
+        history.append(weight.detach().clone())
+    copied, averaged = history[1], history[2:]
+    expected = 0.8**4 * copied
+    for place, value in enumerate(averaged, start=1):
+        expected = expected + 0.2 * 0.8 ** (4 - place) * value
     torch.testing.assert_close(trainer.ema_parameters["weight"], expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(trainer.ema_parameters["weight"], history[-1])
 
@@ -272,36 +288,34 @@ def test_an_overflowing_gradient_of_a_finite_loss_names_the_batch() -> None:
 # -------------------------------------------------------------------------------------- optimisers
 
 
-def test_adamw_takes_all_parameters() -> None:
-    parameters = {"blocks.0.weight": nn.Parameter(torch.zeros(2, 3))}
-    (optimizer,) = build_optimizers(parameters, OptimizerConfig(betas=(0.5, 0.6), weight_decay=0.7))
-    assert isinstance(optimizer, torch.optim.AdamW)
-    assert optimizer.defaults["betas"] == (0.5, 0.6)
-    assert optimizer.defaults["weight_decay"] == 0.7
+def test_parameter_groups_follow_the_schedule_at_their_own_scale() -> None:
+    """AdamW with betas 0 moves every element by its rate; decay alone is what group b has."""
+    a, b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
 
+    def objective(batch: Rows, step: int, generator: torch.Generator, backward: Backward) -> Tensor:
+        loss = a.sum() + b.sum()
+        backward(loss, True)
+        return loss.detach()
 
-def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
-    shapes = {
-        "transformer_blocks.0.attn.to_q.weight": (4, 4),
-        "transformer_blocks.0.attn.to_q.bias": (4,),
-        "single_transformer_blocks.1.proj_mlp.weight": (8, 4),
-        "x_embedder.weight": (4, 6),
-        "proj_out.weight": (6, 4),
-        "transformer_blocks.0.attn.norm_q.weight": (4,),
-    }
-    parameters = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
-    muon, adamw = build_optimizers(parameters, OptimizerConfig(type="muon"))
-    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    members = [
-        [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        for optimizer in (muon, adamw)
-    ]
-    assert members[0] == [
-        "transformer_blocks.0.attn.to_q.weight",
-        "single_transformer_blocks.1.proj_mlp.weight",
-    ]
-    assert sorted(members[0] + members[1]) == sorted(shapes)
+    config = OptimizerConfig.model_validate(
+        {"lr": 0.1, "betas": (0.0, 0.0), "warmup_steps": 2, "clip_norm": 1e9, "weight_decay": 0.5,
+         "groups": [{"match": "layer.b", "lr_scale": 0.1, "weight_decay": 0.0}]}
+    )  # fmt: skip
+    parameters = {"layer.a": a, "layer.b": b}
+    trainer = Trainer(
+        objective,
+        parameters,
+        {name: parameter.detach().clone() for name, parameter in parameters.items()},
+        SingleStrategy(torch.device("cpu")),
+        TrainingConfig(batch_size=2, micro_batch_size=2, optimizer=config),
+        seed=0,
+    )
+    metrics = trainer.step(0, batches(1))
+    assert metrics.lr == pytest.approx(0.05)
+    torch.testing.assert_close(a.detach(), torch.full((4,), 1 - 0.05 * 0.5 - 0.05))
+    torch.testing.assert_close(b.detach(), torch.full((4,), 1 - 0.005))
+    trainer.step(1, batches(1))
+    torch.testing.assert_close(b.detach(), torch.full((4,), 1 - 0.005 - 0.01))
 
 
 def test_optimizer_of_finds_each_parameters_owner() -> None:
@@ -309,3 +323,18 @@ def test_optimizer_of_finds_each_parameters_owner() -> None:
     assert trainer.optimizer_of(weight) is trainer.optimizers[0]
     with pytest.raises(ValueError, match="not one of the trainer's"):
         trainer.optimizer_of(nn.Parameter(torch.zeros(5)))
+
+
+def test_bad_input_says_what_was_expected() -> None:
+    trainer, weight = make()
+    with pytest.raises(ValueError, match="at least one micro-batch.*at most 4 workers"):
+        trainer.step(0, [])
+    with pytest.raises(ValueError, match="an average of every parameter.*layer.weight"):
+        Trainer(
+            trainer.objective,
+            {"layer.weight": weight},
+            {"weight": weight.detach().clone()},
+            trainer.strategy,
+            trainer.training,
+            seed=0,
+        )

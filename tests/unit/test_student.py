@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from piflow.adapter import WEIGHTS_FILE, load_adapter
-from piflow.backbones import Conditioning
+from piflow.backbones import Conditioning, DiTBackbone
 from piflow.checkpoint import RunState, save_checkpoint
-from piflow.config import EMAConfig, OptimizerConfig, Recipe, TrainingConfig, parse_recipe
+from piflow.config import (
+    BertEncoderConfig,
+    EMAConfig,
+    FluxEncoderConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    TrainingConfig,
+    parse_recipe,
+)
 from piflow.sampling import sample_few_step
 from piflow.schedule import FlowSchedule, segments
 from piflow.sharding.single import SingleStrategy
 from piflow.step import Backward, Trainer
-from piflow.student import export_adapter, load_student, settings_of, student_of_checkpoint
-from piflow.trio import Trio
+from piflow.student import (
+    SamplingSettings,
+    encode_prompts,
+    export_adapter,
+    load_student,
+    settings_of,
+    student_of_checkpoint,
+)
+from piflow.trio import Trio, build_trio
 
 
 def recipe(flux_folder: Path, **sections: Any) -> Recipe:
@@ -48,11 +65,12 @@ class Rows:
 @pytest.fixture
 def checkpoint(flux_folder: Path, flux_inputs: Any, tmp_path: Path) -> tuple[Path, Trio]:
     """A checkpoint after three real steps, and the trio that it was saved from."""
-    ours = recipe(flux_folder)
-    trio = Trio.build(
-        ours.model, ours.lora, ours.policy, generator=torch.Generator().manual_seed(0)
-    )
-    x, sigma, cond = flux_inputs
+    return trained(recipe(flux_folder), flux_inputs, tmp_path / "checkpoint")
+
+
+def trained(ours: Recipe, inputs: Any, folder: Path) -> tuple[Path, Trio]:
+    trio = build_trio(ours)
+    x, sigma, cond = inputs
 
     def objective(batch: Rows, step: int, generator: torch.Generator, backward: Backward) -> Tensor:
         loss = (trio.student(x, sigma, cond).velocity(x, 0.5 * sigma) - 1).square().mean()
@@ -76,12 +94,13 @@ def checkpoint(flux_folder: Path, flux_inputs: Any, tmp_path: Path) -> tuple[Pat
     for step in range(3):
         trainer.step(step, [Rows()])
     state = RunState(3, 9, ours.hash(), "run", ours.model_dump(mode="json"))
-    save_checkpoint(tmp_path / "checkpoint", trainer, state)
-    return tmp_path / "checkpoint", trio.train(False)
+    save_checkpoint(folder, trainer, state)
+    return folder, trio.train(False)
 
 
-def pictures(policy: Any, cond: Conditioning) -> Tensor:
-    noise = torch.randn(3, 12, 8, 4, generator=torch.Generator().manual_seed(3))
+def pictures(policy: Any, cond: Conditioning, noise: Tensor | None = None) -> Tensor:
+    if noise is None:
+        noise = torch.randn(3, 12, 8, 4, generator=torch.Generator().manual_seed(3))
     return sample_few_step(
         lambda x, sigma: policy(x, sigma, cond),
         noise,
@@ -121,10 +140,84 @@ def test_export_and_load_draw_identical_pictures(
     cond = flux_inputs[2]
     assert torch.equal(pictures(student.student, cond), pictures(trio.ema, cond))
     assert (settings.height, settings.width, settings.nfe, settings.shift) == (16, 8, 2, 2.0)
-    assert (settings.encoder, settings.max_tokens) == ("package://an.encoder", 4)
+    assert settings.encoder == BertEncoderConfig(path="package://an.encoder", max_tokens=4)
+    assert settings.model == ModelConfig(path=str(flux_folder))
     assert (settings.total_substeps, settings.final_step_size_scale) == (16, 0.5)
     metadata = load_adapter(out).metadata
     assert metadata["piflow.run_id"] == "run" and metadata["base_model"] == str(flux_folder)
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
+@pytest.mark.parametrize("mode", ["gm", "grid", "polynomial"])
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "dit"])
+def test_every_kind_of_student_comes_back(
+    family: str, mode: str, lora: Any, make_case: Callable[[str], Any], tmp_path: Path
+) -> None:
+    backbone, inputs = make_case(family)
+    ours = of_family(family, saved(backbone, tmp_path / "base"), mode=mode, lora=lora)
+    folder, trio = trained(ours, inputs, tmp_path / "checkpoint")
+    out = str(tmp_path / "adapter")
+    export_adapter(ours, str(folder), out, weights="ema", dtype="float32", lineage={})
+    student, settings = load_student(out)
+    x, _, cond = inputs
+    drawn, expected = pictures(student.student, cond, x), pictures(trio.ema, cond, x)
+    assert torch.equal(drawn, expected)
+    assert not torch.equal(expected, pictures(trio.student, cond, x))
+    assert settings.encoder == ours.encoder and settings.model == ours.model
+
+
+def of_family(family: str, folder: Path, *, mode: str, lora: Any) -> Recipe:
+    """Any policy on any family."""
+    policy: dict[str, Any] = {"type": "dx", "mode": mode, "num_points": 4}
+    if mode == "gm":
+        policy = {"type": "gmflow", "num_gaussians": 3, "logstd_inner_dim": 8}
+    encoder: dict[str, Any] = {"type": family, "path": "package://an.encoder"}
+    if family == "dit":
+        encoder = {"type": "class_label", "num_classes": 10}
+    return recipe(
+        folder,
+        model={"family": family, "path": str(folder)},
+        encoder=encoder,
+        policy=policy,
+        lora=lora,
+    )
+
+
+def saved(backbone: Any, folder: Path) -> Path:
+    """The backbone's model as a diffusers folder, with other weights."""
+    from diffusers import DiTTransformer2DModel
+
+    if isinstance(backbone, DiTBackbone):  # took its model apart
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            DiTTransformer2DModel.from_config(backbone.config).save_pretrained(str(folder))
+    else:
+        backbone.module.save_pretrained(str(folder))
+    return folder
+
+
+def test_relative_places_are_made_absolute(tmp_path: Path) -> None:
+    """An adapter is read from other working directories than it was written in."""
+    ours = recipe(
+        Path("models/flux"),
+        model={"path": "models/flux", "codec": "vae", "vae": "models/vae"},
+        encoder={"type": "flux", "path": "models"},
+    )
+    settings = SamplingSettings.of(ours)
+    here = Path.cwd()
+    assert settings.model.path == str(here / "models/flux")
+    assert settings.model.vae == str(here / "models/vae")
+    assert isinstance(settings.encoder, FluxEncoderConfig)
+    assert settings.encoder.path == str(here / "models") and settings.encoder.max_tokens == 512
+    again = SamplingSettings.model_validate_json(settings.model_dump_json())
+    assert again == settings
+
+
+def test_class_labels_are_encoded(flux_folder: Path) -> None:
+    ours = of_family("dit", flux_folder, mode="gm", lora=None)
+    cond = encode_prompts(SamplingSettings.of(ours), ["7", "", "0"])
+    assert cond.pooled is not None and cond.pooled.tolist() == [[7.0], [10.0], [0.0]]
+    assert cond.tokens.shape == (3, 1, 1)
 
 
 def test_the_guidance_input_is_kept(flux_config: dict[str, Any], tmp_path: Path) -> None:
@@ -132,13 +225,7 @@ def test_the_guidance_input_is_kept(flux_config: dict[str, Any], tmp_path: Path)
     folder = tmp_path / "flux"
     FluxTransformer2DModel(**flux_config, guidance_embeds=True).save_pretrained(str(folder))
     ours = recipe(folder, guidance={"embedded": 3.5})
-    trio = Trio.build(
-        ours.model,
-        ours.lora,
-        ours.policy,
-        generator=torch.Generator().manual_seed(0),
-        embedded_guidance=3.5,
-    )
+    trio = build_trio(ours)
     trainer = Trainer(
         lambda batch, step, generator, backward: torch.zeros(()),
         trio.trainable_parameters(),

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from piflow.ema import ema_update, karras_beta
-from piflow.imitation import run_data_free
+from piflow.imitation import ImitationSettings, run_data_free
 from piflow.policies import GMFlowPolicy, rollout
 from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FlowSchedule, segments
@@ -185,13 +185,13 @@ def distill(data: GaussianMixtureData, nfe: int, steps: int, batch: int = 512) -
     average = copy.deepcopy(student)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    settings = ImitationSettings(num_states=1, window_substeps=0, total_substeps=16)
     for step in range(1, steps + 1):
         noise = torch.randn(batch, 2, 1, 1, generator=generator)
         optimizer.zero_grad()
         run_data_free(
-            student, data.velocity, noise, SCHEDULE, segments(nfe, 0.5), num_states=1,
-            window_substeps=0, teacher_ratio=0.0, dropout=0.0, generator=generator,
-            total_substeps=16, backward=lambda loss, last: loss.backward(),
+            student, data.velocity, noise, SCHEDULE, segments(nfe, 0.5), settings,
+            generator=generator, backward=lambda loss, last: loss.backward(),
         )  # fmt: skip
         optimizer.step()
         decay.step()

@@ -17,6 +17,7 @@ from piflow.data.store import (
     StoreInputs,
     StoreManifest,
     empty_prompt_plan,
+    negative_prompt_plan,
     plan_store,
     write_manifest,
     write_shard,
@@ -34,6 +35,10 @@ def encode(prompt: Prompt) -> EncodedPrompt:
     )
 
 
+def encode_without_pooled(prompt: Prompt) -> EncodedPrompt:
+    return encode(prompt)._replace(pooled=None)
+
+
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[..., EmbeddingStore]:
     """Build a store: `sizes` has the number of prompts of each (height, width)."""
@@ -44,23 +49,48 @@ def make_store(tmp_path: Path) -> Callable[..., EmbeddingStore]:
         rows_per_group: int = 4,
         dtype: str = "bf16",
         name: str = "store",
+        *,
+        pooled: bool = True,
+        negative_prompts: Sequence[str] = (),
     ) -> EmbeddingStore:
         prompts = [
             Prompt(f"prompt {number}", height, width)
             for (height, width), rows in sizes.items()
             for number in range(rows)
         ]
-        return write_store(str(tmp_path / name), prompts, rows_per_shard, rows_per_group, dtype)
+        return write(
+            str(tmp_path / name),
+            prompts,
+            encode if pooled else encode_without_pooled,
+            rows_per_shard=rows_per_shard,
+            rows_per_group=rows_per_group,
+            dtype=dtype,
+            negative_prompts=negative_prompts,
+        )
 
     return build
 
 
-def write_store(
-    uri: str, prompts: Sequence[Prompt], rows_per_shard: int, rows_per_group: int, dtype: str
+@pytest.fixture
+def write_store() -> Callable[..., EmbeddingStore]:
+    """(uri, prompts, encode) -> a store of what `encode` makes of each prompt."""
+    return write
+
+
+def write(
+    uri: str,
+    prompts: Sequence[Prompt],
+    encode: Callable[[Prompt], EncodedPrompt],
+    *,
+    identity: EncoderIdentity = IDENTITY,
+    rows_per_shard: int = 10,
+    rows_per_group: int = 4,
+    dtype: str = "bf16",
+    negative_prompts: Sequence[str] = (),
 ) -> EmbeddingStore:
     inputs = StoreInputs(
         schema_version=SCHEMA_VERSION,
-        encoder=IDENTITY,
+        encoder=identity,
         dtype=dtype,
         rows_per_shard=rows_per_shard,
         rows_per_group=rows_per_group,
@@ -68,17 +98,19 @@ def write_store(
         prompts_sha256=PromptSet(tuple(prompts), 0).digest,
     )
     buckets, plans = plan_store(prompts, rows_per_shard, rows_per_group)
-    *shards, empty = [
+    singles = [empty_prompt_plan(), *(negative_prompt_plan(text) for text in negative_prompts)]
+    entries = [
         write_shard(uri, plan, [encode(prompt) for prompt in plan.prompts], inputs)[0]
-        for plan in [*plans, empty_prompt_plan()]
+        for plan in [*plans, *singles]
     ]
     manifest = StoreManifest(
         inputs=inputs,
         inputs_sha256=inputs.digest,
         buckets=buckets,
-        shards=tuple(shards),
-        empty_prompt=empty,
+        shards=tuple(entries[: len(plans)]),
+        empty_prompt=entries[len(plans)],
         truncated_prompts=0,
+        negative_prompts=tuple(entries[len(plans) + 1 :]),
     )
     write_manifest(uri, manifest)
     return EmbeddingStore.open(uri)

@@ -140,6 +140,67 @@ def test_the_empty_prompt_is_apart(make_store: MakeStore) -> None:
     assert store.manifest.num_rows == 5
 
 
+def test_encoders_without_a_pooled_vector(make_store: MakeStore) -> None:
+    store = make_store({(32, 32): 12}, pooled=False)
+    store.verify()
+    batch = store.read([3, 11])
+    assert batch.pooled is None and store.empty_prompt().pooled is None
+    assert torch.equal(batch.tokens, make_store({(32, 32): 12}, name="b").read([3, 11]).tokens)
+
+
+# ------------------------------------------------------------------------------- negative prompts
+
+
+def test_a_negative_prompt_comes_back_as_the_encoder_gave_it(make_store: MakeStore) -> None:
+    store = make_store({(32, 32): 5}, negative_prompts=["blurry", " "])
+    store.verify()
+    for text in ("blurry", " "):
+        found = store.negative_prompt(text)
+        expected = _value(text, 0, 0)
+        count = int(found.num_tokens[0])
+        assert found.prompts == (text,) and count == len(expected)
+        torch.testing.assert_close(found.tokens[0, :count], expected, rtol=2**-8, atol=0.01)
+    assert store.manifest.num_rows == 5
+    assert not {"blurry", " "} & set(store.index()["prompt"].to_pylist())
+
+
+def test_no_negative_prompt_is_the_empty_prompt(make_store: MakeStore) -> None:
+    store = make_store({(32, 32): 5})
+    found, empty = store.negative_prompt(""), store.empty_prompt()
+    assert torch.equal(found.tokens, empty.tokens) and found.prompts == ("",)
+
+
+def test_a_missing_negative_prompt_says_how_to_add_it(make_store: MakeStore) -> None:
+    store = make_store({(32, 32): 5}, negative_prompts=["blurry"])
+    store.require_negative_prompt("blurry")
+    store.require_negative_prompt("")
+    expected = "lacks the recipe's guidance.negative_prompt 'ugly'; run `piflow embed`"
+    with pytest.raises(StoreError, match=expected):
+        store.require_negative_prompt("ugly")
+    with pytest.raises(StoreError, match=expected):
+        store.negative_prompt("ugly")
+
+
+def test_negative_prompts_do_not_change_what_a_run_trains_on(make_store: MakeStore) -> None:
+    without = make_store({(32, 32): 5}, name="a").manifest
+    with_one = make_store({(32, 32): 5}, name="b", negative_prompts=["blurry"]).manifest
+    assert with_one.manifest_hash == without.manifest_hash
+    assert with_one.inputs.digest == without.inputs.digest
+    assert len(with_one.files) == len(without.files) + 1
+
+
+def test_damage_to_a_negative_prompt_is_found(make_store: MakeStore) -> None:
+    store = make_store({(32, 32): 5}, negative_prompts=["blurry"])
+    path = Path(store.uri) / store.manifest.negative_prompts[0].path
+    column = pq.ParquetFile(path).metadata.row_group(0).column(6)
+    _damage(path, column.data_page_offset + column.total_compressed_size - 5)
+    with pytest.raises(StoreError, match="negative-prompt-.* is corrupt: sha256"):
+        store.verify()
+    path.unlink()
+    with pytest.raises(StoreError, match="lacks negative-prompt-"):
+        EmbeddingStore.open(store.uri)
+
+
 # ------------------------------------------------------------------------------------- what's wrong
 
 
@@ -149,7 +210,7 @@ def test_a_missing_manifest_says_how_to_make_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"inputs": {"schema_version": 1}, "extra": 1}']
+    "content", ["{", "[]", "{}", '{"inputs": {"schema_version": 2}, "extra": 1}']
 )
 def test_a_corrupt_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
@@ -159,7 +220,7 @@ def test_a_corrupt_manifest_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"inputs": {"schema_version": 99}}))
-    with pytest.raises(StoreError, match="format version 99, this piflow reads 1"):
+    with pytest.raises(StoreError, match="format version 99, this piflow reads 2; remove"):
         read_manifest(str(tmp_path))
 
 
@@ -215,6 +276,9 @@ def test_non_finite_embeddings_are_refused_by_prompt(tmp_path: Path, make_store:
     bad = EncodedPrompt(torch.full((1, 8), torch.nan), torch.ones(6), False)
     with pytest.raises(ValueError, match="non-finite numbers for prompt 'bad one'"):
         write_shard(str(tmp_path / "new"), plan, [good, bad], inputs)
+    bare = EncodedPrompt(torch.ones(1, 8), None, False)
+    with pytest.raises(ValueError, match="1 of 2 embeddings have a pooled vector"):
+        write_shard(str(tmp_path / "new"), plan, [good, bare], inputs)
     with pytest.raises(ValueError, match="expects 2 embeddings, got 1"):
         write_shard(str(tmp_path / "new"), plan, [good], inputs)
     assert not (tmp_path / "new").exists()

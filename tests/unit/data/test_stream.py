@@ -157,6 +157,11 @@ def test_a_step_has_one_picture_size_and_the_stores_rows(make_store: MakeStore) 
     assert micro.tokens.shape == (2, 5, 8) and micro.pooled.shape == (2, 6)
 
 
+def test_batches_of_encoders_without_a_pooled_vector(make_store: MakeStore) -> None:
+    [micro_batches] = _steps(make_store(ONE_SIZE, pooled=False), 1)
+    assert len(micro_batches) == 6 and all(m.pooled is None for m in micro_batches)
+
+
 def test_epoch_counts_passes_over_the_store(make_store: MakeStore) -> None:
     store = make_store(ONE_SIZE)
     stream = TrainStream(

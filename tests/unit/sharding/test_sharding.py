@@ -18,7 +18,7 @@ from diffusers import FluxTransformer2DModel
 from piflow.sharding import SingleStrategy, build_strategy
 
 SCRIPT = Path(__file__).with_name("training.py")
-SCENARIOS = ["float32", "bfloat16_checkpointed", "pretraining"]
+SCENARIOS = ["float32", "bfloat16_checkpointed", "full", "pretraining"]
 
 
 def load_script() -> ModuleType:
@@ -81,7 +81,7 @@ def two_processes(folder: Path) -> dict[str, dict[str, Any]]:
 def test_two_processes_equal_one(
     scenario: str, folder: Path, two_processes: dict[str, dict[str, Any]]
 ) -> None:
-    """Losses, gradient norms, weights and EMA; only the order of summation differs."""
+    """Losses, gradient norms, weights, EMA and what it draws; only the summation order differs."""
     one = load_script().train(scenario, folder, SingleStrategy(torch.device("cpu")))
     two = two_processes[scenario]
     # a last-bit difference in a LoRA weight may flip a rounding in a bfloat16 forward pass
@@ -91,7 +91,7 @@ def test_two_processes_equal_one(
         assert two["losses"][key] == pytest.approx(loss, rel=tolerance)
     assert two["norms"] == pytest.approx(one.norms, rel=tolerance)
     assert min(one.norms) > 0.05, "the clip must have acted for the comparison to cover it"
-    for section in ("trained", "ema"):
+    for section in ("trained", "ema", "drawn"):
         expected, got = getattr(one, section), two[section]
         assert expected.keys() == got.keys()
         for name, tensor in expected.items():
@@ -100,7 +100,7 @@ def test_two_processes_equal_one(
             )
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS[:2])
+@pytest.mark.parametrize("scenario", SCENARIOS[:3])
 def test_sharded_training_leaves_the_base_alone(
     scenario: str, two_processes: dict[str, dict[str, Any]]
 ) -> None:

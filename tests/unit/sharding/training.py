@@ -16,14 +16,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from piflow.backbones import Conditioning, FluxBackbone
-from piflow.config import GMFlowPolicyConfig, LoRAConfig, ModelConfig
+from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, LoRAConfig, PolicyConfig
+from piflow.heads import PolicyClock
 from piflow.sharding import Strategy, build_strategy
 from piflow.trio import Trio
 
 STEPS = 3
 MICRO_BATCHES = 4
 HEIGHT = WIDTH = 8
-SCENARIOS = ("float32", "bfloat16_checkpointed", "pretraining")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16_checkpointed": torch.bfloat16,
+    "full": torch.bfloat16,  # of the teacher; the student is float32
+}
+SCENARIOS = ("float32", "bfloat16_checkpointed", "full", "pretraining")
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Result:
     norms: list[float] = field(default_factory=list)
     trained: dict[str, Tensor] = field(default_factory=dict)
     ema: dict[str, Tensor] = field(default_factory=dict)
+    drawn: dict[str, Tensor] = field(default_factory=dict)  # the EMA's velocity after training
     base_unchanged: bool = True
     teacher_unchanged: bool = True
 
@@ -78,25 +85,20 @@ def train(scenario: str, folder: Path, strategy: Strategy) -> Result:
         run(result, strategy, dict(backbone.module.named_parameters()), backbone, None)
         result.trained = strategy.gather(dict(backbone.module.named_parameters()))
         return result
-    dtype = "float32" if scenario == "float32" else "bfloat16"
-    model = ModelConfig(path=str(folder / "flux"), dtype=dtype)
-    trio = Trio.build(
-        model,
-        LoRAConfig(rank=4, dropout=0.1),
-        GMFlowPolicyConfig(num_gaussians=3, logstd_inner_dim=16),
-        generator=torch.Generator().manual_seed(0),
-    )
+    trio = build(scenario, folder)
     if scenario == "bfloat16_checkpointed":
-        trio.backbone.enable_gradient_checkpointing()
+        trio.enable_gradient_checkpointing()
     base = {name: p.detach().clone() for name, p in frozen(trio).items()}
-    strategy.prepare(trio.module, trio.block_classes)
+    for module in trio.modules:
+        strategy.prepare(module, trio.block_classes)
     run(result, strategy, trio.trainable_parameters(), None, trio)
     result.trained = strategy.gather(trio.trainable_parameters())
     result.ema = strategy.gather(trio.ema_parameters())
     after = strategy.gather(frozen(trio))
     result.base_unchanged = all(torch.equal(tensor, base[name]) for name, tensor in after.items())
     x, sigma, cond = inputs(99, 0)
-    loaded = FluxBackbone.load(folder / "flux", dtype=trio.backbone.dtype)
+    result.drawn["velocity"] = trio.ema(x, sigma, cond).velocity(x, 0.5 * sigma)
+    loaded = FluxBackbone.load(folder / "flux", dtype=DTYPES[scenario])
     # a copy: weights mapped from a file lie at odd addresses, where the CPU's matrix products round
     # otherwise than at aligned ones
     untouched = FluxBackbone(copy.deepcopy(loaded.module))
@@ -106,10 +108,30 @@ def train(scenario: str, folder: Path, strategy: Strategy) -> Result:
     return result
 
 
+def build(scenario: str, folder: Path) -> Trio:
+    """A GM student by LoRA; or a DX student, all of whose weights are trained."""
+    full = scenario == "full"
+    policy: PolicyConfig = GMFlowPolicyConfig(num_gaussians=3, logstd_inner_dim=16)
+    if full:
+        policy = DXPolicyConfig(num_points=3)
+    return Trio.from_backbone(
+        FluxBackbone.load(folder / "flux", dtype=DTYPES[scenario]),
+        None if full else LoRAConfig(rank=4, dropout=0.1),
+        policy,
+        PolicyClock(0.3, 3.2),
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
 def frozen(trio: Trio) -> dict[str, nn.Parameter]:
     """Everything that is neither trained nor averaged: the base with the teacher's output layer."""
     own = {id(p) for p in [*trio.trainable_parameters().values(), *trio.ema_parameters().values()]}
-    return {name: p for name, p in trio.module.named_parameters() if id(p) not in own}
+    return {
+        f"{number}.{name}": parameter
+        for number, module in enumerate(trio.modules)
+        for name, parameter in module.named_parameters()
+        if id(parameter) not in own
+    }
 
 
 def run(

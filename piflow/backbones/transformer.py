@@ -1,0 +1,288 @@
+"""What the families share: a diffusers transformer over 2×2 patches, and how it is loaded."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from piflow.backbones.base import PATCH, Conditioning, OutputLayer, unpack
+from piflow.storage import local_folder
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+SHOWN = 3  # differing tensors that an error names
+
+
+class TransformerBackbone(ABC):
+    """A `Backbone` whose module ends in `proj_out(norm_out(hidden, temb))`.
+
+    A family sets the class attributes and says how its config is checked and its model called.
+
+    Args:
+        module: an instance of `model_class`.
+        embedded_guidance: the guidance that the model takes as an input, the same for every call;
+            needed exactly if the config says `guidance_embeds`.
+
+    Raises:
+        ValueError: another class, a config that the family refuses, or guidance that doesn't fit.
+    """
+
+    model_class: ClassVar[Any]  # the diffusers class
+    class_name: str
+    block_classes: tuple[type[nn.Module], ...]
+    output_names: tuple[str, ...] = ("norm_out", "proj_out")
+    adapter_class_names: tuple[str, str]
+    adapter_fields: tuple[str, ...]
+
+    def __init__(self, module: nn.Module, *, embedded_guidance: float | None = None) -> None:
+        if not isinstance(module, self.model_class):
+            raise ValueError(f"expected a {self.class_name}, got {type(module).__name__}")
+        self._config = _constructor_arguments(module.config)
+        self.check_config(self._config, embedded_guidance)
+        self.module: nn.Module = self.adapt(module)
+        self.dtype: torch.dtype = next(module.parameters()).dtype
+        self.embedded_guidance = embedded_guidance
+        features, self.width = self.output_layer().projection.weight.shape
+        self.latent_channels: int = features // (PATCH * PATCH)
+
+    @classmethod
+    def load(
+        cls,
+        uri: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        embedded_guidance: float | None = None,
+    ) -> Self:
+        """Loads a diffusers folder (config.json + safetensors) from a URI, in evaluation mode.
+
+        Raises:
+            ValueError: no config.json or weights there, another model class, a config that the
+                family refuses, weights that don't fit it, or guidance that doesn't.
+        """
+        folder = local_folder(str(uri))
+        _check_class(folder, cls.class_name, str(uri))
+        with torch.device("meta"):
+            empty = cls.model_class.from_config(cls.model_class.load_config(str(folder)))
+        cls.check_config(_constructor_arguments(empty.config), embedded_guidance)
+        _check_weights(folder, empty.state_dict(), str(uri))
+        module = cls.model_class.from_pretrained(
+            str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+        return cls(module.to(device), embedded_guidance=embedded_guidance)
+
+    @staticmethod
+    @abstractmethod
+    def check_config(config: Mapping[str, Any], embedded_guidance: float | None) -> None:
+        """Raises a ValueError for what the family's code doesn't cover."""
+
+    @staticmethod
+    def adapt(module: nn.Module) -> nn.Module:
+        """The module to call, if the diffusers one doesn't end as `Backbone` asks."""
+        return module
+
+    @property
+    @abstractmethod
+    def default_lora_targets(self) -> tuple[str, ...]:
+        """Name suffixes of the linear layers that the student adapts, each with a gradient."""
+
+    @abstractmethod
+    def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.
+
+        Raises:
+            ValueError: shapes that don't fit the model.
+        """
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as in config.json."""
+        return dict(self._config)
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """`(B, C, H, W)` float32 velocity u = ε - x0, unguided.
+
+        Args and errors as `output_tokens`.
+        """
+        tokens = self.output_tokens(x, sigma, cond)
+        return self.unpack(tokens.float(), x.shape[2], x.shape[3])
+
+    @torch.no_grad()
+    def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The same without gradients."""
+        return self(x, sigma, cond)
+
+    def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """`(B, HW/4, 4F)` -> `(B, F, H, W)`."""
+        return unpack(tokens, height, width)
+
+    def output_layer(self) -> OutputLayer:
+        """The teacher's `norm_out` and `proj_out`.
+
+        Raises:
+            ValueError: they were replaced already.
+        """
+        projection = self.module.get_submodule("proj_out")
+        if not isinstance(projection, nn.Linear):
+            raise ValueError(
+                "this backbone's output layer was already replaced: load a fresh backbone for "
+                "each trio"
+            )
+        return OutputLayer(self.module.get_submodule("norm_out"), projection)
+
+    def install_output(self, output: nn.Module) -> None:
+        """Makes `output(hidden, temb)` the model's last layer.
+
+        It takes `norm_out`'s place, which is called with both arguments, and `proj_out` becomes
+        the identity: the forward pass stays the model's own, tensors in, tensor out, so sharding
+        and checkpointing hooks see nothing unusual.
+
+        Raises:
+            ValueError: the output layer was replaced already.
+        """
+        self.output_layer()
+        self.module.norm_out = output
+        self.module.proj_out = nn.Identity()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes each block in the backward pass instead of keeping its activations."""
+        model: Any = self.module
+        model.enable_gradient_checkpointing()
+
+    def check_batch(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> None:
+        """Refuses latents, noise levels and prompts that don't go together.
+
+        Raises:
+            ValueError: another number of channels, or of samples.
+        """
+        if x.ndim != 4 or x.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"latents must be (B, {self.latent_channels}, H, W) for this model, "
+                f"got {tuple(x.shape)}"
+            )
+        if sigma.shape != x.shape[:1] or cond.batch_size != x.shape[0]:
+            raise ValueError(
+                f"one sigma and one prompt a sample: latents hold {x.shape[0]}, sigma is "
+                f"{tuple(sigma.shape)}, the conditioning holds {cond.batch_size}"
+            )
+
+    def check_tokens(self, cond: Conditioning) -> None:
+        """Refuses token states of another width than `joint_attention_dim`.
+
+        Raises:
+            ValueError: they have another.
+        """
+        expected = self._config["joint_attention_dim"]
+        if cond.tokens.shape[2] != expected:
+            raise ValueError(
+                f"this model takes token states of width {expected}, got {cond.tokens.shape[2]}: "
+                "embed the prompts with the encoder it was trained with"
+            )
+
+
+def check_packing(config: Mapping[str, Any]) -> None:
+    """Refuses a transformer over packed tokens that don't hold 2×2 patches or predict others.
+
+    Raises:
+        ValueError: input features that aren't a multiple of 4, or other output features.
+    """
+    taken = config["in_channels"]
+    patch = config["patch_size"]
+    given = patch * patch * (config["out_channels"] or taken)
+    if taken % (PATCH * PATCH):
+        raise ValueError(
+            f"expected in_channels to be a multiple of {PATCH * PATCH} (packed 2×2 patches), got "
+            f"{taken}"
+        )
+    if given != taken:
+        raise ValueError(
+            f"expected tokens of {taken} features out as in (a velocity), got {given} from "
+            f"patch_size {patch} and out_channels {config['out_channels']}: models that take more "
+            "than noisy latents (fill, edit, control) aren't covered"
+        )
+
+
+def check_no_guidance(class_name: str, embedded_guidance: float | None) -> None:
+    """Refuses embedded guidance for a family or model that has no input for it.
+
+    Raises:
+        ValueError: it was given.
+    """
+    if embedded_guidance is not None:
+        raise ValueError(
+            f"embedded guidance {embedded_guidance} was given but this {class_name} takes none: "
+            "leave guidance.embedded out and use guidance.scale"
+        )
+
+
+def _constructor_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without diffusers' own entries."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _check_class(folder: Path, class_name: str, uri: str) -> None:
+    """Refuses folders that aren't a `class_name`'s."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{uri} has no config.json: give the folder of a diffusers {class_name} "
+            "(of a whole pipeline, its `transformer` subfolder)"
+        )
+    found = json.loads(path.read_text()).get("_class_name")
+    if found != class_name:
+        raise ValueError(
+            f"{uri}: expected a {class_name}, config.json says {found!r}: correct model.path or "
+            "model.family"
+        )
+
+
+def _check_weights(folder: Path, expected: Mapping[str, Tensor], uri: str) -> None:
+    """Refuses weights whose names or shapes aren't the model's; reads the files' headers only.
+
+    diffusers alone would go on with random values for what is missing.
+    """
+    found = _stored_shapes(folder, uri)
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name} {found[name]} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name] != tuple(tensor.shape)
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''})"
+        for names, what in (
+            (missing, "tensors are missing"),
+            (unknown, "aren't the model's"),
+            (reshaped, "have another shape"),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{uri}: config.json and weights don't belong together: {'; '.join(problems)}. "
+            "Copy both from one checkpoint"
+        )
+
+
+def _stored_shapes(folder: Path, uri: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in the folder's safetensors files."""
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    names = {WEIGHTS_FILE}
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{uri} has no {name}: the folder needs the model's weights as safetensors, whole"
+            )
+        with safe_open(folder / name, framework="pt") as file:
+            shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
+    return shapes

@@ -1,0 +1,83 @@
+"""Text encoders: prompts -> token states and, where the family has one, a pooled vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from piflow import storage
+from piflow.config import (
+    BertEncoderConfig,
+    ClassLabelEncoderConfig,
+    EncoderConfig,
+    FluxEncoderConfig,
+    QwenImageEncoderConfig,
+)
+from piflow.data.encoders import bert, class_label, flux, qwen_image
+from piflow.data.encoders.base import PromptModel, TextEncoder
+from piflow.data.store import EncoderIdentity
+
+__all__ = [
+    "PromptModel",
+    "TextEncoder",
+    "absolute_path",
+    "build_encoder",
+    "check_prompts",
+    "encoder_identity",
+]
+
+
+def build_encoder(config: EncoderConfig, device: str = "cpu") -> TextEncoder:
+    """Load the recipe's encoder.
+
+    Args:
+        device: where it runs; results come back to the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder holds no usable encoder of this type.
+    """
+    return TextEncoder(_load(config, device))
+
+
+def encoder_identity(config: EncoderConfig) -> EncoderIdentity:
+    """What the recipe's encoder is, without loading it: its files are read once for their hash.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder holds no encoder of this type, or it takes fewer tokens.
+    """
+    if isinstance(config, BertEncoderConfig):
+        return bert.identity(config)
+    if isinstance(config, FluxEncoderConfig):
+        return flux.identity(config)
+    if isinstance(config, QwenImageEncoderConfig):
+        return qwen_image.identity(config)
+    return class_label.identity(config)
+
+
+def absolute_path(config: EncoderConfig) -> EncoderConfig:
+    """The same encoder, found from any working directory."""
+    if isinstance(config, ClassLabelEncoderConfig):
+        return config
+    return config.model_copy(update={"path": storage.absolute(config.path)})
+
+
+def check_prompts(config: EncoderConfig, prompts: Iterable[str]) -> None:
+    """Refuse prompts that the encoder can't take, before anything is loaded.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    if isinstance(config, ClassLabelEncoderConfig):
+        for prompt in prompts:
+            class_label.to_class(prompt, config.num_classes)
+
+
+def _load(config: EncoderConfig, device: str) -> PromptModel:
+    if isinstance(config, BertEncoderConfig):
+        return bert.BertModel(config, device)
+    if isinstance(config, FluxEncoderConfig):
+        return flux.FluxTextModels(config, device)
+    if isinstance(config, QwenImageEncoderConfig):
+        return qwen_image.QwenImageTextModel(config, device)
+    return class_label.ClassLabels(config)

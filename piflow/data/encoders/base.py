@@ -1,0 +1,266 @@
+"""What the text encoders share: batches by length, and folders that say what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from piflow import storage
+from piflow.data.store import EncodedPrompt, EncoderIdentity
+
+_MODEL_FILES = ("config.json", "*.safetensors")
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+class Embedding(NamedTuple):
+    """One prompt's states: tokens ``(n, D)``, pooled ``(P,)`` or None, float32 on the CPU."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+
+
+class PromptModel(Protocol):
+    """One family's tokenizers and models."""
+
+    @property
+    def identity(self) -> EncoderIdentity: ...
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt before truncation, comparable with `identity.max_tokens`."""
+        ...
+
+    def forward(self, prompts: Sequence[str]) -> list[Embedding]:
+        """One encoder call; long prompts are truncated. Padding never changes a prompt's result."""
+        ...
+
+
+class TextEncoder:
+    """Encodes any number of prompts, those of similar length together.
+
+    A prompt's result depends on the others in its batch by rounding only.
+    """
+
+    def __init__(self, model: PromptModel) -> None:
+        self._model = model
+
+    @property
+    def identity(self) -> EncoderIdentity:
+        """What decides the embeddings."""
+        return self._model.identity
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        batch_size: int = 64,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> list[EncodedPrompt]:
+        """Encode prompts; results in the prompts' order.
+
+        Args:
+            prompts: any number of texts; "" is allowed.
+            batch_size: prompts an encoder call.
+            on_batch: called with the number of prompts after each encoder call.
+
+        Raises:
+            ValueError: the encoder can't take a prompt; names it.
+        """
+        encoded: dict[int, EncodedPrompt] = {}
+        for rows, results in self.encode_by_length(prompts, batch_size):
+            encoded.update(zip(rows, results, strict=True))
+            if on_batch is not None:
+                on_batch(len(rows))
+        return [encoded[row] for row in range(len(prompts))]
+
+    def encode_by_length(
+        self, prompts: Sequence[str], batch_size: int
+    ) -> Iterator[tuple[list[int], list[EncodedPrompt]]]:
+        """Encoder calls one by one, short prompts first: (indices of prompts, their results)."""
+        lengths = self._model.count_tokens(prompts) if prompts else []
+        order = sorted(range(len(prompts)), key=lambda row: (lengths[row], row))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            with torch.no_grad():
+                embeddings = self._model.forward([prompts[row] for row in rows])
+            yield (
+                rows,
+                [
+                    EncodedPrompt(tokens, pooled, lengths[row] > self.identity.max_tokens)
+                    for row, (tokens, pooled) in zip(rows, embeddings, strict=True)
+                ],
+            )
+
+
+def split_rows(states: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """``(B, L, D)`` -> the first ``counts[b]`` states of each row, float32 on the CPU."""
+    states = states.float().cpu()
+    return [row[:count].clone() for row, count in zip(states, counts, strict=True)]
+
+
+def read_config(folder: Path, uri: str) -> dict[str, Any]:
+    """The ``config.json`` of a transformers folder.
+
+    Raises:
+        ValueError: it is missing or holds no object.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"encoder folder {uri} has no config.json; expected a transformers folder with "
+            "config and safetensors weights"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"config.json of encoder {uri} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json of encoder {uri} must hold an object")
+    return config
+
+
+def require_model_type(config: Mapping[str, Any], expected: str, uri: str) -> None:
+    """Check a config's `model_type`.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if config.get("model_type") != expected:
+        raise ValueError(
+            f"config.json of encoder {uri} has model_type {config.get('model_type')!r}, expected "
+            f"{expected!r}; set encoder.type and encoder.path to match one another"
+        )
+
+
+def require_sizes(config: Mapping[str, Any], keys: tuple[str, str], uri: str) -> tuple[int, int]:
+    """A config's number of layers and width, under these keys.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    layers, width = (config.get(key) for key in keys)
+    if layers is None or width is None:
+        raise ValueError(
+            f"config.json of encoder {uri} lacks {' or '.join(keys)}: not an encoder of the "
+            "recipe's encoder.type"
+        )
+    return int(layers), int(width)
+
+
+def require_at_most(max_tokens: int, limit: int, what: str) -> None:
+    """Check `encoder.max_tokens`.
+
+    Raises:
+        ValueError: it is over the limit.
+    """
+    if max_tokens > limit:
+        raise ValueError(
+            f"encoder.max_tokens is {max_tokens}, {what} takes at most {limit}; lower "
+            "encoder.max_tokens"
+        )
+
+
+def files_sha256(models: Mapping[str, Path], tokenizers: Mapping[str, Path]) -> str:
+    """Hex sha256 of the names and contents of all files that decide an encoder's result.
+
+    Args:
+        models: URI -> folder with config.json and safetensors weights, in a fixed order.
+        tokenizers: URI -> folder with a tokenizer's files, in a fixed order.
+
+    Raises:
+        ValueError: a folder has no safetensors weights, or no tokenizer.
+    """
+    digest = hashlib.sha256()
+    for uri, folder in models.items():
+        files = _matching(folder, _MODEL_FILES)
+        if not any(file.suffix == ".safetensors" for file in files):
+            raise ValueError(
+                f"encoder folder {uri} holds no .safetensors weights (pickled weights are never "
+                "read); convert them with `save_pretrained`"
+            )
+        _update(digest, files)
+    for uri, folder in tokenizers.items():
+        files = _matching(folder, _TOKENIZER_FILES)
+        if not files:
+            raise ValueError(
+                f"encoder folder {uri} holds no tokenizer: expected tokenizer.json or the "
+                "vocabulary files that its class reads"
+            )
+        _update(digest, files)
+    return digest.hexdigest()
+
+
+def load_model(
+    model_class: Any,
+    folder: Path,
+    uri: str,
+    *,
+    device: str,
+    dtype: torch.dtype | str = "auto",
+    unused: tuple[str, ...] = (),
+) -> Any:
+    """A transformers model for inference, with every weight from its folder.
+
+    Args:
+        dtype: "auto" keeps the dtype in which the weights are stored.
+        unused: prefixes of weights that may be missing, since their results aren't used.
+
+    Raises:
+        ValueError: it doesn't load, or weights are missing.
+    """
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"cannot load the text encoder {uri}: {error}") from error
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
+    if missing:
+        raise ValueError(
+            f"the text encoder {uri} lacks {len(missing)} of the model's weights, e.g. "
+            f"{', '.join(missing[:3])}; use a complete {type(model).__name__}"
+        )
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_tokenizer(tokenizer_class: Any, folder: Path, uri: str) -> Any:
+    """A transformers tokenizer that pads on the right: valid tokens come first in a row.
+
+    Raises:
+        ValueError: it doesn't load.
+    """
+    try:
+        tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot load the tokenizer {uri}: {error}") from error
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt without truncation, special tokens included."""
+    ids = tokenizer(list(prompts), truncation=False, padding=False, verbose=False)
+    return [len(row) for row in ids["input_ids"]]
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
+def _update(digest: Any, files: list[Path]) -> None:
+    for file in files:
+        digest.update(f"{file.name}\0{storage.sha256(str(file))}\n".encode())

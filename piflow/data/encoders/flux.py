@@ -1,0 +1,117 @@
+"""FLUX.1's text encoders as diffusers' `FluxPipeline.encode_prompt` calls them: T5 and CLIP.
+
+The pipeline pads a prompt to `max_tokens` T5 tokens and masks nothing, neither in T5 nor in the
+transformer, so the states of padding are part of what FLUX.1 was trained on. `padding: keep` stores
+all of them and equals the pipeline; `padding: drop` runs the same call and keeps the prompt's own
+states only, with zeros in place of the others in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from piflow import storage
+from piflow.config import FluxEncoderConfig
+from piflow.data.encoders import base
+from piflow.data.store import EncoderIdentity
+
+MAX_TOKENS = 512  # FluxPipeline takes no longer prompts
+_CLIP, _T5 = "text_encoder", "text_encoder_2"
+_CLIP_TOKENIZER, _T5_TOKENIZER = "tokenizer", "tokenizer_2"
+
+
+def identity(config: FluxEncoderConfig) -> EncoderIdentity:
+    """Both encoders' sizes, and the treatment of padding.
+
+    Raises:
+        FileNotFoundError: a subfolder is missing.
+        ValueError: a subfolder holds something else, or `max_tokens` is over 512.
+    """
+    base.require_at_most(config.max_tokens, MAX_TOKENS, "FLUX.1")
+    parts = (_CLIP, _T5, _CLIP_TOKENIZER, _T5_TOKENIZER)
+    uris = {part: storage.join(config.path, part) for part in parts}
+    folders = {part: storage.local_folder(uri) for part, uri in uris.items()}
+    clip, t5 = (base.read_config(folders[part], uris[part]) for part in (_CLIP, _T5))
+    base.require_model_type(clip, "clip_text_model", uris[_CLIP])
+    base.require_model_type(t5, "t5", uris[_T5])
+    clip_sizes = base.require_sizes(clip, ("num_hidden_layers", "hidden_size"), uris[_CLIP])
+    t5_sizes = base.require_sizes(t5, ("num_layers", "d_model"), uris[_T5])
+    return EncoderIdentity(
+        name=f"t5-{t5_sizes[0]}x{t5_sizes[1]}+clip-{clip_sizes[0]}x{clip_sizes[1]}, "
+        f"padding {config.padding}",
+        weights_sha256=base.files_sha256(
+            {uris[part]: folders[part] for part in (_CLIP, _T5)},
+            {uris[part]: folders[part] for part in (_CLIP_TOKENIZER, _T5_TOKENIZER)},
+        ),
+        max_tokens=config.max_tokens,
+        hidden_size=t5_sizes[1],
+    )
+
+
+class FluxTextModels:
+    """Token states are T5's, pooled is CLIP's; CLIP reads a prompt's first 77 tokens only.
+
+    Raises:
+        FileNotFoundError: a subfolder is missing.
+        ValueError: a subfolder holds no usable model or tokenizer.
+    """
+
+    def __init__(self, config: FluxEncoderConfig, device: str) -> None:
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
+        from transformers import T5TokenizerFast as T5Tokenizer  # type: ignore[attr-defined]
+
+        self.identity = identity(config)
+
+        def load_model(model_class: type, part: str) -> Any:
+            uri = storage.join(config.path, part)
+            return base.load_model(model_class, storage.local_folder(uri), uri, device=device)
+
+        def load_tokenizer(tokenizer_class: type, part: str) -> Any:
+            uri = storage.join(config.path, part)
+            return base.load_tokenizer(tokenizer_class, storage.local_folder(uri), uri)
+
+        self._clip = load_model(CLIPTextModel, _CLIP)
+        self._t5 = load_model(T5EncoderModel, _T5)
+        self._clip_tokenizer = load_tokenizer(CLIPTokenizer, _CLIP_TOKENIZER)
+        self._t5_tokenizer = load_tokenizer(T5Tokenizer, _T5_TOKENIZER)
+        limit = self._clip.config.max_position_embeddings
+        if self._clip_tokenizer.model_max_length > limit:
+            raise ValueError(
+                f"the CLIP tokenizer of {config.path} pads to "
+                f"{self._clip_tokenizer.model_max_length} tokens, the CLIP model takes {limit}; "
+                "set model_max_length in its tokenizer_config.json"
+            )
+        self._keep_padding = config.padding == "keep"
+        self._device = device
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """T5's, with its end mark."""
+        return base.count_tokens(self._t5_tokenizer, prompts)
+
+    def forward(self, prompts: Sequence[str]) -> list[base.Embedding]:
+        """The pipeline's two calls."""
+        t5_inputs = self._t5_tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.identity.max_tokens,
+            truncation=True,
+            return_tensors="pt",
+        )
+        states = self._t5(t5_inputs.input_ids.to(self._device)).last_hidden_state
+        clip_inputs = self._clip_tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self._clip_tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        pooled = self._clip(clip_inputs.input_ids.to(self._device)).pooler_output
+        if self._keep_padding:
+            counts = [states.shape[1]] * len(prompts)
+        else:
+            counts = t5_inputs.attention_mask.sum(1).tolist()
+        tokens = base.split_rows(states, counts)
+        return [
+            base.Embedding(*row) for row in zip(tokens, pooled.float().cpu().unbind(), strict=True)
+        ]

@@ -1,0 +1,11 @@
+"""Few-step students as diffusers pipelines, one a family; each call is the family's own.
+
+pipe = PiFluxPipeline.from_pretrained(base, adapter="…", torch_dtype=torch.bfloat16)
+image = pipe("a red heart").images[0]
+"""
+
+from piflow.inference.dit import PiDiTPipeline
+from piflow.inference.flux import PiFluxPipeline
+from piflow.inference.qwen_image import PiQwenImagePipeline
+
+__all__ = ["PiDiTPipeline", "PiFluxPipeline", "PiQwenImagePipeline"]

@@ -1,0 +1,241 @@
+"""What the few-step pipelines share: loading, saving, and a family's own call with a student."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from piflow import storage
+from piflow.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from piflow.backbones.transformer import TransformerBackbone
+from piflow.heads import DXHead
+from piflow.inference.student import PipelineStudent
+from piflow.sampling import check_nfe
+from piflow.scheduler import FlowMapScheduler, TokenReader
+
+ADAPTER_FOLDER = "adapter"  # in a saved pipeline
+
+
+class FewStepPipeline(DiffusionPipeline, ABC):
+    """A family's pipeline whose transformer is a student while it samples.
+
+    Between calls `transformer` is the teacher, unchanged. `scheduler` is a `FlowMapScheduler` that
+    fits the student; replace it by
+    `FlowMapScheduler.from_config(pipe.scheduler.config, h=...)` to sample otherwise.
+    """
+
+    backbone_class: ClassVar[type[TransformerBackbone]]
+    scheduler: Any
+    transformer: Any
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        adapter: str | PathLike[str] | None = None,
+        **options: Any,
+    ) -> Self:
+        """The family's pipeline from a folder, an s3:// prefix or the hub, with a student.
+
+        Args:
+            pretrained_model_name_or_path: the family's own pipeline, or one that
+                `save_pretrained` wrote.
+            adapter: folder or URI of the student's adapter; not needed for a saved pipeline, which
+                has its own.
+            options: of `DiffusionPipeline.from_pretrained`: torch_dtype, device_map, components …
+
+        Raises:
+            ValueError: no adapter, or one that doesn't fit the pipeline's transformer.
+        """
+        place = fspath(pretrained_model_name_or_path)
+        if "://" in place:
+            place = str(storage.local_folder(place))
+        kept = Path(place) / ADAPTER_FOLDER
+        if adapter is None and kept.is_dir():
+            adapter = kept
+        student = None if adapter is None else fspath(adapter)
+        pipeline: Self = super().from_pretrained(place, adapter=student, **options)
+        return pipeline
+
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], *options: Any, **named: Any
+    ) -> None:
+        """The family's folder with the base, and the adapter's two files beside it.
+
+        Args:
+            save_directory: a local folder.
+            options, named: of `DiffusionPipeline.save_pretrained`: variant, max_shard_size …
+
+        Raises:
+            FileNotFoundError: the adapter that the pipeline was made from isn't there any more.
+        """
+        folder = str(Path(save_directory) / ADAPTER_FOLDER)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            content = storage.read_bytes(storage.join(self._adapter_uri, name))
+            storage.write_bytes(storage.join(folder, name), content)
+        super().save_pretrained(save_directory, *options, **named)
+
+    @property
+    def trained_nfe(self) -> int:
+        """Network evaluations that the student was trained for: the default number of steps."""
+        return self._student.training.nfe
+
+    def _add_student(self, adapter: str | PathLike[str] | None, transformer: Any) -> None:
+        """Makes the student of `transformer`, and the scheduler fit it.
+
+        Raises:
+            ValueError: no adapter, or one that doesn't fit.
+        """
+        if adapter is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the student: pass adapter=, the folder or URI that "
+                "`piflow export` wrote"
+            )
+        uri = fspath(adapter)
+        guided = transformer.config.get("guidance_embeds", False)  # comes with each call
+        backbone = self.backbone_class(transformer, embedded_guidance=0.0 if guided else None)
+        self._student = PipelineStudent(transformer, backbone, load_adapter(uri), uri)
+        self._adapter_uri = storage.absolute(uri)
+        if not isinstance(self.scheduler, FlowMapScheduler):
+            training = self._student.training
+            self.scheduler = FlowMapScheduler(
+                shift=training.shift,
+                final_step_size_scale=training.final_step_size_scale,
+                total_substeps=training.total_substeps,
+            )
+
+    @abstractmethod
+    def _reader(self, arguments: dict[str, Any]) -> TokenReader:
+        """How this call's samples are read; refuses and completes the call's arguments."""
+
+    def _sampling_transformer(self) -> Any:
+        """What the family's loop calls inside `_student.in_place`."""
+        return self.transformer if self._student.is_shared else self._student.module
+
+    def _few_steps(self, family_call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """The family's loop with student and scheduler in place."""
+        reader = self._reader(arguments)
+        if arguments["num_inference_steps"] is None:
+            arguments["num_inference_steps"] = self.trained_nfe
+        self._check_steps(arguments["num_inference_steps"])
+        self._student.to(self._execution_device, self.transformer.dtype)
+        with (
+            self._student.in_place(),
+            self._transformer_as(self._sampling_transformer()),
+            self.scheduler.reading(reader, arguments["generator"]),
+        ):
+            return family_call(self, **arguments)
+
+    def _check_steps(self, nfe: int) -> None:
+        """Refuses steps and schedules that the student wasn't trained for."""
+        scheduler, head = self.scheduler, self._student.head
+        if not isinstance(scheduler, FlowMapScheduler):
+            raise ValueError(
+                f"expected a FlowMapScheduler, got {type(scheduler).__name__}: a student's output "
+                "is a policy, which others can't follow"
+            )
+        check_nfe(nfe, self.trained_nfe, elastic=self._student.is_elastic)
+        if not isinstance(head, DXHead):
+            return
+        config, clock = scheduler.config, head.clock
+        size = min(1 / (nfe - 1 + config["final_step_size_scale"]), 1.0)
+        if (
+            config["use_dynamic_shifting"]
+            or abs(config["shift"] - clock.shift) > 1e-6
+            or abs(size - clock.segment_size) > 1e-6
+        ):
+            raise ValueError(
+                f"this DX student was trained for shift {clock.shift:g} and segments of "
+                f"{clock.segment_size:g}, the scheduler has shift {config['shift']:g}"
+                f"{' (dynamic)' if config['use_dynamic_shifting'] else ''} and segments of "
+                f"{size:g}: set shift and final_step_size_scale as trained"
+            )
+
+    @contextmanager
+    def _transformer_as(self, module: Any) -> Iterator[None]:
+        """Exchanges the pipeline's transformer, unless it is the same."""
+        own = self.transformer
+        if module is own:
+            yield
+            return
+        self.transformer = module
+        try:
+            yield
+        finally:
+            self.transformer = own
+
+
+def few_step_call(family: type[Any], **defaults: Any) -> Callable[..., Any]:
+    """A family's `__call__` for a `FewStepPipeline`.
+
+    The signature is that of the installed diffusers, so that a call which the family takes is
+    taken, and one that it doesn't is a TypeError.
+
+    Args:
+        family: the diffusers pipeline class.
+        defaults: parameters that have another default than the family's.
+    """
+    own = inspect.signature(family.__call__)
+    parameters = [
+        parameter.replace(default=defaults[name]) if name in defaults else parameter
+        for name, parameter in own.parameters.items()
+    ]
+    signature = own.replace(parameters=parameters)
+
+    @functools.wraps(family.__call__)
+    def call(self: FewStepPipeline, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        _, *named = bound.arguments.items()
+        return self._few_steps(family.__call__, dict(named))
+
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    call.__doc__ = (
+        f"Pictures in a few steps; arguments and result are {family.__name__}'s.\n\n"
+        "num_inference_steps: network evaluations; default: as many as the student was trained "
+        "for.\n\nRaises:\n    ValueError: a number of steps, guidance or noise levels that the "
+        "student can't take.\n"
+    )
+    return call
+
+
+def refuse_sigmas(arguments: Mapping[str, Any]) -> None:
+    """A student's segments say what the noise levels are.
+
+    Raises:
+        ValueError: the caller gave some.
+    """
+    if arguments["sigmas"] is not None:
+        raise ValueError(
+            "sigmas: a student's noise levels follow from its segments and shift; leave sigmas "
+            "out and choose num_inference_steps"
+        )
+
+
+def refuse_guidance(arguments: Mapping[str, Any], scale: str, negative: Sequence[str]) -> None:
+    """A student has learnt its teacher's guidance, and gives no velocity to guide.
+
+    Args:
+        arguments: the call's.
+        scale: the parameter that is the guidance's scale; 1 turns it off.
+        negative: parameters of which one must be given for guidance to happen; none: it happens
+            by the scale alone.
+
+    Raises:
+        ValueError: the call asks for guidance.
+    """
+    given = [name for name in negative if arguments[name] is not None]
+    if arguments[scale] > 1 and (given or not negative):
+        raise ValueError(
+            f"{scale} = {arguments[scale]:g}{' with ' if given else ''}{', '.join(given)}: the "
+            "student has learnt its teacher's guidance and can't be guided again; leave "
+            f"{' and '.join([scale, *given])} out, or set {scale} to 1"
+        )

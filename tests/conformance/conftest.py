@@ -1,0 +1,104 @@
+"""The adapters under test: three families and the documentation's example, or --backbone's.
+
+An adapter comes as a function that returns
+
+    (backbone, conditioning, (height, width))
+
+a fresh tiny backbone in float32 and evaluation mode, with random weights that are the same at every
+call; three prompts that all differ, of different lengths if the family's text is ragged; and the
+latents' size, not square if the family allows that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel
+
+from piflow.backbones import (
+    Backbone,
+    Conditioning,
+    DiTBackbone,
+    FluxBackbone,
+    QwenImageBackbone,
+)
+
+GUIDE = Path(__file__).parents[2] / "docs" / "bring-your-own-teacher.md"
+Case = tuple[Backbone, Conditioning, tuple[int, int]]
+
+
+def flux() -> Case:
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        pooled_projection_dim=5,
+        axes_dims_rope=(2, 2, 4),
+    )
+    cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), torch.randn(3, 5))
+    return FluxBackbone(model.eval()), cond, (4, 8)
+
+
+def qwen_image() -> Case:
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        axes_dims_rope=(2, 2, 4),
+    )
+    cond = Conditioning(torch.randn(3, 5, 6), torch.tensor([5, 1, 3]))
+    return QwenImageBackbone(model.eval()), cond, (4, 8)
+
+
+def dit() -> Case:
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        in_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    )
+    classes = torch.tensor([[0.0], [7.0], [10.0]])  # 10 is the null class
+    cond = Conditioning(torch.zeros(3, 1, 1), torch.ones(3, dtype=torch.long), classes)
+    return DiTBackbone(model.eval()), cond, (8, 8)
+
+
+def documented() -> Case:
+    """The worked example of docs/bring-your-own-teacher.md, as it stands there."""
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {"__name__": "documented"}
+    exec(compile(code, str(GUIDE), "exec"), names)
+    case: Case = names["tiny"]()
+    return case
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "make" not in metafunc.fixturenames:
+        return
+    named = metafunc.config.getoption("--backbone")
+    cases = [_import(named)] if named else [flux, qwen_image, dit, documented]
+    metafunc.parametrize("make", cases, ids=[case.__name__ for case in cases])
+
+
+def _import(name: str) -> Callable[[], Case]:
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise pytest.UsageError(f"--backbone: expected module:function, got {name!r}")
+    case: Callable[[], Case] = getattr(importlib.import_module(module), function)
+    return case

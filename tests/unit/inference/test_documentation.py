@@ -1,0 +1,46 @@
+"""The examples of docs/inference.md run as they stand, on tiny models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from piflow.backbones import DiTBackbone, FluxBackbone, QwenImageBackbone
+from piflow.config import GMFlowPolicyConfig
+
+PAGE = Path(__file__).parents[3] / "docs" / "inference.md"
+SMALLER = {"1024": "16", '"cuda"': '"cpu"'}
+
+
+def test_the_examples_run(
+    flux_base: Path,
+    qwen_base: Path,
+    dit_base: Path,
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = GMFlowPolicyConfig(num_gaussians=2, logstd_inner_dim=4)
+    bases = {
+        "flux": (FluxBackbone, flux_base, "FLUX.1-dev"),
+        "qwen": (QwenImageBackbone, qwen_base, "Qwen-Image"),
+        "dit": (DiTBackbone, dit_base, "DiT"),
+    }
+    for name, (backbone, base, published) in bases.items():
+        (tmp_path / published).symlink_to(base)
+        (tmp_path / f"{name}-student").symlink_to(make_adapter(backbone, base, policy))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 6
+    values: dict[str, Any] = {}
+    for block in blocks:
+        for published, small in SMALLER.items():
+            block = block.replace(published, small)
+        exec(block, values)
+    assert values["image"].size == (16, 16) and len(values["images"]) == 2
+    assert values["same"].scheduler.config.h == 0.5
+    assert values["student"].transformer is values["teacher"].transformer
