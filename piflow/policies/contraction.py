@@ -1,35 +1,23 @@
-"""Inner products and mixtures over (components, channels, pixels), with lean gradients.
+"""Products of a table (B, K, C, P) with vectors over its channels or its components.
 
-`contract_channels` and `mix_components` are each other's gradients. Both read their large operand
-once and make no copy of it in another layout, which is what `einsum` would do on the way to a
-batched matrix product of tiny matrices.
+The table is read once and never copied into another layout, which is what `einsum` would do on the
+way to a batched matrix product of tiny matrices. Large products run slice by slice into one
+accumulator, small ones as one broadcast product and a sum (measured in benchmarks/policy.py).
+None of these functions records a gradient: `piflow.policies.displacement` has its own.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-_CACHED_ELEMENTS = 2**20
-"""On the CPU, products of up to this many elements stay in cache; larger ones are accumulated."""
+_SLICE_ELEMENTS = 2**16
+"""On the CPU, slices of this many elements outweigh the cost of calling one operation for each."""
 
 
 def contract_channels(table: Tensor, vector: Tensor) -> Tensor:
     """sum_c table[b,k,c,p] vector[b,c,p]: (B, K, C, P), (B, C, P) -> (B, K, P)."""
-    result: Tensor = _ContractChannels.apply(table, vector)
-    return result
-
-
-def mix_components(table: Tensor, weights: Tensor) -> Tensor:
-    """sum_k table[b,k,c,p] weights[b,k,p]: (B, K, C, P), (B, K, P) -> (B, C, P)."""
-    result: Tensor = _MixComponents.apply(table, weights)
-    return result
-
-
-def _contract(table: Tensor, vector: Tensor) -> Tensor:
-    if table.is_cuda or table.numel() <= _CACHED_ELEMENTS:
+    if not _slices_pay(table[:, :, 0]):
         return (table * vector.unsqueeze(1)).sum(2)
     first, *channels = zip(table.unbind(2), vector.unsqueeze(1).unbind(2), strict=True)
     total = first[0] * first[1]
@@ -38,8 +26,9 @@ def _contract(table: Tensor, vector: Tensor) -> Tensor:
     return total
 
 
-def _mix(table: Tensor, weights: Tensor) -> Tensor:
-    if table.is_cuda or table.numel() <= _CACHED_ELEMENTS:
+def mix_components(table: Tensor, weights: Tensor) -> Tensor:
+    """sum_k table[b,k,c,p] weights[b,k,p]: (B, K, C, P), (B, K, P) -> (B, C, P)."""
+    if not _slices_pay(table[:, 0]):
         return (table * weights.unsqueeze(2)).sum(1)
     first, *components = zip(table.unbind(1), weights.unsqueeze(2).unbind(1), strict=True)
     total = first[0] * first[1]
@@ -48,33 +37,23 @@ def _mix(table: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-class _ContractChannels(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, vector: Tensor) -> Tensor:
-        ctx.save_for_backward(table, vector)
-        return _contract(table, vector)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        table, vector = ctx.saved_tensors
-        return (
-            grad.unsqueeze(2) * vector.unsqueeze(1) if ctx.needs_input_grad[0] else None,
-            _mix(table, grad) if ctx.needs_input_grad[1] else None,
-        )
+def add_outer_products(
+    table: Tensor, pairs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> None:
+    """table[b,k,c,p] += weights[b,k,p] vector[b,c,p], in place, for both (weights, vector)."""
+    if not _slices_pay(table[:, :, 0]):
+        for weights, vector in pairs:
+            table.addcmul_(weights.unsqueeze(2), vector.unsqueeze(1))
+        return
+    for channel in range(table.shape[2]):
+        for weights, vector in pairs:
+            table[:, :, channel].addcmul_(weights, vector[:, None, channel])
 
 
-class _MixComponents(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(table, weights)
-        return _mix(table, weights)
+def inner_products(left: Tensor, right: Tensor) -> Tensor:
+    """sum over everything but the batch of left * right: (B, ...), (B, ...) -> (B,)."""
+    return torch.matmul(left.flatten(1).unsqueeze(1), right.flatten(1).unsqueeze(2)).flatten()
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        table, weights = ctx.saved_tensors
-        return (
-            weights.unsqueeze(2) * grad.unsqueeze(1) if ctx.needs_input_grad[0] else None,
-            _contract(table, grad) if ctx.needs_input_grad[1] else None,
-        )
+
+def _slices_pay(slice_of_table: Tensor) -> bool:
+    return not slice_of_table.is_cuda and slice_of_table.numel() >= _SLICE_ELEMENTS

@@ -30,10 +30,8 @@ class SubstepTable:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SubstepTable:
         """A copy on another device."""
-        return SubstepTable(
-            self.sigma.to(device, dtype, non_blocking=device.type == "cuda"),
-            self.delta.to(device, dtype, non_blocking=device.type == "cuda"),
-        )
+        both = torch.stack([self.sigma, self.delta])
+        return SubstepTable(*both.to(device, dtype, non_blocking=device.type == "cuda"))
 
 
 def substep_table(
@@ -76,8 +74,10 @@ def rollout(
         total_substeps: S, substeps over tau in [0, 1].
 
     Returns:
-        Latents at `tau_to`, float32 (float64 if `x` is). Differentiable in the policy and `x`; each
-        substep is recomputed in the backward pass, so only x is stored a substep.
+        Latents at `tau_to`, float32 (float64 if `x` is). Differentiable in the policy and `x`, not
+        in the times. Of a substep, x is kept for the backward pass (by a GMFlowPolicy in plain
+        PyTorch also the weights, K numbers a pixel, and by its fused kernel nothing); the rest is
+        recomputed.
 
     Raises:
         ValueError: times aren't (B,), leave [0, 1], or run upwards.

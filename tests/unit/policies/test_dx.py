@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from piflow.policies import DXPolicy, rollout
@@ -40,6 +42,33 @@ def test_grid_is_exact_for_linear_x0(space: tuple[int, ...], points: int) -> Non
         torch.testing.assert_close(policy.denoised(sigma), x0, rtol=1e-12, atol=1e-12)
         u = policy.velocity(2 * x, sigma)
         torch.testing.assert_close(u, (2 * x - x0) / column(sigma, x), rtol=1e-11, atol=1e-11)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    points=st.integers(1, 10),
+    nfe=st.integers(1, 8),
+    scale=st.sampled_from([0.25, 0.5, 1.0]),
+    shift=st.floats(0.5, 6),
+    space=st.sampled_from([(1, 1), (2, 3), (2, 2, 3)]),
+    mode=st.sampled_from(["grid", "polynomial"]),
+    seed=st.integers(0, 1000),
+)
+def test_straight_teacher_at_any_segment(points, nfe, scale, shift, space, mode, seed) -> None:
+    """Values that say one velocity at all times (a polynomial's higher ones zero): the end of each
+    segment is x + u (sigma_dst - sigma_src), and from there the same x0 is seen."""
+    generator, schedule = torch.Generator().manual_seed(seed), FlowSchedule(shift)
+    x, u = torch.randn(2, 1, 3, *space, dtype=F64, generator=generator).unbind(0)
+    repeat = torch.ones(points) if mode == "grid" else torch.eye(points)[0]
+    values = u.unsqueeze(1) * repeat.double().reshape(1, points, *[1] * (u.ndim - 1))
+    for part in segments(nfe, scale):
+        tau_src, tau_dst = (torch.full((1,), t, dtype=F64) for t in (part.tau_src, part.tau_dst))
+        sigma_src, sigma_dst = schedule.sigma(tau_src), schedule.sigma(tau_dst)
+        policy = DXPolicy(values, x, sigma_src, min(1 / (nfe - 1 + scale), 1), shift, mode)
+        end = rollout(policy, x, tau_src, tau_dst, schedule, 16)
+        torch.testing.assert_close(end, x + column(sigma_dst - sigma_src, x) * u)
+        x0 = x - column(sigma_src, x) * u
+        torch.testing.assert_close(policy.denoised(sigma_dst), x0, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("space", SPACES)

@@ -122,6 +122,24 @@ def test_all_gradients_by_finite_differences() -> None:
     assert torch.autograd.gradcheck(velocity, (*leaves, x))
 
 
+def test_variance_gradient_where_the_denominator_is_clamped() -> None:
+    """Above the source's noise level d = v zeta + 1 falls to its floor for a large variance."""
+    out = outputs(batch=1, components=1, channels=2, space=(1, 2), sigma=0.3)
+    logstd = torch.full((1, 1, 1, 1, 1), 1.5, dtype=F64, requires_grad=True)
+    level = torch.full((1,), 0.6, dtype=F64)
+
+    def velocity(logstds: Tensor) -> Tensor:
+        names = ("means", "logweights", "x_src", "sigma_src")
+        means, logweights, x_src, sigma_src = (out[name] for name in names)
+        policy = GMFlowPolicy(means, logstds, logweights, x_src, sigma_src)
+        # Up to a millionth, the denominator's floor.
+        return 1e-6 * policy.velocity(x_src, level)
+
+    (slope,) = torch.autograd.grad(velocity(logstd).sum(), logstd)
+    assert slope.abs().item() > 1e-2
+    assert torch.autograd.gradcheck(velocity, (logstd,))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_computes_in_float32_whatever_comes_in(dtype: torch.dtype) -> None:
     out = {name: value.to(dtype) for name, value in outputs().items()}
