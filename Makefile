@@ -8,12 +8,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: install install-dev demo test lint unit integration pretrain clean help
+.PHONY: install install-dev demo test lint unit integration test-recipes test-faults pretrain clean help
 
 help:
 	@echo "make demo         the whole pipeline on the embedded default (about 15 minutes on 2 cores)"
 	@echo "make test         linters, type checker and the test suite"
 	@echo "make unit         the unit tests alone (seconds)"
+	@echo "make test-recipes every big recipe on a tiny model of its classes (minutes)"
+	@echo "make test-faults  killed processes, damaged files, an S3 server that goes away (minutes)"
 	@echo "make pretrain     train the default teacher again (hours on a CPU)"
 	@echo "make clean        remove the environment and the runs"
 
@@ -52,6 +54,12 @@ unit: install-dev
 
 integration: install-dev
 	$(BIN)/python -m pytest tests/integration
+
+test-recipes: install-dev
+	$(BIN)/python -m pytest tests/integration/test_smoke.py -m smoke_all
+
+test-faults: install-dev
+	$(BIN)/python -m pytest tests/faults
 
 pretrain: install
 	$(BIN)/piflow embed pipelines/recipes/emoji-teacher.yaml

@@ -18,9 +18,11 @@ from piflow.pictures import grid
 from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FlowSchedule, segments
 from piflow.sharding.base import Strategy
+from piflow.sharding.fsdp import FSDPStrategy
 from piflow.step import Trainer
 from piflow.teacher import average_of, fresh_backbone
-from piflow.trio import GuidedTeacher, build_trio
+from piflow.trio import GuidedTeacher, Trio, build_empty_trio, build_trio
+from piflow.weights import StoredTensor, fill
 
 SAMPLE_PROMPTS = 4
 SAMPLE_SEEDS = 4
@@ -61,11 +63,7 @@ def _distillation(
 ) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor]]:
     pictures = _picture_source(recipe, store) if objective.data == "dependent" else None
     negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
-    trio = build_trio(recipe)
-    if recipe.training.gradient_checkpointing:
-        trio.enable_gradient_checkpointing()
-    for module in trio.modules:
-        strategy.prepare(module, trio.block_classes)
+    trio = prepared_trio(recipe, strategy)
     trainer = Trainer(
         PiIDObjective(trio, codec, negative, recipe, device, pictures),
         trio.trainable_parameters(),
@@ -87,6 +85,32 @@ def _distillation(
         )
 
     return trainer, draw
+
+
+def prepared_trio(recipe: Recipe, strategy: Strategy) -> Trio:
+    """The recipe's trio, spread over the workers.
+
+    A base that is frozen and sharded is never whole anywhere: each worker reads the rows that it
+    keeps, once the empty module is sharded. A worker's host memory then peaks at its shards, the
+    unsharded adapters and heads, and a buffer. Full training copies the base and replicas keep all
+    of it, so there every worker loads it whole.
+
+    Raises:
+        ValueError: as `build_trio`.
+    """
+    stored: dict[str, StoredTensor] = {}
+    if recipe.lora is not None and isinstance(strategy, FSDPStrategy):
+        trio, stored = build_empty_trio(recipe)
+    else:
+        trio = build_trio(recipe)
+    if recipe.training.gradient_checkpointing:
+        trio.enable_gradient_checkpointing()
+    for module in trio.modules:
+        strategy.prepare(module, trio.block_classes)
+    if stored:
+        trained = next(iter(trio.trainable_parameters().values()))
+        fill(trio.backbone.module, stored, device=trained.device)  # the host, if it offloads
+    return trio
 
 
 def _pretraining(

@@ -1,17 +1,18 @@
 """Sharded checkpoints of a `Trainer`, restorable on another number of workers.
 
 A checkpoint is a folder: the tensors in torch.distributed.checkpoint's format, every worker writing
-its own shards, and `state.json`, written by rank 0, which also lists all workers' files and their
-sizes. A folder is a checkpoint when `state.json` and every file that it lists are there, whole: the
-workers' files reach the run's storage one by one, in any order, and any of them may be interrupted.
+its own shards, and `state.json`, which rank 0 writes last. It lists bytes and sha256 of every file
+and its own checksum: without it the folder is half written, with it every byte is verified before
+anything is used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,11 +25,15 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from piflow import storage
 from piflow.optimizers import allocate_state, state_tensors
 from piflow.step import Trainer
 
 STATE_FILE = "state.json"
 FILES_KEY = "files"  # in state.json: name -> bytes of every other file
+SHA256_KEY = "sha256"  # name -> hex digest of every other file
+CHECKSUM_KEY = "checksum"  # sha256 of state.json's other keys
+_METADATA_FILE = ".metadata"  # torch.distributed.checkpoint's own, written by rank 0
 
 
 @dataclass(frozen=True)
@@ -46,43 +51,134 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be used; says what is wrong with which file."""
 
 
-def save_checkpoint(folder: Path, trainer: Trainer, state: RunState) -> None:
-    """Write this worker's part. Every worker calls it with a folder; rank 0 adds `state.json`.
+class DamagedCheckpointError(CheckpointError):
+    """Bytes of a checkpoint are missing or not those that were written; another one may be good."""
 
-    The folders may be one shared folder or one a worker (their files then merge without clashes).
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What `state.json` says of a file."""
+
+    size: int  # bytes
+    sha256: str  # hex
+
+
+def snapshot(trainer: Trainer) -> dict[str, Tensor]:
+    """A copy in host memory of everything that is saved: this worker's shards, by flat name.
+
+    Training may go on as soon as it returns. It takes as much host memory as the shards have bytes.
+    """
+    return {name: tensor.to("cpu", copy=True) for name, tensor in _tree(trainer).items()}
+
+
+def write_shards(
+    folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
+) -> dict[str, FileRecord]:
+    """Write this worker's shards; returns its own files by name.
+
+    Every worker calls it with a folder: one that all share, or one a worker (the files then merge
+    without clashes).
+
+    Args:
+        group: whom to agree with; in a thread beside training it must be a group of its own.
     """
     with _quiet():
-        dcp.save(_tree(trainer), checkpoint_id=str(folder), no_dist=not dist.is_initialized())
-    files = _files_of_all_workers(folder)
+        dcp.save(
+            dict(tensors),
+            checkpoint_id=str(folder),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return {
+        file.name: FileRecord(file.stat().st_size, storage.sha256(str(file)))
+        for file in sorted(folder.iterdir())
+        if file.name.startswith(f"__{rank}_") or (rank == 0 and file.name == _METADATA_FILE)
+    }
+
+
+def gather_files(
+    mine: Mapping[str, FileRecord], problem: str | None, group: dist.ProcessGroup | None = None
+) -> dict[str, FileRecord]:
+    """All workers' files. Every worker calls it when its own files are where they shall be.
+
+    Args:
+        problem: why they are not; it fails all workers, so that none waits for another.
+
+    Raises:
+        CheckpointError: a worker had a problem.
+    """
+    everyone: list[tuple[dict[str, FileRecord], str | None]] = [(dict(mine), problem)]
+    if dist.is_initialized():
+        everyone = everyone * dist.get_world_size()
+        dist.all_gather_object(everyone, (dict(mine), problem), group=group)
+    problems = [f"worker {rank}: {text}" for rank, (_, text) in enumerate(everyone) if text]
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return {name: record for part, _ in everyone for name, record in sorted(part.items())}
+
+
+def state_file(state: RunState, files: Mapping[str, FileRecord]) -> bytes:
+    """Content of `state.json`; with it the folder becomes a checkpoint."""
+    content = {
+        **asdict(state),
+        FILES_KEY: {name: record.size for name, record in files.items()},
+        SHA256_KEY: {name: record.sha256 for name, record in files.items()},
+    }
+    return json.dumps({**content, CHECKSUM_KEY: _checksum(content)}, indent=1).encode()
+
+
+def save_checkpoint(folder: Path, trainer: Trainer, state: RunState) -> None:
+    """Write a checkpoint and wait for it; every worker calls it with one shared folder.
+
+    Runs save behind the training steps: see `piflow.saver`.
+    """
+    files = gather_files(write_shards(folder, _tree(trainer)), None)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        content = {**asdict(state), FILES_KEY: files}
-        (folder / STATE_FILE).write_text(json.dumps(content, indent=1))
+        (folder / STATE_FILE).write_bytes(state_file(state, files))
 
 
 def load_state(folder: Path) -> RunState:
     """Read `state.json`.
 
     Raises:
-        CheckpointError: it is missing or unreadable.
+        DamagedCheckpointError: it is missing, unreadable, or not what was written.
     """
-    path = folder / STATE_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a finished checkpoint: it has no {STATE_FILE}")
-    try:
-        content = json.loads(path.read_text())
-        del content[FILES_KEY]
-        return RunState(**content)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from error
+    return _read_state(folder)[0]
+
+
+def verify_checkpoint(folder: Path) -> RunState:
+    """Read every byte and compare with what was written.
+
+    Raises:
+        DamagedCheckpointError: names the file, what was expected and what came.
+    """
+    state, files = _read_state(folder)
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise _damaged(folder, f"{name} is missing")
+        size = file.stat().st_size
+        if size != expected.size:
+            raise _damaged(folder, f"{name} has {size} bytes, expected {expected.size}")
+        sha256 = storage.sha256(str(file))
+        if sha256 != expected.sha256:
+            raise _damaged(
+                folder, f"{name} has sha256 {sha256[:16]}, expected {expected.sha256[:16]}"
+            )
+    return state
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> RunState:
-    """Restore parameters, EMA and optimiser in place; any number of workers.
+    """Verify, then restore parameters, EMA and optimiser in place; any number of workers.
+
+    Every worker calls it and verifies the files that it reads; all of them fail together.
 
     Raises:
-        CheckpointError: files are damaged, a tensor is missing, or its shape is another one.
+        DamagedCheckpointError: a file is missing, or not what was written, for any of the workers.
+        CheckpointError: a tensor is missing, or its shape is another one.
     """
-    state = load_state(folder)
+    state = _verified_by_all(folder)
     stored = _stored(folder)
     _allocate_optimizer_state(trainer, stored)
     tree = _tree(trainer)
@@ -100,9 +196,10 @@ def load_tensors(folder: Path, section: str) -> dict[str, Tensor]:
     """One section ("trainable" or "ema") as whole tensors on the CPU, without a trainer.
 
     Raises:
-        CheckpointError: the folder is no finished checkpoint, is damaged or lacks the section.
+        DamagedCheckpointError: the folder is no finished checkpoint, or bytes are not as written.
+        CheckpointError: it lacks the section.
     """
-    load_state(folder)
+    verify_checkpoint(folder)
     stored = _stored(folder)
     prefix = f"{section}."
     tree = {
@@ -116,19 +213,58 @@ def load_tensors(folder: Path, section: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tree.items()}
 
 
-def _files_of_all_workers(folder: Path) -> dict[str, int]:
-    """Name -> bytes of the files in every worker's folder."""
-    mine = {file.name: file.stat().st_size for file in folder.iterdir() if file.name != STATE_FILE}
-    everyone = [mine]
+def _read_state(folder: Path) -> tuple[RunState, dict[str, FileRecord]]:
+    """What `state.json` says, if it is what was written."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise DamagedCheckpointError(
+            f"{folder} is not a finished checkpoint: it has no {STATE_FILE}; use another checkpoint"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+        checksum = content.pop(CHECKSUM_KEY)
+        if checksum != _checksum(content):
+            raise ValueError("its checksum is another one")
+        sizes, digests = content.pop(FILES_KEY), content.pop(SHA256_KEY)
+        files = {name: FileRecord(size, digests[name]) for name, size in sizes.items()}
+        return RunState(**content), files
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}), or was written by an earlier "
+            "version without checksums; use another checkpoint"
+        ) from error
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _verified_by_all(folder: Path) -> RunState:
+    """Every worker looks at what it is about to read; one's problem is all workers' problem."""
+    state, problem = None, None
+    try:
+        state = verify_checkpoint(folder)
+    except DamagedCheckpointError as error:
+        problem = str(error)
+    problems = [problem]
     if dist.is_initialized():
-        everyone = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
-    return {name: size for part in everyone for name, size in sorted(part.items())}
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    first = next((text for text in problems if text is not None), None)
+    if state is None or first is not None:
+        raise DamagedCheckpointError(first)
+    return state
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that there is one process only, which is meant."""
+    """Without the warning that there is one process only, which is meant.
+
+    Filters are the whole process's: nothing is touched where a thread beside training saves.
+    """
+    if dist.is_initialized():
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -139,7 +275,7 @@ def _stored(folder: Path) -> dict[str, Any]:
     try:
         return FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise _damaged(folder, error) from error
+        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
 
 
 def _read(tree: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
@@ -149,12 +285,12 @@ def _read(tree: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
             dcp.load(tree, checkpoint_id=str(folder), no_dist=no_dist)
     except CheckpointException as error:  # not an `Exception`: nobody else would catch it
         cause, _ = next(iter(error.failures.values()))
-        raise _damaged(folder, cause) from error
+        raise _damaged(folder, f"{type(cause).__name__}: {cause}") from error
 
 
-def _damaged(folder: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {folder} is damaged ({type(error).__name__}: {error}); use another checkpoint"
+def _damaged(folder: Path, reason: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"checkpoint {folder} is damaged ({reason}); use another checkpoint"
     )
 
 

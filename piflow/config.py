@@ -267,10 +267,10 @@ class ParameterGroupConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """AdamW; or Muon on the weight matrices and AdamW on the rest (one worker)."""
+    """AdamW; or Muon on the weight matrices and AdamW on the rest (whole ones: no shards)."""
 
     type: Literal["adamw", "adamw8bit", "muon"] = Field(
-        "adamw", description="adamw8bit: both moments in 8 bits (torchao); muon: one worker only"
+        "adamw", description="adamw8bit: both moments in 8 bits (torchao); muon: not sharded"
     )
     lr: PositiveFloat = Field(1e-4, description="learning rate after warm-up")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's two decay rates")
@@ -296,7 +296,15 @@ class TrainingConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
     checkpoint_every: Positive = Field(250, description="optimiser steps")
-    keep_last: Positive = Field(2, description="checkpoints kept")
+    keep_last: Positive = Field(2, description="newest checkpoints kept")
+    keep_every: Positive | None = Field(
+        None, description="checkpoints of these optimiser steps are kept for good; null: none"
+    )
+    max_skipped_steps: NonNegative = Field(
+        0,
+        description="steps with a non-finite loss or gradient that are skipped between two "
+        "checkpoints before the run stops; 0 = stop at the first",
+    )
     log_every: Positive = Field(10, description="optimiser steps between metric points")
     sample_every: NonNegative = Field(0, description="optimiser steps between pictures; 0 = never")
     gradient_checkpointing: bool = Field(
@@ -310,6 +318,11 @@ class TrainingConfig(_Section):
                 f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size "
                 f"({self.micro_batch_size})"
             )
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every ({self.keep_every}) must be a multiple of checkpoint_every "
+                f"({self.checkpoint_every}): no other step has a checkpoint to keep"
+            )
         return self
 
 
@@ -319,8 +332,20 @@ class RuntimeConfig(_Section):
     num_workers: Positive = Field(1, description="training processes")
     use_gpu: bool = Field(False, description="one GPU a worker, and nccl instead of gloo")
     cpus_per_worker: PositiveFloat = Field(1.0, description="logical CPUs that Ray reserves")
-    strategy: Literal["fsdp", "single"] = Field(
-        "fsdp", description="fsdp: FSDP2 shards parameters over all workers"
+    strategy: Literal["auto", "fsdp", "ddp", "single"] = Field(
+        "auto",
+        description="fsdp: FSDP2 shards parameters over the workers; ddp: every worker has them "
+        "all; auto: ddp if that is estimated to fit, else fsdp",
+    )
+    shard_size: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="workers that share one copy of the parameters under fsdp, e.g. a node's GPUs "
+        "(HSDP); default: all",
+    )
+    reshard_after_forward: bool = Field(
+        True,
+        description="fsdp: false keeps the student's blocks whole until their backward pass: one "
+        "all-gather less, more memory",
     )
     max_failures: int = Field(
         3, ge=-1, description="restarts from the last checkpoint; -1 = always"
@@ -328,6 +353,33 @@ class RuntimeConfig(_Section):
     worker_start_timeout: PositiveFloat = Field(
         1800.0, description="seconds until the workers must be up (GPU nodes take minutes)"
     )
+
+    @model_validator(mode="after")
+    def _options_fit_strategy(self) -> RuntimeConfig:
+        if self.strategy == "single" and self.num_workers > 1:
+            raise ValueError(
+                f"strategy = single runs on one worker, num_workers is {self.num_workers}; use "
+                "strategy auto, fsdp or ddp, or one worker"
+            )
+        if self.shard_size is not None and self.num_workers % self.shard_size:
+            raise ValueError(
+                f"shard_size ({self.shard_size}) must divide num_workers ({self.num_workers}): "
+                "every group of shard_size workers holds one copy of the parameters"
+            )
+        if self.strategy in ("ddp", "single"):
+            self._refuse_sharding_options()
+        return self
+
+    def _refuse_sharding_options(self) -> None:
+        options = {
+            "shard_size": self.shard_size is not None,
+            "reshard_after_forward": not self.reshard_after_forward,
+        }
+        for option in (name for name, changed in options.items() if changed):
+            raise ValueError(
+                f"{option} is about shards and strategy = {self.strategy} has none; leave it out, "
+                "or use strategy fsdp or auto"
+            )
 
 
 class TrackingConfig(_Section):
@@ -421,15 +473,12 @@ class Recipe(_Section):
                 f"objective.pictures = emoji draws square pictures, embed is "
                 f"{self.embed.height}x{self.embed.width}; set embed.height = embed.width"
             )
-        if self.training.optimizer.type == "muon" and self.runtime.num_workers > 1:
+        replicated = self.runtime.num_workers == 1 or self.runtime.strategy == "ddp"
+        if self.training.optimizer.type == "muon" and not replicated:
             raise ValueError(
-                "training.optimizer.type = muon needs whole matrices and runs on one worker, "
-                f"runtime.num_workers is {self.runtime.num_workers}; use adamw or one worker"
-            )
-        if self.runtime.strategy == "single" and self.runtime.num_workers > 1:
-            raise ValueError(
-                f"runtime.strategy = single runs on one worker, runtime.num_workers is "
-                f"{self.runtime.num_workers}; use strategy fsdp or one worker"
+                "training.optimizer.type = muon needs whole matrices, which strategy = "
+                f"{self.runtime.strategy} may split over runtime.num_workers = "
+                f"{self.runtime.num_workers}; use runtime.strategy ddp, adamw or one worker"
             )
         return self
 
@@ -456,7 +505,15 @@ _NOT_IDENTITY: dict[str, Any] = {
     "tracking": True,
     "evaluation": True,
     "embed": {"store", "encoders", "gpus_per_encoder"},
-    "training": {"steps", "checkpoint_every", "keep_last", "log_every", "sample_every"},
+    "training": {
+        "steps",
+        "checkpoint_every",
+        "keep_last",
+        "keep_every",
+        "max_skipped_steps",
+        "log_every",
+        "sample_every",
+    },
 }
 
 

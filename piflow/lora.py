@@ -67,6 +67,8 @@ def inject(
 ) -> None:
     """Adds a float32 LoRA adapter, alpha = rank, to the named layers; B is zero, A is Kaiming.
 
+    It lies where its layer does; on a layer without storage (on "meta"), on the CPU.
+
     Args:
         ranks: full layer name -> rank.
         dropout: on the adapter's input, in training mode.
@@ -88,8 +90,10 @@ def inject(
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, module, adapter_name=adapter)
     for name in patterns:
-        module.get_submodule(f"{name}.lora_A.{adapter}").float()
-        module.get_submodule(f"{name}.lora_B.{adapter}").float()
+        for kind in ("lora_A", "lora_B"):
+            layer = module.get_submodule(f"{name}.{kind}.{adapter}").float()
+            if layer.get_parameter("weight").is_meta:  # as PEFT makes it on a base without storage
+                layer.to_empty(device="cpu")
         down = module.get_parameter(f"{name}.lora_A.{adapter}.weight")
         value = torch.empty(down.shape)
         nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)

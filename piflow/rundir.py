@@ -1,7 +1,7 @@
 """The run's folder: which recipe it belongs to, its MLflow run, its checkpoints.
 
 RUN_DIR/run.json              recipe identity, MLflow run id
-RUN_DIR/checkpoints/step_*    checkpoints, as Ray Train stores them
+RUN_DIR/checkpoints/step_*    checkpoints; one without state.json is half written
 RUN_DIR/failure.json          why the last attempt stopped by itself, if it did
 RUN_DIR/adapter, report       what export and evaluate write
 """
@@ -21,6 +21,7 @@ FAILURE_FILE = "failure.json"
 CHECKPOINTS = "checkpoints"
 _STATE_FILE = "state.json"  # see piflow.checkpoint, which this module doesn't import for torch
 _CHECKPOINT_NAME = re.compile(r"step_\d+")
+_REPORTED_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of what was reported
 
 
 class RunDirectoryError(ValueError):
@@ -117,6 +118,62 @@ def require_run(recipe: Recipe) -> RunRecord:
 
 def checkpoints(run_dir: str) -> dict[int, str]:
     """Step -> URI of every finished checkpoint, oldest first."""
+    return {
+        step: uri for step, (uri, files) in _folders(run_dir).items() if _is_finished(uri, files)
+    }
+
+
+def sealed_checkpoints(run_dir: str) -> dict[int, str]:
+    """Step -> URI of every checkpoint that was finished once, damaged ones too, oldest first."""
+    return {step: uri for step, (uri, files) in _folders(run_dir).items() if _STATE_FILE in files}
+
+
+def delete_half_written(run_dir: str) -> list[int]:
+    """Delete what a killed save or a killed deletion left; returns the steps.
+
+    No save may be running. Checkpoints that were finished once are left alone.
+    """
+    left = {
+        step: uri for step, (uri, files) in _folders(run_dir).items() if _STATE_FILE not in files
+    }
+    for uri in left.values():
+        storage.delete_folder(uri)
+    return list(left)
+
+
+def delete_checkpoint(uri: str) -> None:
+    """Delete a checkpoint, if it is there: first it stops being one, then its files go."""
+    storage.delete_file(storage.join(uri, _STATE_FILE))
+    storage.delete_folder(uri)
+
+
+def delete_old_checkpoints(run_dir: str, keep_last: int, keep_every: int | None) -> list[int]:
+    """Delete finished checkpoints that retention doesn't keep; returns their steps.
+
+    Args:
+        keep_last: how many of the newest stay.
+        keep_every: those of steps that it divides stay for good; None: no others stay.
+    """
+    found = checkpoints(run_dir)
+    old = [
+        step for step in sorted(found)[:-keep_last] if keep_every is None or step % keep_every != 0
+    ]
+    for step in old:
+        delete_checkpoint(found[step])
+    return old
+
+
+def forget_reported(run_dir: str) -> None:
+    """Delete Ray Train's own list of checkpoints, before a `fit`.
+
+    It names deleted ones, which Ray Train then refuses to start over, and lags behind the folder
+    when a driver was killed: the folder alone says what there is.
+    """
+    storage.delete_file(storage.join(run_dir, CHECKPOINTS, _REPORTED_FILE))
+
+
+def _folders(run_dir: str) -> dict[int, tuple[str, dict[str, int]]]:
+    """Step -> URI of the folder and its files' bytes by name, oldest first."""
     root = storage.join(run_dir, CHECKPOINTS)
     folders: dict[str, dict[str, int]] = {}
     for path, size in storage.file_sizes(root).items():
@@ -124,9 +181,8 @@ def checkpoints(run_dir: str) -> dict[int, str]:
         if _CHECKPOINT_NAME.fullmatch(name) and file:
             folders.setdefault(name, {})[file] = size
     return {
-        int(name.removeprefix("step_")): storage.join(root, name)
+        int(name.removeprefix("step_")): (storage.join(root, name), files)
         for name, files in sorted(folders.items())
-        if _is_finished(storage.join(root, name), files)
     }
 
 
@@ -159,6 +215,11 @@ def newest_checkpoint(run_dir: str) -> str:
 def checkpoint_name(step: int) -> str:
     """Folder name of the checkpoint after `step` optimiser steps."""
     return f"step_{step:08d}"
+
+
+def checkpoint_uri(run_dir: str, step: int) -> str:
+    """Where the checkpoint after `step` optimiser steps is, or will be."""
+    return storage.join(run_dir, CHECKPOINTS, checkpoint_name(step))
 
 
 def write_failure(run_dir: str, failure: Failure) -> None:

@@ -26,9 +26,52 @@ from piflow.sharding.base import Strategy, local_shard
 
 Backward = Callable[[Tensor, bool], None]
 
+_ADVICE = (
+    "Weights were not touched and the last checkpoint is good. Try a lower "
+    "training.optimizer.lr, a longer warm-up, or check the store with `piflow embed --verify`; "
+    "training.max_skipped_steps lets a run go on without such steps"
+)
+
 
 class NonFiniteError(FloatingPointError):
-    """The loss or the gradient is NaN or infinite; weights were not touched in this step."""
+    """The loss or the gradient is NaN or infinite; weights were not touched in this step.
+
+    Args:
+        what: step, loss, gradient norm and prompt ids.
+        advice: what to do about it, if the run stops here.
+    """
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what} {advice}".rstrip())
+        self.what = what
+
+
+class SkippedSteps:
+    """Counts the steps that were skipped since the last multiple of `checkpoint_every`.
+
+    A resumed run computes exactly those steps again, so its count is the uninterrupted run's and
+    no checkpoint has to hold it. Every worker sees the same steps fail, and decides alike.
+    """
+
+    def __init__(self, training: TrainingConfig) -> None:
+        self._training = training
+        self._steps: list[int] = []
+
+    def count(self, step: int) -> int:
+        """Steps skipped in the interval between checkpoints that `step` is in."""
+        interval = step // self._training.checkpoint_every
+        self._steps = [s for s in self._steps if s // self._training.checkpoint_every == interval]
+        return len(self._steps)
+
+    def skip(self, step: int, error: NonFiniteError) -> None:
+        """Count one more.
+
+        Raises:
+            NonFiniteError: `error`, when `max_skipped_steps` were skipped before it.
+        """
+        if self.count(step) >= self._training.max_skipped_steps:
+            raise error
+        self._steps.append(step)
 
 
 class Objective(Protocol):
@@ -124,7 +167,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             if math.isfinite(loss):  # an overflow in the backward pass: any of them
                 suspects = [prompt_id for batch in micro_batches for prompt_id in batch.prompt_ids]
-            raise NonFiniteError(_non_finite_message(step, loss, grad_norm, suspects))
+            raise NonFiniteError(_what_is_not_finite(step, loss, grad_norm, suspects), _ADVICE)
         lr = learning_rate(step, self.training.steps, config)
         set_learning_rate(self.optimizers, lr)
         for optimizer in self.optimizers:
@@ -177,7 +220,7 @@ class Trainer:
         ema_update(ema, source, ema_beta(step, self.training.ema))
 
 
-def _non_finite_message(step: int, loss: float, grad_norm: float, suspects: list[str]) -> str:
+def _what_is_not_finite(step: int, loss: float, grad_norm: float, suspects: list[str]) -> str:
     """Every worker calls this: the suspects of all of them are gathered."""
     everyone = [suspects]
     if dist.is_initialized():
@@ -186,7 +229,5 @@ def _non_finite_message(step: int, loss: float, grad_norm: float, suspects: list
     prompt_ids = [prompt_id for part in everyone for prompt_id in part]
     return (
         f"step {step}: loss {loss}, gradient norm {grad_norm}, expected finite numbers "
-        f"(prompt ids: {', '.join(prompt_ids)}). "
-        "Weights were not touched and the last checkpoint is good. Try a lower "
-        "training.optimizer.lr, a longer warm-up, or check the store with `piflow embed --verify`"
+        f"(prompt ids: {', '.join(prompt_ids)})."
     )

@@ -10,6 +10,9 @@
 Data goes through ``pyarrow.fs``. A write is whole or invisible: local files are written beside
 their target and renamed, objects appear when their upload is complete. Bytes are what lies there:
 pyarrow's streams would pack and unpack by a name's ending (``.gz``) unless told not to.
+
+A request to an object store is tried up to 8 times, with random waits that double each time: an
+outage of half a minute is sat out, and a refusal (wrong keys) fails at once.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ import tempfile
 import uuid
 from fnmatch import fnmatchcase
 from pathlib import Path
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
 from pyarrow import fs
 
 SCHEMES = ("file", "s3", "package")
 _PARTIAL = ".partial"  # suffix of a local file that is still being written
 _COPY_BYTES = 8 * 2**20
+_CONNECT_SECONDS, _REQUEST_SECONDS = 5.0, 60.0
+_ATTEMPTS = 8  # of a request; the waits between them add up to 20 to 60 s
+_S3_OPTIONS = ("endpoint_override", "region", "scheme")
 
 
 def scheme(uri: str) -> str:
@@ -53,16 +59,43 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system behind a URI and the path inside it.
 
     Raises:
-        ValueError: unknown scheme, an S3 URI without a bucket, or a package that isn't installed.
+        ValueError: unknown scheme, an S3 URI without a bucket or with other options or with keys
+            in it, or a package that isn't installed.
     """
     kind = scheme(uri)
     if kind == "s3":
-        if not urlsplit(uri).netloc:
-            raise ValueError(f"S3 URI {uri!r} names no bucket; expected s3://bucket/prefix")
-        system, path = fs.FileSystem.from_uri(uri)
-        return system, path
+        return _s3_filesystem(uri)
     local = _package_path(uri) if kind == "package" else _local_path(uri)
     return fs.LocalFileSystem(), str(local)
+
+
+def _s3_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """An S3 client with time limits and retries, which `FileSystem.from_uri` can't set."""
+    pieces = urlsplit(uri)
+    if not pieces.netloc:
+        raise ValueError(f"S3 URI {uri!r} names no bucket; expected s3://bucket/prefix")
+    if "@" in pieces.netloc:
+        raise ValueError(
+            f"the S3 URI of bucket {pieces.netloc.rpartition('@')[2]!r} holds keys, which would "
+            "end up in logs; expected s3://bucket/prefix, with the keys in AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
+        )
+    options = dict(parse_qsl(pieces.query))
+    if unknown := sorted(options.keys() - set(_S3_OPTIONS)):
+        raise ValueError(
+            f"S3 URI {uri!r} has the option(s) {', '.join(unknown)}; supported: "
+            f"{', '.join(_S3_OPTIONS)}"
+        )
+    parsed, path = fs.FileSystem.from_uri(uri)  # finds out an AWS bucket's region
+    system = fs.S3FileSystem(
+        region=parsed.region,
+        scheme=options.get("scheme", "https"),
+        endpoint_override=options.get("endpoint_override"),
+        connect_timeout=_CONNECT_SECONDS,
+        request_timeout=_REQUEST_SECONDS,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+    )
+    return system, path
 
 
 def absolute(uri: str) -> str:

@@ -24,7 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from piflow import lora as adapters
-from piflow.backbones import Backbone, Conditioning, OutputLayer, load_backbone
+from piflow.backbones import (
+    Backbone,
+    Conditioning,
+    OutputLayer,
+    load_backbone,
+    load_empty_backbone,
+)
 from piflow.config import GuidanceConfig, LoRAConfig, PiIDConfig, PolicyConfig, Recipe
 from piflow.ema import ema_update
 from piflow.guidance import guided_teacher
@@ -38,6 +44,7 @@ from piflow.heads import (
     build_head,
 )
 from piflow.policies import DXPolicy, GMFlowPolicy
+from piflow.weights import StoredTensor, missing
 
 if TYPE_CHECKING:
     from piflow.adapter import Adapter
@@ -343,26 +350,62 @@ def build_trio(recipe: Recipe, *, device: torch.device | str = "cpu") -> Trio:
     """Loads the recipe's base and adds student and EMA to it, in training mode.
 
     Args:
-        device: where the base is loaded. For a base that only fits sharded give "cpu": the sharding
-            strategy moves it, block by block.
+        device: where the base is loaded, whole; see `build_empty_trio` for one that only fits
+            sharded.
 
     Raises:
         ValueError: the recipe distils nothing, a folder that isn't the family's model, or a LoRA
             target without a match.
     """
+    objective = _distillation_of(recipe)
+    backbone = load_backbone(
+        recipe.model, device=device, embedded_guidance=recipe.guidance.embedded
+    )
+    return _trio_of(recipe, objective, backbone)
+
+
+def build_empty_trio(recipe: Recipe) -> tuple[Trio, dict[str, StoredTensor]]:
+    """`build_trio` for a base that doesn't fit whole: LoRA and heads are real, the base is empty.
+
+    Adapters and heads have the same values as in `build_trio`, on the CPU. Shard the trio's one
+    module, then `piflow.weights.fill` it.
+
+    Returns:
+        The trio, and where each of the base's parameters without storage lies, by module name.
+
+    Raises:
+        ValueError: as `build_trio`; or full training, whose students are copies of the base.
+    """
+    objective = _distillation_of(recipe)
+    if recipe.lora is None:
+        raise ValueError(
+            "lora is null: full training copies the base's values and needs it whole; use "
+            "build_trio, or give the recipe a lora section"
+        )
+    backbone, sources = load_empty_backbone(
+        recipe.model, embedded_guidance=recipe.guidance.embedded
+    )
+    trio = _trio_of(recipe, objective, backbone)
+    (module,) = trio.modules
+    return trio, missing(module, sources)
+
+
+def _distillation_of(recipe: Recipe) -> PiIDConfig:
+    """The recipe's objective, if it distils."""
     if not isinstance(recipe.objective, PiIDConfig):
         raise ValueError(
             f"expected a recipe with objective.type pi_id, got {recipe.objective.type}: only a "
             "distillation has teacher and student"
         )
-    backbone = load_backbone(
-        recipe.model, device=device, embedded_guidance=recipe.guidance.embedded
-    )
+    return recipe.objective
+
+
+def _trio_of(recipe: Recipe, objective: PiIDConfig, backbone: Backbone) -> Trio:
     return Trio.from_backbone(
         backbone,
         recipe.lora,
         recipe.policy,
-        PolicyClock.of(recipe.objective),
+        PolicyClock.of(objective),
         generator=torch.Generator().manual_seed(recipe.seed),
     )
 

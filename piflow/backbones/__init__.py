@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from piflow.backbones.base import Backbone, Conditioning, OutputLayer
 from piflow.backbones.codec import Codec, PixelCodec, VAECodec, build_codec
@@ -10,6 +11,7 @@ from piflow.backbones.dit import DiTBackbone
 from piflow.backbones.flux import FluxBackbone
 from piflow.backbones.qwen_image import QwenImageBackbone
 from piflow.config import ModelConfig
+from piflow.weights import StoredTensor
 
 __all__ = [
     "Backbone",
@@ -23,6 +25,7 @@ __all__ = [
     "VAECodec",
     "build_codec",
     "load_backbone",
+    "load_empty_backbone",
 ]
 
 FAMILIES: dict[str, type[Backbone]] = {
@@ -49,4 +52,17 @@ def load_backbone(
         dtype=DTYPES[model.dtype],
         device=device,
         embedded_guidance=embedded_guidance,
+    )
+
+
+def load_empty_backbone(
+    model: ModelConfig, *, embedded_guidance: float | None = None
+) -> tuple[Backbone, dict[nn.Parameter, StoredTensor]]:
+    """`load_backbone`, less the weights: parameters on "meta", and where their values lie.
+
+    Raises:
+        ValueError: as `load_backbone`.
+    """
+    return FAMILIES[model.family].load_empty(
+        model.path, dtype=DTYPES[model.dtype], embedded_guidance=embedded_guidance
     )

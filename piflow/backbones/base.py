@@ -10,6 +10,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from piflow.weights import StoredTensor
+
 PATCH = 2  # a token is a 2×2 patch
 
 
@@ -215,6 +217,17 @@ class Backbone(Protocol):
         embedded_guidance: float | None = None,
     ) -> Self:
         """Loads a diffusers folder (config.json + safetensors) in evaluation mode."""
+        ...
+
+    @classmethod
+    def load_empty(
+        cls,
+        uri: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        embedded_guidance: float | None = None,
+    ) -> tuple[Self, dict[nn.Parameter, StoredTensor]]:
+        """`load`, less the weights, which `piflow.weights.fill` reads once they are sharded."""
         ...
 
     @property

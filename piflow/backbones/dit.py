@@ -42,6 +42,7 @@ class DiTBackbone(TransformerBackbone):
     model_class = DiTTransformer2DModel
     class_name = "DiTTransformer2DModel"
     block_classes: tuple[type[nn.Module], ...] = (BasicTransformerBlock,)
+    stored_output_names = ("norm_out", "proj_out_1", "proj_out_2")
     adapter_class_names = ("GMDiTTransformer2DModel", "DiTTransformer2DModel")
     adapter_fields: tuple[str, ...] = (
         "in_channels",

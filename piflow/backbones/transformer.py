@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from piflow import storage
 from piflow.backbones.base import PATCH, Conditioning, OutputLayer, unpack
-from piflow.storage import local_folder
+from piflow.weights import StoredTensor, fill, parameters_on_meta, stored_tensors
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SHOWN = 3  # differing tensors that an error names
 
 
@@ -37,6 +36,7 @@ class TransformerBackbone(ABC):
     class_name: str
     block_classes: tuple[type[nn.Module], ...]
     output_names: tuple[str, ...] = ("norm_out", "proj_out")
+    stored_output_names: tuple[str, ...] = ("norm_out", "proj_out")  # the same in the files
     adapter_class_names: tuple[str, str]
     adapter_fields: tuple[str, ...]
 
@@ -66,16 +66,55 @@ class TransformerBackbone(ABC):
             ValueError: no config.json or weights there, another model class, a config that the
                 family refuses, weights that don't fit it, or guidance that doesn't.
         """
-        folder = local_folder(str(uri))
-        _check_class(folder, cls.class_name, str(uri))
-        with torch.device("meta"):
-            empty = cls.model_class.from_config(cls.model_class.load_config(str(folder)))
-        cls.check_config(_constructor_arguments(empty.config), embedded_guidance)
-        _check_weights(folder, empty.state_dict(), str(uri))
+        folder = str(storage.local_folder(str(uri)))
+        cls._check_folder(folder, str(uri), embedded_guidance)
         module = cls.model_class.from_pretrained(
-            str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
         return cls(module.to(device), embedded_guidance=embedded_guidance)
+
+    @classmethod
+    def load_empty(
+        cls,
+        uri: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        embedded_guidance: float | None = None,
+    ) -> tuple[Self, dict[nn.Parameter, StoredTensor]]:
+        """`load`, less the weights: parameters on "meta", and where their values lie.
+
+        The output layer, which heads are made from, and all buffers are real, on the CPU. Of a
+        folder on an object store nothing is downloaded.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        folder = str(uri)
+        config, stored = cls._check_folder(folder, folder, embedded_guidance)
+        with parameters_on_meta(dtype):
+            module = cls.model_class.from_config(config).eval()
+        buffers = dict(module.named_buffers())
+        at_once = {
+            name: source
+            for name, source in stored.items()
+            if name in buffers or name.split(".")[0] in cls.stored_output_names
+        }
+        fill(module, at_once, device="cpu")
+        sources = {parameter: stored[name] for name, parameter in module.named_parameters()}
+        return cls(module, embedded_guidance=embedded_guidance), sources
+
+    @classmethod
+    def _check_folder(
+        cls, folder: str, uri: str, embedded_guidance: float | None
+    ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+        """Config and places of the weights of a folder that `uri` in errors stands for."""
+        config = _read_config(folder, cls.class_name, uri)
+        with torch.device("meta"):
+            empty = cls.model_class.from_config(config)
+        cls.check_config(_constructor_arguments(empty.config), embedded_guidance)
+        stored = stored_tensors(folder, shown=uri)
+        _check_weights(stored, empty.state_dict(), uri)
+        return config, stored
 
     @staticmethod
     @abstractmethod
@@ -226,34 +265,37 @@ def _constructor_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _check_class(folder: Path, class_name: str, uri: str) -> None:
-    """Refuses folders that aren't a `class_name`'s."""
-    path = folder / "config.json"
-    if not path.is_file():
+def _read_config(folder: str, class_name: str, uri: str) -> dict[str, Any]:
+    """The folder's config.json; refuses folders that aren't a `class_name`'s."""
+    path = storage.join(folder, "config.json")
+    if not storage.exists(path):
         raise ValueError(
             f"{uri} has no config.json: give the folder of a diffusers {class_name} "
             "(of a whole pipeline, its `transformer` subfolder)"
         )
-    found = json.loads(path.read_text()).get("_class_name")
+    config: dict[str, Any] = json.loads(storage.read_bytes(path))
+    found = config.get("_class_name")
     if found != class_name:
         raise ValueError(
             f"{uri}: expected a {class_name}, config.json says {found!r}: correct model.path or "
             "model.family"
         )
+    return config
 
 
-def _check_weights(folder: Path, expected: Mapping[str, Tensor], uri: str) -> None:
-    """Refuses weights whose names or shapes aren't the model's; reads the files' headers only.
+def _check_weights(
+    stored: Mapping[str, StoredTensor], expected: Mapping[str, Tensor], uri: str
+) -> None:
+    """Refuses weights whose names or shapes aren't the model's.
 
     diffusers alone would go on with random values for what is missing.
     """
-    found = _stored_shapes(folder, uri)
-    missing = [name for name in expected if name not in found]
-    unknown = [name for name in found if name not in expected]
+    missing = [name for name in expected if name not in stored]
+    unknown = [name for name in stored if name not in expected]
     reshaped = [
-        f"{name} {found[name]} instead of {tuple(tensor.shape)}"
+        f"{name} {stored[name].shape} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in found and found[name] != tuple(tensor.shape)
+        if name in stored and stored[name].shape != tuple(tensor.shape)
     ]
     problems = [
         f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''})"
@@ -269,20 +311,3 @@ def _check_weights(folder: Path, expected: Mapping[str, Tensor], uri: str) -> No
             f"{uri}: config.json and weights don't belong together: {'; '.join(problems)}. "
             "Copy both from one checkpoint"
         )
-
-
-def _stored_shapes(folder: Path, uri: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in the folder's safetensors files."""
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    names = {WEIGHTS_FILE}
-    if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(names):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{uri} has no {name}: the folder needs the model's weights as safetensors, whole"
-            )
-        with safe_open(folder / name, framework="pt") as file:
-            shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
-    return shapes

@@ -478,15 +478,31 @@ class EmbeddingStore:
         """Read every file and compare its checksum.
 
         Raises:
-            StoreError: names the first file whose content differs.
+            StoreError: names the first file whose content differs, and its damaged row groups.
         """
         for entry in self.manifest.files:
             found = storage.sha256(storage.join(self.uri, entry.path))
             if found != entry.sha256:
                 raise StoreError(
-                    f"{entry.path} of embedding store {self.uri} is corrupt: sha256 {found[:12]}…, "
-                    f"the manifest says {entry.sha256[:12]}…; {_REMEDY}"
+                    f"{entry.path} of embedding store {self.uri} is corrupt ({self._damage(entry)})"
+                    f": sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…; {_REMEDY}"
                 )
+
+    def _damage(self, entry: ShardEntry) -> str:
+        """Which row groups of a file can't be read."""
+        try:
+            file = _open_shard(self.uri, entry.path)
+        except StoreError:
+            return "it can't be opened"
+        damaged = []
+        for group in range(file.num_row_groups):
+            try:
+                _read_row_group(self.uri, entry.path, group, file, None)
+            except StoreError:
+                damaged.append(str(group))
+        if damaged:
+            return f"row group{'s' if len(damaged) > 1 else ''} {', '.join(damaged)}"
+        return "outside the pages of its row groups, or replaced as a whole"
 
     def require_encoder(self, expected: EncoderIdentity) -> None:
         """Check that the store was made by the given encoder.
@@ -576,7 +592,8 @@ class RowReader:
         self._store = store
         self._columns = columns
         self._cache_bytes = cache_bytes
-        self._cache: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], pa.RecordBatch] = OrderedDict()
+        self._cached_bytes = 0
         self._files: dict[int, pq.ParquetFile] = {}
 
     @cached_property
@@ -596,34 +613,35 @@ class RowReader:
             StoreError: a row group can't be read; names shard and row group.
         """
         owners = np.searchsorted(self._ends, numbers, side="right")
-        parts, positions = [], np.empty(len(numbers), dtype=np.int64)
-        filled = 0
-        for owner in np.unique(owners):
-            mine = np.flatnonzero(owners == owner)
-            start = self._ends[owner - 1] if owner else 0
-            parts.append(self.row_group(*self._groups[owner]).take(numbers[mine] - start))
-            positions[mine] = np.arange(filled, filled + len(mine))
-            filled += len(mine)
-        return pa.concat_tables(parts).take(positions).combine_chunks()
+        groups = {owner: self._row_group(*self._groups[owner]) for owner in np.unique(owners)}
+        starts = np.concatenate([[0], self._ends])[owners]
+        # slices are free and joining them copies each row once; `take` would copy it three times
+        rows = [
+            groups[owner].slice(offset, 1)
+            for owner, offset in zip(owners, (numbers - starts).tolist(), strict=True)
+        ]
+        return pa.Table.from_batches(rows).combine_chunks()
 
     def row_group(self, shard: int, group: int) -> pa.Table:
         """One row group, from memory if it was used lately."""
+        return pa.Table.from_batches([self._row_group(shard, group)])
+
+    def _row_group(self, shard: int, group: int) -> pa.RecordBatch:
         key = (shard, group)
         if key not in self._cache:
             path = self._store.manifest.shards[shard].path
             if shard not in self._files:
                 self._files[shard] = _open_shard(self._store.uri, path)
-            self._cache[key] = _read_row_group(
-                self._store.uri, path, group, self._files[shard], self._columns
-            )
+            table = _read_row_group(self._store.uri, path, group, self._files[shard], self._columns)
+            self._cache[key] = table.combine_chunks().to_batches()[0]
+            self._cached_bytes += self._cache[key].nbytes
             self._evict()
         self._cache.move_to_end(key)
         return self._cache[key]
 
     def _evict(self) -> None:
-        used = sum(table.nbytes for table in self._cache.values())
-        while used > self._cache_bytes and len(self._cache) > 1:
-            used -= self._cache.popitem(last=False)[1].nbytes
+        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
 
 
 def read_manifest(uri: str) -> StoreManifest:

@@ -162,10 +162,10 @@ def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> No
                 storage_path=path,
                 storage_filesystem=system,
                 failure_config=ray.train.FailureConfig(max_failures=runtime.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.training.keep_last),
             ),
         )
         rundir.take_failure(recipe.run_dir)  # of an attempt whose driver died before it looked
+        rundir.forget_reported(recipe.run_dir)
         try:
             trainer.fit()
             failure = rundir.take_failure(recipe.run_dir)

@@ -4,13 +4,14 @@ driver (one process)                      workers (one process a GPU, gloo or nc
 recipe, MLflow run, TorchTrainer  ----->  rank 0..W-1: shard of weights, EMA, optimiser;
 progress bar  <-- ProgressBoard -- rank 0   own micro-batches of each global batch (Ray Data)
 MLflow        <-- metrics, pictures rank 0
-run folder    <-- checkpoint shards -- all ranks, through ray.train.report
+run folder    <-- checkpoint shards -- all ranks, behind the steps; ray.train.report says when
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.train.collective import broadcast_from_rank_zero
 
-from piflow import rundir
+from piflow import rundir, storage
 from piflow.assembly import Assembly, assemble
-from piflow.checkpoint import RunState, load_checkpoint, save_checkpoint
+from piflow.checkpoint import RunState
 from piflow.config import Recipe
 from piflow.data.stream import StreamBatch, TrainStream
-from piflow.sharding import Strategy, build_strategy
-from piflow.step import NonFiniteError, StepMetrics
+from piflow.saver import CheckpointSaver, restore_newest
+from piflow.sharding import Strategy
+from piflow.sharding.choice import strategy_for
+from piflow.step import NonFiniteError, SkippedSteps, StepMetrics
 from piflow.tracking import MlflowTracker, NullTracker, Tracker
 
 
@@ -40,10 +44,11 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    strategy = build_strategy(recipe.runtime.strategy, world_size, device)
+    strategy, reason = strategy_for(recipe, world_size, device)
     tracker: Tracker = NullTracker()
     if rank == 0:
         tracker = MlflowTracker(config["tracking_uri"], config["run_id"])
+    tracker.event("strategy", reason)
     assembly = _assemble_or_tell(recipe, strategy, device, tracker)
     if assembly is None:
         return
@@ -63,6 +68,7 @@ def train_worker(config: dict[str, Any]) -> None:
     try:
         loop.run(start, stream)
     except NonFiniteError as error:  # every rank raises it in the same step
+        loop.finish_saves()
         if rank == 0:
             rundir.write_failure(recipe.run_dir, rundir.Failure("non-finite", str(error)))
             tracker.event("non-finite", str(error))
@@ -115,14 +121,23 @@ class _Loop:
         self.board = board
         self.rank = rank
         self.run_id = run_id
+        self.skipped = SkippedSteps(recipe.training)
+        self.saver = CheckpointSaver(recipe.run_dir, recipe.training)
 
     def resume(self) -> int:
-        """Restore the newest checkpoint, if there is one; returns the steps that are done."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        """Restore the newest good checkpoint, if there is one; returns the steps that are done.
+
+        The run's folder says which: Ray Train's own list lags behind it when a driver was killed,
+        and knows nothing of damage.
+        """
+        state = restore_newest(
+            self.recipe.run_dir,
+            self.assembly.trainer,
+            _opened,
+            lambda text: self.tracker.event("damaged-checkpoint", text),
+        )
+        if state is None:
             return 0
-        with checkpoint.as_directory() as folder:
-            state = load_checkpoint(Path(folder), self.assembly.trainer)
         if self.rank == 0:
             self.tracker.event("resume", f"from step {state.step}")
         return state.step
@@ -136,14 +151,29 @@ class _Loop:
             began = time.perf_counter()
             batch: StreamBatch = next(batches)
             waited = time.perf_counter() - began
-            metrics = self.assembly.trainer.step(step, batch.micro_batches)
-            seconds = time.perf_counter() - began
-            self._report(metrics, seconds, waited, stream.epoch_of(step))
+            try:
+                metrics = self.assembly.trainer.step(step, batch.micro_batches)
+            except NonFiniteError as error:  # every rank raises it in the same step
+                self._skip(step, error)
+            else:
+                seconds = time.perf_counter() - began
+                self._report(metrics, seconds, waited, stream.epoch_of(step))
             done = step + 1
             if self.training.sample_every and done % self.training.sample_every == 0:
                 self._log_pictures(done)
             if done % self.training.checkpoint_every == 0 or done == self.training.steps:
                 self._save(done)
+            self._log_saves()
+        self.finish_saves()
+
+    def _skip(self, step: int, error: NonFiniteError) -> None:
+        """Go on as if the step's batch had not been there, or stop by raising `error`."""
+        self.skipped.skip(step, error)
+        if self.rank == 0:
+            done = step + 1
+            self.board.update.remote(done, "skipped")
+            self.tracker.log_metrics({"skipped_steps": self.skipped.count(step)}, step=done)
+            self.tracker.event("skip", error.what)
 
     def _report(self, metrics: StepMetrics, seconds: float, waited: float, epoch: float) -> None:
         if self.rank:
@@ -161,6 +191,7 @@ class _Loop:
             "step_seconds": seconds,
             "samples_per_second": self.training.batch_size / seconds,
             "data_wait_seconds": waited,
+            "skipped_steps": float(self.skipped.count(metrics.step)),
         }
         self.tracker.log_metrics(values, step=done)
 
@@ -171,7 +202,11 @@ class _Loop:
             self.tracker.log_image(picture, "samples", step)
 
     def _save(self, step: int) -> None:
-        """Write this rank's shards and report them; Ray Train merges and stores them."""
+        """Start to write a checkpoint; the step waits only for the copy to host memory.
+
+        `ray.train.report` is a barrier that all ranks come to here, in the train thread; Ray's own
+        upload thread then waits for the writer, so the report counts when the files are there.
+        """
         state = RunState(
             step=step,
             samples=step * self.training.batch_size,
@@ -179,14 +214,47 @@ class _Loop:
             mlflow_run_id=self.run_id,
             recipe=self.recipe.model_dump(mode="json"),
         )
-        began = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="piflow-checkpoint-") as folder:
-            save_checkpoint(Path(folder), self.assembly.trainer, state)
-            ray.train.report(
-                {"step": step},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=rundir.checkpoint_name(step),
-            )
-        if self.rank == 0:
-            self.tracker.log_metrics({"checkpoint_seconds": time.perf_counter() - began}, step=step)
-            self.tracker.event("checkpoint", f"step {step}")
+        written = self.saver.save(self.assembly.trainer, state)
+        files = ray.train.get_context().get_storage()
+        name = rundir.checkpoint_name(step)
+        checkpoint = ray.train.Checkpoint(
+            files.build_checkpoint_path_from_name(name), files.storage_filesystem
+        )
+
+        def when_written(checkpoint: ray.train.Checkpoint, _name: str) -> ray.train.Checkpoint:
+            written.result()  # an error ends the attempt; Ray Train starts the next one
+            return checkpoint
+
+        ray.train.report(
+            {"step": step},
+            checkpoint=checkpoint,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=when_written,
+            delete_local_checkpoint_after_upload=False,  # it lies where it shall stay
+        )
+
+    def _log_saves(self) -> None:
+        """Of saves that finished meanwhile: a checkpoint is told when it is complete."""
+        for saved in self.saver.take_finished():
+            if self.rank == 0:
+                values = {
+                    "checkpoint_stall_seconds": saved.stall_seconds,
+                    "checkpoint_write_seconds": saved.write_seconds,
+                }
+                self.tracker.log_metrics(values, step=saved.step)
+                self.tracker.event("checkpoint", f"step {saved.step}")
+
+    def finish_saves(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self.saver.wait()
+        self._log_saves()
+
+
+@contextmanager
+def _opened(uri: str) -> Iterator[Path]:
+    """A checkpoint's local path; all ranks share one object, so objects come once a machine."""
+    system, path = storage.filesystem(uri)
+    checkpoint = broadcast_from_rank_zero(ray.train.Checkpoint(path, filesystem=system))
+    with checkpoint.as_directory() as folder:
+        yield Path(folder)

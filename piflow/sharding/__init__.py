@@ -1,4 +1,4 @@
-"""Sharding strategies by name."""
+"""Sharding strategies by name; `piflow.sharding.choice` picks one for a recipe."""
 
 from __future__ import annotations
 
@@ -7,29 +7,51 @@ from typing import Literal
 import torch
 
 from piflow.sharding.base import Strategy, local_shard
+from piflow.sharding.ddp import DDPStrategy
 from piflow.sharding.fsdp import FSDPStrategy
 from piflow.sharding.single import SingleStrategy
 
-__all__ = ["FSDPStrategy", "SingleStrategy", "Strategy", "build_strategy", "local_shard"]
+__all__ = [
+    "DDPStrategy",
+    "FSDPStrategy",
+    "SingleStrategy",
+    "Strategy",
+    "build_strategy",
+    "local_shard",
+]
 
 
 def build_strategy(
-    name: Literal["fsdp", "single"], world_size: int, device: torch.device
+    name: Literal["fsdp", "ddp", "single"],
+    world_size: int,
+    device: torch.device,
+    *,
+    shard_size: int | None = None,
+    reshard_after_forward: bool = True,
 ) -> Strategy:
-    """The recipe's strategy. One worker has nothing to shard, whatever the name.
+    """A strategy. One worker has nobody to share with, whatever the name.
+
+    Args:
+        shard_size, reshard_after_forward: of "fsdp" alone, see `FSDPStrategy`.
 
     Raises:
-        ValueError: "single" with several workers, or a process group that isn't up or is of
-            another size.
+        ValueError: "single" with several workers, a `shard_size` that doesn't divide them, or a
+            process group that isn't up or is of another size.
     """
     if world_size == 1:
         return SingleStrategy(device)
     if name == "single":
         raise ValueError(
-            f"runtime.strategy 'single' runs one worker, got {world_size}: use 'fsdp', or set "
-            "runtime.num_workers to 1"
+            f"runtime.strategy 'single' runs one worker, got {world_size}: use 'fsdp' or 'ddp', or "
+            "set runtime.num_workers to 1"
         )
-    strategy = FSDPStrategy(device)
+    strategy: DDPStrategy | FSDPStrategy
+    if name == "ddp":
+        strategy = DDPStrategy(device)
+    else:
+        strategy = FSDPStrategy(
+            device, shard_size=shard_size, reshard_after_forward=reshard_after_forward
+        )
     if strategy.world_size != world_size:
         raise ValueError(
             f"expected a process group of {world_size} workers, it has {strategy.world_size}"

@@ -1,8 +1,13 @@
-"""FSDP2: every parameter, gradient and optimiser state is split over all workers.
+"""FSDP2: every parameter, gradient and optimiser state is split over the workers.
 
     rank 0 ─┐                       ┌─ block i's whole weights, for the time of its forward
     rank 1 ─┼─ all-gather block i ──┤  and again for its backward
     rank 2 ─┘                       └─ reduce-scatter: each rank keeps its part's mean gradient
+
+With a `shard_size` (HSDP) the ranks form groups, each of which holds all parameters between its
+members; gathering stays within a group, and the groups all-reduce their gradient shards:
+
+    shard_size 2:  ranks 0 1 | 2 3    0 and 2 hold the same shard, 1 and 3 the other
 
 No mixed-precision policy: it would round the float32 LoRA weights. The frozen base is kept in the
 dtype that the recipe says, and one group may hold both.
@@ -10,35 +15,42 @@ dtype that the recipe says, and one group may hold both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+
+from piflow.sharding.base import clip_grad_norm, gather, require_process_group
 
 
 class FSDPStrategy:
     """See `piflow.sharding.base.Strategy`. The process group must be up (nccl or gloo).
 
+    Args:
+        shard_size: workers that hold one copy between them; None: all.
+        reshard_after_forward: False keeps the blocks of trained modules whole between their forward
+            and backward pass. Forward passes without a backward pass must then not come between the
+            step's last backward pass and the update of the weights: they would leave blocks whole
+            that miss the update.
+
     Raises:
-        ValueError: it isn't.
+        ValueError: no process group is up, or `shard_size` doesn't divide the workers.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        if not dist.is_initialized():
-            raise ValueError(
-                "FSDP needs a process group: start the workers with Ray Train or torchrun, or use "
-                "runtime.strategy: single with one worker"
-            )
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        shard_size: int | None = None,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        self.rank, self.world_size = require_process_group("fsdp")
         self.device = device
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self._mesh = init_device_mesh(device.type, (self.world_size,))
+        self._mesh = _mesh(device, self.world_size, shard_size)
+        self._reshard_after_forward = reshard_after_forward
         self._modules: list[FSDPModule] = []
 
     def prepare(self, module: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> None:
@@ -47,10 +59,13 @@ class FSDPStrategy:
         All ranks must come with equal weights: none are broadcast. A model that doesn't fit on
         one device may come on the CPU.
         """
-        for block in [m for m in module.modules() if isinstance(m, block_classes)]:
-            fully_shard(block, mesh=self._mesh)
-        # by default the rest would stay whole until a backward pass, which an EMA never has: its
+        # a module without a backward pass (teacher, EMA) would stay whole for good, and an EMA's
         # next forward would then not see what the average became meanwhile
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        reshard = self._reshard_after_forward or not trained
+        for block in [m for m in module.modules() if isinstance(m, block_classes)]:
+            fully_shard(block, mesh=self._mesh, reshard_after_forward=reshard)
+        # by default the rest would stay whole until a backward pass: see above
         fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
         if not isinstance(module, FSDPModule):
             raise TypeError(f"fully_shard left a {type(module).__name__}")
@@ -75,20 +90,23 @@ class FSDPStrategy:
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
         """Clips to `max_norm` in place; returns the global norm before (inf: only measures)."""
-        trained = list(parameters)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if math.isfinite(max_norm):
-            torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
-        return float(norm)
+        return clip_grad_norm(parameters, max_norm)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors on rank 0's CPU, one at a time; an empty dict on the others."""
-        gathered: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            detached = tensor.detach()
-            whole = detached.full_tensor() if isinstance(detached, DTensor) else detached
-            if self.rank == 0:
-                gathered[name] = whole.cpu().clone()
-        return gathered
+        return gather(tensors, self.rank)
+
+
+def _mesh(device: torch.device, world_size: int, shard_size: int | None) -> DeviceMesh:
+    """All workers in a row; or (groups, workers of a group), neighbours in one group."""
+    if shard_size is None or shard_size == world_size:
+        return init_device_mesh(device.type, (world_size,))
+    if world_size % shard_size:
+        raise ValueError(
+            f"runtime.shard_size {shard_size} must divide the number of workers, {world_size}"
+        )
+    return init_device_mesh(
+        device.type,
+        (world_size // shard_size, shard_size),
+        mesh_dim_names=("replicate", "shard"),
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from piflow.sharding.base import clip_grad_norm, gather
 
 
 class SingleStrategy:
@@ -30,12 +31,8 @@ class SingleStrategy:
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
         """Clips to `max_norm` in place; returns the norm before (inf: only measures)."""
-        trained = list(parameters)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if math.isfinite(max_norm):
-            torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
-        return float(norm)
+        return clip_grad_norm(parameters, max_norm)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies on the CPU by name."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        return gather(tensors, self.rank)

@@ -19,6 +19,21 @@ _SERVICES = ("master", "volume", "filer", "s3", "webdav", "admin")
 _START_SECONDS = 60
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "smoke_all: smoke runs of the other recipes; only with -m smoke_all"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked smoke_all, unless -m names it."""
+    if "smoke_all" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("smoke_all")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
 def _free_ports(count: int) -> list[int]:
     """Ports below the ephemeral range, as SeaweedFS adds 10000 for each one's gRPC twin."""
     found: list[int] = []

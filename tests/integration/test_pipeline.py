@@ -66,7 +66,7 @@ def recipe(run_dir: str, **changes: Any) -> Recipe:
             "optimizer": {"lr": 1e-3, "warmup_steps": 2},
             "ema": {"start": 1},
         },
-        "runtime": {"num_workers": 2},
+        "runtime": {"num_workers": 2, "strategy": "fsdp"},
         "evaluation": {"prompt_list": "prompts.txt", "prompts": 2, "seeds": 2,
                        "teacher_steps": 6, "batch_size": 3},
     }  # fmt: skip

@@ -32,7 +32,7 @@ def recipe(bucket: str, folder: Path, **training: Any) -> Recipe:
             "lora": {"rank": 2},
             "training": {"steps": 3, "batch_size": 2, "micro_batch_size": 1, "log_every": 1,
                          "checkpoint_every": 1, **training},
-            "runtime": {"num_workers": 2, "max_failures": 0},
+            "runtime": {"num_workers": 2, "strategy": "fsdp", "max_failures": 0},
             "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
             "evaluation": {"prompts": 2, "seeds": 2, "teacher_steps": 4, "retrieval": False},
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -20,11 +21,14 @@ from piflow import rundir
 from piflow.checkpoint import (
     STATE_FILE,
     CheckpointError,
+    DamagedCheckpointError,
     RunState,
     load_checkpoint,
     load_state,
     load_tensors,
     save_checkpoint,
+    snapshot,
+    verify_checkpoint,
 )
 from piflow.config import EMAConfig, OptimizerConfig, TrainingConfig
 from piflow.sharding.single import SingleStrategy
@@ -267,6 +271,52 @@ def test_a_file_that_was_cut_short(saved: Path) -> None:
         load_checkpoint(saved, make())
 
 
+@pytest.mark.parametrize("position", [0.0, 0.3, 0.999])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_flipped_byte_names_the_file(name: str, position: float, saved: Path) -> None:
+    """Sizes are right; nothing is used of it, not even what lies in other files."""
+    file = saved / name
+    content = bytearray(file.read_bytes())
+    content[int(position * len(content))] ^= 1
+    file.write_bytes(content)
+    trainer = make()
+    before = {key: parameter.detach().clone() for key, parameter in trainer.parameters.items()}
+    expected = f"step_3 is damaged .{name} has sha256 [0-9a-f]{{16}}, expected .*another checkpoint"
+    for use in (
+        verify_checkpoint,
+        lambda folder: load_tensors(folder, "ema"),
+        lambda folder: load_checkpoint(folder, trainer),
+    ):
+        with pytest.raises(DamagedCheckpointError, match=expected):
+            use(saved)
+    assert all(torch.equal(trainer.parameters[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"step": 3', '"step": 2'), ("0123456789abcdef", "1123456789abcdef"), ('d": 0', 'd": 8')],
+)
+def test_a_state_that_was_changed(old: str, new: str, saved: Path) -> None:
+    """It is whole and makes sense: only its own checksum tells."""
+    text = (saved / STATE_FILE).read_text()
+    assert text.count(old) == 1
+    (saved / STATE_FILE).write_text(text.replace(old, new))
+    for use in (load_state, verify_checkpoint):
+        with pytest.raises(DamagedCheckpointError, match="state.json is damaged.*its checksum is"):
+            use(saved)
+
+
+def test_a_snapshot_is_a_copy(saved: Path) -> None:
+    trainer = make()
+    load_checkpoint(saved, trainer)
+    tensors = snapshot(trainer)
+    held = {name: tensor.clone() for name, tensor in tensors.items()}
+    train(trainer, range(3, 5))
+    assert all(torch.equal(tensors[name], held[name]) for name in held)
+    changed = snapshot(trainer)
+    assert not any(torch.equal(tensors[name], changed[name]) for name in held)
+
+
 def test_another_models_shapes_are_named(saved: Path) -> None:
     trainer = make(width=7)
     before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
@@ -289,11 +339,15 @@ def test_missing_and_unknown_tensors_are_named(saved: Path, tmp_path: Path) -> N
         load_checkpoint(tmp_path / "larger", make())
 
 
-def test_state_lists_the_files_and_their_sizes(saved: Path) -> None:
+def test_state_lists_the_files_their_sizes_and_checksums(saved: Path) -> None:
     tree = json.loads((saved / STATE_FILE).read_text())
     assert tree["step"] == 3 and tree["recipe_hash"] == "0123456789abcdef"
     found = {path.name: path.stat().st_size for path in saved.iterdir() if path.name != STATE_FILE}
     assert tree["files"] == found and len(found) == 2
+    assert tree["sha256"] == {
+        name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in found
+    }
+    assert verify_checkpoint(saved) == STATE
 
 
 def test_run_directory_takes_it_for_finished(saved: Path) -> None:

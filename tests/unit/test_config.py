@@ -161,6 +161,13 @@ def test_batch_must_be_whole_micro_batches() -> None:
     assert "batch_size (10) must be a multiple of micro_batch_size (4)" in message
 
 
+def test_kept_steps_must_have_checkpoints() -> None:
+    message = refusal(training={"checkpoint_every": 100, "keep_every": 250})
+    assert "keep_every (250) must be a multiple of checkpoint_every (100)" in message
+    kept = recipe(training={"checkpoint_every": 100, "keep_every": 1000})
+    assert kept.training.keep_every == 1000 and recipe().training.keep_every is None
+
+
 def test_micro_batches_must_divide_over_the_workers() -> None:
     training = {"batch_size": 6, "micro_batch_size": 2}
     assert "3 micro-batches" in refusal(training=training, runtime={"num_workers": 2})
@@ -175,6 +182,30 @@ def test_what_runs_on_one_worker_only() -> None:
     assert recipe(training=muon, runtime={"strategy": "single"}).runtime.num_workers == 1
 
 
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_muon_takes_replicas_but_no_shards(strategy: str) -> None:
+    muon = {"optimizer": {"type": "muon"}}
+    sharded = {"strategy": strategy, "num_workers": 2}
+    assert f"which strategy = {strategy} may split" in refusal(training=muon, runtime=sharded)
+    replicated = {"strategy": "ddp", "num_workers": 2}
+    assert recipe(training=muon, runtime=replicated).runtime.strategy == "ddp"
+
+
+@pytest.mark.parametrize("option", [{"shard_size": 2}, {"reshard_after_forward": False}])
+def test_sharding_options_need_shards(option: dict[str, Any]) -> None:
+    (name,) = option
+    message = refusal(runtime={"strategy": "ddp", "num_workers": 4, **option})
+    assert f"{name} is about shards and strategy = ddp has none" in message
+    for strategy in ("fsdp", "auto"):
+        assert recipe(runtime={"strategy": strategy, "num_workers": 4, **option})
+
+
+def test_shard_size_must_divide_the_workers() -> None:
+    message = refusal(runtime={"num_workers": 4, "shard_size": 3})
+    assert "shard_size (3) must divide num_workers (4)" in message
+    assert recipe(runtime={"num_workers": 4, "shard_size": 2}).runtime.strategy == "auto"
+
+
 # -------------------------------------------------------------------------------------- identity
 
 
@@ -186,6 +217,7 @@ def test_what_runs_on_one_worker_only() -> None:
         {"tracking": {"uri": "http://host"}},
         {"evaluation": {"prompts": 3}},
         {"training": {"steps": 9, "checkpoint_every": 2, "keep_last": 9, "log_every": 1}},
+        {"training": {"checkpoint_every": 2, "keep_every": 8}},
         {"embed": {**MINIMAL["embed"], "store": "/elsewhere/store", "encoders": [2, 4]}},
     ],
 )

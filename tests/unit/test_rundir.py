@@ -115,6 +115,69 @@ def test_only_finished_checkpoints_count(tmp_path: Path) -> None:
     assert rundir.newest_checkpoint(str(tmp_path)) == str(second)
 
 
+def test_half_written_folders_are_deleted_and_nothing_else(tmp_path: Path) -> None:
+    """A folder with `state.json` was whole once: somebody may want to see what is wrong with it."""
+    checkpoint(tmp_path, 200)
+    (checkpoint(tmp_path, 400) / "__1_0.distcp").unlink()
+    for step in (300, 500):
+        (checkpoint(tmp_path, step) / "state.json").unlink()
+    notes = tmp_path / "checkpoints" / "step_of_mine"
+    notes.mkdir()
+    (notes / "note.txt").write_text("mine")
+    assert list(rundir.sealed_checkpoints(str(tmp_path))) == [200, 400]
+    assert rundir.delete_half_written(str(tmp_path)) == [300, 500]
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step_00000200", "step_00000400", "step_of_mine"]
+    assert rundir.delete_half_written(str(tmp_path / "new")) == []
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "kept"),
+    [(1, None, [7]), (3, None, [5, 6, 7]), (9, None, [1, 2, 3, 4, 5, 6, 7]), (2, 4, [4, 6, 7])],
+)
+def test_retention(keep_last: int, keep_every: int | None, kept: list[int], tmp_path: Path) -> None:
+    for step in range(1, 8):
+        checkpoint(tmp_path, step)
+    (checkpoint(tmp_path, 8) / "state.json").unlink()  # doesn't count as one of the newest
+    deleted = rundir.delete_old_checkpoints(str(tmp_path), keep_last, keep_every)
+    assert list(rundir.checkpoints(str(tmp_path))) == kept
+    assert sorted(kept + deleted) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_deletion_that_is_killed_leaves_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(tmp_path, 200)
+
+    def killed(uri: str) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr(rundir.storage, "delete_folder", killed)
+    with pytest.raises(OSError, match="killed"):
+        rundir.delete_checkpoint(str(folder))
+    assert folder.is_dir() and rundir.sealed_checkpoints(str(tmp_path)) == {}
+    monkeypatch.undo()
+    rundir.delete_checkpoint(str(folder))
+    assert not folder.exists()
+    rundir.delete_checkpoint(str(folder))
+
+
+def test_the_folder_alone_says_what_there_is(tmp_path: Path) -> None:
+    reported = checkpoint(tmp_path, 200).with_name("checkpoint_manager_snapshot.json")
+    reported.write_text("{}")
+    for _ in range(2):
+        rundir.forget_reported(str(tmp_path))
+    assert not reported.exists() and list(rundir.checkpoints(str(tmp_path))) == [200]
+
+
+def test_a_checkpoints_place_is_where_it_is_found(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 200)
+    assert rundir.checkpoint_uri(str(tmp_path), 200) == str(folder)
+    assert rundir.checkpoint_uri("s3://bucket/run?scheme=http", 200) == (
+        "s3://bucket/run/checkpoints/step_00000200?scheme=http"
+    )
+
+
 def test_other_files_beside_checkpoints_are_no_checkpoints(tmp_path: Path) -> None:
     copy = checkpoint(tmp_path, 200)
     shutil.copytree(copy, copy.with_name("step_of_mine"))

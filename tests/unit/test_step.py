@@ -15,6 +15,7 @@ from piflow.sharding.single import SingleStrategy
 from piflow.step import (
     Backward,
     NonFiniteError,
+    SkippedSteps,
     Trainer,
     learning_rate,
     micro_batch_generator,
@@ -283,6 +284,59 @@ def test_an_overflowing_gradient_of_a_finite_loss_names_the_batch() -> None:
     with pytest.raises(NonFiniteError, match="loss 0.0.*gradient.*id-0-0, .*id-3-1"):
         trainer.step(0, batches())
     assert torch.equal(weight, before)
+
+
+def _run(first: int, last: int, bad: set[int], training: TrainingConfig) -> list[tuple[int, int]]:
+    """What a loop over steps does; returns (step, count) of each, the last may stop it."""
+    skipped, seen = SkippedSteps(training), []
+    for step in range(first, last):
+        if step in bad:
+            try:
+                skipped.skip(step, NonFiniteError(f"step {step}"))
+            except NonFiniteError:
+                return [*seen, (step, -1)]
+        seen.append((step, skipped.count(step)))
+    return seen
+
+
+def test_skipped_steps_are_counted_between_checkpoints() -> None:
+    training = TrainingConfig(checkpoint_every=4, max_skipped_steps=2)
+    seen = _run(0, 20, {1, 3, 5, 6, 8, 9, 11}, training)
+    assert [count for _, count in seen[:11]] == [0, 1, 1, 2, 0, 1, 2, 2, 1, 2, 2]
+    assert seen[-1] == (11, -1)  # the third of its interval
+
+
+def test_a_resumed_run_stops_at_the_same_step() -> None:
+    training = TrainingConfig(checkpoint_every=4, max_skipped_steps=2)
+    bad = {1, 3, 5, 6, 8, 9, 11}
+    straight = _run(0, 20, bad, training)
+    for checkpoint in (4, 8):
+        assert _run(checkpoint, 20, bad, training) == straight[checkpoint:]
+
+
+def test_without_an_allowance_the_first_bad_step_stops_the_run() -> None:
+    assert _run(0, 3, {1}, TrainingConfig()) == [(0, 0), (1, -1)]
+
+
+def test_a_skipped_step_leaves_what_comes_after_as_it_was() -> None:
+    """Skipping step 1 equals a run that never had it: weights, averages, optimiser state."""
+    trainer, weight = make()
+    other, expected = make()
+    assert isinstance(trainer.objective, Linear)
+    for step in range(4):
+        trainer.objective.bad = {2: math.nan} if step == 1 else {}
+        if step == 1:
+            with pytest.raises(NonFiniteError) as caught:
+                trainer.step(step, batches())
+            assert caught.value.what.endswith("(prompt ids: id-2-0, id-2-1).")
+            continue
+        trainer.step(step, batches())
+        other.step(step, batches())
+    assert torch.equal(weight, expected)
+    assert torch.equal(trainer.ema_parameters["weight"], other.ema_parameters["weight"])
+    theirs = other.optimizers[0].state[expected]
+    for key, value in trainer.optimizers[0].state[weight].items():
+        assert torch.equal(value, theirs[key])
 
 
 # -------------------------------------------------------------------------------------- optimisers

@@ -234,6 +234,8 @@ def test_a_missing_package_is_named(name: str) -> None:
         ("", "storage URI is empty"),
         ("file://relative/path", "must hold an absolute path"),
         ("s3:///prefix", "names no bucket"),
+        ("s3://bucket/x?request_timeout=3", r"option\(s\) request_timeout; supported: endpoint_o"),
+        ("s3://key:hidden@bucket/x", "'bucket' holds keys.*AWS_SECRET_ACCESS_KEY"),
     ],
 )
 def test_bad_uris_are_refused(uri: str, message: str) -> None:

@@ -194,7 +194,7 @@ def test_damage_to_a_negative_prompt_is_found(make_store: MakeStore) -> None:
     path = Path(store.uri) / store.manifest.negative_prompts[0].path
     column = pq.ParquetFile(path).metadata.row_group(0).column(6)
     _damage(path, column.data_page_offset + column.total_compressed_size - 5)
-    with pytest.raises(StoreError, match="negative-prompt-.* is corrupt: sha256"):
+    with pytest.raises(StoreError, match=r"negative-prompt-.* is corrupt \(row group 0\): sha256"):
         store.verify()
     path.unlink()
     with pytest.raises(StoreError, match="lacks negative-prompt-"):
@@ -249,7 +249,9 @@ def test_a_flipped_byte_is_found_when_its_row_group_is_read(make_store: MakeStor
     opened.read(range(14))  # other row groups can still be read
     with pytest.raises(StoreError, match="row group 1 of shard-00001.parquet"):
         opened.read([14])
-    with pytest.raises(StoreError, match="shard-00001.parquet .* is corrupt: sha256"):
+    with pytest.raises(
+        StoreError, match=r"shard-00001.parquet .* is corrupt \(row group 1\): sha256"
+    ):
         opened.verify()
 
 

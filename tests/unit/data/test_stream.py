@@ -3,12 +3,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from piflow.data.store import EmbeddingStore
+from piflow.data import store as store_module
+from piflow.data.store import EmbeddingStore, RowReader, StoreError
 from piflow.data.stream import MicroBatch, StreamOrder, TrainStream, epoch_rows
 
 MakeStore = Callable[..., EmbeddingStore]
@@ -143,6 +147,60 @@ def test_resuming_gives_the_tail_of_the_whole(
             for ours, theirs in zip(tail, whole[start:], strict=True):
                 expected = theirs[rank::world_size]
                 assert all(_same(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def _groups_read(
+    store: EmbeddingStore, start: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> set[tuple[str, int]]:
+    """(file, row group) of everything that is read for so many steps from a step on."""
+    read: set[tuple[str, int]] = set()
+    original = store_module._read_row_group
+
+    def recorded(uri: str, path: str, group: int, *rest: Any) -> Any:
+        read.add((path, group))
+        return original(uri, path, group, *rest)
+
+    monkeypatch.setattr(store_module, "_read_row_group", recorded)
+    reader = RowReader(store)
+    order = StreamOrder(store.manifest, 5, 12)
+    for step in range(start, start + count):
+        reader.rows(order.step(step)[1])
+    return read
+
+
+def test_resuming_reads_no_row_group_that_lies_wholly_before(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 60 row groups in windows of 8, a resumed epoch reads those with unseen rows, once each."""
+    store = make_store({(8, 8): 240}, rows_per_shard=40, rows_per_group=4)  # 20 steps an epoch
+    rows = epoch_rows(store.manifest, 5, 0, 0)
+    for start in (0, 3, 8, 16, 19):
+        read = _groups_read(store, start, 20 - start, monkeypatch)
+        left = {(f"shard-{row // 40:05d}.parquet", row % 40 // 4) for row in rows[start * 12 :]}
+        assert read == left
+        whole_windows = start * 12 // 32  # each holds 8 row groups that are used up
+        assert len(read) <= 60 - 8 * whole_windows
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_damage_in_mid_run_stops_the_stream_and_is_named(
+    make_store: MakeStore, damage: str
+) -> None:
+    store = make_store(ONE_SIZE)
+    stream = TrainStream(
+        store.uri, seed=5, batch_size=12, micro_batch_size=2, rank=0, world_size=1, reader="local"
+    )
+    path = Path(store.uri) / "shard-00010.parquet"  # 3 rows, opened by a later step
+    if damage == "missing":
+        path.unlink()
+    else:
+        column = pq.ParquetFile(path).metadata.row_group(0).column(6)
+        content = bytearray(path.read_bytes())
+        content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
+        path.write_bytes(content)
+    kind = "open" if damage == "missing" else "read row group 0 of"
+    with pytest.raises(StoreError, match=f"cannot {kind} shard-00010.parquet.*piflow embed"):
+        list(islice(stream.batches(), 9))
 
 
 def test_a_step_has_one_picture_size_and_the_stores_rows(make_store: MakeStore) -> None:

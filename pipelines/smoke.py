@@ -1,0 +1,339 @@
+"""A recipe from prompts to pictures, with a tiny random model of its own classes: no downloads.
+
+Sizes, paths, lengths and worker counts are made small. Policy, objective, guidance, encoder, codec,
+LoRA targets, optimiser and every other choice stay the recipe's: they and the cluster are what is
+tried.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from piflow.config import (
+    BertEncoderConfig,
+    ClassLabelEncoderConfig,
+    PiIDConfig,
+    Recipe,
+    parse_recipe,
+)
+
+STEPS = 2  # optimiser steps of the first run; the resumed one does one more
+WORKERS = 2
+SEEDS = 2  # pictures a prompt
+_PROMPTS = "package://piflow.demo/evaluation_prompts.txt"  # emoji names, so all of them drawable
+_NUM_PROMPTS = 8  # as many as an optimiser step takes
+_SIDE = 16  # pixels of the longer side
+_MULTIPLE = 4  # pixels; see piflow.tiny
+_MAX_TOKENS = 16
+_RANK = 4
+_MODEL = "model"  # folder of the tiny model
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """A part that was run."""
+
+    name: str
+    seconds: float
+    ok: bool
+
+
+def main(
+    recipe: Recipe, *, keep: Path | None = None, show_progress: bool = True
+) -> list[PartResult]:
+    """Run a shrunken recipe, and print a table of its parts, also when one fails.
+
+    model: write the tiny model's folder; embed; distill, on two workers where the recipe can;
+    resume: one more step on one worker; evaluate; export; load: the family's diffusers pipeline
+    draws with the student (students of other parts are loaded only); sample.
+
+    Args:
+        recipe: of a distillation; none of its paths is read or written.
+        keep: a new or empty local folder for all files; default: a temporary one. Workers on other
+            machines must see the same folder under this path.
+
+    Raises:
+        ValueError: the recipe distils nothing, or `keep` isn't empty.
+        Exception: what the first part that fails raises; those after it are not run.
+    """
+    _distillation(recipe)
+    from piflow.runtime.driver import ray_session
+
+    results: list[PartResult] = []
+    with _working_folder(keep) as folder, ray_session(shrink(recipe, folder, gpus=0)):
+        gpus = _cluster_gpus()
+        small = shrink(recipe, folder, gpus=gpus)
+        resumed = shrink(recipe, folder, gpus=gpus, steps=STEPS + 1, workers=1)
+        _quiet()
+        parts = _parts(small, resumed, folder, show_progress)
+        try:
+            for name, part in parts.items():
+                print(f"\n== {name}", flush=True)
+                results.append(_timed(name, part, results))
+        finally:
+            _print_table(small, list(parts), results)
+        if keep is not None:
+            print(f"files are in {folder}")
+    return results
+
+
+def shrink(
+    recipe: Recipe, folder: Path, *, gpus: int, steps: int = STEPS, workers: int = WORKERS
+) -> Recipe:
+    """The recipe made small, with all paths in `folder`.
+
+    Recipes that differ in `gpus`, `steps` and `workers` alone are one run's.
+
+    Args:
+        gpus: of the cluster; without one, or if the recipe uses none, everything runs on CPUs.
+        steps: optimiser steps.
+        workers: at most; a recipe for one worker keeps to it.
+
+    Raises:
+        ValueError: the recipe distils nothing, or has a choice that small sizes don't allow.
+    """
+    objective = _distillation(recipe)
+    tree = recipe.model_dump(mode="json")
+    tree["run_dir"] = str(folder / "run")
+    tree["model"] |= {"path": str(folder / _MODEL / "transformer"), "vae": None}
+    tree["encoder"] |= _small_encoder(recipe, folder)
+    tree["embed"] |= _small_embed(recipe, folder, gpus)
+    if recipe.lora is not None:
+        tree["lora"]["rank"] = min(recipe.lora.rank, _RANK)
+    tree["training"] |= {
+        "steps": steps,
+        "batch_size": _NUM_PROMPTS,
+        "micro_batch_size": 2,  # two a worker and step: gradients are accumulated
+        "checkpoint_every": STEPS,
+        "log_every": 1,
+        "sample_every": min(recipe.training.sample_every, STEPS),
+    }
+    if tree["training"].get("keep_every") is not None:
+        tree["training"]["keep_every"] = STEPS
+    # a rate that decays over the run's length would forbid the resumed run its greater length
+    tree["training"]["optimizer"] |= {"warmup_steps": 1, "decay_fraction": 0.0}
+    tree["training"]["ema"]["start"] = 1
+    tree["runtime"] |= _small_runtime(recipe, gpus, workers)
+    tree["tracking"] |= {"uri": None, "model_name": None}
+    tree["evaluation"] |= {
+        "prompts": 2,
+        "prompt_list": None,
+        "seeds": SEEDS,
+        "teacher_steps": objective.nfe + 1,
+        "batch_size": 4,
+        "retrieval": False,
+    }
+    return parse_recipe(tree, f"{recipe.name}, made small,")
+
+
+def _distillation(recipe: Recipe) -> PiIDConfig:
+    if not isinstance(recipe.objective, PiIDConfig):
+        raise ValueError(
+            f"piflow smoke expects objective.type pi_id, {recipe.name} has "
+            f"{recipe.objective.type}; try it by `piflow pretrain` with a few training.steps"
+        )
+    return recipe.objective
+
+
+def _small_encoder(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    if isinstance(recipe.encoder, ClassLabelEncoderConfig):
+        return {}
+    own = isinstance(recipe.encoder, BertEncoderConfig)  # no part of a pipeline's folder
+    path = folder / _MODEL / "encoder" if own else folder / _MODEL
+    return {"path": str(path), "max_tokens": min(recipe.encoder.max_tokens, _MAX_TOKENS)}
+
+
+def _small_embed(recipe: Recipe, folder: Path, gpus: int) -> dict[str, Any]:
+    height, width = _small_size(recipe.embed.height, recipe.embed.width)
+    return {
+        "prompts": str(folder / "prompts.jsonl"),
+        "store": str(folder / "store"),
+        "height": height,
+        "width": width,
+        "buckets": [_small_size(*bucket) for bucket in recipe.embed.buckets],
+        "rows_per_shard": _NUM_PROMPTS // 2,
+        "rows_per_group": 2,
+        "batch_size": 4,
+        "encoders": [1, 1],
+        "gpus_per_encoder": min(recipe.embed.gpus_per_encoder, 1.0) if gpus else 0.0,
+    }
+
+
+def _small_runtime(recipe: Recipe, gpus: int, workers: int) -> dict[str, Any]:
+    runtime = recipe.runtime
+    on_gpu = runtime.use_gpu and gpus > 0
+    workers = min(workers, runtime.num_workers, gpus if on_gpu else workers)
+    tree = runtime.model_dump(mode="json")
+    if tree["strategy"] == "auto":  # what it chooses for the real model, not for the tiny one
+        tree["strategy"] = "fsdp"
+    if tree.get("shard_size") is not None:
+        tree["shard_size"] = workers if workers > 1 else None
+    return tree | {
+        "num_workers": workers,
+        "use_gpu": on_gpu,
+        "cpus_per_worker": min(runtime.cpus_per_worker, 1.0),
+        "max_failures": 0,
+    }
+
+
+def _small_size(height: int, width: int) -> list[int]:
+    """Pixels, in about the same ratio."""
+    unit = max(height, width) * _MULTIPLE / _SIDE
+    return [max(1, round(side / unit)) * _MULTIPLE for side in (height, width)]
+
+
+def write_inputs(recipe: Recipe, folder: Path) -> None:
+    """The tiny model and the prompts, of the recipe's columns."""
+    from piflow import storage
+    from piflow.tiny import save_model
+
+    embed = recipe.embed
+    save_model(
+        folder / _MODEL,
+        recipe.model,
+        recipe.encoder,
+        size=embed.height,
+        guidance_embeds=recipe.guidance.embedded is not None,
+        seed=recipe.seed,
+    )
+    if isinstance(recipe.encoder, ClassLabelEncoderConfig):
+        classes = recipe.encoder.num_classes
+        prompts = [str(number) for number in range(min(classes, _NUM_PROMPTS))]
+    else:
+        prompts = storage.read_bytes(_PROMPTS).decode().splitlines()[:_NUM_PROMPTS]
+    sizes: dict[str, int] = {}
+    if embed.height_column is not None and embed.width_column is not None:
+        sizes = {embed.height_column: embed.height, embed.width_column: embed.width}
+    rows = [{embed.prompt_column: prompt, **sizes} for prompt in prompts]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _parts(
+    small: Recipe, resumed: Recipe, folder: Path, show_progress: bool
+) -> dict[str, Callable[[], object]]:
+    """Name -> what it does, in order; each finds what those before it wrote."""
+    from pipelines import distill, embed, evaluate, export, sample
+
+    adapter = str(folder / "adapter")
+    pictures = folder / "samples"
+    return {
+        "model": lambda: write_inputs(small, folder),
+        "embed": lambda: embed.main(small, show_progress=show_progress),
+        "distill": lambda: distill.main(small, show_progress=show_progress),
+        "resume": lambda: _resume(resumed, show_progress),
+        "evaluate": lambda: evaluate.main(resumed, show_progress=show_progress),
+        "export": lambda: export.main(resumed, out=adapter),
+        "load": lambda: _load(small, folder / _MODEL, adapter),
+        "sample": lambda: sample.main(adapter, _some_prompts(small), out=pictures, count=SEEDS),
+    }
+
+
+def _resume(recipe: Recipe, show_progress: bool) -> None:
+    """Go on from the first run's checkpoint; starting anew would be a mistake that this finds.
+
+    Raises:
+        ValueError: that checkpoint isn't there, or another number of steps was done.
+    """
+    from piflow import rundir
+    from pipelines import distill
+
+    if STEPS not in rundir.checkpoints(recipe.run_dir):
+        raise ValueError(f"expected a checkpoint of step {STEPS} in {recipe.run_dir}, found none")
+
+    done = distill.main(recipe, show_progress=show_progress)
+    if done != STEPS + 1:
+        raise ValueError(f"expected the run to be resumed to step {STEPS + 1}, it is at {done}")
+
+
+def _some_prompts(recipe: Recipe) -> list[str]:
+    from piflow.data.store import EmbeddingStore
+
+    index = EmbeddingStore.open(recipe.embed.store).index()
+    return [str(prompt) for prompt in index["prompt"].to_pylist()[:2]]
+
+
+def _load(recipe: Recipe, base: Path, adapter: str) -> None:
+    """Load the adapter as its users do, and draw one picture with it."""
+    from piflow.inference import PiDiTPipeline, PiFluxPipeline, PiQwenImagePipeline
+    from piflow.student import load_student
+
+    if not (base / "model_index.json").exists():  # parts of no family's pipeline
+        load_student(adapter)
+        return
+    pipelines: dict[str, Any] = {
+        "flux": PiFluxPipeline,
+        "qwen_image": PiQwenImagePipeline,
+        "dit": PiDiTPipeline,
+    }
+    pipe = pipelines[recipe.model.family].from_pretrained(base, adapter=adapter)
+    pipe.set_progress_bar_config(disable=True)
+    prompt = _some_prompts(recipe)[0]
+    if recipe.model.family == "dit":
+        pipe([int(prompt)])
+    else:
+        pipe(prompt, height=recipe.embed.height, width=recipe.embed.width)
+
+
+def _quiet() -> None:
+    """Tiny files are loaded too fast for the libraries' own bars to be of use."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def _working_folder(keep: Path | None) -> Iterator[Path]:
+    """`keep`, made if it isn't there; or a folder that is gone afterwards."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="piflow-smoke-") as folder:
+            yield Path(folder)
+        return
+    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise ValueError(f"expected --keep to name a new or empty folder, {keep} holds something")
+    keep.mkdir(parents=True, exist_ok=True)
+    yield keep.absolute()
+
+
+def _cluster_gpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _timed(name: str, part: Callable[[], object], results: list[PartResult]) -> PartResult:
+    """The part's result; a failure is noted in `results` and goes on."""
+    began = time.perf_counter()
+    try:
+        part()
+    except BaseException:
+        results.append(PartResult(name, time.perf_counter() - began, ok=False))
+        raise
+    return PartResult(name, time.perf_counter() - began, ok=True)
+
+
+def _print_table(recipe: Recipe, names: list[str], results: list[PartResult]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    runtime = recipe.runtime
+    where = f"{runtime.num_workers} {'GPU' if runtime.use_gpu else 'CPU'} worker(s)"
+    table = Table()
+    table.add_column("part")
+    table.add_column("seconds", justify="right")
+    table.add_column("")
+    for result in results:
+        table.add_row(result.name, f"{result.seconds:.1f}", "ok" if result.ok else "FAILED")
+    for name in names[len(results) :]:
+        table.add_row(name, "", "not run")
+    console = Console()
+    console.print(f"\n{recipe.name}, made small, on {where}")
+    console.print(table)

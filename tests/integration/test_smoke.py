@@ -1,0 +1,142 @@
+"""`piflow smoke`: every shipped recipe of a distillation works from prompts to pictures.
+
+Three recipes are run in every test session, one a family; the others with `-m smoke_all`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from piflow import rundir
+from piflow.adapter import load_adapter
+from piflow.backbones import build_codec
+from piflow.checkpoint import load_tensors
+from piflow.config import PiIDConfig, differences, load_recipe, parse_recipe
+from piflow.data.store import EmbeddingStore
+from piflow.student import SamplingSettings, encode_prompts, settings_of
+from piflow.trio import build_trio
+from pipelines import smoke
+
+RECIPES = {
+    path.stem: path
+    for path in sorted((Path(__file__).parents[2] / "pipelines" / "recipes").glob("*.yaml"))
+    if isinstance(load_recipe(path).objective, PiIDConfig)
+}
+ALWAYS = ("flux1-dev-gm-4nfe", "qwen-image-poly-4nfe", "imagenet-dit-gm-2nfe")
+PARTS = ["model", "embed", "distill", "resume", "evaluate", "export", "load", "sample"]
+SIZES = {  # what a smoke run may change of what decides a run's results
+    "model.path", "model.vae", "encoder.path", "encoder.max_tokens", "embed.prompts",
+    "embed.height", "embed.width", "embed.rows_per_shard", "embed.rows_per_group",
+    "embed.batch_size", "lora.rank", "training.batch_size", "training.micro_batch_size",
+    "training.optimizer.warmup_steps", "training.optimizer.decay_fraction", "training.ema.start",
+    "training.steps",
+}  # fmt: skip
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_only_sizes_and_places_change(name: str, tmp_path: Path) -> None:
+    """Policy, objective, guidance, codec, LoRA targets and encoder are the recipe's own."""
+    recipe = load_recipe(RECIPES[name])
+    small = smoke.shrink(recipe, tmp_path, gpus=0)
+    changed = {line.partition(":")[0] for line in differences(small.identity(), recipe.identity())}
+    assert changed <= SIZES
+    assert small.tracking.uri is None and not small.runtime.use_gpu
+    resumed = smoke.shrink(recipe, tmp_path, gpus=8, steps=3, workers=1)
+    assert resumed.hash() == small.hash() and resumed.run_dir == small.run_dir
+    assert resumed.runtime.use_gpu == recipe.runtime.use_gpu
+
+
+@pytest.mark.parametrize(
+    ("gpus", "used", "workers"), [(0, False, 2), (1, True, 1), (2, True, 2), (64, True, 2)]
+)
+def test_workers_go_with_the_cluster(gpus: int, used: bool, workers: int, tmp_path: Path) -> None:
+    small = smoke.shrink(load_recipe(RECIPES["flux1-dev-gm-4nfe"]), tmp_path, gpus=gpus)
+    assert (small.runtime.use_gpu, small.runtime.num_workers) == (used, workers)
+    assert small.embed.gpus_per_encoder == (1 if gpus else 0)
+
+
+def test_columns_and_buckets_stay_in_use(tmp_path: Path) -> None:
+    tree = load_recipe(RECIPES["qwen-image-gm-4nfe"]).model_dump(mode="json")
+    tree["embed"] |= {
+        "prompt_column": "text", "height_column": "h", "width_column": "w",
+        "height": 768, "buckets": [[1024, 1024], [512, 1024]],
+    }  # fmt: skip
+    small = smoke.shrink(parse_recipe(tree), tmp_path, gpus=0)
+    assert (small.embed.height, small.embed.width) == (12, 16)
+    assert small.embed.buckets == [[16, 16], [8, 16]]
+    assert (small.embed.prompt_column, small.embed.height_column) == ("text", "h")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_tiny_model_fits_the_recipe(name: str, tmp_path: Path) -> None:
+    """A fresh student agrees with its teacher on the recipe's own prompts, and starts from it."""
+    small = smoke.shrink(load_recipe(RECIPES[name]), tmp_path, gpus=0)
+    smoke.write_inputs(small, tmp_path)
+    rows = (tmp_path / "prompts.jsonl").read_text().splitlines()
+    prompts = [json.loads(row)["prompt"] for row in rows]
+    assert len(set(prompts)) == 8
+    cond = encode_prompts(SamplingSettings.of(small), prompts[:2])
+    trio = build_trio(small).train(False)
+    shape = build_codec(small.model).latent_shape(small.embed.height, small.embed.width)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.full((2,), 0.9)
+    with torch.no_grad():
+        teacher = trio.teacher_velocity(x, sigma, cond)
+        student = trio.student(x, sigma, cond).velocity(x, sigma)
+    assert bool(torch.isfinite(teacher).all()) and float(teacher.std()) > 0.01
+    assert float((student - teacher).norm() / teacher.norm()) < 0.2  # bfloat16, spread components
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.smoke_all) for name in RECIPES],
+)
+def test_recipe_works_from_prompts_to_pictures(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(RECIPES[name])
+    results = smoke.main(recipe, keep=tmp_path, show_progress=False)
+    assert [result.name for result in results] == PARTS
+    assert all(result.ok for result in results)
+    assert name in capsys.readouterr().out
+    store = EmbeddingStore.open(str(tmp_path / "store"))
+    assert store.manifest.num_rows == 8
+    assert set(rundir.checkpoints(str(tmp_path / "run"))) == {2, 3}
+    _student_has_learnt(tmp_path)
+    adapter = load_adapter(str(tmp_path / "adapter"))
+    assert adapter.is_full_model == (recipe.lora is None)
+    assert settings_of(adapter, "adapter").nfe == recipe.objective.model_dump()["nfe"]
+    pictures = sorted((tmp_path / "samples").glob("*-*.png"))
+    assert len(pictures) == 4 and len({Image.open(path).tobytes() for path in pictures}) == 4
+
+
+def _student_has_learnt(folder: Path) -> None:
+    """The resumed step moved finite weights."""
+    found = rundir.checkpoints(str(folder / "run"))
+    before, after = (load_tensors(Path(found[step]), "trainable") for step in (2, 3))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_part_that_fails_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise ValueError("made to fail")
+
+    monkeypatch.setattr("pipelines.embed.main", refuse)
+    with pytest.raises(ValueError, match="made to fail"):
+        smoke.main(load_recipe(RECIPES["imagenet-dit-gm-2nfe"]), keep=tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    told = {part: line for line in lines for part in PARTS if f" {part} " in line and "│" in line}
+    assert "ok" in told["model"] and "FAILED" in told["embed"]
+    assert all("not run" in told[part] for part in PARTS[2:])

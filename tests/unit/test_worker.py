@@ -1,0 +1,62 @@
+"""The loop of one worker, around a trainer that refuses given steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+from piflow.config import Recipe, load_recipe
+from piflow.runtime.worker import _Loop
+from piflow.step import NonFiniteError, StepMetrics
+
+
+def _loop(bad: set[int], max_skipped_steps: int, saved: list[int]) -> tuple[_Loop, MagicMock]:
+    def step(step: int, micro_batches: Any) -> StepMetrics:
+        if step in bad:
+            raise NonFiniteError(f"step {step}: loss nan (prompt ids: a).", "Try this")
+        return StepMetrics(step, 1.0, 1.0, 0.1)
+
+    recipe: Recipe = load_recipe(
+        Path(__file__).parents[2] / "pipelines/recipes/emoji-flux.yaml",
+        ["training.steps=6", "training.checkpoint_every=3", "training.sample_every=0",
+         "training.log_every=1", f"training.max_skipped_steps={max_skipped_steps}"],
+    )  # fmt: skip
+    tracker = MagicMock()
+    assembly: Any = SimpleNamespace(trainer=SimpleNamespace(step=step))
+    loop = _Loop(recipe, "hash", assembly, tracker, MagicMock(), 0, "run")
+    loop._save = saved.append  # type: ignore[method-assign]
+    return loop, tracker
+
+
+def _stream() -> Any:
+    batch = SimpleNamespace(micro_batches=[])
+    return SimpleNamespace(batches=lambda: iter([batch] * 6), epoch_of=float)
+
+
+def test_skipped_steps_are_told_and_checkpoints_are_still_due() -> None:
+    saved: list[int] = []
+    loop, tracker = _loop({2, 3}, 1, saved)
+    loop.run(0, _stream())
+    assert saved == [3, 6]
+    events = [call.args for call in tracker.event.call_args_list]
+    assert events == [
+        ("skip", "step 2: loss nan (prompt ids: a)."),
+        ("skip", "step 3: loss nan (prompt ids: a)."),
+    ]
+    points = {
+        call.kwargs["step"]: call.args[0]["skipped_steps"]
+        for call in tracker.log_metrics.call_args_list
+    }
+    assert points == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+
+
+def test_one_skip_too_many_stops_before_the_next_checkpoint() -> None:
+    saved: list[int] = []
+    loop, _ = _loop({3, 4}, 1, saved)
+    with pytest.raises(NonFiniteError, match="step 4: loss nan .prompt ids: a.. Try this"):
+        loop.run(0, _stream())
+    assert saved == [3]
