@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from measure import peak_mebibytes
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from piflow.backbones import Conditioning, build_codec
 from piflow.config import load_recipe
@@ -92,24 +92,6 @@ def iteration(
         objective(batch, 0, micro_batch_generator(0, 0, 0), backward)
 
     return run
-
-
-def peak_mebibytes(function: Callable[[], None], device: torch.device) -> float:
-    """Most memory that a call holds above the level at its start, MiB."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
-        function()
-    level = peak = 0
-    for event in recording.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
-    return peak / 2**20
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from measure import peak_mebibytes
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from piflow.policies import GMFlowPolicy, Policy, rollout
 from piflow.policies.gmflow import runs_fused
@@ -206,23 +206,6 @@ def clock(function: Callable[[], object], device: torch.device, repeats: int) ->
         if time.monotonic() - began > SECONDS_A_CELL:
             break
     return best
-
-
-def peak_mebibytes(function: Callable[[], object], device: torch.device) -> float:
-    """Peak memory that a call adds, MiB."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
-        function()
-    level = peak = 0
-    for event in recording.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
-    return peak / 2**20
 
 
 def copy_bandwidth(device: torch.device) -> float:

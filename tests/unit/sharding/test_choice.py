@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 
 from piflow.config import Recipe, parse_recipe
 from piflow.sharding import SingleStrategy
@@ -19,24 +18,6 @@ from piflow.trio import build_trio
 CPU = torch.device("cpu")
 FULL = {"lora": None}
 PRETRAINING = {"objective": {"type": "flow_matching"}}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("choice")
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=48,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        pooled_projection_dim=6,
-        axes_dims_rope=(2, 2, 4),
-    )
-    model.save_pretrained(str(folder / "flux"))
-    return folder
 
 
 def recipe(folder: Path, **changed: Any) -> Recipe:
