@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,3 +155,26 @@ def make_flux_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., A
         return store.EmbeddingStore.open(uri)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def run_two_ranks() -> Callable[[Path, Path], None]:
+    """(script, folder) -> runs `script folder RANK 2` as two processes; both must succeed."""
+
+    def run(script: Path, folder: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(folder), str(rank), "2"],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        try:
+            outputs = [process.communicate(timeout=120)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+    return run

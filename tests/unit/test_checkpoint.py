@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -158,7 +157,9 @@ def load_script() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def resharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def resharded(
+    tmp_path_factory: pytest.TempPathFactory, run_two_ranks: Callable[[Path, Path], None]
+) -> dict[str, dict[str, Any]]:
     """One process saves, two resume, train on and save, one resumes: what each held."""
     pytest.importorskip("torchao")
     script = load_script()
@@ -172,20 +173,7 @@ def resharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
         save_checkpoint(folder / "one" / kind, trainer, replace(STATE, step=script.SAVED))
         losses = script.train(trainer, script.SAVED, script.END)
         results[kind] = {"one": saved, "losses": losses, "end": script.whole_state(trainer)}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), str(rank), "2"],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    run_two_ranks(SCRIPT, folder)
     for kind, found in torch.load(folder / "results.pt").items():
         trainer = script.make(kind, single)
         load_checkpoint(folder / "many" / kind, trainer)

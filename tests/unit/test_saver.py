@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -144,22 +142,11 @@ def test_one_save_at_a_time_and_the_wait_counts_as_stall(
     assert second.stall_seconds > 0.2
 
 
-def test_two_workers_save_while_they_train(tmp_path: Path) -> None:
+def test_two_workers_save_while_they_train(
+    tmp_path: Path, run_two_ranks: Callable[[Path, Path], None]
+) -> None:
     """The writers' collectives and the steps' don't meet; one worker's trouble is everyone's."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(tmp_path), str(rank), "2"],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    run_two_ranks(SCRIPT, tmp_path)
     results = torch.load(tmp_path / "results.pt", weights_only=False)
 
     alone = trainer()
