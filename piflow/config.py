@@ -49,7 +49,9 @@ class ModelConfig(_Section):
     family: Literal["flux", "qwen_image", "dit"] = Field(
         "flux", description="the architecture: FLUX.1, Qwen-Image, or class-conditional DiT"
     )
-    path: str = Field(description="URI of the transformer's folder (config.json + safetensors)")
+    path: str = Field(
+        description="URI (local, s3:// or hf://) of the transformer's folder: config.json, safetensors"
+    )
     codec: Literal["pixels", "vae"] = Field(
         "pixels", description="pixels: RGB, space-to-depth by 2, 12 latent channels; or the VAE"
     )

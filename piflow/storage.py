@@ -5,6 +5,9 @@
 ``s3://bucket/prefix``    an object store; ``?endpoint_override=host:port&scheme=http`` for others
                           than AWS, credentials from the usual ``AWS_*`` variables
 ``package://name/sub``    files shipped inside an installed Python package; read-only
+``hf://owner/name/sub``   files of a model repository on the Hugging Face hub; read-only.
+                          ``hf://datasets/owner/name/…`` of a dataset, ``owner/name@revision``
+                          for a branch, tag or commit; private ones need ``HF_TOKEN``
 ========================  ====================================================================
 
 Data goes through ``pyarrow.fs``. A write is whole or invisible: local files are written beside
@@ -21,31 +24,41 @@ import errno
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
+from typing import Literal
+from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 from pyarrow import fs
 
-SCHEMES = ("file", "s3", "package")
+SCHEMES = ("file", "s3", "package", "hf")
+READ_ONLY = ("package", "hf")
 _PARTIAL = ".partial"  # suffix of a local file that is still being written
 _COPY_BYTES = 8 * 2**20
 _CONNECT_SECONDS, _REQUEST_SECONDS = 5.0, 60.0
 _ATTEMPTS = 8  # of a request; the waits between them add up to 20 to 60 s
 _S3_OPTIONS = ("endpoint_override", "region", "scheme")
+_CHOICES = "file://…, s3://…, package://…, hf://…"
+_HUB_URI = re.compile(
+    r"hf://(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?"
+)
 
 
 def scheme(uri: str) -> str:
-    """``file``, ``s3`` or ``package``.
+    """``file``, ``s3``, ``package`` or ``hf``.
 
     Raises:
         ValueError: the URI is empty or has another scheme.
     """
     if not uri:
-        raise ValueError("storage URI is empty; give a local path, file://…, s3://… or package://…")
+        raise ValueError(f"storage URI is empty; give a local path or one of {_CHOICES}")
     name = uri.split("://", 1)[0] if "://" in uri else "file"
     if name not in SCHEMES:
         raise ValueError(
@@ -60,11 +73,13 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
     Raises:
         ValueError: unknown scheme, an S3 URI without a bucket or with other options or with keys
-            in it, or a package that isn't installed.
+            in it, a package that isn't installed, or a hub URI without a repository.
     """
     kind = scheme(uri)
     if kind == "s3":
         return _s3_filesystem(uri)
+    if kind == "hf":
+        return _hub_filesystem(uri)
     local = _package_path(uri) if kind == "package" else _local_path(uri)
     return fs.LocalFileSystem(), str(local)
 
@@ -98,6 +113,80 @@ def _s3_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     return system, path
 
 
+@dataclass(frozen=True)
+class _HubPlace:
+    """What a hub URI names."""
+
+    repo_type: Literal["model", "dataset"]
+    repo_id: str
+    revision: str | None
+    path: str  # inside the repository; "" is its root
+
+
+def _hub_place(uri: str) -> _HubPlace:
+    match = _HUB_URI.fullmatch(uri)
+    if match is None or match["repo"].startswith(("datasets/", "spaces/", "buckets/")):
+        raise ValueError(
+            f"hub URI {uri!r} names no repository; expected hf://owner/name/folder, or "
+            "hf://datasets/owner/name/folder, with @revision after the name if it isn't main"
+        )
+    return _HubPlace(
+        repo_type="dataset" if match["kind"] else "model",
+        repo_id=match["repo"],
+        revision=None if match["revision"] is None else unquote(match["revision"]),
+        path=(match["path"] or "").strip("/"),
+    )
+
+
+def _hub_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The hub's files, read by ranges over HTTP."""
+    place = _hub_place(uri)
+    with _hub_errors(uri):
+        from huggingface_hub import HfFileSystem
+
+        system = HfFileSystem()
+        system.resolve_path(uri)  # otherwise a repository one may not read is one without files
+    prefix = "datasets/" if place.repo_type == "dataset" else ""
+    revision = "" if place.revision is None else f"@{quote(place.revision, safe='')}"
+    path = f"{prefix}{place.repo_id}{revision}/{place.path}".rstrip("/")
+    return fs.PyFileSystem(fs.FSSpecHandler(system)), path
+
+
+def _hub_snapshot(uri: str) -> Path:
+    """The folder's files in the hub client's own cache, which knows what it has already."""
+    place = _hub_place(uri)
+    with _hub_errors(uri):
+        from huggingface_hub import snapshot_download
+
+        root = snapshot_download(
+            place.repo_id,
+            repo_type=place.repo_type,
+            revision=place.revision,
+            allow_patterns=f"{place.path}/*" if place.path else None,
+        )
+    folder = Path(root, place.path)
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder, or it is empty", uri)
+    return folder
+
+
+@contextmanager
+def _hub_errors(uri: str) -> Iterator[None]:
+    """The hub client's errors, with what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, FileNotFoundError) as e:
+        cause = e.__cause__ if isinstance(e.__cause__, errors.HfHubHTTPError) else e
+        reason = {
+            errors.GatedRepoError: "its licence must be accepted on its page first, and HF_TOKEN "
+            "must be a token of the account that did",
+            errors.RevisionNotFoundError: "the repository has no such revision",
+        }.get(type(cause), "no such repository, or HF_TOKEN gives no access to it")
+        raise FileNotFoundError(errno.ENOENT, reason, uri) from e
+
+
 def absolute(uri: str) -> str:
     """The same place, independent of the working directory; other processes need this form."""
     return uri if scheme(uri) != "file" else str(_local_path(uri))
@@ -125,7 +214,7 @@ def sibling(uri: str, name: str) -> str:
         parent, separator, _ = pieces.path.rstrip("/").rpartition("/")
         if separator:
             return urlunsplit(pieces._replace(path=f"{parent}/{name}"))
-    else:
+    elif scheme(uri) != "hf" or _hub_place(uri).path:
         prefix, _, path = uri.rpartition("://")
         head, separator, leaf = path.rstrip("/").rpartition("/")
         if leaf not in ("", ".", "..") and (separator or not prefix):
@@ -238,7 +327,7 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
     """Write a file, whole or not at all; folders are made as needed.
 
     Raises:
-        ValueError: the URI is read-only (``package://``).
+        ValueError: the URI is read-only (``package://``, ``hf://``).
         OSError: the storage refused; names the URI, and says so when there is no space left.
     """
     _refuse_read_only(uri)
@@ -280,11 +369,14 @@ def local_folder(uri: str, cache_dir: Path | None = None) -> Path:
 
     Local and package folders are returned as they are. Objects are downloaded once into
     ``cache_dir`` (default ``$XDG_CACHE_HOME/piflow`` or ``~/.cache/piflow``), in a folder named by
-    the URI and every file's size and time, so a changed source is downloaded anew.
+    the URI and every file's size and time, so a changed source is downloaded anew. What comes from
+    the hub lies in the hub client's own cache (``HF_HOME``), and is found there without a network.
 
     Raises:
         FileNotFoundError: there is no such folder, or it is empty.
     """
+    if scheme(uri) == "hf":
+        return _hub_snapshot(uri)
     system, path = filesystem(uri)
     if scheme(uri) != "s3":
         if not Path(path).is_dir():
@@ -299,6 +391,14 @@ def local_folder(uri: str, cache_dir: Path | None = None) -> Path:
     if not target.is_dir():
         _download(system, path, [name for name, _, _ in files], target)
     return target
+
+
+def for_ranges(uri: str) -> str:
+    """Where to read a big folder by byte ranges, again in every attempt: a hub's from its cache.
+
+    A machine then downloads it once, however many workers and restarts read it.
+    """
+    return str(local_folder(uri)) if scheme(uri) == "hf" else uri
 
 
 def _download(system: fs.FileSystem, root: str, files: list[str], target: Path) -> None:
@@ -351,7 +451,7 @@ def _package_path(uri: str) -> Path:
 
 
 def _refuse_read_only(uri: str) -> None:
-    if scheme(uri) == "package":
+    if scheme(uri) in READ_ONLY:
         raise ValueError(f"{uri!r} is read-only; write to a local path or s3://…")
 
 

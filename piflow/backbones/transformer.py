@@ -84,13 +84,13 @@ class TransformerBackbone(ABC):
         """`load`, less the weights: parameters on "meta", and where their values lie.
 
         The output layer, which heads are made from, and all buffers are real, on the CPU. Of a
-        folder on an object store nothing is downloaded.
+        folder on an object store nothing is downloaded; one on a hub is, once a machine.
 
         Raises:
             ValueError: as `load`.
         """
-        folder = str(uri)
-        config, stored = cls._check_folder(folder, folder, embedded_guidance)
+        folder = storage.for_ranges(str(uri))
+        config, stored = cls._check_folder(folder, str(uri), embedded_guidance)
         with parameters_on_meta(dtype):
             module = cls.model_class.from_config(config).eval()
         buffers = dict(module.named_buffers())
