@@ -50,7 +50,7 @@ class ModelConfig(_Section):
         "flux", description="the architecture: FLUX.1, Qwen-Image, or class-conditional DiT"
     )
     path: str = Field(
-        description="URI (local, s3:// or hf://) of the transformer's folder: config.json, safetensors"
+        description="URI (local, s3://, hf://) of its folder: config.json and safetensors files"
     )
     codec: Literal["pixels", "vae"] = Field(
         "pixels", description="pixels: RGB, space-to-depth by 2, 12 latent channels; or the VAE"

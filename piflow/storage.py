@@ -177,14 +177,20 @@ def _hub_errors(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, FileNotFoundError) as e:
-        cause = e.__cause__ if isinstance(e.__cause__, errors.HfHubHTTPError) else e
-        reason = {
-            errors.GatedRepoError: "its licence must be accepted on its page first, and HF_TOKEN "
-            "must be a token of the account that did",
-            errors.RevisionNotFoundError: "the repository has no such revision",
-        }.get(type(cause), "no such repository, or HF_TOKEN gives no access to it")
-        raise FileNotFoundError(errno.ENOENT, reason, uri) from e
+    except (errors.HfHubHTTPError, FileNotFoundError) as error:
+        cause = error.__cause__ or error  # the file system calls all of them "not found"
+        if isinstance(cause, errors.GatedRepoError):
+            reason = (
+                "its licence must be accepted on its page first, and HF_TOKEN must be a token of "
+                "the account that did"
+            )
+        elif isinstance(cause, errors.RevisionNotFoundError):
+            reason = "the repository has no such revision"
+        elif isinstance(cause, errors.RepositoryNotFoundError):
+            reason = "no such repository, or HF_TOKEN gives no access to it"
+        else:
+            raise
+        raise FileNotFoundError(errno.ENOENT, reason, uri) from error
 
 
 def absolute(uri: str) -> str:

@@ -35,7 +35,7 @@ class Hub:
 def serve_hub(folders: dict[str, Path]) -> Iterator[Hub]:
     """Serve while the block runs."""
     hub = Hub("", folders)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server = _Server(hub)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -47,99 +47,105 @@ def serve_hub(folders: dict[str, Path]) -> Iterator[Hub]:
         thread.join()
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Server(ThreadingHTTPServer):
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        super().__init__(("127.0.0.1", 0), _Handler)
 
-        def do_GET(self) -> None:
-            parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-            if parts[0] == "api" and len(parts) < 4:  # the client asks for more than files
-                self._error(404, "EntryNotFound")
-                return
-            if parts[0] == "api":
-                kind, owner, name, *rest = parts[1:]
-                if self._admitted(f"{kind}/{owner}/{name}"):
-                    self._api(hub.folders[f"{kind}/{owner}/{name}"], f"{owner}/{name}", rest)
-                return
-            kind = parts.pop(0) if parts[0] == "datasets" else "models"
-            repo = f"{kind}/{parts[0]}/{parts[1]}"
-            if self._admitted(repo) and self._known(parts[3]):
-                self._file(hub.folders[repo], "/".join(parts[4:]))
 
-        do_HEAD = do_GET
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
 
-        def do_POST(self) -> None:  # paths-info
-            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            _, kind, owner, name, _, revision = urlsplit(self.path).path.strip("/").split("/")
-            repo = f"{kind}/{owner}/{name}"
-            if not self._admitted(repo) or not self._known(unquote(revision)):
-                return
-            found = [hub.folders[repo] / path for path in parse_qs(body)["paths"]]
-            self._json([_entry(hub.folders[repo], path) for path in found if path.exists()])
+    def do_GET(self) -> None:
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        if parts[0] == "api" and len(parts) < 4:  # the client asks for more than files
+            self._error(404, "EntryNotFound")
+            return
+        if parts[0] == "api":
+            kind, owner, name, *rest = parts[1:]
+            if self._admitted(f"{kind}/{owner}/{name}"):
+                self._api(
+                    self.server.hub.folders[f"{kind}/{owner}/{name}"], f"{owner}/{name}", rest
+                )
+            return
+        kind = parts.pop(0) if parts[0] == "datasets" else "models"
+        repo = f"{kind}/{parts[0]}/{parts[1]}"
+        if self._admitted(repo) and self._known(parts[3]):
+            self._file(self.server.hub.folders[repo], "/".join(parts[4:]))
 
-        def _admitted(self, repo: str) -> bool:
-            if repo not in hub.folders:
-                self._error(401 if "Authorization" not in self.headers else 404, "RepoNotFound")
-                return False
-            if repo in hub.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                self._error(403, "GatedRepo")
-                return False
-            return True
+    do_HEAD = do_GET
 
-        def _known(self, revision: str) -> bool:
-            if revision in ("main", COMMIT):
-                return True
-            self._error(404, "RevisionNotFound")
+    def do_POST(self) -> None:  # paths-info
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        _, kind, owner, name, _, revision = urlsplit(self.path).path.strip("/").split("/")
+        repo = f"{kind}/{owner}/{name}"
+        if not self._admitted(repo) or not self._known(unquote(revision)):
+            return
+        found = [self.server.hub.folders[repo] / path for path in parse_qs(body)["paths"]]
+        self._json([_entry(self.server.hub.folders[repo], path) for path in found if path.exists()])
+
+    def _admitted(self, repo: str) -> bool:
+        if repo not in self.server.hub.folders:
+            self._error(401 if "Authorization" not in self.headers else 404, "RepoNotFound")
             return False
+        if repo in self.server.hub.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._error(403, "GatedRepo")
+            return False
+        return True
 
-        def _api(self, folder: Path, repo_id: str, rest: list[str]) -> None:
-            if len(rest) > 1 and not self._known(rest[1]):
-                return
-            if not rest or rest[0] == "revision":
-                self._json({"id": repo_id, "sha": COMMIT, "siblings": []})
-                return
-            root = folder.joinpath(*rest[2:])
-            if not root.is_dir():
-                self._error(404, "EntryNotFound")
-                return
-            recursive = parse_qs(urlsplit(self.path).query)["recursive"][0].lower() == "true"
-            found = root.rglob("*") if recursive else root.iterdir()
-            self._json([_entry(folder, path) for path in sorted(found)])
+    def _known(self, revision: str) -> bool:
+        if revision in ("main", COMMIT):
+            return True
+        self._error(404, "RevisionNotFound")
+        return False
 
-        def _file(self, folder: Path, name: str) -> None:
-            path = folder / name
-            if not path.is_file():
-                self._error(404, "EntryNotFound")
-                return
-            content, status = path.read_bytes(), 200
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{_oid(path)}"', "Accept-Ranges": "bytes"}
-            if wanted := self.headers.get("Range"):
-                first, _, last = wanted.removeprefix("bytes=").partition("-")
-                end = min(int(last) + 1 if last else len(content), len(content))
-                headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(content)}"
-                content, status = content[int(first) : end], 206
-            if self.command == "GET":
-                hub.sent.append((name, len(content)))
-            self._answer(status, content, headers)
+    def _api(self, folder: Path, repo_id: str, rest: list[str]) -> None:
+        if len(rest) > 1 and not self._known(rest[1]):
+            return
+        if not rest or rest[0] == "revision":
+            self._json({"id": repo_id, "sha": COMMIT, "siblings": []})
+            return
+        root = folder.joinpath(*rest[2:])
+        if not root.is_dir():
+            self._error(404, "EntryNotFound")
+            return
+        recursive = parse_qs(urlsplit(self.path).query)["recursive"][0].lower() == "true"
+        found = root.rglob("*") if recursive else root.iterdir()
+        self._json([_entry(folder, path) for path in sorted(found)])
 
-        def _json(self, content: Any) -> None:
-            self._answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    def _file(self, folder: Path, name: str) -> None:
+        path = folder / name
+        if not path.is_file():
+            self._error(404, "EntryNotFound")
+            return
+        content, status = path.read_bytes(), 200
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{_oid(path)}"', "Accept-Ranges": "bytes"}
+        if wanted := self.headers.get("Range"):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            end = min(int(last) + 1 if last else len(content), len(content))
+            headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(content)}"
+            content, status = content[int(first) : end], 206
+        if self.command == "GET":
+            self.server.hub.sent.append((name, len(content)))
+        self._answer(status, content, headers)
 
-        def _error(self, status: int, code: str) -> None:
-            self._answer(status, b"{}", {"X-Error-Code": code})
+    def _json(self, content: Any) -> None:
+        self._answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-        def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+    def _error(self, status: int, code: str) -> None:
+        self._answer(status, b"{}", {"X-Error-Code": code})
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
+    def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
-    return Handler
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
 
 def _entry(folder: Path, path: Path) -> dict[str, Any]:
