@@ -1,0 +1,183 @@
+"""Real servers that tests start, kill and start again: an S3 store, an MLflow server."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from piflow import storage
+
+KEYS = {"AWS_ACCESS_KEY_ID": "piflow", "AWS_SECRET_ACCESS_KEY": "only-for-tests"}
+_SERVICES = ("master", "volume", "filer", "s3", "webdav", "admin")
+_START_SECONDS = 120  # minutes are for loaded machines; on quiet cores it takes 10 to 20 s
+_PORTS = range(21000, 23000)
+_GRPC = 10000  # SeaweedFS adds this to a service's port for its gRPC twin
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports below the ephemeral range that nobody listens on, each with a free gRPC twin.
+
+    Searched from a random one on, so that test sessions side by side don't pick the same.
+    """
+    found: list[int] = []
+    start = random.SystemRandom().randrange(len(_PORTS))
+    for offset in range(len(_PORTS)):
+        port = _PORTS[(start + offset) % len(_PORTS)]
+        if all(_is_free(number) for number in (port, port + _GRPC)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"no {count} free ports in {_PORTS}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def _command(name: str) -> str:
+    """An executable beside the running Python, or on the PATH."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        pytest.fail(f"the test needs {name}: make install-dev")
+    return found
+
+
+@dataclass
+class Server:
+    """A process that can be killed and started again; its files and port outlive it."""
+
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start, at first or again after a kill; returns before it answers."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.environment(),
+                start_new_session=True,  # its own children are killed with it
+            )
+
+    def wait(self) -> None:
+        """Wait until it answers."""
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process is None or self.process.poll() is not None:
+                break
+            if self.answers():
+                return
+            time.sleep(0.5)
+        pytest.fail(f"{type(self).__name__} did not start:\n{self.log.read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        """SIGKILL, to it and its children."""
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait(20)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, str]:
+        raise NotImplementedError
+
+    def answers(self) -> bool:
+        raise NotImplementedError
+
+
+@dataclass
+class S3Server(Server):
+    """One SeaweedFS with the bucket `piflow`; knows no keys but `KEYS`."""
+
+    ports: dict[str, int] = field(
+        default_factory=lambda: dict(zip(_SERVICES, free_ports(len(_SERVICES)), strict=True))
+    )
+
+    @property
+    def address(self) -> str:
+        """Host and port of the S3 API."""
+        return f"127.0.0.1:{self.ports['s3']}"
+
+    @property
+    def uri(self) -> str:
+        """A folder in the server's bucket."""
+        return s3_uri(self.address)
+
+    def command(self) -> list[str]:
+        arguments = ["mini", f"-dir={self.folder}", "-ip=127.0.0.1", "-bucket=piflow"]
+        ports = [f"-{name}.port={port}" for name, port in self.ports.items()]
+        return [_command("weed"), *arguments, *ports]
+
+    def environment(self) -> dict[str, str]:
+        return KEYS
+
+    def answers(self) -> bool:
+        try:
+            storage.write_bytes(storage.join(self.uri, "up"), b"")
+        except OSError:
+            return False
+        return True
+
+
+def s3_uri(address: str) -> str:
+    """The tests' folder in the bucket behind an address (host and port)."""
+    return f"s3://piflow/tests?endpoint_override={address}&scheme=http&region=us-east-1"
+
+
+@dataclass
+class MlflowServer(Server):
+    """A tracking server with SQLite; artifacts go through it to a folder, or to an S3 server."""
+
+    s3: S3Server | None = None
+    port: int = field(default_factory=lambda: free_ports(1)[0])
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        artifacts = "s3://piflow/mlflow" if self.s3 else str(self.folder / "artifacts")
+        arguments = {
+            "--backend-store-uri": f"sqlite:///{self.folder / 'mlflow.db'}",
+            "--artifacts-destination": artifacts,
+            "--host": "127.0.0.1",
+            "--port": str(self.port),
+            "--workers": "1",
+            "--allowed-hosts": f"127.0.0.1:{self.port}",
+        }
+        options = [word for pair in arguments.items() for word in pair]
+        return [sys.executable, "-m", "mlflow", "server", *options]
+
+    def environment(self) -> dict[str, str]:
+        away = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        if self.s3 is None:
+            return away
+        return {**away, **KEYS, "MLFLOW_S3_ENDPOINT_URL": f"http://{self.s3.address}"}
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as reply:
+                return bool(reply.status == 200)
+        except OSError:
+            return False
