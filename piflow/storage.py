@@ -178,7 +178,8 @@ def _hub_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (errors.HfHubHTTPError, FileNotFoundError) as error:
-        cause = error.__cause__ or error  # the file system calls all of them "not found"
+        # the file system calls all of them "not found"
+        cause = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__
         if isinstance(cause, errors.GatedRepoError):
             reason = (
                 "its licence must be accepted on its page first, and HF_TOKEN must be a token of "
