@@ -64,11 +64,19 @@ class CheckpointSaver:
     Args:
         run_dir: URI of the run's folder; with several machines they must share it.
         training: which checkpoints are kept.
+        before_seal: called on rank 0, in the thread, when all files are there and before they
+            become a checkpoint: what must not be lost with the steps before it.
     """
 
-    def __init__(self, run_dir: str, training: TrainingConfig) -> None:
+    def __init__(
+        self,
+        run_dir: str,
+        training: TrainingConfig,
+        before_seal: Callable[[], None] = lambda: None,
+    ) -> None:
         self.run_dir = run_dir
         self.training = training
+        self._before_seal = before_seal
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._saves: list[Future[Saved]] = []  # not yet taken; the last may be running
@@ -139,6 +147,7 @@ class CheckpointSaver:
             problem = _upload(folder, uri)
         files = gather_files(mine, problem, self._group)
         if self._rank == 0:
+            self._before_seal()
             _tried(uri, lambda: _seal(uri, state, files))
             self._delete_old()
 

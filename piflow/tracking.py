@@ -1,23 +1,30 @@
 """Experiment tracking: a thin layer over MLflow.
 
-    driver          start_or_resume(...) -> run_id     parameters, tags, resolved recipe
-                    finish(...)                        how the run ended
-    rank 0          MlflowTracker(uri, run_id)         metrics, pictures, events, files
+    driver          start(...) -> run_id               parameters, tags, resolved recipe
+                    resume(...), finish(...)           an earlier run goes on; how it ended
+    rank 0          MlflowTracker(uri, run_id, dir)    metrics, pictures, events, files
     other ranks     NullTracker()                      the same calls, nothing happens
     export          register_adapter(...)              adapter folder -> registered model version
 
 A run outlives processes: it is created once, and whoever comes later continues it by its id. After
 a restart the steps since the last checkpoint are computed again; they are not logged again, because
-a tracker asks the server once for the last step it holds of a metric or picture and skips up to it.
+the server is asked once for the last step it holds of a metric or picture, and all up to it is
+skipped.
+
+Training never waits for the server. What is logged goes through an `Outbox`, with the time when it
+happened; while the server is away it is kept in memory and in `RUN_DIR/tracking-buffer`, and
+whoever comes next to the run (`piflow distill`, `evaluate`, `export`) delivers what lies there. At
+the start of a run the server must answer: a wrong address should not be found out hours later.
 
 Without a server the store is a SQLite file in the run's folder, artifacts beside it.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import logging
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -25,19 +32,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import unquote, urlparse
 
-import yaml
+from piflow import storage
+from piflow.mlflow_delivery import (
+    START_SECONDS,
+    TAG_LENGTH,
+    Delivery,
+    answered,
+    connect,
+    cut,
+    explained,
+    flatten_params,
+    get_run,
+    log_params,
+    plain,
+    set_tags,
+    to_yaml,
+)
+from piflow.outbox import Entry, Outbox, ServerAwayError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
     from PIL.Image import Image
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
+BUFFER = "tracking-buffer"  # in the run's folder
 _SQLITE = "sqlite:///"
-_PARAM_LENGTH = 6000  # MLflow's limits, in characters
-_TAG_LENGTH = 8000
-_BATCH = 100  # parameters a request; metrics may be 1,000
+_UPLOAD_SECONDS = 600  # a request with an adapter's files, which a server may pass on to S3
+_KEEP_SECONDS = 10.0  # before a checkpoint counts
+_CLOSE_SECONDS = 30.0  # for what is left when a process ends
+_log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -58,8 +82,11 @@ class Tracker(Protocol):
     def event(self, name: str, text: str) -> None:
         """Something that happened once: a restart, a resize, a refused batch."""
 
-    def finish(self, status: RunStatus = "FINISHED") -> None:
-        """Ends the run; it can be resumed."""
+    def keep(self) -> None:
+        """Waits (10 s at most) until all of this can't get lost; before a checkpoint counts."""
+
+    def close(self) -> str | None:
+        """The process ends: delivers what is left, 30 s long. Returns why something was not."""
 
 
 class NullTracker:
@@ -80,68 +107,89 @@ class NullTracker:
     def event(self, name: str, text: str) -> None:
         pass
 
-    def finish(self, status: RunStatus = "FINISHED") -> None:
+    def keep(self) -> None:
         pass
+
+    def close(self) -> str | None:
+        return None
 
 
 class MlflowTracker:
-    """Continues the MLflow run ``run_id`` at the tracking server ``uri``.
+    """Continues the MLflow run `run_id` at the tracking server `uri`, in a thread.
 
-    Raises:
-        ValueError: the server doesn't hold that run.
+    Nothing here waits for the server or fails by it, but `keep` and `close` within their limits.
+
+    Args:
+        run_dir: URI of the run's folder, for what can't be delivered.
     """
 
-    def __init__(self, uri: str, run_id: str) -> None:
-        self._client = _connect(uri)
-        self._run_id = run_id
-        _get_run(self._client, uri, run_id)
-        self._last_steps: dict[str, int] = {}
-        self._images = {item.path for item in self._client.list_artifacts(run_id, "images")}
+    def __init__(self, uri: str, run_id: str, run_dir: str) -> None:
+        self._outbox = _outbox(uri, run_id, run_dir)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        fresh = {key: value for key, value in metrics.items() if step > self._last_step(key)}
-        self._log_points(fresh, step)
+        values = {key: float(value) for key, value in metrics.items()}
+        self._outbox.put(_entry("metrics", {"values": values, "replace": False}, step))
 
     def log_summary(self, metrics: Mapping[str, float], step: int) -> None:
-        self._log_points(metrics, step)
+        values = {key: float(value) for key, value in metrics.items()}
+        self._outbox.put(_entry("metrics", {"values": values, "replace": True}, step))
 
     def log_image(self, image: Image, key: str, step: int) -> None:
-        prefix = f"images/{key.replace('/', '~')}+step+{step}+"  # MLflow's own naming
-        if any(path.startswith(prefix) for path in self._images):
-            return
-        self._client.log_image(self._run_id, image, key=key, step=step, synchronous=True)
-        self._images.add(prefix)
+        png = io.BytesIO()
+        image.save(png, format="PNG")
+        self._outbox.put(_entry("picture", {"key": key, "png": _to_text(png.getvalue())}, step))
 
     def log_artifact(self, local_path: Path, folder: str | None = None) -> None:
+        """Its files as they are now.
+
+        Raises:
+            ValueError: there is no such file or folder.
+        """
         if not local_path.exists():
             raise ValueError(f"nothing to log at {local_path}: no such file or folder")
-        if local_path.is_dir():
-            self._client.log_artifacts(self._run_id, str(local_path), folder)
-        else:
-            self._client.log_artifact(self._run_id, str(local_path), folder)
+        root = local_path if local_path.is_dir() else local_path.parent
+        files = sorted(local_path.rglob("*")) if local_path.is_dir() else [local_path]
+        for file in (item for item in files if item.is_file()):
+            path = "/".join(filter(None, [folder, file.relative_to(root).as_posix()]))
+            content = _to_text(file.read_bytes())
+            self._outbox.put(_entry("file", {"path": path, "content": content}))
 
     def event(self, name: str, text: str) -> None:
         """All events are kept as text files ``events/<time>-<name>.txt``; a tag shows the last."""
-        _log_event(self._client, self._run_id, name, text)
+        self._outbox.put(_event(name, text))
 
-    def finish(self, status: RunStatus = "FINISHED") -> None:
-        self._client.set_terminated(self._run_id, status)
+    def keep(self) -> None:
+        self._outbox.keep(_KEEP_SECONDS)
 
-    def _last_step(self, key: str) -> int:
-        if key not in self._last_steps:
-            history = self._client.get_metric_history(self._run_id, key)
-            self._last_steps[key] = max((point.step for point in history), default=-1)
-        return self._last_steps[key]
+    def close(self) -> str | None:
+        return self._outbox.close(_CLOSE_SECONDS)
 
-    def _log_points(self, metrics: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
 
-        now = time.time_ns() // 1_000_000
-        points = [Metric(key, float(value), now, step) for key, value in metrics.items()]
-        for start in range(0, len(points), _BATCH):
-            self._client.log_batch(self._run_id, metrics=points[start : start + _BATCH])
-        for key in metrics:
-            self._last_steps[key] = max(step, self._last_step(key))
+class SystemMetrics:
+    """This machine's CPU, memory, disk, network and NVIDIA or AMD GPUs, in MLflow's own names."""
+
+    def __init__(self) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+        from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
+
+        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        for gpus in (GPUMonitor, ROCMMonitor):
+            try:
+                self._monitors.append(gpus())
+            except (ImportError, RuntimeError) as error:  # no such GPU, or not its Python package
+                _log.info("no metrics of %s: %s", gpus.__name__, error)
+
+    def read(self) -> dict[str, float]:
+        """Since the last call; takes about a millisecond."""
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            values |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        return {f"system/{name}": float(value) for name, value in values.items()}
 
 
 def default_tracking_uri(run_dir: str) -> str:
@@ -162,61 +210,88 @@ def default_tracking_uri(run_dir: str) -> str:
     return f"{_SQLITE}{folder / 'mlflow.db'}"
 
 
-def start_or_resume(
-    uri: str,
-    experiment: str,
-    run_name: str,
-    run_id: str | None,
-    params: Mapping[str, Any],
-    tags: Mapping[str, str],
+def start(
+    uri: str, experiment: str, run_name: str, params: Mapping[str, Any], tags: Mapping[str, str]
 ) -> str:
-    """Create a run, or set an earlier one to running again; returns its id.
+    """Create a run; returns its id.
 
     Args:
         uri: MLflow tracking URI.
         experiment: created when missing; with SQLite its artifacts lie in ``mlartifacts`` beside
             the database.
         run_name: the name people see.
-        run_id: the run to resume, or None for a new one.
         params: the resolved recipe; nested keys are joined by dots, and the whole is also logged as
-            the artifact ``recipe.yaml``. MLflow's parameters can't change, so values that differ on
-            resuming (say, the number of workers) become an event, and the recipe is kept beside the
-            first one in ``resumed/``.
-        tags: set anew each time.
+            the artifact ``recipe.yaml``.
+        tags: of the run.
 
     Raises:
-        ValueError: the experiment was deleted, or the server doesn't hold ``run_id``.
+        ConnectionError: the server didn't answer within 20 s, or there is none of that name.
+        ValueError: the server refuses, or the experiment was deleted.
     """
-    client = _connect(uri)
-    flat = flatten_params(params)
-    if run_id is None:
-        experiment_id = _experiment_id(client, uri, experiment)
-        run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
-        _log_params(client, run_id, flat)
-        client.log_text(run_id, _to_yaml(params), "recipe.yaml")
-    else:
-        known = _get_run(client, uri, run_id).data.params
-        client.update_run(run_id, status="RUNNING")
-        _log_params(client, run_id, {key: flat[key] for key in flat.keys() - known.keys()})
-        changed = sorted(key for key in known if known[key] != flat.get(key, "(absent)"))
-        if changed:
-            lines = [f"{key}: {known[key]} -> {flat.get(key, '(absent)')}" for key in changed]
-            stamp = _log_event(client, run_id, "resumed-with-changes", "\n".join(lines))
-            client.log_text(run_id, _to_yaml(params), f"resumed/{stamp}-recipe.yaml")
-    for key, value in tags.items():
-        client.set_tag(run_id, key, _cut(value, _TAG_LENGTH))
+    client = connect(uri)
+    with explained(uri):
+        experiment_id = answered(lambda: _experiment_id(client, uri, experiment), uri)
+        run_id = str(client.create_run(experiment_id, run_name=run_name).info.run_id)
+        log_params(client, run_id, flatten_params(params))
+        client.log_text(run_id, to_yaml(params), "recipe.yaml")
+        set_tags(client, run_id, tags)
     return run_id
 
 
-def finish(uri: str, run_id: str, status: RunStatus = "FINISHED") -> None:
-    """Ends a run from the driver, which holds no tracker; the run can be resumed.
+def resume(
+    uri: str,
+    run_id: str,
+    run_dir: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    *,
+    must_answer: bool,
+) -> None:
+    """Deliver what earlier attempts left, then set the run to running again.
+
+    MLflow's parameters can't change, so values that differ on resuming (say, the number of workers)
+    become an event, and the recipe is kept beside the first one in ``resumed/``.
+
+    Args:
+        params, tags: as for `start`; tags are set anew.
+        must_answer: an error if the server is away; else this is delivered later, as all is.
 
     Raises:
-        ValueError: the server doesn't hold ``run_id``.
+        ConnectionError: it must answer and didn't within 20 s.
+        ValueError: the server doesn't hold the run, or refuses.
     """
-    client = _connect(uri)
-    _get_run(client, uri, run_id)
-    client.set_terminated(run_id, status)
+    outbox = _outbox(uri, run_id, run_dir)
+    outbox.put(_entry("resume", {"params": plain(params), "tags": dict(tags)}))
+    problem = outbox.close(START_SECONDS)
+    if problem is None:
+        return
+    if outbox.refused:
+        raise ValueError(problem)
+    if must_answer:
+        raise ServerAwayError(problem)
+    _log.warning("%s. The run goes on; what is logged is kept in %s until then", problem, run_dir)
+
+
+def finish(uri: str, run_id: str, run_dir: str, status: RunStatus = "FINISHED") -> str | None:
+    """Ends a run, which can be resumed; delivers what is left of it.
+
+    Returns:
+        Why something was not delivered: it is kept in the run's folder, with its time.
+    """
+    outbox = _outbox(uri, run_id, run_dir)
+    outbox.put(_entry("status", {"status": status}))
+    return outbox.close(_CLOSE_SECONDS)
+
+
+def deliver_kept(uri: str, run_id: str, run_dir: str) -> str | None:
+    """Deliver what earlier processes had to leave in the run's folder.
+
+    Returns:
+        Why something was not delivered.
+    """
+    if not storage.list_files(storage.join(run_dir, BUFFER)):
+        return None
+    return _outbox(uri, run_id, run_dir).close(_CLOSE_SECONDS)
 
 
 def register_adapter(
@@ -238,73 +313,40 @@ def register_adapter(
         The version, a number as MLflow writes it ("1").
 
     Raises:
-        ValueError: the folder is missing or empty, the server doesn't hold ``run_id``, or the alias
-            is "latest".
+        ConnectionError: the server doesn't answer.
+        ValueError: the folder is missing or empty, the server doesn't hold ``run_id`` or refuses,
+            or the alias is "latest".
     """
     if alias.lower() == "latest":
         raise ValueError('MLflow reserves the alias "latest"; use another, such as "newest"')
-    client = _connect(uri)
-    _get_run(client, uri, run_id)
     artifact_folder = f"adapters/{_content_hash(folder)}"
-    client.log_artifacts(run_id, str(folder), artifact_folder)
-    if not client.search_registered_models(f"name = '{_quotable(name)}'"):
-        client.create_registered_model(name)
-    source = f"runs:/{run_id}/{artifact_folder}"
-    earlier = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    same = [item for item in earlier if item.source == source]
-    model = same[0] if same else client.create_model_version(name, source=source, run_id=run_id)
-    for key, value in tags.items():
-        client.set_model_version_tag(name, model.version, key, _cut(value, _TAG_LENGTH))
-    client.set_registered_model_alias(name, alias, model.version)
+    name = _quotable(name)
+    client = connect(uri, request_seconds=_UPLOAD_SECONDS)
+    with explained(uri):
+        answered(lambda: get_run(client, uri, run_id), uri)
+        client.log_artifacts(run_id, str(folder), artifact_folder)
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = f"runs:/{run_id}/{artifact_folder}"
+        earlier = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        same = [item for item in earlier if item.source == source]
+        model = same[0] if same else client.create_model_version(name, source=source, run_id=run_id)
+        for key, value in tags.items():
+            client.set_model_version_tag(name, model.version, key, cut(value, TAG_LENGTH))
+        client.set_registered_model_alias(name, alias, model.version)
     return str(model.version)
 
 
-def flatten_params(params: Mapping[str, Any]) -> dict[str, str]:
-    """Nested mappings to dotted keys and texts; values over MLflow's 6,000 characters are cut.
-
-    Lists are one value, as YAML writes them in a line; None is "null". An empty mapping leaves
-    nothing. Example: ``{"training": {"lr": 1e-4}}`` -> ``{"training.lr": "0.0001"}``.
-    """
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{key}.{inner}": text for inner, text in flatten_params(value).items()})
-        elif isinstance(value, str):
-            flat[key] = _cut(value, _PARAM_LENGTH)
-        else:
-            line = yaml.safe_dump(_plain(value), default_flow_style=True, width=10**9)
-            flat[key] = _cut(line.removesuffix("...\n").strip(), _PARAM_LENGTH)
-    return flat
+def _outbox(uri: str, run_id: str, run_dir: str) -> Outbox:
+    return Outbox(storage.join(run_dir, BUFFER), Delivery(uri, run_id), _event)
 
 
-def _connect(uri: str) -> MlflowClient:
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
-    from mlflow import MlflowClient
-
-    # creating a SQLite store logs every schema migration
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+def _entry(kind: str, data: dict[str, Any], step: int = 0) -> Entry:
+    return Entry(kind, time.time_ns() // 1000, step, data)
 
 
-def _get_run(client: MlflowClient, uri: str, run_id: str) -> Run:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise ValueError(
-            f"MLflow run {run_id} is not in {uri}; set tracking.uri to the server on which the "
-            "run was started, or start in a new run_dir"
-        ) from error
-    if run.info.lifecycle_stage == "deleted":
-        raise ValueError(
-            f"MLflow run {run_id} in {uri} was deleted; restore it (`mlflow runs restore "
-            f"--run-id {run_id}`) or start in a new run_dir"
-        )
-    return run
+def _event(name: str, text: str) -> Entry:
+    return _entry("event", {"name": re.sub(r"[^\w.-]+", "-", name), "text": text})
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
@@ -330,25 +372,6 @@ def _artifact_location(uri: str) -> str | None:
     return (Path(uri.removeprefix(_SQLITE)).absolute().parent / "mlartifacts").as_uri()
 
 
-def _log_params(client: MlflowClient, run_id: str, flat: Mapping[str, str]) -> None:
-    from mlflow.entities import Param
-
-    params = [Param(key, value) for key, value in sorted(flat.items())]
-    for start in range(0, len(params), _BATCH):
-        client.log_batch(run_id, params=params[start : start + _BATCH])
-
-
-def _log_event(client: MlflowClient, run_id: str, name: str, text: str) -> str:
-    """Writes the event's file and tag; returns its time, to the microsecond (names the file)."""
-    microseconds = time.time_ns() // 1000
-    clock = time.strftime("%Y-%m-%dT%H%M%S", time.gmtime(microseconds // 1_000_000))
-    stamp = f"{clock}.{microseconds % 1_000_000:06d}Z"
-    name = re.sub(r"[^\w.-]+", "-", name)
-    client.log_text(run_id, text, f"events/{stamp}-{name}.txt")
-    client.set_tag(run_id, f"event.{name}", _cut(text, _TAG_LENGTH))
-    return stamp
-
-
 def _content_hash(folder: Path) -> str:
     """16 hexadecimal digits of SHA-256 over the folder's files: names, sizes, contents."""
     files = sorted(item for item in folder.rglob("*") if item.is_file())
@@ -369,18 +392,5 @@ def _quotable(name: str) -> str:
     return name
 
 
-def _to_yaml(params: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(_plain(params), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    """Mappings and tuples to what YAML writes without type tags."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _to_text(content: bytes) -> str:
+    return base64.b64encode(content).decode()

@@ -51,9 +51,11 @@ def main(
     with _progress(recipe, show_progress) as advance:
         result = evaluate(recipe, trio, store, device, retrieve=_retrieval(recipe), advance=advance)
     folder = _write_report(recipe, result, record.mlflow_run_id, store.manifest_hash, state.step)
-    tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id)
+    tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
     tracker.log_summary(summary(result), step=state.step)
     tracker.log_artifact(folder, "evaluation")
+    if problem := tracker.close():
+        print(f"not yet in MLflow: {problem}. It is kept in the run's folder for the next command")
     print(f"report written to {folder / 'report.html'}")
     return result
 

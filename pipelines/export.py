@@ -32,7 +32,7 @@ def main(
     from piflow import rundir, storage
     from piflow.data.store import EmbeddingStore
     from piflow.student import export_adapter
-    from piflow.tracking import register_adapter
+    from piflow.tracking import deliver_kept, register_adapter
 
     record = rundir.require_run(recipe)
     checkpoint = checkpoint or rundir.newest_checkpoint(recipe.run_dir)
@@ -46,6 +46,7 @@ def main(
     }
     export_adapter(recipe, checkpoint, folder, weights=weights, dtype=dtype, lineage=lineage)
     name = recipe.tracking.model_name or recipe.name
+    deliver_kept(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
     version = register_adapter(
         record.tracking_uri,
         record.mlflow_run_id,

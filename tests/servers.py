@@ -1,4 +1,7 @@
-"""Real servers that tests start, kill and start again: an S3 store, an MLflow server."""
+"""Real servers that tests start, kill and start again: an S3 store, an MLflow server.
+
+`S3Proxy` stands before an S3 server and can answer in its place, as a cloud's S3 would.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -181,3 +189,106 @@ class MlflowServer(Server):
                 return bool(reply.status == 200)
         except OSError:
             return False
+
+
+Answer = tuple[int, str, str]  # status, S3's error code, message
+
+
+class S3Proxy(ThreadingHTTPServer):
+    """Passes requests on to an S3 server, unless `answer` says otherwise.
+
+    The signed Host header stays as the client sent it, so signatures hold.
+
+    Attributes:
+        answer: (method, path) -> what to answer instead; None: pass it on.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, server: S3Server) -> None:
+        super().__init__(("127.0.0.1", 0), _ProxyHandler)
+        self.upstream = server
+        self.answer: Callable[[str, str], Answer | None] = lambda method, path: None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def s3_proxy(server: S3Server) -> Iterator[S3Proxy]:
+    """A proxy that serves while the block runs."""
+    with S3Proxy(server) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield proxy
+        finally:
+            proxy.shutdown()
+            thread.join(20)
+
+
+class _ProxyHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: S3Proxy  # type: ignore[assignment]
+
+    def _serve(self) -> None:
+        body = self._body()
+        answer = self.server.answer(self.command, self.path)
+        if answer is not None:
+            self._refuse(*answer)
+            return
+        try:
+            self._pass_on(body)
+        except (OSError, HTTPException):  # the server is away, and so is the proxy
+            self.close_connection = True
+
+    def _body(self) -> bytes:
+        if "chunked" not in (self.headers.get("Transfer-Encoding") or ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pieces = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
+
+    def _pass_on(self, body: bytes) -> None:
+        host, _, port = self.server.upstream.address.partition(":")
+        upstream = HTTPConnection(host, int(port), timeout=60)
+        try:
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in ("connection", "expect"):
+                    upstream.putheader(name, value)
+            chunked = "Transfer-Encoding" in self.headers
+            upstream.endheaders([body] if chunked else body, encode_chunked=chunked)
+            reply = upstream.getresponse()
+            content = reply.read()
+            self.send_response_only(reply.status)
+            for name, value in reply.getheaders():
+                if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+                    self.send_header(name, value)
+            length = reply.getheader("Content-Length") if self.command == "HEAD" else None
+            self.send_header("Content-Length", length or str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        finally:
+            upstream.close()
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        content = (
+            f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code>'
+            f"<Message>{message}</Message></Error>"
+        ).encode()
+        self.send_response_only(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass

@@ -13,6 +13,7 @@ from piflow.checkpoint import load_state
 from piflow.config import Recipe
 from piflow.data.store import EmbeddingStore
 from piflow.step import NonFiniteError
+from piflow.tracking import RunStatus, deliver_kept, finish
 
 _DATA_CPUS = 2  # logical CPUs for Ray Data's reading beside the workers, on a local instance
 
@@ -68,7 +69,8 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
     manifest_hash = check_store(recipe).manifest_hash
     rundir.require_same_store(recipe, record, manifest_hash)
     found = rundir.checkpoints(recipe.run_dir)
-    if found and max(found) >= recipe.training.steps:
+    if record is not None and found and max(found) >= recipe.training.steps:
+        _tell_undelivered(deliver_kept(record.tracking_uri, record.mlflow_run_id, recipe.run_dir))
         print(
             f"{recipe.name}: all {recipe.training.steps} steps are done; raise training.steps "
             "to go on"
@@ -114,14 +116,15 @@ def _tracked(
     from piflow import tracking
 
     uri = recipe.tracking.uri or tracking.default_tracking_uri(recipe.run_dir)
-    run_id = tracking.start_or_resume(
-        uri,
-        recipe.tracking.experiment,
-        recipe.name,
-        record.mlflow_run_id if record else None,
-        recipe.model_dump(mode="json"),
-        {"piflow.recipe_hash": recipe.hash(), "piflow.run_dir": storage.absolute(recipe.run_dir)},
-    )
+    params = recipe.model_dump(mode="json")
+    run_dir = storage.absolute(recipe.run_dir)
+    tags = {"piflow.recipe_hash": recipe.hash(), "piflow.run_dir": run_dir}
+    if record is None:
+        run_id = tracking.start(uri, recipe.tracking.experiment, recipe.name, params, tags)
+    else:  # an address that has worked may be away, as in mid-run
+        run_id = record.mlflow_run_id
+        must_answer = uri != record.tracking_uri
+        tracking.resume(uri, run_id, run_dir, params, tags, must_answer=must_answer)
     record = rundir.RunRecord(recipe.hash(), recipe.identity(), uri, run_id, manifest_hash)
     rundir.write_record(recipe.run_dir, record)
     return record
@@ -131,7 +134,6 @@ def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> No
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from piflow import tracking
     from piflow.runtime.progress import progress_bar
     from piflow.runtime.worker import train_worker
 
@@ -172,11 +174,25 @@ def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> No
             if failure is not None:
                 raise _FAILURES[failure.kind](failure.message)
         except BaseException as error:
-            tracking.finish(record.tracking_uri, record.mlflow_run_id, "FAILED")
+            _finish(recipe, record, "FAILED")
             if isinstance(error, ray.train.WorkerGroupError):
                 raise WorkersFailedError(_first_failure(error.worker_failures)) from error
             raise
-    tracking.finish(record.tracking_uri, record.mlflow_run_id, "FINISHED")
+    _finish(recipe, record, "FINISHED")
+
+
+def _finish(recipe: Recipe, record: rundir.RunRecord, status: RunStatus) -> None:
+    """Tell MLflow how the run ended; if it is away, whoever comes next does."""
+    run_id = record.mlflow_run_id
+    _tell_undelivered(finish(record.tracking_uri, run_id, recipe.run_dir, status))
+
+
+def _tell_undelivered(problem: str | None) -> None:
+    if problem is not None:
+        print(
+            f"MLflow lacks some of the run, which is kept in its folder: {problem}. The next "
+            "`piflow distill`, `evaluate` or `export` delivers it"
+        )
 
 
 def _first_failure(failures: Mapping[int, Exception]) -> str:

@@ -30,7 +30,7 @@ from piflow.saver import CheckpointSaver, restore_newest
 from piflow.sharding import Strategy
 from piflow.sharding.choice import strategy_for
 from piflow.step import NonFiniteError, SkippedSteps, StepMetrics
-from piflow.tracking import MlflowTracker, NullTracker, Tracker
+from piflow.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -45,13 +45,29 @@ def train_worker(config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     strategy, reason = strategy_for(recipe, world_size, device)
+    with _tracking(recipe, config, rank) as tracker:
+        tracker.event("strategy", reason)
+        assembly = _assemble_or_tell(recipe, strategy, device, tracker)
+        if assembly is not None:
+            _train(recipe, config, assembly, tracker)
+
+
+@contextmanager
+def _tracking(recipe: Recipe, config: dict[str, Any], rank: int) -> Iterator[Tracker]:
+    """Rank 0's tracker; what MLflow didn't take when the block ends is kept in the run's folder."""
     tracker: Tracker = NullTracker()
     if rank == 0:
-        tracker = MlflowTracker(config["tracking_uri"], config["run_id"])
-    tracker.event("strategy", reason)
-    assembly = _assemble_or_tell(recipe, strategy, device, tracker)
-    if assembly is None:
-        return
+        tracker = MlflowTracker(config["tracking_uri"], config["run_id"], recipe.run_dir)
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+def _train(recipe: Recipe, config: dict[str, Any], assembly: Assembly, tracker: Tracker) -> None:
+    """From the newest checkpoint to the recipe's last step, or to word why it stops before."""
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     loop = _Loop(
         recipe, config["recipe_hash"], assembly, tracker, config["board"], rank, config["run_id"]
     )
@@ -121,8 +137,9 @@ class _Loop:
         self.board = board
         self.rank = rank
         self.run_id = run_id
+        self.system = SystemMetrics() if recipe.tracking.system_metrics and not rank else None
         self.skipped = SkippedSteps(recipe.training)
-        self.saver = CheckpointSaver(recipe.run_dir, recipe.training)
+        self.saver = CheckpointSaver(recipe.run_dir, recipe.training, before_seal=tracker.keep)
 
     def resume(self) -> int:
         """Restore the newest good checkpoint, if there is one; returns the steps that are done.
@@ -193,6 +210,8 @@ class _Loop:
             "data_wait_seconds": waited,
             "skipped_steps": float(self.skipped.count(metrics.step)),
         }
+        if self.system is not None:
+            values |= self.system.read()
         self.tracker.log_metrics(values, step=done)
 
     def _log_pictures(self, step: int) -> None:

@@ -284,6 +284,20 @@ def test_all_defaults_pass_their_own_checks() -> None:
         section()
 
 
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("mlflow.example:5000", r"expected http\(s\)://host:port"),
+        ("htp://mlflow:5000", r"expected http\(s\)://host:port"),
+        ("http://", r"expected http\(s\)://host:port"),
+        ("https://me:secret@mlflow:5000", "holds a password.*MLFLOW_TRACKING_PASSWORD"),
+    ],
+)
+def test_a_tracking_uri_that_is_none_is_refused(uri: str, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        recipe(tracking={"uri": uri})
+
+
 def test_the_length_is_part_of_the_identity_where_the_learning_rate_depends_on_it() -> None:
     constant = {"optimizer": {"decay_fraction": 0.0}}
     decaying = {"optimizer": {"decay_fraction": 0.5}}

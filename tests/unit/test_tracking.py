@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ from PIL import Image
 from piflow.tracking import (
     MlflowTracker,
     NullTracker,
+    SystemMetrics,
     Tracker,
     default_tracking_uri,
+    deliver_kept,
     finish,
     flatten_params,
     register_adapter,
-    start_or_resume,
+    resume,
+    start,
 )
 
 mlflow = pytest.importorskip("mlflow")
@@ -41,12 +46,25 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run_id(uri: str) -> str:
-    return start_or_resume(uri, "piflow", "emoji", None, RECIPE, {})
+    return start(uri, "piflow", "emoji", RECIPE, {})
 
 
 @pytest.fixture
 def client(uri: str) -> Any:
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@pytest.fixture
+def run_dir(uri: str) -> str:
+    return str(Path(uri.removeprefix("sqlite:///")).parent)
+
+
+@contextmanager
+def tracking(uri: str, run_id: str) -> Iterator[MlflowTracker]:
+    """A tracker that has delivered all when the block ends."""
+    tracker = MlflowTracker(uri, run_id, str(Path(uri.removeprefix("sqlite:///")).parent))
+    yield tracker
+    assert tracker.close() is None
 
 
 def _points(client: Any, run_id: str, key: str) -> list[tuple[int, float]]:
@@ -71,7 +89,7 @@ def test_default_uri_needs_a_local_run_folder() -> None:
 
 
 def test_a_new_run_holds_recipe_tags_and_name(uri: str, client: Any, tmp_path: Path) -> None:
-    run_id = start_or_resume(uri, "piflow", "my run", None, RECIPE, {"recipe_hash": "abc"})
+    run_id = start(uri, "piflow", "my run", RECIPE, {"recipe_hash": "abc"})
     run = client.get_run(run_id)
     assert run.info.status == "RUNNING"
     assert run.info.run_name == "my run"
@@ -97,44 +115,49 @@ def test_artifacts_lie_beside_the_database(
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.txt").write_text("a")
     before = set(tmp_path.iterdir())
-    tracker = MlflowTracker(uri, run_id)
-    tracker.log_artifact(tmp_path / "report.html", "evaluation")
-    tracker.log_artifact(tmp_path / "files", "evaluation")
+    with tracking(uri, run_id) as tracker:
+        tracker.log_artifact(tmp_path / "report.html", "evaluation")
+        tracker.log_artifact(tmp_path / "files", "evaluation")
+        with pytest.raises(ValueError, match="nothing to log"):
+            tracker.log_artifact(tmp_path / "absent")
     stored = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / run_id / "artifacts"
     assert (stored / "evaluation" / "report.html").read_text() == "<p>"
     assert (stored / "evaluation" / "a.txt").read_text() == "a"
     assert set(tmp_path.iterdir()) == before  # no ./mlruns
-    with pytest.raises(ValueError, match="nothing to log"):
-        tracker.log_artifact(tmp_path / "absent")
 
 
 def test_replayed_steps_are_logged_once(uri: str, run_id: str, client: Any) -> None:
-    first = MlflowTracker(uri, run_id)
-    for step in (10, 20, 30):
-        first.log_metrics({"loss": float(step)}, step)
-    restarted = MlflowTracker(uri, run_id)
-    for step in (20, 30, 40):
-        restarted.log_metrics({"loss": -float(step), "grad_norm": 1.0}, step)
+    with tracking(uri, run_id) as first:
+        for step in (10, 20, 30):
+            first.log_metrics({"loss": float(step)}, step)
+    with tracking(uri, run_id) as restarted:
+        for step in (20, 30, 40):
+            restarted.log_metrics({"loss": -float(step), "grad_norm": 1.0}, step)
     assert _points(client, run_id, "loss") == [(10, 10.0), (20, 20.0), (30, 30.0), (40, -40.0)]
     # a metric has its own steps: one that is new, or is logged by another tool, is not held back
     assert _points(client, run_id, "grad_norm") == [(20, 1.0), (30, 1.0), (40, 1.0)]
 
 
 def test_step_zero_is_logged(uri: str, run_id: str, client: Any) -> None:
-    MlflowTracker(uri, run_id).log_metrics({"loss": 1.0}, 0)
-    MlflowTracker(uri, run_id).log_metrics({"loss": 2.0}, 0)
+    with tracking(uri, run_id) as tracker:
+        tracker.log_metrics({"loss": 1.0}, 0)
+    with tracking(uri, run_id) as tracker:
+        tracker.log_metrics({"loss": 2.0}, 0)
     assert _points(client, run_id, "loss") == [(0, 1.0)]
 
 
 def test_a_summary_replaces_what_is_there(uri: str, run_id: str, client: Any) -> None:
-    MlflowTracker(uri, run_id).log_summary({"eval/psnr_student": 20.0}, 100)
-    MlflowTracker(uri, run_id).log_summary({"eval/psnr_student": 19.0}, 100)
+    with tracking(uri, run_id) as tracker:
+        tracker.log_summary({"eval/psnr_student": 20.0}, 100)
+    with tracking(uri, run_id) as tracker:
+        tracker.log_summary({"eval/psnr_student": 19.0}, 100)
     assert client.get_run(run_id).data.metrics["eval/psnr_student"] == 19.0
 
 
 def test_many_and_non_finite_metrics(uri: str, run_id: str, client: Any) -> None:
     values = {f"m{index}": float(index) for index in range(250)}
-    MlflowTracker(uri, run_id).log_metrics({**values, "bad": math.nan}, 1)
+    with tracking(uri, run_id) as tracker:
+        tracker.log_metrics({**values, "bad": math.nan}, 1)
     logged = client.get_run(run_id).data.metrics
     assert math.isnan(logged.pop("bad"))
     assert logged == values
@@ -142,57 +165,49 @@ def test_many_and_non_finite_metrics(uri: str, run_id: str, client: Any) -> None
 
 def test_images_are_logged_once_a_step(uri: str, run_id: str, client: Any, tmp_path: Path) -> None:
     red = Image.new("RGB", (8, 8), (255, 0, 0))
-    first = MlflowTracker(uri, run_id)
-    first.log_image(red, "samples/student", 5)
-    first.log_image(red, "samples/student", 5)
-    restarted = MlflowTracker(uri, run_id)
-    restarted.log_image(red, "samples/student", 5)
-    restarted.log_image(red, "samples/student", 50)
-    restarted.log_image(red, "samples/teacher", 5)
+    with tracking(uri, run_id) as first:
+        first.log_image(red, "samples/student", 5)
+        first.log_image(red, "samples/student", 5)
+    with tracking(uri, run_id) as restarted:
+        restarted.log_image(red, "samples/student", 5)
+        restarted.log_image(red, "samples/student", 50)
+        restarted.log_image(red, "samples/teacher", 5)
     found = [item.path for item in client.list_artifacts(run_id, "images")]
     pngs = sorted(path for path in found if path.endswith(".png"))
-    assert len(pngs) == 3
+    assert len(pngs) == 3 and len(found) == 6  # MLflow's interface shows a small copy of each
+    assert client.get_run(run_id).data.tags["mlflow.loggedImages"] == "True"
     stored = Image.open(client.download_artifacts(run_id, pngs[0], str(tmp_path)))
     assert stored.size == (8, 8) and stored.getpixel((3, 3)) == (255, 0, 0)
 
 
 def test_events_are_all_kept(uri: str, run_id: str, client: Any, tmp_path: Path) -> None:
-    tracker = MlflowTracker(uri, run_id)
-    tracker.event("worker lost", "first")
-    tracker.event("worker lost", "second " + "x" * 9000)
+    with tracking(uri, run_id) as tracker:
+        tracker.event("worker lost", "first")
+        tracker.event("worker lost", "second " + "x" * 9000)
     paths = sorted(item.path for item in client.list_artifacts(run_id, "events"))
     texts = [_download(client, run_id, path, tmp_path) for path in paths]
     assert texts == ["first", "second " + "x" * 9000]
     assert client.get_run(run_id).data.tags["event.worker-lost"].startswith("second x")
 
 
-def test_resume_continues_the_same_run(uri: str, run_id: str, client: Any) -> None:
-    MlflowTracker(uri, run_id).finish("FAILED")
-    assert client.get_run(run_id).info.status == "FAILED"
-    assert start_or_resume(uri, "piflow", "emoji", run_id, RECIPE, {"attempt": "2"}) == run_id
+def test_resume_continues_the_same_run(uri: str, run_id: str, run_dir: str, client: Any) -> None:
+    assert finish(uri, run_id, run_dir, "FAILED") is None
+    failed = client.get_run(run_id)
+    assert failed.info.status == "FAILED" and failed.info.end_time is not None
+    resume(uri, run_id, run_dir, RECIPE, {"attempt": "2"}, must_answer=True)
     run = client.get_run(run_id)
     assert run.info.status == "RUNNING"
     assert run.data.tags["attempt"] == "2"
     assert not client.list_artifacts(run_id, "resumed")  # nothing changed
-    MlflowTracker(uri, run_id).finish()
+    assert finish(uri, run_id, run_dir) is None
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_the_driver_ends_a_run(uri: str, run_id: str, client: Any) -> None:
-    finish(uri, run_id, "FAILED")
-    assert client.get_run(run_id).info.status == "FAILED"
-    finish(uri, run_id)
-    run = client.get_run(run_id)
-    assert run.info.status == "FINISHED" and run.info.end_time is not None
-    with pytest.raises(ValueError, match="run 0123 is not in"):
-        finish(uri, "0123")
-
-
 def test_resume_with_other_parameters_says_so(
-    uri: str, run_id: str, client: Any, tmp_path: Path
+    uri: str, run_id: str, run_dir: str, client: Any, tmp_path: Path
 ) -> None:
     changed = {**RECIPE, "runtime": {"num_workers": 1}, "added": "x" * 7000}
-    start_or_resume(uri, "piflow", "emoji", run_id, changed, {})
+    resume(uri, run_id, run_dir, changed, {}, must_answer=True)
     run = client.get_run(run_id)
     assert run.data.params["runtime.num_workers"] == "2"
     assert len(run.data.params["added"]) == 6000
@@ -205,21 +220,58 @@ def test_resume_with_other_parameters_says_so(
     assert kept["runtime"] == {"num_workers": 2}
 
 
-def test_unknown_and_deleted_runs_are_named(uri: str, run_id: str, client: Any) -> None:
+def test_unknown_and_deleted_runs_are_named(
+    uri: str, run_id: str, client: Any, tmp_path: Path
+) -> None:
+    """At once, also where an outage would be sat out; what was to be logged is kept."""
     with pytest.raises(ValueError, match=r"MLflow run 0123 is not in sqlite.*tracking.uri"):
-        start_or_resume(uri, "piflow", "emoji", "0123", RECIPE, {})
-    with pytest.raises(ValueError, match="run 0123 is not in"):
-        MlflowTracker(uri, "0123")
+        resume(uri, "0123", str(tmp_path / "a"), RECIPE, {}, must_answer=False)
     client.delete_run(run_id)
     with pytest.raises(ValueError, match=f"{run_id} in .* was deleted; restore it"):
-        start_or_resume(uri, "piflow", "emoji", run_id, RECIPE, {})
+        resume(uri, run_id, str(tmp_path / "b"), RECIPE, {}, must_answer=False)
+    problem = finish(uri, run_id, str(tmp_path / "c"))
+    assert problem is not None and "was deleted; restore it" in problem
+    client.restore_run(run_id)
+    assert deliver_kept(uri, run_id, str(tmp_path / "c")) is None
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_is_deleted_under_way_is_told_once(
+    uri: str, run_id: str, client: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = MlflowTracker(uri, run_id, str(tmp_path))
+    tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.keep()
+    client.delete_run(run_id)
+    for step in range(2, 50):
+        tracker.log_metrics({"loss": 1.0}, step)
+        tracker.keep()
+    problem = tracker.close()
+    assert problem is not None and "was deleted; restore it" in problem
+    assert len([record for record in caplog.records if "not delivered" in record.message]) == 1
+    client.restore_run(run_id)
+    assert deliver_kept(uri, run_id, str(tmp_path)) is None
+    assert [step for step, _ in _points(client, run_id, "loss")] == list(range(1, 50))
+    assert not list((tmp_path / "tracking-buffer").iterdir())
+
+
+def test_a_metric_that_the_server_refuses_holds_up_no_other(
+    uri: str, run_id: str, client: Any, tmp_path: Path
+) -> None:
+    tracker = MlflowTracker(uri, run_id, str(tmp_path))
+    for step in range(1, 6):
+        tracker.log_metrics({"loss": 1.0}, step)
+        tracker.log_metrics({"no/../such:name?" * 30: 1.0}, step)
+    assert tracker.close() is None
+    assert [step for step, _ in _points(client, run_id, "loss")] == [1, 2, 3, 4, 5]
+    assert "of metrics, refused" in client.get_run(run_id).data.tags["event.tracking-lost"]
 
 
 def test_a_deleted_experiment_is_named(uri: str, client: Any) -> None:
-    run_id = start_or_resume(uri, "old", "emoji", None, {}, {})
+    run_id = start(uri, "old", "emoji", {}, {})
     client.delete_experiment(client.get_run(run_id).info.experiment_id)
     with pytest.raises(ValueError, match="experiment 'old' .* was deleted"):
-        start_or_resume(uri, "old", "emoji", None, {}, {})
+        start(uri, "old", "emoji", {}, {})
 
 
 def test_registering_an_adapter(uri: str, run_id: str, client: Any, tmp_path: Path) -> None:
@@ -261,8 +313,16 @@ def test_flatten_params_cuts_and_keeps_types_readable() -> None:
     assert len(flatten_params({"long": list(range(5000))})["long"]) == 6000
 
 
-def test_telemetry_is_off(uri: str, run_id: str) -> None:
-    MlflowTracker(uri, run_id)
+def test_system_metrics_have_the_names_that_mlflow_shows() -> None:
+    system = SystemMetrics()
+    first, second = system.read(), system.read()
+    assert first.keys() == second.keys() and all(name.startswith("system/") for name in first)
+    assert 0 < second["system/system_memory_usage_percentage"] <= 100
+    assert "system/cpu_utilization_percentage" in second
+
+
+def test_telemetry_is_off(uri: str, run_id: str, tmp_path: Path) -> None:
+    MlflowTracker(uri, run_id, str(tmp_path)).close()
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
@@ -273,12 +333,14 @@ def test_the_null_tracker_takes_every_call(tmp_path: Path) -> None:
     tracker.log_image(Image.new("RGB", (1, 1)), "x", 1)
     tracker.log_artifact(tmp_path / "absent")
     tracker.event("a", "b")
-    tracker.finish("KILLED")
+    tracker.keep()
+    assert tracker.close() is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_both_trackers_fit_the_protocol(uri: str, run_id: str) -> None:
-    tracker: Tracker = MlflowTracker(uri, run_id)
+def test_both_trackers_fit_the_protocol(uri: str, run_id: str, tmp_path: Path) -> None:
+    tracker: Tracker = MlflowTracker(uri, run_id, str(tmp_path))
+    tracker.close()
     null: Tracker = NullTracker()
     names = {name for name in vars(Tracker) if not name.startswith("_")}
     assert names <= set(dir(tracker)) & set(dir(null))
