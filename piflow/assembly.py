@@ -18,7 +18,6 @@ from piflow.pictures import grid
 from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FlowSchedule, segments
 from piflow.sharding.base import Strategy
-from piflow.sharding.fsdp import FSDPStrategy
 from piflow.step import Trainer
 from piflow.teacher import average_of, fresh_backbone
 from piflow.trio import GuidedTeacher, Trio, build_empty_trio, build_trio
@@ -99,7 +98,7 @@ def prepared_trio(recipe: Recipe, strategy: Strategy) -> Trio:
         ValueError: as `build_trio`.
     """
     stored: dict[str, StoredTensor] = {}
-    if recipe.lora is not None and isinstance(strategy, FSDPStrategy):
+    if recipe.lora is not None and strategy.splits_frozen:
         trio, stored = build_empty_trio(recipe)
     else:
         trio = build_trio(recipe)

@@ -1,5 +1,7 @@
 """Sharded checkpoints of a `Trainer`, restorable on another number of workers.
 
+Also under another strategy: names, shapes and values are the same under all of them.
+
 A checkpoint is a folder: the tensors in torch.distributed.checkpoint's format, every worker writing
 its own shards, and `state.json`, which rank 0 writes last. It lists bytes and sha256 of every file
 and its own checksum: without it the folder is half written, with it every byte is verified before
@@ -26,13 +28,14 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from piflow import storage
-from piflow.optimizers import allocate_state, state_tensors
+from piflow.sharding.base import SplitTensor
 from piflow.step import Trainer
 
 STATE_FILE = "state.json"
 FILES_KEY = "files"  # in state.json: name -> bytes of every other file
 SHA256_KEY = "sha256"  # name -> hex digest of every other file
 CHECKSUM_KEY = "checksum"  # sha256 of state.json's other keys
+_BATCH_BYTES = 2**28  # read at once of tensors that no worker holds whole
 _METADATA_FILE = ".metadata"  # torch.distributed.checkpoint's own, written by rank 0
 
 
@@ -64,11 +67,24 @@ class FileRecord:
 
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:
-    """A copy in host memory of everything that is saved: this worker's shards, by flat name.
+    """A copy in host memory of everything that is saved: this worker's share, by flat name.
 
-    Training may go on as soon as it returns. It takes as much host memory as the shards have bytes.
+    Of what torch shards that is this worker's shards. What is split otherwise comes together whole,
+    one tensor after the other, each on one worker, so that all have about as many bytes. Training
+    may go on as soon as it returns. A collective.
     """
-    return {name: tensor.to("cpu", copy=True) for name, tensor in _tree(trainer).items()}
+    copied: dict[str, Tensor] = {}
+    held = [0] * trainer.strategy.world_size  # bytes, by worker
+    for name, tensor in _tree(trainer).items():
+        if isinstance(tensor, Tensor):
+            copied[name] = tensor.to("cpu", copy=True)
+            continue
+        owner = held.index(min(held))
+        held[owner] += tensor.shape.numel() * tensor.dtype.itemsize
+        whole = tensor.whole()
+        if owner == trainer.strategy.rank:
+            copied[name] = whole.to("cpu", copy=True)
+    return copied
 
 
 def write_shards(
@@ -133,7 +149,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, state: RunState) -> None:
 
     Runs save behind the training steps: see `piflow.saver`.
     """
-    files = gather_files(write_shards(folder, _tree(trainer)), None)
+    files = gather_files(write_shards(folder, snapshot(trainer)), None)
     if not dist.is_initialized() or dist.get_rank() == 0:
         (folder / STATE_FILE).write_bytes(state_file(state, files))
 
@@ -181,14 +197,21 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> RunState:
     state = _verified_by_all(folder)
     stored = _stored(folder)
     _allocate_optimizer_state(trainer, stored)
-    tree = _tree(trainer)
+    tree = _without_fresh_state(_tree(trainer), stored)
     problems = _mismatches(tree, stored)
     if problems:
         raise CheckpointError(
             f"checkpoint {folder} doesn't fit this model: {'; '.join(problems[:5])}"
             f"{' …' if len(problems) > 5 else ''}. Resume with the recipe that wrote it"
         )
-    _read(tree, folder, no_dist=not dist.is_initialized())
+    no_dist = not dist.is_initialized()
+    in_place = {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}
+    _read(in_place, folder, no_dist=no_dist)
+    for batch in _batches(tree):
+        wholes = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in batch.items()}
+        _read(wholes, folder, no_dist=no_dist)
+        for name, part in batch.items():
+            part.fill(wholes[name])
     return state
 
 
@@ -294,15 +317,17 @@ def _damaged(folder: Path, reason: str) -> DamagedCheckpointError:
     )
 
 
-def _tree(trainer: Trainer) -> dict[str, Tensor]:
+def _tree(trainer: Trainer) -> dict[str, Tensor | SplitTensor]:
     """Flat names -> the trainer's own tensors (sharded where it is sharded)."""
-    tree: dict[str, Tensor] = {}
+    tree: dict[str, Tensor | SplitTensor] = {}
+    strategy = trainer.strategy
     for name, parameter in trainer.parameters.items():
-        tree[f"trainable.{name}"] = parameter.detach()
-        for key, value in state_tensors(trainer.optimizer_of(parameter), parameter).items():
+        tree[f"trainable.{name}"] = strategy.saved_parameter(parameter)
+        state = strategy.saved_state(trainer.optimizer_of(parameter), parameter)
+        for key, value in state.items():
             tree[f"optimizer.{name}.{key}"] = value
     for name, tensor in trainer.ema_parameters.items():
-        tree[f"ema.{name}"] = tensor.detach()
+        tree[f"ema.{name}"] = strategy.saved_parameter(tensor)
     return tree
 
 
@@ -311,10 +336,40 @@ def _allocate_optimizer_state(trainer: Trainer, stored: dict[str, Any]) -> None:
     for name, parameter in trainer.parameters.items():
         prefix = f"optimizer.{name}."
         keys = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
-        allocate_state(trainer.optimizer_of(parameter), parameter, keys)
+        trainer.strategy.allocate_state(trainer.optimizer_of(parameter), parameter, keys)
 
 
-def _mismatches(tree: dict[str, Tensor], stored: dict[str, Any]) -> list[str]:
+def _without_fresh_state(
+    tree: dict[str, Tensor | SplitTensor], stored: dict[str, Any]
+) -> dict[str, Tensor | SplitTensor]:
+    """Less the state, split otherwise, of parameters that were never moved when it was saved.
+
+    torch's optimisers have none of these; what moves all parameters at once has zeros already.
+    """
+    return {
+        name: tensor
+        for name, tensor in tree.items()
+        if name in stored or isinstance(tensor, Tensor) or not name.startswith("optimizer.")
+    }
+
+
+def _batches(tree: dict[str, Tensor | SplitTensor]) -> Iterator[dict[str, SplitTensor]]:
+    """What is split otherwise than torch does, in groups of about `_BATCH_BYTES`."""
+    batch: dict[str, SplitTensor] = {}
+    size = 0
+    for name, tensor in tree.items():
+        if isinstance(tensor, Tensor):
+            continue
+        batch[name] = tensor
+        size += tensor.shape.numel() * tensor.dtype.itemsize
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
+
+
+def _mismatches(tree: Mapping[str, Tensor | SplitTensor], stored: dict[str, Any]) -> list[str]:
     problems = [f"it lacks {key}" for key in tree if key not in stored]
     problems += [f"it has an unknown {key}" for key in stored if key not in tree]
     problems += [

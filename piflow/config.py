@@ -329,16 +329,45 @@ class TrainingConfig(_Section):
         return self
 
 
+class DeepSpeedConfig(_Section):
+    """What ZeRO splits over the workers, and what lies in host memory."""
+
+    stage: Literal[1, 2, 3] = Field(
+        2, description="1: optimiser state; 2: and gradients; 3: and all weights, the base's too"
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none", description="cpu: optimiser state and its step in host memory"
+    )
+    offload_parameters: Literal["none", "cpu"] = Field(
+        "none", description="cpu: split weights in host memory; stage 3"
+    )
+    bucket_values: Positive = Field(
+        50_000_000, description="values that are reduced or gathered at once; a buffer of them"
+    )
+
+    @model_validator(mode="after")
+    def _offloads_what_is_split(self) -> DeepSpeedConfig:
+        if self.offload_parameters == "cpu" and self.stage < 3:
+            raise ValueError(
+                f"offload_parameters = cpu is about split weights and stage {self.stage} keeps "
+                "them whole; use stage 3, or leave it out"
+            )
+        return self
+
+
 class RuntimeConfig(_Section):
     """Ray Train's workers. Changing any of these never changes a run's results."""
 
     num_workers: Positive = Field(1, description="training processes")
     use_gpu: bool = Field(False, description="one GPU a worker, and nccl instead of gloo")
     cpus_per_worker: PositiveFloat = Field(1.0, description="logical CPUs that Ray reserves")
-    strategy: Literal["auto", "fsdp", "ddp", "single"] = Field(
+    strategy: Literal["auto", "fsdp", "ddp", "deepspeed", "single"] = Field(
         "auto",
         description="fsdp: FSDP2 shards parameters over the workers; ddp: every worker has them "
-        "all; auto: ddp if that is estimated to fit, else fsdp",
+        "all; deepspeed: ZeRO; auto: ddp if that is estimated to fit, else fsdp",
+    )
+    deepspeed: DeepSpeedConfig | None = Field(
+        None, description="options of strategy = deepspeed; default: stage 2, nothing offloaded"
     )
     shard_size: Annotated[int, Field(ge=2)] | None = Field(
         None,

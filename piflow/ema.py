@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from piflow.config import EMAConfig
+from piflow.sharding.base import local_shard
 
 
 def karras_beta(step: int, gamma: float = 7.0) -> float:
@@ -46,7 +46,7 @@ def ema_update(ema: Sequence[Tensor], source: Sequence[Tensor], beta: float) -> 
     """ema <- beta ema + (1 - beta) source, in place.
 
     Args:
-        ema, source: aligned tensors; of sharded ones (DTensor) only the local shards are touched.
+        ema, source: aligned tensors; of sharded ones only the local shards are touched.
             A source of another dtype is converted.
         beta: in [0, 1]; `karras_beta(t)` or a fixed number.
 
@@ -55,7 +55,7 @@ def ema_update(ema: Sequence[Tensor], source: Sequence[Tensor], beta: float) -> 
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"ema_update: expected beta in [0, 1], got {beta}")
-    averages, values = [_local(t) for t in ema], [_local(t) for t in source]
+    averages, values = [local_shard(t) for t in ema], [local_shard(t) for t in source]
     shapes, others = [t.shape for t in averages], [t.shape for t in values]
     if shapes != others:
         raise ValueError(
@@ -66,7 +66,3 @@ def ema_update(ema: Sequence[Tensor], source: Sequence[Tensor], beta: float) -> 
         return
     converted = [value.to(mean) for mean, value in zip(averages, values, strict=True)]
     torch._foreach_lerp_(averages, converted, 1.0 - beta)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

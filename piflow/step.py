@@ -144,6 +144,13 @@ class Trainer:
         self.training = training
         self.seed = seed
         self.optimizers = build_optimizers(parameters, training.optimizer)
+        self._owners = {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        strategy.adopt(self.optimizers)  # may put others in the groups' place
         self.num_micro_batches = training.batch_size // training.micro_batch_size
 
     def step(self, step: int, micro_batches: Sequence[MicroBatch]) -> StepMetrics:
@@ -163,25 +170,22 @@ class Trainer:
             parameter.grad = None
         loss, suspects = self._accumulate(step, micro_batches)
         max_norm = config.clip_norm if step >= config.warmup_steps else math.inf
-        grad_norm = self.strategy.clip_grad_norm(list(self.parameters.values()), max_norm)
+        lr = learning_rate(step, self.training.steps, config)
+        set_learning_rate(self.optimizers, lr)
+        # a loss that isn't finite has no finite gradient: then nothing moves
+        grad_norm = self.strategy.update(list(self.parameters.values()), self.optimizers, max_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             if math.isfinite(loss):  # an overflow in the backward pass: any of them
                 suspects = [prompt_id for batch in micro_batches for prompt_id in batch.prompt_ids]
             raise NonFiniteError(_what_is_not_finite(step, loss, grad_norm, suspects), _ADVICE)
-        lr = learning_rate(step, self.training.steps, config)
-        set_learning_rate(self.optimizers, lr)
-        for optimizer in self.optimizers:
-            optimizer.step()
         self._update_ema(step)
         return StepMetrics(step, loss, grad_norm, lr)
 
     def optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
         """The optimiser that moves a parameter."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                if any(parameter is member for member in group["params"]):
-                    return optimizer
-        raise ValueError("this parameter is not one of the trainer's")
+        if parameter not in self._owners:
+            raise ValueError("this parameter is not one of the trainer's")
+        return self._owners[parameter]
 
     def _accumulate(
         self, step: int, micro_batches: Sequence[MicroBatch]
@@ -196,8 +200,9 @@ class Trainer:
             final = position == len(micro_batches) - 1
 
             def backward(loss: Tensor, last: bool, final: bool = final) -> None:
-                with self.strategy.gradient_sync(final and last):
-                    (loss / len(micro_batches)).backward()  # the workers' mean is the strategy's
+                # the workers' mean is the strategy's
+                part = _or_nan(loss) / len(micro_batches)
+                self.strategy.backward(part, last=final and last)
 
             generator = micro_batch_generator(self.seed, step, batch.index)
             torch.manual_seed(generator.initial_seed())  # LoRA dropout draws from the global one
@@ -208,7 +213,7 @@ class Trainer:
             if not finite
             for prompt_id in batch.prompt_ids
         ]
-        total = torch.stack(losses).sum()
+        total = torch.stack(losses).double().sum()  # finite losses have a finite sum
         if dist.is_initialized():
             dist.all_reduce(total)
         return float(total) / self.num_micro_batches, suspects
@@ -218,6 +223,14 @@ class Trainer:
         ema = [local_shard(tensor) for tensor in self.ema_parameters.values()]
         source = [local_shard(parameter) for parameter in self.parameters.values()]
         ema_update(ema, source, ema_beta(step, self.training.ema))
+
+
+def _or_nan(loss: Tensor) -> Tensor:
+    """The loss; one that isn't finite with a gradient of NaN, whatever its gradient would be.
+
+    So the gradient norm, which all workers know before anything moves, tells of both.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def _what_is_not_finite(step: int, loss: float, grad_norm: float, suspects: list[str]) -> str:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from piflow import storage
+from piflow.sharding.base import first_value, is_partitioned, whole_shape
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 BUFFER_BYTES = 16 * 2**20
@@ -146,10 +147,10 @@ def fill(
     other.
 
     Args:
-        module: plain, or sharded by `fully_shard` along the first dimension; parameters that
-            `stored` doesn't name stay as they are.
+        module: plain, sharded by `fully_shard` along the first dimension, or by DeepSpeed's stage
+            3; parameters that `stored` doesn't name stay as they are.
         stored: by the module's names.
-        device: where the values go.
+        device: where the values go; DeepSpeed has made room for them already.
 
     Raises:
         ValueError: a name that the module lacks, another shape, or a parameter that is split along
@@ -168,10 +169,12 @@ def fill(
         with system.open_input_file(path) as file:
             for name, source in entries:
                 target = targets[name]
-                if tuple(target.shape) != source.shape:
-                    raise ValueError(
-                        f"{name} is {tuple(target.shape)} in the model and {source.shape} in {uri}"
-                    )
+                shape = tuple(whole_shape(target))
+                if shape != source.shape:
+                    raise ValueError(f"{name} is {shape} in the model and {source.shape} in {uri}")
+                if is_partitioned(target):
+                    _read_part(file, source, target, buffer)
+                    continue
                 values[name] = _read(file, source, target, device, buffer)
     module.load_state_dict(values, strict=False, assign=True)
 
@@ -199,6 +202,14 @@ def _read(
         shape=target.shape,
         stride=target.stride(),
     )
+
+
+def _read_part(file: NativeFile, source: StoredTensor, target: Any, buffer: bytearray) -> None:
+    """Fills this rank's part of a parameter that DeepSpeed has split, in place."""
+    part, first = target.ds_tensor, first_value(target)
+    count = min(part.numel(), math.prod(source.shape) - first)
+    if count > 0:  # a small parameter's last parts may be padding alone
+        _read_values(file, source, first, part[:count], buffer)
 
 
 def _read_values(

@@ -6,13 +6,16 @@ from typing import Literal
 
 import torch
 
+from piflow.config import DeepSpeedConfig
 from piflow.sharding.base import Strategy, local_shard
 from piflow.sharding.ddp import DDPStrategy
+from piflow.sharding.deepspeed import DeepSpeedStrategy
 from piflow.sharding.fsdp import FSDPStrategy
 from piflow.sharding.single import SingleStrategy
 
 __all__ = [
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "FSDPStrategy",
     "SingleStrategy",
     "Strategy",
@@ -22,17 +25,19 @@ __all__ = [
 
 
 def build_strategy(
-    name: Literal["fsdp", "ddp", "single"],
+    name: Literal["fsdp", "ddp", "deepspeed", "single"],
     world_size: int,
     device: torch.device,
     *,
     shard_size: int | None = None,
     reshard_after_forward: bool = True,
+    deepspeed: DeepSpeedConfig | None = None,
 ) -> Strategy:
     """A strategy. One worker has nobody to share with, whatever the name.
 
     Args:
         shard_size, reshard_after_forward: of "fsdp" alone, see `FSDPStrategy`.
+        deepspeed: of "deepspeed" alone; None: its defaults.
 
     Raises:
         ValueError: "single" with several workers, a `shard_size` that doesn't divide them, or a
@@ -42,12 +47,14 @@ def build_strategy(
         return SingleStrategy(device)
     if name == "single":
         raise ValueError(
-            f"runtime.strategy 'single' runs one worker, got {world_size}: use 'fsdp' or 'ddp', or "
+            f"runtime.strategy 'single' runs one worker, got {world_size}: use another one, or "
             "set runtime.num_workers to 1"
         )
-    strategy: DDPStrategy | FSDPStrategy
+    strategy: Strategy
     if name == "ddp":
         strategy = DDPStrategy(device)
+    elif name == "deepspeed":
+        strategy = DeepSpeedStrategy(device, deepspeed or DeepSpeedConfig())
     else:
         strategy = FSDPStrategy(
             device, shard_size=shard_size, reshard_after_forward=reshard_after_forward

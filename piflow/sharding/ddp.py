@@ -13,19 +13,19 @@ and one all-reduce ends a step of many forward and backward passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from piflow.sharding.base import clip_grad_norm, gather, require_process_group
+from piflow.sharding.base import InPlaceStrategy, require_process_group
 
 BUCKET_BYTES = 64 * 2**20  # gradients that are reduced at once; as much memory is needed for it
 
 
-class DDPStrategy:
+class DDPStrategy(InPlaceStrategy):
     """See `piflow.sharding.base.Strategy`. The process group must be up (nccl or gloo).
 
     Raises:
@@ -55,14 +55,6 @@ class DDPStrategy:
         if enabled:
             parameters = [p for module in self._modules for p in module.parameters()]
             average_gradients([p for p in parameters if p.requires_grad], self.device)
-
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-        """Clips to `max_norm` in place; returns the global norm before (inf: only measures)."""
-        return clip_grad_norm(parameters, max_norm)
-
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on rank 0's CPU; an empty dict on the others."""
-        return gather(tensors, self.rank)
 
 
 @torch.no_grad()

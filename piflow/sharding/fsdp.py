@@ -15,18 +15,18 @@ dtype that the recipe says, and one group may hold both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from piflow.sharding.base import clip_grad_norm, gather, require_process_group
+from piflow.sharding.base import InPlaceStrategy, require_process_group
 
 
-class FSDPStrategy:
+class FSDPStrategy(InPlaceStrategy):
     """See `piflow.sharding.base.Strategy`. The process group must be up (nccl or gloo).
 
     Args:
@@ -39,6 +39,8 @@ class FSDPStrategy:
     Raises:
         ValueError: no process group is up, or `shard_size` doesn't divide the workers.
     """
+
+    splits_frozen = True
 
     def __init__(
         self,
@@ -87,14 +89,6 @@ class FSDPStrategy:
         finally:
             for module in self._modules:
                 module.set_requires_gradient_sync(True)
-
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-        """Clips to `max_norm` in place; returns the global norm before (inf: only measures)."""
-        return clip_grad_norm(parameters, max_norm)
-
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on rank 0's CPU, one at a time; an empty dict on the others."""
-        return gather(tensors, self.rank)
 
 
 def _mesh(device: torch.device, world_size: int, shard_size: int | None) -> DeviceMesh:

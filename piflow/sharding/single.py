@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from piflow.sharding.base import clip_grad_norm, gather
+from piflow.sharding.base import InPlaceStrategy
 
 
-class SingleStrategy:
+class SingleStrategy(InPlaceStrategy):
     """See `piflow.sharding.base.Strategy`."""
 
     rank = 0
@@ -28,11 +28,3 @@ class SingleStrategy:
     def gradient_sync(self, enabled: bool) -> Iterator[None]:
         """There is nobody to average with."""
         yield
-
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-        """Clips to `max_norm` in place; returns the norm before (inf: only measures)."""
-        return clip_grad_norm(parameters, max_norm)
-
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU by name."""
-        return gather(tensors, self.rank)

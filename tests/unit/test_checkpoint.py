@@ -156,58 +156,87 @@ def load_script() -> ModuleType:
     return module
 
 
+RESHARDED = load_script()
+RUNS = [*RESHARDED.STRATEGIES, "adamw8bit"]  # under FSDP2
+
+
 @pytest.fixture(scope="module")
 def resharded(
     tmp_path_factory: pytest.TempPathFactory, run_two_ranks: Callable[[Path, Path], None]
-) -> dict[str, dict[str, Any]]:
-    """One process saves, two resume, train on and save, one resumes: what each held."""
+) -> dict[Any, dict[str, Any]]:
+    """One process saves, two resume, train on, save and resume, one resumes: what each held."""
     pytest.importorskip("torchao")
-    script = load_script()
     folder = tmp_path_factory.mktemp("resharded")
     single = SingleStrategy(torch.device("cpu"))
-    results: dict[str, dict[str, Any]] = {}
-    for kind in script.KINDS:
-        trainer = script.make(kind, single)
-        script.train(trainer, 0, script.SAVED)
-        saved = {name: value.clone() for name, value in script.whole_state(trainer).items()}
-        save_checkpoint(folder / "one" / kind, trainer, replace(STATE, step=script.SAVED))
-        losses = script.train(trainer, script.SAVED, script.END)
-        results[kind] = {"one": saved, "losses": losses, "end": script.whole_state(trainer)}
+    results: dict[Any, dict[str, Any]] = {}
+    for kind in RESHARDED.KINDS:
+        trainer = RESHARDED.make(kind, single)
+        RESHARDED.train(trainer, 0, RESHARDED.SAVED)
+        saved = {name: value.clone() for name, value in RESHARDED.whole_state(trainer).items()}
+        save_checkpoint(folder / "one" / kind, trainer, replace(STATE, step=RESHARDED.SAVED))
+        losses = RESHARDED.train(trainer, RESHARDED.SAVED, RESHARDED.END)
+        end = RESHARDED.whole_state(trainer)
+        next_losses = RESHARDED.train(trainer, RESHARDED.END, RESHARDED.END + 1)
+        results[kind] = {"one": saved, "losses": losses, "end": end, "next": next_losses}
     run_two_ranks(SCRIPT, folder)
-    for kind, found in torch.load(folder / "results.pt").items():
-        trainer = script.make(kind, single)
-        load_checkpoint(folder / "many" / kind, trainer)
-        results[kind] |= {"two": found, "resumed": script.whole_state(trainer)}
+    results |= {f"two {key}": value for key, value in torch.load(folder / "results.pt").items()}
+    for name in RUNS:
+        trainer = RESHARDED.make(kind_of(name), single)
+        results["one", name] = RESHARDED.resumed_from(folder / "many" / name, trainer)
     return results
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def kind_of(name: str) -> str:
+    return "adamw8bit" if name == "adamw8bit" else "adamw"
+
+
+def assert_equal(after: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    """To the bit, and in the same order."""
+    assert list(before) == list(after)
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_another_number_of_workers_restores_every_tensor_exactly(
-    kind: str, resharded: dict[str, dict[str, Any]]
+    name: str, resharded: dict[Any, dict[str, Any]]
 ) -> None:
-    found = resharded[kind]
-    for before, after in (
-        (found["one"], found["two"]["restored"]),
-        (found["two"]["saved"], found["resumed"]),
-    ):
-        assert list(before) == list(after)
-        for name, value in before.items():
-            assert torch.equal(value, after[name]), name
-    moments = [name for name in found["one"] if "exp_avg.codes" in name]
-    assert len(moments) == (2 if kind == "adamw8bit" else 0)
-    assert any(found["one"][name].any() for name in found["one"] if "exp_avg" in name)
+    before, there = resharded[kind_of(name)]["one"], resharded[f"two {name}"]
+    assert_equal(there["restored"], before)
+    assert_equal(resharded["one", name]["restored"], there["saved"])
+    moments = [key for key in before if "exp_avg.codes" in key]
+    assert len(moments) == (2 if name == "adamw8bit" else 0)
+    assert any(before[key].any() for key in before if "exp_avg" in key)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", RUNS)
 def test_another_number_of_workers_trains_on_as_before(
-    kind: str, resharded: dict[str, dict[str, Any]]
+    name: str, resharded: dict[Any, dict[str, Any]]
 ) -> None:
-    found = resharded[kind]
-    assert found["two"]["losses"] == pytest.approx(found["losses"], rel=1e-5)
-    for name in [name for name in found["end"] if name.startswith("weight ")]:
-        way = (found["end"][name] - found["one"][name]).norm()
-        gap = (found["two"]["saved"][name] - found["end"][name]).norm()
-        assert gap < 0.01 * way, name
+    alone, there = resharded[kind_of(name)], resharded[f"two {name}"]
+    assert there["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert resharded["one", name]["losses"] == pytest.approx(alone["next"], rel=1e-5)
+    for key in [key for key in alone["end"] if key.startswith("weight ")]:
+        way = (alone["end"][key] - alone["one"][key]).norm()
+        gap = (there["saved"][key] - alone["end"][key]).norm()
+        assert gap < 0.01 * way, key
+
+
+@pytest.mark.parametrize("after", RESHARDED.STRATEGIES)
+@pytest.mark.parametrize("before", RESHARDED.STRATEGIES)
+def test_any_strategy_goes_on_from_any_other(
+    before: str, after: str, resharded: dict[Any, dict[str, Any]]
+) -> None:
+    found = resharded[f"two {(before, after)}"]
+    assert_equal(found["restored"], resharded[f"two {before}"]["saved"])
+    assert found["losses"] == pytest.approx(resharded["adamw"]["next"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", RESHARDED.STRATEGIES)
+def test_a_step_that_fails_moves_nothing(name: str, resharded: dict[Any, dict[str, Any]]) -> None:
+    """A loss of NaN with a finite gradient, on one of the workers; nor does it leave gradients."""
+    found = resharded[f"two {(name, name)}"]
+    assert_equal(found["untouched"], found["restored"])
 
 
 # ------------------------------------------------------------------------------- what doesn't fit

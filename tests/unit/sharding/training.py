@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from piflow.backbones import Conditioning, FluxBackbone
 from piflow.config import (
+    DeepSpeedConfig,
     DXPolicyConfig,
     GMFlowPolicyConfig,
     LoRAConfig,
@@ -62,6 +63,16 @@ def variant(name: str, world_size: int) -> Strategy:
         return build_strategy("fsdp", world_size, CPU, reshard_after_forward=False)
     if name == "hsdp":
         return build_strategy("fsdp", world_size, CPU, shard_size=2)
+    if name.startswith("zero"):
+        stage, *offload = name.removeprefix("zero").split("_")
+        options = DeepSpeedConfig.model_validate(
+            {
+                "stage": int(stage),
+                "offload_optimizer": "cpu" if offload else "none",
+                "offload_parameters": "cpu" if offload and stage == "3" else "none",
+            }
+        )
+        return build_strategy("deepspeed", world_size, CPU, deepspeed=options)
     return build_strategy("ddp" if name == "ddp" else "fsdp", world_size, CPU)
 
 
@@ -192,6 +203,7 @@ def run(
                 group["eps"] = (
                     1e-6  # else noise in gradients of nearly 0 is scaled up to full steps
                 )
+    strategy.adopt(optimizers)
     mine = range(strategy.rank, MICRO_BATCHES, strategy.world_size)
     for step in range(STEPS):
         for parameter in parameters.values():
@@ -204,12 +216,9 @@ def run(
             else:
                 assert backbone is not None
                 loss = pretraining_loss(backbone, *arguments)
-            with strategy.gradient_sync(index == mine[-1]):
-                (loss / len(mine)).backward()
+            strategy.backward(loss / len(mine), last=index == mine[-1])
             result.losses[step, index] = float(loss.detach())
-        result.norms.append(strategy.clip_grad_norm(parameters.values(), 0.05))
-        for optimizer in optimizers:
-            optimizer.step()
+        result.norms.append(strategy.update(parameters.values(), optimizers, 0.05))
         if trio is not None:
             trio.update_ema(0.5)
     result.digest = digest(parameters.values())
