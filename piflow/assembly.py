@@ -89,10 +89,10 @@ def _distillation(
 def prepared_trio(recipe: Recipe, strategy: Strategy) -> Trio:
     """The recipe's trio, spread over the workers.
 
-    A base that is frozen and sharded is never whole anywhere: each worker reads the rows that it
-    keeps, once the empty module is sharded. A worker's host memory then peaks at its shards, the
-    unsharded adapters and heads, and a buffer. Full training copies the base and replicas keep all
-    of it, so there every worker loads it whole.
+    A base that is frozen and sharded is never whole anywhere: each worker reads what it keeps, once
+    the empty module is sharded. A worker's host memory then peaks at its shards, the unsharded
+    adapters and heads, and a buffer (under DeepSpeed also one tensor). Full training copies the
+    base and replicas keep all of it, so there every worker loads it whole.
 
     Raises:
         ValueError: as `build_trio`.

@@ -345,6 +345,11 @@ class DeepSpeedConfig(_Section):
         50_000_000, description="values that are reduced or gathered at once; a buffer of them"
     )
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything lies in host memory."""
+        return "cpu" in (self.offload_optimizer, self.offload_parameters)
+
     @model_validator(mode="after")
     def _offloads_what_is_split(self) -> DeepSpeedConfig:
         if self.offload_parameters == "cpu" and self.stage < 3:
@@ -398,8 +403,13 @@ class RuntimeConfig(_Section):
                 f"shard_size ({self.shard_size}) must divide num_workers ({self.num_workers}): "
                 "every group of shard_size workers holds one copy of the parameters"
             )
-        if self.strategy in ("ddp", "single"):
+        if self.strategy in ("ddp", "deepspeed", "single"):
             self._refuse_sharding_options()
+        if self.deepspeed is not None and self.strategy != "deepspeed":
+            raise ValueError(
+                f"deepspeed has options, but strategy is {self.strategy}; leave them out, or use "
+                "strategy deepspeed"
+            )
         return self
 
     def _refuse_sharding_options(self) -> None:
@@ -409,9 +419,15 @@ class RuntimeConfig(_Section):
         }
         for option in (name for name, changed in options.items() if changed):
             raise ValueError(
-                f"{option} is about shards and strategy = {self.strategy} has none; leave it out, "
-                "or use strategy fsdp or auto"
+                f"{option} is about FSDP's shards and strategy = {self.strategy} has none; leave "
+                "it out, or use strategy fsdp or auto"
             )
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether its engine runs; for one worker only if it has something to offload."""
+        offloads = self.deepspeed is not None and self.deepspeed.offloads
+        return self.strategy == "deepspeed" and (self.num_workers > 1 or offloads)
 
 
 _TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
@@ -530,6 +546,12 @@ class Recipe(_Section):
             raise ValueError(
                 f"objective.pictures = emoji draws square pictures, embed is "
                 f"{self.embed.height}x{self.embed.width}; set embed.height = embed.width"
+            )
+        if self.runtime.uses_deepspeed and self.training.optimizer.type != "adamw":
+            raise ValueError(
+                f"training.optimizer.type = {self.training.optimizer.type} needs each parameter's "
+                "shape, and runtime.strategy = deepspeed lays them end to end and cuts anywhere; "
+                "use adamw, or runtime.strategy fsdp or ddp"
             )
         replicated = self.runtime.num_workers == 1 or self.runtime.strategy == "ddp"
         if self.training.optimizer.type == "muon" and not replicated:

@@ -96,7 +96,8 @@ def _assemble_or_tell(
     """The run's models and trainer; or None on every rank, and word left for the driver.
 
     A recipe that doesn't fit its model fails again in every restart, so it ends the attempt here.
-    Assembling communicates nothing: all ranks come to the exchange of what went wrong.
+    What doesn't fit shows before anything is communicated: all ranks come to the exchange of what
+    went wrong.
     """
     assembly, problem = None, None
     try:

@@ -33,7 +33,7 @@ def build_strategy(
     reshard_after_forward: bool = True,
     deepspeed: DeepSpeedConfig | None = None,
 ) -> Strategy:
-    """A strategy. One worker has nobody to share with, whatever the name.
+    """A strategy. One worker has nobody to share with, whatever the name; it may offload.
 
     Args:
         shard_size, reshard_after_forward: of "fsdp" alone, see `FSDPStrategy`.
@@ -43,7 +43,8 @@ def build_strategy(
         ValueError: "single" with several workers, a `shard_size` that doesn't divide them, or a
             process group that isn't up or is of another size.
     """
-    if world_size == 1:
+    offloads = deepspeed is not None and deepspeed.offloads
+    if world_size == 1 and not (name == "deepspeed" and offloads):
         return SingleStrategy(device)
     if name == "single":
         raise ValueError(

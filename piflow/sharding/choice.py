@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from piflow.config import FlowMatchingConfig, LoRAConfig, Recipe
-from piflow.sharding import Strategy, build_strategy
+from piflow.config import DeepSpeedConfig, FlowMatchingConfig, LoRAConfig, Recipe
+from piflow.sharding import DeepSpeedStrategy, Strategy, build_strategy
 from piflow.sharding.memory import (
     GIB,
     SAFE_SHARE,
@@ -40,6 +40,8 @@ def strategy_for(recipe: Recipe, world_size: int, device: torch.device) -> tuple
     """
     runtime = recipe.runtime
     name = runtime.strategy
+    if name == "deepspeed":
+        return _deepspeed(recipe, world_size, device)
     if world_size == 1:
         return build_strategy("single", 1, device), "single: there is one worker"
     reason = f"{name}: runtime.strategy says so"
@@ -55,6 +57,16 @@ def strategy_for(recipe: Recipe, world_size: int, device: torch.device) -> tuple
         reshard_after_forward=runtime.reshard_after_forward,
     )
     return strategy, reason
+
+
+def _deepspeed(recipe: Recipe, world_size: int, device: torch.device) -> tuple[Strategy, str]:
+    options = recipe.runtime.deepspeed or DeepSpeedConfig()
+    strategy = build_strategy("deepspeed", world_size, device, deepspeed=options)
+    if not isinstance(strategy, DeepSpeedStrategy):
+        return strategy, "single: there is one worker, with nothing to offload"
+    streams = strategy.splits_frozen and recipe.lora is not None
+    loads = "each worker reads its part of the base" if streams else "each worker reads all weights"
+    return strategy, f"deepspeed: runtime.strategy says so; ZeRO stage {options.stage}: {loads}"
 
 
 def choose(needed: ReplicaBytes, free: int) -> tuple[Sharing, str]:

@@ -182,6 +182,42 @@ def test_what_runs_on_one_worker_only() -> None:
     assert recipe(training=muon, runtime={"strategy": "single"}).runtime.num_workers == 1
 
 
+DEEPSPEED = {"strategy": "deepspeed", "num_workers": 4}
+
+
+def test_deepspeed_stages_and_offloading() -> None:
+    runtime = recipe(runtime=DEEPSPEED).runtime
+    assert runtime.uses_deepspeed and runtime.deepspeed is None
+    whole = {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}
+    assert recipe(runtime={**DEEPSPEED, "deepspeed": whole}).runtime.deepspeed.stage == 3
+    message = refusal(runtime={**DEEPSPEED, "deepspeed": {"offload_parameters": "cpu"}})
+    assert "offload_parameters = cpu is about split weights and stage 2 keeps them whole" in message
+    assert "runtime.deepspeed.stage" in refusal(runtime={**DEEPSPEED, "deepspeed": {"stage": 0}})
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp", "ddp"])
+def test_deepspeed_options_are_its_own(strategy: str) -> None:
+    message = refusal(runtime={"strategy": strategy, "deepspeed": {"stage": 3}})
+    assert f"deepspeed has options, but strategy is {strategy}" in message
+
+
+@pytest.mark.parametrize("option", [{"shard_size": 2}, {"reshard_after_forward": False}])
+def test_deepspeed_has_no_options_of_fsdp(option: dict[str, Any]) -> None:
+    message = refusal(runtime={**DEEPSPEED, **option})
+    assert "is about FSDP's shards and strategy = deepspeed has none" in message
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw8bit"])
+def test_deepspeed_moves_flat_parameters(kind: str) -> None:
+    training = {"optimizer": {"type": kind}}
+    message = refusal(training=training, runtime=DEEPSPEED)
+    assert f"{kind} needs each parameter's shape" in message and "use adamw" in message
+    alone = {"strategy": "deepspeed", "num_workers": 1}
+    assert not recipe(training=training, runtime=alone).runtime.uses_deepspeed
+    offloads = {**alone, "deepspeed": {"offload_optimizer": "cpu"}}
+    assert f"{kind} needs each parameter's shape" in refusal(training=training, runtime=offloads)
+
+
 @pytest.mark.parametrize("strategy", ["auto", "fsdp"])
 def test_muon_takes_replicas_but_no_shards(strategy: str) -> None:
     muon = {"optimizer": {"type": "muon"}}
@@ -195,7 +231,7 @@ def test_muon_takes_replicas_but_no_shards(strategy: str) -> None:
 def test_sharding_options_need_shards(option: dict[str, Any]) -> None:
     (name,) = option
     message = refusal(runtime={"strategy": "ddp", "num_workers": 4, **option})
-    assert f"{name} is about shards and strategy = ddp has none" in message
+    assert f"{name} is about FSDP's shards and strategy = ddp has none" in message
     for strategy in ("fsdp", "auto"):
         assert recipe(runtime={"strategy": strategy, "num_workers": 4, **option})
 

@@ -47,11 +47,16 @@ DTYPES = {
 DISTILLATIONS = ("float32", "bfloat16_checkpointed", "full")
 PRETRAININGS = ("pretraining", "muon")
 RUNS = {  # (scenario, variant of a strategy) by number of processes
+    1: [("float32", "zero3_offload"), ("float32", "zero2_offload")],
     2: [
         *((scenario, "fsdp") for scenario in (*DISTILLATIONS, "pretraining")),
         ("float32", "fsdp_whole_blocks"),
         ("full", "fsdp_whole_blocks"),
         *((scenario, "ddp") for scenario in (*DISTILLATIONS, *PRETRAININGS)),
+        *((scenario, "zero2") for scenario in (*DISTILLATIONS, "pretraining")),
+        *((scenario, "zero3") for scenario in DISTILLATIONS),
+        *(("float32", name) for name in ("zero1", "zero1_offload", "zero2_offload")),
+        ("full", "zero3_offload"),
     ],
     4: [("float32", "hsdp"), ("full", "hsdp")],
 }
