@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV): $(STAMP)
-	$(INSTALL) --editable '.[ray,mlflow,s3,demo,lowbit,dev]'
+	$(INSTALL) --editable '.[ray,mlflow,s3,demo,lowbit,deepspeed,dev]'
 	@touch $@
 
 $(FONT):

@@ -149,9 +149,11 @@ class DeepSpeedStrategy:
     def _split(self, module: nn.Module) -> None:
         """Partitions the parameters, innermost modules first."""
         for part in reversed(list(module.modules())):
-            own = list(part.parameters(recurse=False))
-            if any(parameter.is_meta for parameter in own):
-                part.to_empty(device="cpu", recurse=False)
+            own = dict(part.named_parameters(recurse=False))
+            for name, parameter in own.items():
+                if parameter.is_meta:
+                    empty = torch.empty_like(parameter, device=self.device)
+                    part.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
             if own:
                 self._deepspeed.zero.Init(module=part, config_dict_or_path=self._engine_config())
 

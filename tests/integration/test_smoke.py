@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from PIL import Image
 
 from piflow import rundir
 from piflow.adapter import load_adapter
 from piflow.backbones import build_codec
 from piflow.checkpoint import load_tensors
-from piflow.config import PiIDConfig, differences, load_recipe, parse_recipe
+from piflow.config import PiIDConfig, Recipe, differences, load_recipe, parse_recipe
 from piflow.data.store import EmbeddingStore
 from piflow.student import SamplingSettings, encode_prompts, settings_of
 from piflow.trio import build_trio
@@ -102,11 +103,36 @@ def test_tiny_model_fits_the_recipe(name: str, tmp_path: Path) -> None:
 def test_recipe_works_from_prompts_to_pictures(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = load_recipe(RECIPES[name])
+    _works(load_recipe(RECIPES[name]), tmp_path, capsys)
+
+
+@pytest.mark.smoke_all
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_works_from_prompts_to_pictures(
+    stage: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On two Ray Train workers, and resumed by one of another strategy."""
+    changes = ["runtime.strategy=deepspeed", f"runtime.deepspeed.stage={stage}"]
+    recipe = load_recipe(RECIPES["flux1-dev-gm-4nfe"], changes)
+    _works(recipe, tmp_path, capsys)
+    record = rundir.read_record(str(tmp_path / "run"))
+    assert record is not None
+    client = MlflowClient(tracking_uri=record.tracking_uri)
+    paths = [item.path for item in client.list_artifacts(record.mlflow_run_id, "events")]
+    told = [
+        Path(client.download_artifacts(record.mlflow_run_id, path)).read_text() for path in paths
+    ]
+    base = "each worker reads its part of the base" if stage == 3 else "each worker reads all"
+    assert any(f"ZeRO stage {stage}: {base}" in text for text in told), told
+    assert any("single: there is one worker" in text for text in told), told
+
+
+def _works(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = smoke.main(recipe, keep=tmp_path, show_progress=False)
     assert [result.name for result in results] == PARTS
     assert all(result.ok for result in results)
-    assert name in capsys.readouterr().out
+    assert recipe.name in capsys.readouterr().out
     store = EmbeddingStore.open(str(tmp_path / "store"))
     assert store.manifest.num_rows == 8
     assert set(rundir.checkpoints(str(tmp_path / "run"))) == {2, 3}

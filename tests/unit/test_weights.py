@@ -174,16 +174,23 @@ def test_rows_that_do_not_split_evenly(mesh: str, ranks: list[dict[str, Any]]) -
     assert [rank[mesh] for rank in ranks] == [[], []]
 
 
+def test_deepspeed_splits_what_is_stored(ranks: list[dict[str, Any]]) -> None:
+    """Stage 3 cuts anywhere, and pads: put together again, everything is as it was loaded whole."""
+    assert [rank["zero3"] for rank in ranks] == [[], []]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ITEM_BYTES)
+@pytest.mark.parametrize(
+    ("model", "dtype"), [*((dtype, dtype) for dtype in ITEM_BYTES), ("zero3", "float32")]
+)
 def test_a_rank_needs_memory_for_its_shard_and_one_tensor(
-    dtype: str, ranks: list[dict[str, Any]]
+    model: str, dtype: str, ranks: list[dict[str, Any]]
 ) -> None:
     """Peak of the resident memory over that before; loading the base whole fails the same bound."""
     width = LARGE["attention_head_dim"] * LARGE["num_attention_heads"]
     largest = ITEM_BYTES[dtype] * 6 * width * width  # a block's modulation
     for rank in ranks:
-        streamed, whole = rank[f"large {dtype}"]["streamed"], rank[f"large {dtype}"]["whole"]
+        streamed, whole = rank[f"large {model}"]["streamed"], rank[f"large {model}"]["whole"]
         assert streamed["shards"] == whole["shards"] > ITEM_BYTES[dtype] * 37e6
         bound = 1.3 * (streamed["shards"] + largest)
         assert 0.9 * streamed["shards"] < streamed["growth"] <= bound < whole["growth"]

@@ -25,25 +25,26 @@ from torch.distributed.tensor import DTensor
 
 from piflow.assembly import prepared_trio
 from piflow.backbones import Conditioning
-from piflow.config import Recipe, parse_recipe
-from piflow.sharding import FSDPStrategy, local_shard
+from piflow.config import DeepSpeedConfig, Recipe, parse_recipe
+from piflow.sharding import FSDPStrategy, Strategy, build_strategy, local_shard
 from piflow.trio import Trio, build_trio
 from piflow.weights import WEIGHTS_FILE, fill, stored_tensors
 
 CPU = torch.device("cpu")
+Way = Callable[[Recipe, Strategy], Trio]
 STATUS = Path("/proc/self/status")
 
 
-def whole(recipe: Recipe) -> Trio:
+def whole(recipe: Recipe, strategy: Strategy) -> Trio:
     """As it was done before: every rank loads all of the base, then shards it."""
-    trio, strategy = build_trio(recipe), FSDPStrategy(CPU)
+    trio = build_trio(recipe)
     for module in trio.modules:
         strategy.prepare(module, trio.block_classes)
     return trio
 
 
-def streamed(recipe: Recipe) -> Trio:
-    return prepared_trio(recipe, FSDPStrategy(CPU))
+def streamed(recipe: Recipe, strategy: Strategy) -> Trio:
+    return prepared_trio(recipe, strategy)
 
 
 def tensors(trio: Trio) -> dict[str, Tensor]:
@@ -76,7 +77,7 @@ def computed(trio: Trio, recipe: Recipe) -> dict[str, Tensor]:
 
 def differences(recipe: Recipe) -> list[str]:
     """What isn't bit-equal between the two ways."""
-    ours, expected = streamed(recipe), whole(recipe)
+    ours, expected = streamed(recipe, FSDPStrategy(CPU)), whole(recipe, FSDPStrategy(CPU))
     found, wanted = tensors(ours), tensors(expected)
     if list(found) != list(wanted):
         return ["names"]
@@ -92,6 +93,15 @@ def differences(recipe: Recipe) -> list[str]:
     if list(results) != list(due) or len(due) < 10:
         return [*different, "names of gradients"]
     return different + [name for name in due if not torch.equal(results[name], due[name])]
+
+
+def gathered_differences(recipe: Recipe, strategy: Strategy) -> list[str]:
+    """What of a trio that was streamed isn't as it is stored, once it is whole again on rank 0."""
+    found = strategy.gather(tensors(streamed(recipe, strategy)))
+    stored = tensors(build_trio(recipe))
+    if strategy.rank == 0 and list(found) != list(stored):
+        return ["names"]
+    return [name for name, tensor in found.items() if not torch.equal(tensor, stored[name])]
 
 
 def misread(folder: Path, mesh: DeviceMesh) -> list[str]:
@@ -124,12 +134,12 @@ def memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def growth(make: Callable[[Recipe], Trio], recipe: Recipe) -> dict[str, int]:
+def growth(make: Way, recipe: Recipe, strategy: Strategy) -> dict[str, int]:
     """How far resident memory rises while a trio is made, and how much of it stays as weights."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = memory("VmRSS")
-    trio = make(recipe)
+    trio = make(recipe, strategy)
     grown = memory("VmHWM") - before
     shards = {name: local_shard(tensor) for name, tensor in tensors(trio).items()}
     return {"growth": grown, "shards": sum(shard.nbytes for shard in shards.values())}
@@ -148,12 +158,18 @@ def main(folder: Path, rank: int, world_size: int) -> None:
         )
         for name, shape in meshes.items()
     }
+    fsdp, ways = FSDPStrategy(CPU), (streamed, whole)
     for name, tree in trees.items():
         recipe = parse_recipe(tree)
         if name.startswith("large"):
-            results[name] = {make.__name__: growth(make, recipe) for make in (streamed, whole)}
+            results[name] = {make.__name__: growth(make, recipe, fsdp) for make in ways}
         else:
             results[name] = differences(recipe)
+    zero = build_strategy("deepspeed", world_size, CPU, deepspeed=DeepSpeedConfig(stage=3))
+    recipe = parse_recipe(trees["flux bfloat16"])
+    results["zero3"] = gathered_differences(recipe, zero)
+    recipe = parse_recipe(trees["large float32"])
+    results["large zero3"] = {make.__name__: growth(make, recipe, zero) for make in ways}
     (folder / f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
