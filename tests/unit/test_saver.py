@@ -312,9 +312,8 @@ def test_another_models_checkpoint_is_refused_not_skipped(
 ) -> None:
     folder, _ = run_dir
     ours, saves = trainer(), saves_into(folder, keep_last=9)
-    ours.parameters["more"] = torch.nn.Parameter(torch.zeros(1))
-    ours.ema_parameters["more"] = torch.zeros(1)
-    ours.optimizers[0].add_param_group({"params": [ours.parameters["more"]], "lr_scale": 1.0})
+    for tensors in (ours.parameters, ours.ema_parameters):
+        tensors["renamed"] = tensors.pop("small.bias")
     saves.save(ours, state(4))
     saves.wait()
     with pytest.raises(CheckpointError, match="step_00000004 doesn't fit this model"):
