@@ -6,6 +6,7 @@ STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .PHONY: install install-dev demo test lint unit integration test-recipes test-faults pretrain clean help
@@ -41,8 +42,7 @@ $(FONT):
 demo: install
 	$(BIN)/piflow demo
 
-test: install-dev lint
-	$(BIN)/python -m pytest
+test: install-dev lint unit integration
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -50,10 +50,10 @@ lint: $(DEV)
 	$(BIN)/mypy
 
 unit: install-dev
-	$(BIN)/python -m pytest tests/unit tests/recipes tests/conformance
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/unit tests/recipes tests/conformance
 
 integration: install-dev
-	$(BIN)/python -m pytest tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/integration
 
 test-recipes: install-dev
 	$(BIN)/python -m pytest tests/integration/test_smoke.py -m smoke_all
