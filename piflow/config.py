@@ -363,7 +363,13 @@ class DeepSpeedConfig(_Section):
 class RuntimeConfig(_Section):
     """Ray Train's workers. Changing any of these never changes a run's results."""
 
-    num_workers: Positive = Field(1, description="training processes")
+    num_workers: Annotated[
+        Positive | tuple[Positive, Positive], Field(union_mode="left_to_right")
+    ] = Field(
+        1,
+        description="training processes; or [fewest, most]: as many as the cluster has room "
+        "for, also when it grows or shrinks",
+    )
     use_gpu: bool = Field(False, description="one GPU a worker, and nccl instead of gloo")
     cpus_per_worker: PositiveFloat = Field(1.0, description="logical CPUs that Ray reserves")
     strategy: Literal["auto", "fsdp", "ddp", "deepspeed", "single"] = Field(
@@ -391,14 +397,29 @@ class RuntimeConfig(_Section):
         1800.0, description="seconds until the workers must be up (GPU nodes take minutes)"
     )
 
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _is_a_number_or_a_range(cls, value: Any) -> Any:
+        ends = value if isinstance(value, list | tuple) else [value]
+        numbers = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+        if not numbers or len(ends) not in (1, 2) or not 1 <= ends[0] <= ends[-1]:
+            raise ValueError("expected a positive number of workers, or [fewest, most]")
+        return value
+
     @model_validator(mode="after")
     def _options_fit_strategy(self) -> RuntimeConfig:
-        if self.strategy == "single" and self.num_workers > 1:
+        if self.strategy == "single" and self.max_workers > 1:
             raise ValueError(
                 f"strategy = single runs on one worker, num_workers is {self.num_workers}; use "
                 "strategy auto, fsdp or ddp, or one worker"
             )
-        if self.shard_size is not None and self.num_workers % self.shard_size:
+        if self.shard_size is not None and self.is_elastic:
+            raise ValueError(
+                f"shard_size ({self.shard_size}) must divide the number of workers, and "
+                f"num_workers = {list(self.worker_range)} may become any in between; leave "
+                "shard_size out, or use a fixed number"
+            )
+        if self.shard_size is not None and self.max_workers % self.shard_size:
             raise ValueError(
                 f"shard_size ({self.shard_size}) must divide num_workers ({self.num_workers}): "
                 "every group of shard_size workers holds one copy of the parameters"
@@ -424,10 +445,27 @@ class RuntimeConfig(_Section):
             )
 
     @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        if isinstance(self.num_workers, int):
+            return self.num_workers, self.num_workers
+        return self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that a run may have."""
+        return self.worker_range[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.worker_range[0] != self.worker_range[1]
+
+    @property
     def uses_deepspeed(self) -> bool:
         """Whether its engine runs; for one worker only if it has something to offload."""
         offloads = self.deepspeed is not None and self.deepspeed.offloads
-        return self.strategy == "deepspeed" and (self.num_workers > 1 or offloads)
+        return self.strategy == "deepspeed" and (self.max_workers > 1 or offloads)
 
 
 _TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
@@ -526,11 +564,11 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         micro_batches = self.training.batch_size // self.training.micro_batch_size
-        if micro_batches % self.runtime.num_workers:
+        if micro_batches < self.runtime.max_workers:
             raise ValueError(
                 f"training.batch_size / training.micro_batch_size = {micro_batches} micro-batches "
-                f"a step can't be split evenly over runtime.num_workers = "
-                f"{self.runtime.num_workers}; use a number of workers that divides {micro_batches}"
+                f"a step are too few for runtime.num_workers = {self.runtime.num_workers}: every "
+                f"worker needs one; use at most {micro_batches} workers"
             )
         if (self.model.family == "dit") != (self.encoder.type == "class_label"):
             raise ValueError(
@@ -553,7 +591,7 @@ class Recipe(_Section):
                 "shape, and runtime.strategy = deepspeed lays them end to end and cuts anywhere; "
                 "use adamw, or runtime.strategy fsdp or ddp"
             )
-        replicated = self.runtime.num_workers == 1 or self.runtime.strategy == "ddp"
+        replicated = self.runtime.max_workers == 1 or self.runtime.strategy == "ddp"
         if self.training.optimizer.type == "muon" and not replicated:
             raise ValueError(
                 "training.optimizer.type = muon needs whole matrices, which strategy = "

@@ -4,6 +4,10 @@ Runs without Ray: a bare machine with torch, diffusers and peft can call `Traine
 All randomness of a micro-batch comes from one generator seeded by (seed, step, micro-batch index).
 So a run's results don't depend on the number of workers, and nothing about randomness has to be
 saved: resuming at a step repeats exactly what an uninterrupted run does there.
+
+Every forward pass may be a collective, so all workers make the same number of them. Where the
+workers don't divide the micro-batches of a step, those with one fewer repeat their last one with
+weight zero.
 """
 
 from __future__ import annotations
@@ -158,12 +162,15 @@ class Trainer:
 
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite; names the prompts.
-            ValueError: no micro-batch.
+            ValueError: these aren't as many as this worker's share.
         """
-        if not micro_batches:
+        rank, world_size = self.strategy.rank, self.strategy.world_size
+        share = len(range(rank, self.num_micro_batches, world_size))
+        if not share or len(micro_batches) != share:
             raise ValueError(
-                f"step {step}: expected at least one micro-batch on every worker, got none; use "
-                f"at most {self.num_micro_batches} workers"
+                f"step {step}: worker {rank} of {world_size} has {share} of the "
+                f"{self.num_micro_batches} micro-batches, got {len(micro_batches)}; use at most "
+                f"{self.num_micro_batches} workers"
             )
         config = self.training.optimizer
         for parameter in self.parameters.values():
@@ -196,17 +203,24 @@ class Trainer:
             that loss, and the prompt ids of this worker's micro-batches whose loss is not finite.
         """
         losses = []
-        for position, batch in enumerate(micro_batches):
-            final = position == len(micro_batches) - 1
+        passes = math.ceil(self.num_micro_batches / self.strategy.world_size)
+        padded = [*micro_batches, *[micro_batches[-1]] * (passes - len(micro_batches))]
+        for position, batch in enumerate(padded):
+            final = position == passes - 1
+            counts = position < len(micro_batches)
+            # of the sum over the workers, which the strategy divides by their number
+            weight = self.strategy.world_size / self.num_micro_batches if counts else 0.0
 
-            def backward(loss: Tensor, last: bool, final: bool = final) -> None:
-                # the workers' mean is the strategy's
-                part = _or_nan(loss) / len(micro_batches)
-                self.strategy.backward(part, last=final and last)
+            def backward(
+                loss: Tensor, last: bool, final: bool = final, weight: float = weight
+            ) -> None:
+                self.strategy.backward(_or_nan(loss) * weight, last=final and last)
 
             generator = micro_batch_generator(self.seed, step, batch.index)
             torch.manual_seed(generator.initial_seed())  # LoRA dropout draws from the global one
-            losses.append(self.objective(batch, step, generator, backward))
+            loss = self.objective(batch, step, generator, backward)
+            if counts:
+                losses.append(loss)
         suspects = [
             prompt_id
             for batch, finite in zip(micro_batches, torch.stack(losses).isfinite(), strict=True)

@@ -169,7 +169,7 @@ def _small_embed(recipe: Recipe, folder: Path, gpus: int) -> dict[str, Any]:
 def _small_runtime(recipe: Recipe, gpus: int, workers: int) -> dict[str, Any]:
     runtime = recipe.runtime
     on_gpu = runtime.use_gpu and gpus > 0
-    workers = min(workers, runtime.num_workers, gpus if on_gpu else workers)
+    workers = min(workers, runtime.max_workers, gpus if on_gpu else workers)
     tree = runtime.model_dump(mode="json")
     if tree["strategy"] == "auto":  # what it chooses for the real model, not for the tiny one
         tree["strategy"] = "fsdp"

@@ -18,7 +18,7 @@ batches of bucket ``b``, and they are taken in a random order drawn from the sam
 counts are closed formulas: any step is found without replaying what came before it.
 
 **Ranks.** A batch is cut into micro-batches, and rank ``r`` of ``W`` takes those whose index is
-``r`` modulo ``W``.
+``r`` modulo ``W``: at least one, and where ``W`` doesn't divide their number some ranks one more.
 
 **Reading.**
 
@@ -311,11 +311,10 @@ def _check_sizes(batch_size: int, micro_batch_size: int, rank: int, world_size: 
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size = {world_size}), got {rank}")
     micro_batches = batch_size // micro_batch_size
-    if micro_batches % world_size:
+    if micro_batches < world_size:
         raise ValueError(
             f"{micro_batches} micro-batches a step (batch_size {batch_size} / micro_batch_size "
-            f"{micro_batch_size}) can't be split evenly over {world_size} ranks; use a number of "
-            f"ranks that divides {micro_batches}"
+            f"{micro_batch_size}) are too few for {world_size} ranks; use at most {micro_batches}"
         )
 
 

@@ -40,7 +40,7 @@ def ray_session(recipe: Recipe) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
     else:
-        workers = int(recipe.runtime.num_workers * recipe.runtime.cpus_per_worker)
+        workers = int(recipe.runtime.max_workers * recipe.runtime.cpus_per_worker)
         ray.init(
             num_cpus=max(os.cpu_count() or 1, workers + _DATA_CPUS),
             include_dashboard=False,
@@ -139,6 +139,8 @@ def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> No
 
     runtime = recipe.runtime
     system, path = storage.filesystem(recipe.run_dir)
+    # a pair makes Ray Train elastic, which its declared types don't know
+    workers: Any = runtime.worker_range if runtime.is_elastic else runtime.max_workers
     resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
     if runtime.use_gpu:
         resources["GPU"] = 1
@@ -155,7 +157,7 @@ def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> No
             train_loop_config=config,
             torch_config=TorchConfig(backend="nccl" if runtime.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=runtime.num_workers,
+                num_workers=workers,
                 use_gpu=runtime.use_gpu,
                 resources_per_worker=resources,
             ),

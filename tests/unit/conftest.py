@@ -158,23 +158,23 @@ def make_flux_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., A
 
 
 @pytest.fixture(scope="session")
-def run_two_ranks() -> Callable[[Path, Path], None]:
-    """(script, folder) -> runs `script folder RANK 2` as two processes; both must succeed."""
+def run_ranks() -> Callable[..., None]:
+    """(script, folder, world_size) -> runs `script folder RANK WORLD_SIZE`; all must succeed."""
 
-    def run(script: Path, folder: Path) -> None:
+    def run(script: Path, folder: Path, world_size: int = 2) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         processes = [
             subprocess.Popen(
-                [sys.executable, str(script), str(folder), str(rank), "2"],
+                [sys.executable, str(script), str(folder), str(rank), str(world_size)],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
-            for rank in range(2)
+            for rank in range(world_size)
         ]  # fmt: skip
         try:
             outputs = [process.communicate(timeout=120)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()
-        assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+        assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)
 
     return run

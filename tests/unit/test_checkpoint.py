@@ -162,7 +162,7 @@ RUNS = [*RESHARDED.STRATEGIES, "adamw8bit"]  # under FSDP2
 
 @pytest.fixture(scope="module")
 def resharded(
-    tmp_path_factory: pytest.TempPathFactory, run_two_ranks: Callable[[Path, Path], None]
+    tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., None]
 ) -> dict[Any, dict[str, Any]]:
     """One process saves, two resume, train on, save and resume, one resumes: what each held."""
     pytest.importorskip("torchao")
@@ -178,7 +178,7 @@ def resharded(
         end = RESHARDED.whole_state(trainer)
         next_losses = RESHARDED.train(trainer, RESHARDED.END, RESHARDED.END + 1)
         results[kind] = {"one": saved, "losses": losses, "end": end, "next": next_losses}
-    run_two_ranks(SCRIPT, folder)
+    run_ranks(SCRIPT, folder)
     results |= {f"two {key}": value for key, value in torch.load(folder / "results.pt").items()}
     for name in RUNS:
         trainer = RESHARDED.make(kind_of(name), single)

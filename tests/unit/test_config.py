@@ -168,10 +168,33 @@ def test_kept_steps_must_have_checkpoints() -> None:
     assert kept.training.keep_every == 1000 and recipe().training.keep_every is None
 
 
-def test_micro_batches_must_divide_over_the_workers() -> None:
+@pytest.mark.parametrize("workers", [4, [1, 4]])
+def test_every_worker_needs_a_micro_batch(workers: Any) -> None:
     training = {"batch_size": 6, "micro_batch_size": 2}
-    assert "3 micro-batches" in refusal(training=training, runtime={"num_workers": 2})
-    assert recipe(training=training, runtime={"num_workers": 3}).runtime.num_workers == 3
+    message = refusal(training=training, runtime={"num_workers": workers})
+    assert "3 micro-batches a step are too few" in message and "at most 3 workers" in message
+    assert recipe(training=training, runtime={"num_workers": 2}).runtime.worker_range == (2, 2)
+
+
+def test_a_range_of_workers() -> None:
+    elastic = recipe(runtime={"num_workers": [2, 8]}).runtime
+    assert (elastic.worker_range, elastic.max_workers, elastic.is_elastic) == ((2, 8), 8, True)
+    assert not recipe(runtime={"num_workers": 3}).runtime.is_elastic
+    assert recipe(runtime={"num_workers": [2, 8]}).hash() == recipe().hash()
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, True, "many", [], [0, 2], [3, 2], [1, 2, 3], None])
+def test_what_is_no_range_of_workers(workers: Any) -> None:
+    message = refusal(runtime={"num_workers": workers})
+    assert (
+        "runtime.num_workers: expected a positive number of workers, or [fewest, most]" in message
+    )
+
+
+def test_a_range_has_no_groups_of_fixed_size() -> None:
+    message = refusal(runtime={"num_workers": [2, 4], "shard_size": 2})
+    assert "shard_size (2)" in message and "[2, 4] may become any in between" in message
+    assert "strategy = single" in refusal(runtime={"num_workers": [1, 2], "strategy": "single"})
 
 
 def test_what_runs_on_one_worker_only() -> None:

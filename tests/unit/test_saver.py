@@ -142,11 +142,9 @@ def test_one_save_at_a_time_and_the_wait_counts_as_stall(
     assert second.stall_seconds > 0.2
 
 
-def test_two_workers_save_while_they_train(
-    tmp_path: Path, run_two_ranks: Callable[[Path, Path], None]
-) -> None:
+def test_two_workers_save_while_they_train(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
     """The writers' collectives and the steps' don't meet; one worker's trouble is everyone's."""
-    run_two_ranks(SCRIPT, tmp_path)
+    run_ranks(SCRIPT, tmp_path)
     results = torch.load(tmp_path / "results.pt", weights_only=False)
 
     alone = trainer()

@@ -46,7 +46,7 @@ class Linear:
         self.bad: dict[int, float] = {}  # micro-batch index -> factor of its loss
 
     def loss(self, rows: Tensor) -> Tensor:
-        return (rows @ self.weight - 1).square().mean()
+        return (rows.to(self.weight) @ self.weight - 1).square().mean()
 
     def __call__(
         self, batch: Rows, step: int, generator: torch.Generator, backward: Backward
@@ -372,6 +372,40 @@ def test_parameter_groups_follow_the_schedule_at_their_own_scale() -> None:
     torch.testing.assert_close(b.detach(), torch.full((4,), 1 - 0.005 - 0.01))
 
 
+class OneOf(SingleStrategy):
+    """One of several workers, whose gradients nobody averages; counts backward passes."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self.rank, self.world_size = rank, world_size
+        self.passes: list[bool] = []
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.passes.append(last)
+        super().backward(loss, last=last)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_mean_over_any_number_of_workers_is_one_workers_gradient(world_size: int) -> None:
+    """In float64, and all workers make the same number of passes, the last one of them the last."""
+    gradients, passes = [], []
+    for rank in range(world_size):
+        trainer, weight = make()
+        weight.data = weight.data.double()
+        trainer.strategy = strategy = OneOf(rank, world_size)
+        trainer._accumulate(2, batches()[rank::world_size])
+        assert weight.grad is not None
+        gradients.append(weight.grad)
+        passes.append(strategy.passes)
+    mean = torch.stack(gradients).mean(0)
+    rows, (_, weight) = data(2).double(), make()
+    exact = weight.detach().double().requires_grad_()
+    (rows @ exact - 1).square().mean().backward()
+    torch.testing.assert_close(mean, exact.grad, rtol=1e-14, atol=0)
+    assert passes == [passes[0]] * world_size
+    assert passes[0] == [False] * (len(passes[0]) - 1) + [True]
+
+
 def test_optimizer_of_finds_each_parameters_owner() -> None:
     trainer, weight = make()
     assert trainer.optimizer_of(weight) is trainer.optimizers[0]
@@ -381,7 +415,7 @@ def test_optimizer_of_finds_each_parameters_owner() -> None:
 
 def test_bad_input_says_what_was_expected() -> None:
     trainer, weight = make()
-    with pytest.raises(ValueError, match="at least one micro-batch.*at most 4 workers"):
+    with pytest.raises(ValueError, match="worker 0 of 1 has 4 of the 4 micro-batches, got 0"):
         trainer.step(0, [])
     with pytest.raises(ValueError, match="an average of every parameter.*layer.weight"):
         Trainer(

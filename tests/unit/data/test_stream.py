@@ -232,7 +232,7 @@ def test_epoch_counts_passes_over_the_store(make_store: MakeStore) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"world_size": 5}, "6 micro-batches a step .* split evenly over 5 ranks"),
+        ({"world_size": 7}, "6 micro-batches a step .* too few for 7 ranks; use at most 6"),
         ({"micro_batch_size": 5}, r"batch_size \(12\) must be a positive multiple"),
         ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size = 2\), got 2"),
         ({"start_sample": 13}, r"a multiple of batch_size \(12\), got 13"),
