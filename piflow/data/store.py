@@ -27,7 +27,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -402,13 +402,56 @@ def quantize(tokens: Tensor, dtype: TokenDtype) -> tuple[bytes, float]:
     return scaled.to(torch.float8_e4m3fn).contiguous().view(torch.uint8).numpy().tobytes(), scale
 
 
-def dequantize(content: bytes, scale: float, num_tokens: int, dtype: TokenDtype) -> Tensor:
-    """The inverse of `quantize`: ``(num_tokens, D)`` float32."""
+def dequantize(
+    content: bytes | NDArray[np.uint8],
+    scales: Sequence[float],
+    counts: Sequence[int],
+    dtype: TokenDtype,
+) -> NDArray[np.float32]:
+    """The inverse of `quantize`, for many rows at once.
+
+    NumPy and a table of the 256 values: several times faster than torch's conversion, and no
+    thread of OpenMP's competes with the training step's.
+
+    Args:
+        content: the rows' bytes, one row after the other.
+        scales: each row's scale, ``(n,)``.
+        counts: each row's tokens, ``(n,)``.
+        dtype: the stored number format.
+
+    Returns:
+        ``(sum(counts), D)`` float32.
+    """
+    raw = np.frombuffer(content, dtype=np.uint8)
+    if dtype == "fp8":
+        states = np.take(_fp8_values(), raw)
+    else:  # bfloat16 is float32's upper half
+        states = (raw.view("<u2").astype("<u4") << 16).view(np.float32)
+    factors = np.repeat(np.asarray(scales, dtype=np.float32), counts)
+    states = states.reshape(len(factors), -1)
+    states *= factors[:, None]
+    return states
+
+
+@cache
+def _fp8_values() -> NDArray[np.float32]:
+    """What each byte is as e4m3, ``(256,)``."""
     import torch
 
-    raw = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
-    stored = raw.view(torch.float8_e4m3fn if dtype == "fp8" else torch.bfloat16)
-    return stored.float().mul_(scale).view(num_tokens, -1)
+    codes = torch.arange(256, dtype=torch.uint8)
+    return codes.view(torch.float8_e4m3fn).float().numpy()
+
+
+def _contents(column: pa.ChunkedArray) -> NDArray[np.uint8]:
+    """All bytes of a column of bytes, one row after the other, without a copy of one chunk."""
+    chunks = []
+    for chunk in column.chunks:
+        start, end = chunk.offset, chunk.offset + len(chunk)
+        kind = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+        _, offsets, data = chunk.buffers()
+        limits = np.frombuffer(offsets, dtype=kind)
+        chunks.append(np.frombuffer(data, dtype=np.uint8)[limits[start] : limits[end]])
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
 def decode_rows(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
@@ -417,21 +460,20 @@ def decode_rows(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
 
     encoder = inputs.encoder
     counts = table["num_tokens"].to_pylist()
-    tokens = torch.zeros(table.num_rows, encoder.max_tokens, encoder.hidden_size)
-    rows = zip(table["tokens"].to_pylist(), table["scale"].to_pylist(), counts, strict=True)
-    for row, (content, scale, count) in enumerate(rows):
-        tokens[row, :count] = dequantize(content, scale, count, inputs.dtype)
-    contents = table["pooled"].to_pylist()
+    scales = table["scale"].to_pylist()
+    tokens = np.zeros((table.num_rows, encoder.max_tokens, encoder.hidden_size), np.float32)
+    valid = np.arange(encoder.max_tokens) < np.array(counts)[:, None]
+    tokens[valid] = dequantize(_contents(table["tokens"]), scales, counts, inputs.dtype)
     pooled = None
-    if contents and None not in contents:
-        stacked = np.stack([np.frombuffer(content, dtype="<f4") for content in contents])
-        pooled = torch.from_numpy(stacked)
+    if table.num_rows and not table["pooled"].null_count:
+        vectors = np.array(_contents(table["pooled"])).view("<f4")
+        pooled = torch.from_numpy(vectors.reshape(table.num_rows, -1))
     return EmbeddingBatch(
         prompt_ids=tuple(table["prompt_id"].to_pylist()),
         prompts=tuple(table["prompt"].to_pylist()),
         heights=tuple(table["height"].to_pylist()),
         widths=tuple(table["width"].to_pylist()),
-        tokens=tokens,
+        tokens=torch.from_numpy(tokens),
         num_tokens=torch.tensor(counts, dtype=torch.int64),
         pooled=pooled,
     )

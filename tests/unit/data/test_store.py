@@ -53,7 +53,7 @@ def test_fp8_keeps_its_error_bound(magnitude: float) -> None:
     content, scale = quantize(tokens, "fp8")
     assert len(content) == tokens.numel()
     assert scale == pytest.approx(float(tokens.abs().max()) / 448, rel=1e-6)
-    error = (dequantize(content, scale, 7, "fp8") - tokens).abs()
+    error = (torch.from_numpy(dequantize(content, [scale], [7], "fp8")) - tokens).abs()
     bound = torch.maximum(tokens.abs() / 16, torch.tensor(scale / 1024))
     assert (error <= bound * (1 + 1e-5)).all()
     assert (error > bound / 4).any()  # the bound is not an idle one
@@ -63,14 +63,23 @@ def test_bf16_rounds_to_bfloat16() -> None:
     tokens = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     content, scale = quantize(tokens, "bf16")
     assert scale == 1.0 and len(content) == 2 * tokens.numel()
-    assert torch.equal(dequantize(content, scale, 3, "bf16"), tokens.bfloat16().float())
+    read = dequantize(content, [scale], [3], "bf16")
+    assert torch.equal(torch.from_numpy(read), tokens.bfloat16().float())
 
 
 def test_numbers_that_fp8_holds_survive_exactly() -> None:
     tokens = torch.tensor([[448.0, -1.5, 0.0, 0.25]])
-    assert torch.equal(dequantize(*quantize(tokens, "fp8"), 1, "fp8"), tokens)
     zeros = torch.zeros(2, 4)
-    assert torch.equal(dequantize(*quantize(zeros, "fp8"), 2, "fp8"), zeros)
+    (first, scale), (second, of_zeros) = quantize(tokens, "fp8"), quantize(zeros, "fp8")
+    read = dequantize(first + second, [scale, of_zeros], [1, 2], "fp8")
+    assert torch.equal(torch.from_numpy(read), torch.cat([tokens, zeros]))
+
+
+def test_every_fp8_number_is_read_as_torch_converts_it() -> None:
+    numbers = torch.arange(256, dtype=torch.uint8)
+    read = dequantize(numbers.numpy().tobytes(), [0.7], [4], "fp8")
+    expected = numbers.view(torch.float8_e4m3fn).float().mul(0.7).view(4, 64)
+    torch.testing.assert_close(torch.from_numpy(read), expected, rtol=0, atol=0, equal_nan=True)
 
 
 # ----------------------------------------------------------------------------------------- layout
