@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from piflow.config import Recipe, load_recipe
+from piflow.runtime.signals import StoppedError
 
 app = typer.Typer(
     name="piflow",
@@ -177,9 +178,15 @@ def show_recipe(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 
 
 def main() -> None:
-    """Console entry point: expected mistakes are one message and exit code 1, not a traceback."""
+    """Console entry point: expected mistakes are one message and exit code 1, not a traceback.
+
+    A run that a signal ended has the code a shell gives to it: 143 (SIGTERM) or 130 (Ctrl-C).
+    """
     try:
         app()
+    except StoppedError as error:
+        typer.secho(f"piflow: {error}", err=True, fg=typer.colors.YELLOW)
+        raise SystemExit(128 + error.number) from error
     except (ValueError, FloatingPointError, OSError) as error:
         typer.secho(f"piflow: {error}", err=True, fg=typer.colors.RED)
         raise SystemExit(1) from error

@@ -396,6 +396,14 @@ class RuntimeConfig(_Section):
     worker_start_timeout: PositiveFloat = Field(
         1800.0, description="seconds until the workers must be up (GPU nodes take minutes)"
     )
+    resize_interval: PositiveFloat = Field(
+        60.0, description="seconds between looks whether a range of workers has room for more"
+    )
+    stall_timeout: PositiveFloat = Field(
+        1800.0,
+        description="seconds that a step may take, or the start before the first one (loading, "
+        "compiling) or the last upload, before a worker counts as hanging and is restarted",
+    )
 
     @field_validator("num_workers", mode="before")
     @classmethod

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any
 
 from piflow import rundir, storage
 from piflow.checkpoint import load_state
-from piflow.config import Recipe
+from piflow.config import Recipe, RuntimeConfig
 from piflow.data.store import EmbeddingStore
+from piflow.runtime.signals import Signals, StoppedError
 from piflow.step import NonFiniteError
-from piflow.tracking import RunStatus, deliver_kept, finish
+from piflow.tracking import RunStatus, Tracker, deliver_kept, finish
 
+_POLL_SECONDS = 0.5
+_ELASTIC_START_SECONDS = 30.0  # until workers have their places, on machines that are there
 _DATA_CPUS = 2  # logical CPUs for Ray Data's reading beside the workers, on a local instance
 
 
@@ -28,29 +33,46 @@ class WorkersFailedError(ChildProcessError):
 @contextmanager
 def ray_session(recipe: Recipe) -> Iterator[None]:
     """Use the running Ray, or the cluster in RAY_ADDRESS, or a local instance for this block."""
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault(
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(recipe.runtime.worker_start_timeout)
-    )
     import ray
 
-    if ray.is_initialized():
-        yield
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-    else:
-        workers = int(recipe.runtime.max_workers * recipe.runtime.cpus_per_worker)
-        ray.init(
-            num_cpus=max(os.cpu_count() or 1, workers + _DATA_CPUS),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+    with _train_settings(recipe.runtime):
+        if ray.is_initialized():
+            yield
+            return
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False)
+        else:
+            workers = int(recipe.runtime.max_workers * recipe.runtime.cpus_per_worker)
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, workers + _DATA_CPUS),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _train_settings(runtime: RuntimeConfig) -> Iterator[None]:
+    """Ray Train's settings that it reads from the environment; a user's own come first."""
+    start = runtime.worker_start_timeout
+    if runtime.is_elastic:  # it counts machines that are going away, and looks again afterwards
+        start = min(start, _ELASTIC_START_SECONDS)
+    settings = {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(runtime.stall_timeout),
+    }
+    absent = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(absent)
     try:
         yield
     finally:
-        ray.shutdown()
+        for name in absent:
+            del os.environ[name]
 
 
 def train(recipe: Recipe, *, show_progress: bool = True) -> int:
@@ -64,6 +86,7 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
             don't fit one another.
         NonFiniteError: the loss went NaN or infinite; the newest checkpoint is good.
         WorkersFailedError: the workers failed more often than `runtime.max_failures` allows.
+        StoppedError: a signal ended it before the last step.
     """
     record = rundir.require_same_recipe(recipe)
     manifest_hash = check_store(recipe).manifest_hash
@@ -131,56 +154,111 @@ def _tracked(
 
 
 def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> None:
+    """Workers train until the last step; they start anew where they stopped for that."""
+    from piflow.runtime.board import StopReason, start_board
+    from piflow.runtime.progress import progress_bar
+    from piflow.tracking import MlflowTracker
+
+    board = start_board()
+    title = f"{recipe.name}: steps"
+    tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
+    status: RunStatus = "FAILED"
+    try:
+        with (
+            progress_bar(board, title, recipe.training.steps, show=show_progress),
+            Signals() as signals,
+        ):
+            while _attempt(recipe, record, board, signals, tracker) == StopReason.MOVE:
+                pass
+        status = "FINISHED"
+    except StoppedError:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close()
+        _finish(recipe, record, status)
+
+
+def _attempt(
+    recipe: Recipe, record: rundir.RunRecord, board: Any, signals: Signals, tracker: Tracker
+) -> int:
+    """Workers from the newest checkpoint on, restarted when they fail; returns why they ended."""
+    import ray
+
+    rundir.take_failure(recipe.run_dir)  # of an attempt whose driver died before it looked
+    rundir.forget_reported(recipe.run_dir)
+    trainer = _trainer(recipe, record, board)
+    fit: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            fit.set_result(trainer.fit())
+        except BaseException as error:
+            fit.set_exception(error)
+
+    # Ray would handle Ctrl-C in the main thread, and leave the steps since the last checkpoint
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    while not fit.done():
+        wait([fit], timeout=_POLL_SECONDS)
+        signals.pass_on(board)
+        for name, text in ray.get(board.take_events.remote()):
+            tracker.event(name, text)
+    try:
+        fit.result()
+    except ray.train.WorkerGroupError as error:
+        from piflow.runtime.callbacks import first_failure
+
+        raise WorkersFailedError(first_failure(error.worker_failures)) from error
+    failure = rundir.take_failure(recipe.run_dir)
+    if failure is not None:
+        raise _FAILURES[failure.kind](failure.message)
+    reason, step = ray.get(board.left.remote())
+    if signals.number is not None and step < recipe.training.steps:
+        raise StoppedError(signals.number, f"step {step} is saved")
+    return int(reason)
+
+
+def _trainer(recipe: Recipe, record: rundir.RunRecord, board: Any) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from piflow.runtime.progress import progress_bar
+    from piflow.runtime.callbacks import LifecycleCallback
     from piflow.runtime.worker import train_worker
 
     runtime = recipe.runtime
     system, path = storage.filesystem(recipe.run_dir)
     # a pair makes Ray Train elastic, which its declared types don't know
     workers: Any = runtime.worker_range if runtime.is_elastic else runtime.max_workers
+    callbacks: list[Any] = [LifecycleCallback(board, runtime.stall_timeout)]
+    scaling: dict[str, Any] = {"elastic_resize_monitor_interval_s": runtime.resize_interval}
     resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
     if runtime.use_gpu:
         resources["GPU"] = 1
-    with progress_bar(f"{recipe.name}: steps", recipe.training.steps, show=show_progress) as board:
-        config: dict[str, Any] = {
-            "recipe": recipe.model_dump(mode="json"),
-            "recipe_hash": record.recipe_hash,
-            "tracking_uri": record.tracking_uri,
-            "run_id": record.mlflow_run_id,
-            "board": board,
-        }
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config=config,
-            torch_config=TorchConfig(backend="nccl" if runtime.use_gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=workers,
-                use_gpu=runtime.use_gpu,
-                resources_per_worker=resources,
-            ),
-            run_config=ray.train.RunConfig(
-                name=rundir.CHECKPOINTS,
-                storage_path=path,
-                storage_filesystem=system,
-                failure_config=ray.train.FailureConfig(max_failures=runtime.max_failures),
-            ),
-        )
-        rundir.take_failure(recipe.run_dir)  # of an attempt whose driver died before it looked
-        rundir.forget_reported(recipe.run_dir)
-        try:
-            trainer.fit()
-            failure = rundir.take_failure(recipe.run_dir)
-            if failure is not None:
-                raise _FAILURES[failure.kind](failure.message)
-        except BaseException as error:
-            _finish(recipe, record, "FAILED")
-            if isinstance(error, ray.train.WorkerGroupError):
-                raise WorkersFailedError(_first_failure(error.worker_failures)) from error
-            raise
-    _finish(recipe, record, "FINISHED")
+    config: dict[str, Any] = {
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_hash": record.recipe_hash,
+        "tracking_uri": record.tracking_uri,
+        "run_id": record.mlflow_run_id,
+        "board": board,
+    }
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if runtime.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=runtime.use_gpu,
+            resources_per_worker=resources,
+            **scaling,
+        ),
+        run_config=ray.train.RunConfig(
+            name=rundir.CHECKPOINTS,
+            storage_path=path,
+            storage_filesystem=system,
+            failure_config=ray.train.FailureConfig(max_failures=runtime.max_failures),
+            callbacks=callbacks,
+        ),
+    )
 
 
 def _finish(recipe: Recipe, record: rundir.RunRecord, status: RunStatus) -> None:
@@ -195,14 +273,3 @@ def _tell_undelivered(problem: str | None) -> None:
             f"MLflow lacks some of the run, which is kept in its folder: {problem}. The next "
             "`piflow distill`, `evaluate` or `export` delivers it"
         )
-
-
-def _first_failure(failures: Mapping[int, Exception]) -> str:
-    """What the lowest failed rank raised, without the remote traceback that comes before it."""
-    if not failures:
-        return "the workers failed"
-    rank = min(failures)
-    lines = str(failures[rank]).strip().splitlines()
-    starts = [number for number, line in enumerate(lines) if line.startswith("  ")]
-    message = "\n".join(lines[starts[-1] + 1 :] if starts else lines)
-    return f"worker {rank} failed: {message}"

@@ -1,6 +1,6 @@
 """A progress bar in the driver's terminal for a loop that runs in remote workers.
 
-worker rank 0 --update()--> ProgressBoard (actor) <--read()-- driver thread --> terminal
+worker rank 0 --update()--> Board (actor) <--read()-- driver thread --> terminal
 """
 
 from __future__ import annotations
@@ -23,24 +23,9 @@ from rich.progress import (
 _POLL_SECONDS = 0.5
 
 
-@ray.remote(num_cpus=0)
-class ProgressBoard:
-    """Holds the newest step and its text."""
-
-    def __init__(self) -> None:
-        self.latest: tuple[int, str] = (0, "starting workers")
-
-    def update(self, step: int, text: str) -> None:
-        self.latest = (step, text)
-
-    def read(self) -> tuple[int, str]:
-        return self.latest
-
-
 @contextmanager
-def progress_bar(title: str, total: int, *, show: bool) -> Iterator[Any]:
-    """Show a bar over `total` steps while the block runs; yields the board for the workers."""
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+def progress_bar(board: Any, title: str, total: int, *, show: bool) -> Iterator[None]:
+    """Show a bar over `total` steps, as the board has them, while the block runs."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -62,7 +47,7 @@ def progress_bar(title: str, total: int, *, show: bool) -> Iterator[Any]:
         thread = threading.Thread(target=poll, daemon=True)
         thread.start()
         try:
-            yield board
+            yield
         finally:
             done.set()
             thread.join()

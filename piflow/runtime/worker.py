@@ -2,7 +2,7 @@
 
 driver (one process)                      workers (one process a GPU, gloo or nccl among them)
 recipe, MLflow run, TorchTrainer  ----->  rank 0..W-1: shard of weights, EMA, optimiser;
-progress bar  <-- ProgressBoard -- rank 0   own micro-batches of each global batch (Ray Data)
+progress bar, signals  <-- Board -- rank 0  own micro-batches of each global batch (Ray Data)
 MLflow        <-- metrics, pictures rank 0
 run folder    <-- checkpoint shards -- all ranks, behind the steps; ray.train.report says when
 """
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -26,6 +27,9 @@ from piflow.assembly import Assembly, assemble
 from piflow.checkpoint import RunState
 from piflow.config import Recipe
 from piflow.data.stream import StreamBatch, TrainStream
+from piflow.runtime.board import StopReason
+from piflow.runtime.stopping import Stops
+from piflow.runtime.watchdog import Watchdog
 from piflow.saver import CheckpointSaver, restore_newest
 from piflow.sharding import Strategy
 from piflow.sharding.choice import strategy_for
@@ -44,12 +48,48 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    strategy, reason = strategy_for(recipe, world_size, device)
-    with _tracking(recipe, config, rank) as tracker:
+    with (
+        _watchdog(recipe) as watchdog,
+        _stops(config["board"], rank) as stops,
+        _tracking(recipe, config, rank) as tracker,
+    ):
+        if rank == 0:
+            before = ray.get(config["board"].join.remote(world_size))
+            tracker.event(*_start_event(before, world_size))
+        strategy, reason = strategy_for(recipe, world_size, device)
         tracker.event("strategy", reason)
         assembly = _assemble_or_tell(recipe, strategy, device, tracker)
         if assembly is not None:
-            _train(recipe, config, assembly, tracker)
+            _train(recipe, config, assembly, tracker, stops, watchdog)
+
+
+@contextmanager
+def _watchdog(recipe: Recipe) -> Iterator[Watchdog]:
+    """A watchdog that is armed until the block ends."""
+    watchdog = Watchdog(recipe.runtime.stall_timeout)
+    watchdog.rearm()
+    try:
+        yield watchdog
+    finally:
+        watchdog.end()
+
+
+@contextmanager
+def _stops(board: Any, rank: int) -> Iterator[Stops]:
+    stops = Stops(board, rank)
+    try:
+        yield stops
+    finally:
+        stops.close()
+
+
+def _start_event(before: int, world_size: int) -> tuple[str, str]:
+    """Name and text of the event that workers start, after `before` others of this driver."""
+    if before == 0:
+        return "start", f"{world_size} workers"
+    if before == world_size:
+        return "restart", f"{world_size} workers"
+    return "resize", f"from {before} to {world_size} workers"
 
 
 @contextmanager
@@ -64,13 +104,18 @@ def _tracking(recipe: Recipe, config: dict[str, Any], rank: int) -> Iterator[Tra
         tracker.close()
 
 
-def _train(recipe: Recipe, config: dict[str, Any], assembly: Assembly, tracker: Tracker) -> None:
+def _train(
+    recipe: Recipe,
+    config: dict[str, Any],
+    assembly: Assembly,
+    tracker: Tracker,
+    stops: Stops,
+    watchdog: Watchdog,
+) -> None:
     """From the newest checkpoint to the recipe's last step, or to word why it stops before."""
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    loop = _Loop(
-        recipe, config["recipe_hash"], assembly, tracker, config["board"], rank, config["run_id"]
-    )
+    loop = _Loop(recipe, config, assembly, tracker, stops, watchdog)
     start = loop.resume()
     stream = TrainStream(
         recipe.embed.store,
@@ -117,28 +162,37 @@ def _assemble_or_tell(
     return None
 
 
+_STOP_TEXTS = {
+    StopReason.RESIZE: "the number of workers is about to change",
+    StopReason.MOVE: "a machine is going away, or a worker got SIGTERM",
+    StopReason.END: "the driver was told to stop",
+}
+
+
 class _Loop:
     """Steps, and what is due after each: metrics, pictures, checkpoints."""
 
     def __init__(
         self,
         recipe: Recipe,
-        recipe_hash: str,
+        config: dict[str, Any],
         assembly: Assembly,
         tracker: Tracker,
-        board: Any,
-        rank: int,
-        run_id: str,
+        stops: Stops,
+        watchdog: Watchdog,
     ) -> None:
         self.recipe = recipe
-        self.recipe_hash = recipe_hash
+        self.recipe_hash = config["recipe_hash"]
         self.training = recipe.training
         self.assembly = assembly
         self.tracker = tracker
-        self.board = board
-        self.rank = rank
-        self.run_id = run_id
-        self.system = SystemMetrics() if recipe.tracking.system_metrics and not rank else None
+        self.stops = stops
+        self.watchdog = watchdog
+        self.board = config["board"]
+        self.rank = ray.train.get_context().get_world_rank()
+        self.run_id = config["run_id"]
+        tracked = recipe.tracking.system_metrics and self.rank == 0
+        self.system = SystemMetrics() if tracked else None
         self.skipped = SkippedSteps(recipe.training)
         self.saver = CheckpointSaver(recipe.run_dir, recipe.training, before_seal=tracker.keep)
 
@@ -161,7 +215,7 @@ class _Loop:
         return state.step
 
     def run(self, start: int, stream: TrainStream) -> None:
-        """Steps `start` to the recipe's last."""
+        """Steps `start` to the recipe's last, or until all workers are asked to stop."""
         if start >= self.training.steps:
             return
         batches = iter(stream.batches())
@@ -177,12 +231,26 @@ class _Loop:
                 seconds = time.perf_counter() - began
                 self._report(metrics, seconds, waited, stream.epoch_of(step))
             done = step + 1
+            self.watchdog.rearm()
             if self.training.sample_every and done % self.training.sample_every == 0:
                 self._log_pictures(done)
-            if done % self.training.checkpoint_every == 0 or done == self.training.steps:
+            reason = self.stops.agreed()
+            last = done == self.training.steps or reason is not StopReason.NONE
+            if done % self.training.checkpoint_every == 0 or last:
                 self._save(done)
             self._log_saves()
+            if last:
+                self._leave(StopReason.NONE if done == self.training.steps else reason, done)
+                return
+
+    def _leave(self, reason: StopReason, done: int) -> None:
+        """The end, when all is saved."""
         self.finish_saves()
+        if self.rank:
+            return
+        if reason is not StopReason.NONE:
+            self.tracker.event("stop", f"{_STOP_TEXTS[reason]}; step {done} is saved")
+        ray.get(self.board.leave.remote(reason, done))
 
     def _skip(self, step: int, error: NonFiniteError) -> None:
         """Go on as if the step's batch had not been there, or stop by raising `error`."""
@@ -267,6 +335,7 @@ class _Loop:
 
     def finish_saves(self) -> None:
         """Wait for the checkpoint that is being written."""
+        self.watchdog.rearm()
         self.saver.wait()
         self._log_saves()
 

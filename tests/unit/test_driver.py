@@ -9,6 +9,7 @@ import pytest
 
 from piflow.config import Recipe, parse_recipe
 from piflow.runtime import driver
+from piflow.runtime.callbacks import first_failure
 
 
 def recipe(run_dir: str, **sections: Any) -> Recipe:
@@ -40,14 +41,14 @@ delete it
 
 def test_the_lowest_ranks_message_comes_without_its_traceback() -> None:
     failures = {1: Remote("second"), 0: Remote(TRACEBACK)}
-    assert driver._first_failure(failures) == (
+    assert first_failure(failures) == (
         "worker 0 failed: piflow.data.store.StoreError: shard-00000.parquet is corrupt;\ndelete it"
     )
 
 
 def test_a_failure_without_traceback_is_told_whole() -> None:
-    assert driver._first_failure({3: Remote("the actor died")}) == "worker 3 failed: the actor died"
-    assert driver._first_failure({}) == "the workers failed"
+    assert first_failure({3: Remote("the actor died")}) == "worker 3 failed: the actor died"
+    assert first_failure({}) == "the workers failed"
 
 
 def test_local_paths_are_made_absolute_for_the_workers(

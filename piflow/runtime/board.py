@@ -1,0 +1,96 @@
+"""What the driver, Ray Train's controller and the workers tell one another: one actor a run.
+
+rank 0 --update, join, leave-->  Board  <--ask_to_stop-- driver (signals), controller (resize)
+rank 0 <-------requested-------         --take_events--> driver --> MLflow
+
+It lives on the driver's machine, which no preemption of workers takes away.
+"""
+
+from __future__ import annotations
+
+import time
+from enum import IntEnum
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+
+class StopReason(IntEnum):
+    """Why workers save and stop before the last step; if there are several, the largest counts."""
+
+    NONE = 0
+    RESIZE = 1  # Ray Train is about to start another number of workers
+    MOVE = 2  # a machine is going away: start again on others
+    END = 3  # the driver was told to stop
+
+
+class Board:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[int, str] = (0, "starting workers")
+        self._when = time.monotonic()  # something was last heard of the workers
+        self._world_size = 0
+        self._running = False
+        self._asked = StopReason.NONE
+        self._left: tuple[StopReason, int] = (StopReason.NONE, 0)
+        self._events: list[tuple[str, str]] = []
+
+    def join(self, world_size: int) -> int:
+        """Workers start; returns how many there were before them, 0 if they are the first."""
+        before, self._world_size = self._world_size, world_size
+        self._running = True
+        self._left = (StopReason.NONE, 0)
+        if self._asked is StopReason.RESIZE:  # this is the new number
+            self._asked = StopReason.NONE
+        self._when = time.monotonic()
+        return before
+
+    def update(self, step: int, text: str) -> None:
+        """A step is done."""
+        self._latest = (step, text)
+        self._when = time.monotonic()
+
+    def leave(self, reason: StopReason, step: int) -> None:
+        """Workers end after so many steps, with all of them saved."""
+        self._left = (reason, step)
+        self._running = False
+
+    def left(self) -> tuple[StopReason, int]:
+        """Why the last workers ended, and after which step."""
+        return self._left
+
+    def read(self) -> tuple[int, str]:
+        """Newest step and its text."""
+        return self._latest
+
+    def ask_to_stop(self, reason: StopReason) -> bool:
+        """Workers shall save and stop; returns whether there are any."""
+        self._asked = max(self._asked, reason)
+        return self._running
+
+    def requested(self) -> StopReason:
+        """What was asked for."""
+        return self._asked
+
+    def failed(self, text: str, stall_timeout: float) -> None:
+        """A worker failed; if no step was heard of for most of `stall_timeout`, it had stalled."""
+        silent = time.monotonic() - self._when
+        if silent > 0.9 * stall_timeout:
+            told = f"no step for {silent:.0f} s; the workers' logs say where each was. {text}"
+            self._events.append(("stall", told))
+        else:
+            self._events.append(("worker-failed", text))
+        self._running = False
+
+    def take_events(self) -> list[tuple[str, str]]:
+        """(name, text) of what happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+
+def start_board() -> Any:
+    """The handle of a board on this process's machine."""
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()

@@ -1,0 +1,164 @@
+"""A run goes on, and ends as if nothing had happened, whatever happens to its processes and nodes.
+
+Every run is the same small one, on a cluster of this module's own: 24 prompts, 4 a step.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from piflow import rundir
+from tests.faults.runs import (
+    SmallRun,
+    cluster_environment,
+    small_recipe,
+    train_workers,
+    wait_until,
+    write_inputs,
+)
+
+pytestmark = pytest.mark.timeout(900)
+STEPS = 40
+KILLS, KILL_STEPS = 20, 80
+START_SECONDS, TRAINING_SECONDS = 12.0, 6.0  # within which a kill comes
+EMBED = "from piflow.cli import main; main()"
+
+
+@pytest.fixture(scope="module")
+def address(environment: dict[str, str]) -> Iterator[str]:
+    """A cluster of one node with room for two workers."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+    )
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, address: str) -> Path:
+    """The inputs of all runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_inputs(folder)
+    run = new_run(folder, address, "inputs")
+    run.write_recipe()
+    subprocess.run(
+        [sys.executable, "-c", EMBED, "embed", str(run.recipe_file), "--quiet"],
+        env=run.environment, check=True, timeout=120,
+    )  # fmt: skip
+    return folder
+
+
+def new_run(
+    folder: Path, address: str, name: str, pace: float = 0.0, steps: int = STEPS, **runtime: object
+) -> SmallRun:
+    """A run that checkpoints every fifth step and keeps the last two."""
+    training = {"steps": steps, "checkpoint_every": 5, "keep_last": 2}
+    recipe = small_recipe(folder, name, training=training, runtime=runtime)
+    return SmallRun(folder, recipe, cluster_environment(address), pace)
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path, address: str) -> SmallRun:
+    """The run that nothing happens to."""
+    run = new_run(folder, address, "straight")
+    with run.running() as driver:
+        run.finish(driver)
+    assert run.names() == ["start", "strategy", *["checkpoint"] * (STEPS // 5)]
+    return run
+
+
+def require_equal(run: SmallRun, straight: SmallRun, *, tolerance: float = 0.0) -> None:
+    """The uninterrupted run's prompts, losses and weights, and a step axis without a gap."""
+    assert run.status() == "FINISHED"
+    assert run.sequence() == straight.sequence()
+    points, expected = run.losses(), straight.losses()
+    assert [step for step, _ in points] == list(range(1, straight.recipe.training.steps + 1))
+    assert [loss for _, loss in points] == pytest.approx(
+        [loss for _, loss in expected], rel=max(1e-6, tolerance)
+    )
+    ours, theirs = run.weights(), straight.weights()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=tolerance)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    folder: Path, address: str, straight: SmallRun
+) -> None:
+    run = new_run(folder, address, "sigterm", pace=0.3)
+    with run.running() as driver:
+        wait_until(lambda: run.last_step() >= 2, "at step 2", run)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(120) == 128 + signal.SIGTERM, run.log
+    assert run.status() == "KILLED"
+    [saved] = rundir.checkpoints(run.recipe.run_dir)
+    assert saved % 5 and saved == run.last_step() + 1, "no step is lost"
+    assert f"stopped by SIGTERM: step {saved} is saved. The same command goes on" in run.log
+    assert run.names()[2:] == ["checkpoint", "stop"]
+    with run.running() as driver:
+        run.finish(driver)
+    assert ("resume", f"from step {saved}") in run.events()
+    require_equal(run, straight)
+
+
+@pytest.mark.timeout(2400)
+def test_twenty_kills_at_random_moments_change_nothing(folder: Path, address: str) -> None:
+    """SIGKILL of a worker, of all workers or of the driver, at seeded random moments of its life.
+
+    Half of the moments count from when the workers' processes are there (start-up, restoring),
+    half from their first step (steps, saves). After the driver's death the same command is started
+    again.
+    """
+    straight = new_run(folder, address, "long", steps=KILL_STEPS)
+    with straight.running() as driver:
+        straight.finish(driver)
+    run = new_run(folder, address, "kills", pace=0.3, steps=KILL_STEPS, max_failures=-1)
+    generator = random.Random(2026)
+    kinds: Counter[str] = Counter()
+    training = 0  # kills after the first step of an attempt
+    phases = [START_SECONDS, TRAINING_SECONDS] * (KILLS // 2)
+    generator.shuffle(phases)
+    dead: set[int] = set()
+    driver = run.start()
+    try:
+        for seconds in phases:
+            wait_until(lambda known=dead: set(train_workers()) - known, "started again", run)
+            seen = len(run.lines())
+            if seconds == TRAINING_SECONDS:
+                wait_until(lambda known=seen: len(run.lines()) > known, "training", run, 400)
+            time.sleep(generator.uniform(0, seconds))
+            assert driver.poll() is None, f"it ended after {kinds.total()} kills: {run.log}"
+            workers = sorted(set(train_workers()) - dead)
+            kind = generator.choice(("worker", "all workers", "driver"))
+            targets = {"worker": [generator.choice(workers)], "all workers": workers}
+            for pid in targets.get(kind, [driver.pid]):
+                os.kill(pid, signal.SIGKILL)
+            if kind == "driver":
+                driver.wait()
+                driver = run.start()
+            kinds[kind] += 1
+            training += len(run.lines()) > seen
+            dead |= set(workers)
+        run.finish(driver, 600)
+    finally:
+        driver.kill()
+        driver.wait()
+    print(f"{dict(kinds)}, {training} of them between an attempt's first step and its end")
+    assert kinds.total() == KILLS and min(kinds.values()) >= 3 and training >= KILLS // 2
+    assert len(run.lines()) > len(straight.lines()), "no step was ever repeated"
+    require_equal(run, straight)
