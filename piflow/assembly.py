@@ -43,7 +43,7 @@ def assemble(recipe: Recipe, strategy: Strategy, device: torch.device) -> Assemb
     Raises:
         ValueError: model, store and recipe don't fit one another.
     """
-    store = EmbeddingStore.open(recipe.embed.store)
+    store = EmbeddingStore.open(recipe.embed.store, recipe.training.damaged_rows)
     codec = build_codec(recipe.model)
     if isinstance(recipe.objective, PiIDConfig):
         trainer, draw = _distillation(recipe, recipe.objective, codec, store, strategy, device)

@@ -308,6 +308,11 @@ class TrainingConfig(_Section):
         description="steps with a non-finite loss or gradient that are skipped between two "
         "checkpoints before the run stops; 0 = stop at the first",
     )
+    damaged_rows: Literal["stop", "replace"] = Field(
+        "stop",
+        description="a row group of the store that is missing or damaged: stop: the run stops and "
+        "names it; replace: rows of later batches come in its rows' places, counted and told",
+    )
     log_every: Positive = Field(10, description="optimiser steps between metric points")
     sample_every: NonNegative = Field(0, description="optimiser steps between pictures; 0 = never")
     gradient_checkpointing: bool = Field(
@@ -637,6 +642,7 @@ _NOT_IDENTITY: dict[str, Any] = {
         "keep_last",
         "keep_every",
         "max_skipped_steps",
+        "damaged_rows",
         "log_every",
         "sample_every",
     },

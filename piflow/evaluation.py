@@ -118,7 +118,7 @@ def evaluation_rows(recipe: Recipe, store: EmbeddingStore) -> list[int]:
             f"evaluation.prompts asks for {config.prompts} prompts, "
             f"{config.prompt_list or recipe.embed.store} holds {len(wanted)}; ask for fewer"
         )
-    position = {name: number for number, name in enumerate(index[column].to_pylist())}
+    position = dict(zip(index[column].to_pylist(), index["row"].to_pylist(), strict=True))
     chosen = [wanted[int(number * spacing)] for number in range(config.prompts)]
     missing = [name for name in chosen if name not in position]
     if missing:

@@ -28,6 +28,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -46,6 +47,7 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 EMPTY_PROMPT = "empty-prompt.parquet"
 TokenDtype = Literal["fp8", "bf16"]
+DamagedRows = Literal["stop", "replace"]
 
 SCHEMA = pa.schema(
     [
@@ -67,6 +69,10 @@ _REMEDY = "delete it and run `piflow embed` again: only what is missing is made 
 
 class StoreError(ValueError):
     """A store that can't be used; the message names the file and what to do."""
+
+
+class DamageError(StoreError):
+    """A file that is gone, or bytes that can't be decoded, while the storage itself answers."""
 
 
 class _Record(BaseModel):
@@ -158,7 +164,12 @@ class StoreManifest(_Record):
     @property
     def files(self) -> tuple[ShardEntry, ...]:
         """All Parquet files."""
-        return (*self.shards, self.empty_prompt, *self.negative_prompts)
+        return (*self.shards, *self.singles)
+
+    @property
+    def singles(self) -> tuple[ShardEntry, ...]:
+        """The files of one prompt each, the empty one's and the negative ones'."""
+        return (self.empty_prompt, *self.negative_prompts)
 
     @property
     def manifest_hash(self) -> str:
@@ -483,22 +494,33 @@ def decode_rows(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
 
 
 class EmbeddingStore:
-    """A complete store. Rows are numbered through all shards, in the manifest's order."""
+    """A complete store. Rows are numbered through all shards, in the manifest's order.
 
-    def __init__(self, uri: str, manifest: StoreManifest) -> None:
+    Args:
+        damaged_rows: `replace` leaves the rows of damaged row groups out of `index` and
+            `first_by_hash`; `stop` raises when they come to one.
+    """
+
+    def __init__(
+        self, uri: str, manifest: StoreManifest, damaged_rows: DamagedRows = "stop"
+    ) -> None:
         self.uri = uri
         self.manifest = manifest
+        self.damaged_rows = damaged_rows
 
     @staticmethod
-    def open(uri: str) -> EmbeddingStore:
+    def open(uri: str, damaged_rows: DamagedRows = "stop") -> EmbeddingStore:
         """Open a store: reads its manifest and compares every file's presence and size.
+
+        With `replace` the prompts' files aren't looked at: any of them may be damaged.
 
         Raises:
             StoreError: no or an unreadable manifest, a missing file or one of another size.
         """
-        store = EmbeddingStore(uri, read_manifest(uri))
+        store = EmbeddingStore(uri, read_manifest(uri), damaged_rows)
         sizes = storage.file_sizes(uri)
-        for entry in store.manifest.files:
+        needed = store.manifest.files if damaged_rows == "stop" else store.manifest.singles
+        for entry in needed:
             if entry.path not in sizes:
                 raise StoreError(
                     f"embedding store {uri} lacks {entry.path}; run `piflow embed` again: only "
@@ -556,15 +578,13 @@ class EmbeddingStore:
             raise StoreError(_other_encoder(self.uri, self.manifest.encoder, expected))
 
     def index(self) -> pa.Table:
-        """``prompt_id``, ``prompt``, ``height``, ``width`` of all rows, without embeddings."""
-        columns = ["prompt_id", "prompt", "height", "width"]
-        reader = RowReader(self, columns=columns)
-        groups = [
-            reader.row_group(shard, group)
-            for shard, entry in enumerate(self.manifest.shards)
-            for group in range(len(entry.row_groups))
-        ]
-        return pa.concat_tables(groups)
+        """``row``, ``prompt_id``, ``prompt``, ``height``, ``width`` of all rows."""
+        reader = RowReader(self, columns=["prompt_id", "prompt", "height", "width"])
+        tables = []
+        for group, rows in enumerate(reader.group_rows):
+            if self.damaged_rows == "stop" or reader.is_readable(group):
+                tables.append(reader.rows(rows).append_column("row", pa.array(rows)))
+        return pa.concat_tables(tables)
 
     def read(self, rows: Sequence[int]) -> EmbeddingBatch:
         """Decode the rows with these numbers, in this order."""
@@ -575,15 +595,21 @@ class EmbeddingStore:
         """The ``count`` rows with the smallest prompt ids: a fixed random choice of prompts.
 
         Raises:
-            ValueError: the store has fewer rows.
+            ValueError: the store has fewer rows that can be read.
         """
-        if count > self.manifest.num_rows:
+        index = self.index()
+        order = np.argsort(np.array(index["prompt_id"].to_pylist()), kind="stable")
+        rows = index["row"].to_numpy()[order]
+        if self.damaged_rows == "replace":
+            reader = RowReader(self)
+            readable = (row for row in rows if reader.is_readable(int(reader.group_of(row))))
+            rows = np.array(list(islice(readable, count)), dtype=np.int64)
+        if count > len(rows):
             raise ValueError(
                 f"{count} prompts were asked of embedding store {self.uri}, which holds "
-                f"{self.manifest.num_rows}; ask for fewer (evaluation.prompts)"
+                f"{len(rows)}; ask for fewer (evaluation.prompts)"
             )
-        ids = np.array(self.index()["prompt_id"].to_pylist())
-        return self.read(np.argsort(ids, kind="stable")[:count].tolist())
+        return self.read(rows[:count].tolist())
 
     def empty_prompt(self) -> EmbeddingBatch:
         """The embedding of "", one row; its size is 0 x 0."""
@@ -637,6 +663,7 @@ class RowReader:
         self._cache: OrderedDict[tuple[int, int], pa.RecordBatch] = OrderedDict()
         self._cached_bytes = 0
         self._files: dict[int, pq.ParquetFile] = {}
+        self.damaged: set[int] = set()  # row groups, numbered through all shards
 
     @cached_property
     def _groups(self) -> list[tuple[int, int]]:
@@ -648,13 +675,44 @@ class RowReader:
         shards = self._store.manifest.shards
         return np.cumsum([group.rows for entry in shards for group in entry.row_groups])
 
+    @property
+    def group_rows(self) -> list[NDArray[np.int64]]:
+        """Row numbers of each row group."""
+        return np.split(np.arange(self._ends[-1]), self._ends[:-1])
+
+    def group_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row groups, numbered through all shards, that rows are in."""
+        return np.searchsorted(self._ends, numbers, side="right")
+
+    def group_name(self, group: int) -> str:
+        """A row group as messages name it."""
+        shard, number = self._groups[group]
+        return f"row group {number} of {self._store.manifest.shards[shard].path}"
+
+    def is_readable(self, group: int) -> bool:
+        """Whether a row group is there and whole; it is tried twice before it is given up.
+
+        Raises:
+            StoreError: the storage doesn't answer, which says nothing of the row group.
+        """
+        for _ in range(2):
+            if group in self.damaged:
+                return False
+            try:
+                self._row_group(*self._groups[group])
+            except DamageError:
+                continue
+            return True
+        self.damaged.add(group)
+        return False
+
     def rows(self, numbers: NDArray[np.int64]) -> pa.Table:
         """The rows with these numbers as they lie on disk, in this order.
 
         Raises:
             StoreError: a row group can't be read; names shard and row group.
         """
-        owners = np.searchsorted(self._ends, numbers, side="right")
+        owners = self.group_of(numbers)
         groups = {owner: self._row_group(*self._groups[owner]) for owner in np.unique(owners)}
         starts = np.concatenate([[0], self._ends])[owners]
         # slices are free and joining them copies each row once; `take` would copy it three times
@@ -663,10 +721,6 @@ class RowReader:
             for owner, offset in zip(owners, (numbers - starts).tolist(), strict=True)
         ]
         return pa.Table.from_batches(rows).combine_chunks()
-
-    def row_group(self, shard: int, group: int) -> pa.Table:
-        """One row group, from memory if it was used lately."""
-        return pa.Table.from_batches([self._row_group(shard, group)])
 
     def _row_group(self, shard: int, group: int) -> pa.RecordBatch:
         key = (shard, group)
@@ -757,10 +811,23 @@ def _open_shard(store_uri: str, path: str) -> pq.ParquetFile:
     try:
         return _open_parquet(storage.join(store_uri, path))
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(
+        raise _trouble(store_uri, path)(
             f"cannot open {path} of embedding store {store_uri}: {error}; if it is damaged, "
             f"{_REMEDY}"
         ) from error
+
+
+def _trouble(store_uri: str, path: str) -> type[StoreError]:
+    """Whose fault it is that a file can't be read: its own, if the storage answers for it."""
+    system, name = storage.filesystem(storage.join(store_uri, path))
+    try:
+        with system.open_input_file(name) as file:
+            file.read(1)
+    except FileNotFoundError:
+        return DamageError
+    except OSError:
+        return StoreError
+    return DamageError
 
 
 def _read_row_group(
@@ -774,7 +841,7 @@ def _read_row_group(
     try:
         return file.read_row_group(group, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(
+        raise _trouble(store_uri, path)(
             f"cannot read row group {group} of {path} in embedding store {store_uri}: {error}; "
             f"if it is damaged, {_REMEDY}"
         ) from error

@@ -20,6 +20,11 @@ counts are closed formulas: any step is found without replaying what came before
 **Ranks.** A batch is cut into micro-batches, and rank ``r`` of ``W`` takes those whose index is
 ``r`` modulo ``W``: at least one, and where ``W`` doesn't divide their number some ranks one more.
 
+**Damage.** A row group that is gone or unreadable stops the stream, or (``damaged_rows="replace"``)
+each of its rows is replaced by the row at the same place of the bucket's next batch, or of the one
+after it, and so on until one can be read. That depends on nothing but the order and the damage, and
+no other row moves: all ranks agree without talking, and so does a run that is resumed.
+
 **Reading.**
 
 ::
@@ -34,7 +39,7 @@ used up. Without Ray (``reader="local"``) the same plan is read in the process.
 from __future__ import annotations
 
 import bisect
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,7 +51,14 @@ import numpy as np
 import pyarrow as pa
 
 from piflow.data.execution import quiet_context, remote_cause
-from piflow.data.store import EmbeddingStore, RowReader, StoreManifest, decode_rows
+from piflow.data.store import (
+    DamagedRows,
+    EmbeddingStore,
+    RowReader,
+    StoreError,
+    StoreManifest,
+    decode_rows,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,6 +69,7 @@ _DATASET_STEPS = 256  # optimiser steps of one Ray dataset
 _START_NEXT = 64  # steps before its end at which the next dataset is started
 _DECODE_AHEAD = 2  # steps that are decoded before they are asked for
 _OBJECT_STORE_BYTES = 512 * 2**20  # what one rank's dataset may hold in Ray's object store
+_REPLACED = "replaced"  # column: the damaged row group in whose place a row came, or null
 _BATCH_ORDER = 0  # counter word of the generator that orders batches; bucket b has b + 1
 
 Item = TypeVar("Item")
@@ -83,10 +96,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StreamBatch:
-    """One rank's part of an optimiser step."""
+    """One rank's part of an optimiser step; `replaced` counts rows by damaged row group."""
 
     step: int
     micro_batches: list[MicroBatch]
+    replaced: dict[str, int]
 
 
 # ------------------------------------------------------------------------------------------ order
@@ -117,8 +131,8 @@ class StreamOrder:
 
     def __init__(self, manifest: StoreManifest, seed: int, batch_size: int) -> None:
         self._manifest = manifest
-        self._seed = seed
-        self._batch_size = batch_size
+        self.seed = seed
+        self.batch_size = batch_size
         self._sizes = [bucket.rows for bucket in manifest.buckets]
         # a batch lies in one or two epochs of its bucket, and the buckets take turns
         self._rows = lru_cache(2 * len(self._sizes))(self._epoch_rows)
@@ -126,18 +140,23 @@ class StreamOrder:
 
     def step(self, step: int) -> tuple[int, NDArray[np.int64]]:
         """The bucket's index and the global batch's row numbers ``(batch_size,)``."""
+        bucket, start = self.place(step)
+        return bucket, self.rows(bucket, start, self.batch_size)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The bucket's index and where in its sequence the global batch starts."""
         epoch = self._epoch_of_batch(step)
         buckets = self._buckets(epoch)
         position = step - self._batches_before(epoch)
         bucket = int(buckets[position])
         earlier = int((buckets[:position] == bucket).sum())
-        number = self._sizes[bucket] * epoch // self._batch_size + earlier
-        return bucket, self._slice(bucket, number * self._batch_size)
+        number = self._sizes[bucket] * epoch // self.batch_size + earlier
+        return bucket, number * self.batch_size
 
-    def _slice(self, bucket: int, start: int) -> NDArray[np.int64]:
-        """``batch_size`` entries of a bucket's endless sequence."""
+    def rows(self, bucket: int, start: int, count: int) -> NDArray[np.int64]:
+        """``count`` entries of a bucket's endless sequence."""
         parts: list[NDArray[np.int64]] = []
-        missing = self._batch_size
+        missing = count
         while missing:
             epoch, offset = divmod(start, self._sizes[bucket])
             part = self._rows(bucket, epoch)[offset : offset + missing]
@@ -146,23 +165,28 @@ class StreamOrder:
             missing -= len(part)
         return np.concatenate(parts)
 
+    def groups(self, bucket: int) -> list[int]:
+        """A bucket's row groups, numbered through all shards."""
+        groups = (group for shard in self._manifest.shards for group in shard.row_groups)
+        return [number for number, group in enumerate(groups) if group.bucket == bucket]
+
     def _batches_before(self, epoch: int) -> int:
-        return sum(rows * epoch // self._batch_size for rows in self._sizes)
+        return sum(rows * epoch // self.batch_size for rows in self._sizes)
 
     def _epoch_of_batch(self, step: int) -> int:
         """The epoch ``e`` with batches_before(e) <= step < batches_before(e + 1)."""
         # a bucket's count is at most one below rows * epoch / batch_size: an upper bound of e
-        most = (step + len(self._sizes) + 1) * self._batch_size // sum(self._sizes) + 1
+        most = (step + len(self._sizes) + 1) * self.batch_size // sum(self._sizes) + 1
         return bisect.bisect_right(range(most + 1), step, key=self._batches_before) - 1
 
     def _epoch_buckets(self, epoch: int) -> NDArray[np.int64]:
-        size = self._batch_size
+        size = self.batch_size
         counts = [rows * (epoch + 1) // size - rows * epoch // size for rows in self._sizes]
         buckets = np.repeat(np.arange(len(counts)), counts)
-        return buckets[_permutation(_philox(self._seed, epoch, _BATCH_ORDER), len(buckets))]
+        return buckets[_permutation(_philox(self.seed, epoch, _BATCH_ORDER), len(buckets))]
 
     def _epoch_rows(self, bucket: int, epoch: int) -> NDArray[np.int64]:
-        return epoch_rows(self._manifest, self._seed, epoch, bucket)
+        return epoch_rows(self._manifest, self.seed, epoch, bucket)
 
 
 def _bucket_groups(manifest: StoreManifest, bucket: int) -> list[tuple[int, int]]:
@@ -191,10 +215,14 @@ def _permutation(generator: np.random.Philox, size: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _PlannedStep:
-    """One rank's part of a step: row numbers of its micro-batches, one after the other."""
+    """One rank's part of a step: its micro-batches' rows, one after the other.
+
+    `places` are the rows' places in the bucket's sequence.
+    """
 
     step: int
     bucket: int
+    places: NDArray[np.int64]
     rows: NDArray[np.int64]
 
 
@@ -209,6 +237,7 @@ class TrainStream:
         rank: this rank, from 0.
         world_size: number of ranks.
         start_sample: prompts consumed before, over all ranks; a multiple of ``batch_size``.
+        damaged_rows: what is done about rows in damaged row groups.
         reader: ``ray`` reads through Ray Data (Ray must be running), ``local`` in this process.
 
     Raises:
@@ -225,6 +254,7 @@ class TrainStream:
         rank: int,
         world_size: int,
         start_sample: int = 0,
+        damaged_rows: DamagedRows = "stop",
         reader: Literal["ray", "local"] = "ray",
     ) -> None:
         _check_sizes(batch_size, micro_batch_size, rank, world_size)
@@ -234,7 +264,7 @@ class TrainStream:
             )
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
-        self.store = EmbeddingStore.open(store_uri)
+        self.store = EmbeddingStore.open(store_uri, damaged_rows)
         self._order = StreamOrder(self.store.manifest, seed, batch_size)
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
@@ -250,15 +280,17 @@ class TrainStream:
     def batches(self) -> Iterator[StreamBatch]:
         """This rank's part of every optimiser step from ``start_sample`` on, without end."""
         if self._reader == "local":
-            rows = RowReader(self.store)
-            return _ahead(lambda plan: self._to_batch(plan, rows.rows(plan.rows)), self._plan())
+            reader = _StepReader(self.store, self._order)
+            return _ahead(lambda plan: self._to_batch(plan, reader.read(plan)), self._plan())
         return _ahead(lambda pair: self._to_batch(*pair), self._ray_tables())
 
     def _plan(self) -> Iterator[_PlannedStep]:
         for step in count(self._start_step):
-            bucket, rows = self._order.step(step)
-            mine = rows.reshape(-1, self._micro_batch_size)[self._rank :: self._world_size]
-            yield _PlannedStep(step, bucket, mine.reshape(-1))
+            bucket, start = self._order.place(step)
+            rows = self._order.rows(bucket, start, self._batch_size)
+            numbers = np.arange(self._batch_size).reshape(-1, self._micro_batch_size)
+            mine = numbers[self._rank :: self._world_size].reshape(-1)
+            yield _PlannedStep(step, bucket, start + mine, rows[mine])
 
     def _to_batch(self, plan: _PlannedStep, table: pa.Table) -> StreamBatch:
         batch = decode_rows(table, self.store.manifest.inputs)
@@ -279,7 +311,8 @@ class TrainStream:
                     width=bucket.width,
                 )
             )
-        return StreamBatch(plan.step, micro_batches)
+        replaced = Counter(name for name in table[_REPLACED].to_pylist() if name is not None)
+        return StreamBatch(plan.step, micro_batches, dict(replaced))
 
     def _ray_tables(self) -> Iterator[tuple[_PlannedStep, pa.Table]]:
         """Plan and Arrow rows of each step; datasets follow one another without a gap."""
@@ -287,13 +320,13 @@ class TrainStream:
         pool = ThreadPoolExecutor(1, thread_name_prefix="next-dataset")
         try:
             steps = list(islice(plan, _DATASET_STEPS))
-            tables = _start_dataset(self.store, steps)
+            tables = _start_dataset(self.store, self._order, steps)
             while True:
                 upcoming = list(islice(plan, _DATASET_STEPS))
                 following: Future[Iterator[pa.Table]] | None = None
                 for number, step in enumerate(steps):
                     if following is None and number >= len(steps) - _START_NEXT:
-                        following = pool.submit(_start_dataset, self.store, upcoming)
+                        following = pool.submit(_start_dataset, self.store, self._order, upcoming)
                     yield step, _require_step(next(tables, None), step)
                 if following is None:
                     raise RuntimeError("a dataset of the training stream held no step")
@@ -333,25 +366,75 @@ def _ahead(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Re
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+class _StepReader:
+    """Reads planned steps; the column ``replaced`` says which rows stand in for damaged ones."""
+
+    def __init__(self, store: EmbeddingStore, order: StreamOrder) -> None:
+        self._store = store
+        self._reader = RowReader(store)
+        self._order = order
+
+    def read(self, plan: _PlannedStep) -> pa.Table:
+        """A step's rows as they lie on disk.
+
+        Raises:
+            StoreError: a damaged row group stops the stream; names it.
+        """
+        rows = plan.rows.copy()
+        names: list[str | None] = [None] * len(rows)
+        if self._store.damaged_rows == "replace":
+            groups = self._reader.group_of(rows)
+            damaged = [group for group in np.unique(groups) if not self._reader.is_readable(group)]
+            for number in np.flatnonzero(np.isin(groups, damaged)):
+                rows[number] = self._stand_in(plan.bucket, int(plan.places[number]))
+                names[number] = self._reader.group_name(groups[number])
+        return self._reader.rows(rows).append_column(_REPLACED, pa.array(names, pa.string()))
+
+    def _stand_in(self, bucket: int, place: int) -> int:
+        """The first readable row at the same place of the bucket's later batches."""
+        size = self._order.batch_size
+        while not self._reader.damaged.issuperset(self._order.groups(bucket)):
+            place += size
+            row = self._order.rows(bucket, place, 1)
+            if self._reader.is_readable(int(self._reader.group_of(row)[0])):
+                return int(row[0])
+        raise StoreError(
+            f"every row group of a picture size (bucket {bucket}) in embedding store "
+            f"{self._store.uri} is damaged, nothing can stand in for its rows; delete the "
+            "damaged files and run `piflow embed` again: only what is missing is made anew"
+        )
+
+
 class ReadRows:
     """Ray Data's reading actor: a planned step in, its rows as they lie on disk out."""
 
-    def __init__(self, store_uri: str, manifest_json: str) -> None:
+    def __init__(
+        self,
+        store_uri: str,
+        manifest_json: str,
+        damaged_rows: DamagedRows,
+        seed: int,
+        batch_size: int,
+    ) -> None:
         manifest = StoreManifest.model_validate_json(manifest_json)
-        self._reader = RowReader(EmbeddingStore(store_uri, manifest))
+        store = EmbeddingStore(store_uri, manifest, damaged_rows)
+        self._reader = _StepReader(store, StreamOrder(manifest, seed, batch_size))
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
-        """Read one item, ``{"step": (1,), "rows": (1, n)}``."""
-        rows = np.asarray(batch["rows"][0], dtype=np.int64)
-        table = self._reader.rows(rows)
-        return table.append_column("step", pa.array([int(batch["step"][0])] * len(rows)))
+        """Read one item, a `_PlannedStep`'s fields."""
+        step, bucket = int(batch["step"][0]), int(batch["bucket"][0])
+        places, rows = (np.asarray(batch[key][0], dtype=np.int64) for key in ("places", "rows"))
+        table = self._reader.read(_PlannedStep(step, bucket, places, rows))
+        return table.append_column("step", pa.array([step] * len(rows)))
 
 
-def _start_dataset(store: EmbeddingStore, steps: list[_PlannedStep]) -> Iterator[pa.Table]:
+def _start_dataset(
+    store: EmbeddingStore, order: StreamOrder, steps: list[_PlannedStep]
+) -> Iterator[pa.Table]:
     """Start reading; returns when the first step's rows are there."""
     import ray
 
-    items = [{"step": plan.step, "rows": plan.rows.tolist()} for plan in steps]
+    items = [vars(plan) for plan in steps]
     source = ray.data.from_items(items, override_num_blocks=len(items))
     context = quiet_context(source)
     context.target_max_block_size = None  # one block a step, however large
@@ -360,7 +443,13 @@ def _start_dataset(store: EmbeddingStore, steps: list[_PlannedStep]) -> Iterator
     options.resource_limits = options.resource_limits.copy(object_store_memory=_OBJECT_STORE_BYTES)
     dataset = source.map_batches(
         ReadRows,
-        fn_constructor_args=(store.uri, store.manifest.to_json()),
+        fn_constructor_args=(
+            store.uri,
+            store.manifest.to_json(),
+            store.damaged_rows,
+            order.seed,
+            order.batch_size,
+        ),
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=1),

@@ -114,7 +114,7 @@ def check_store(recipe: Recipe) -> EmbeddingStore:
     """
     from piflow.data.encoders import encoder_identity
 
-    store = EmbeddingStore.open(recipe.embed.store)
+    store = EmbeddingStore.open(recipe.embed.store, recipe.training.damaged_rows)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
     return store

@@ -10,6 +10,7 @@ run folder    <-- checkpoint shards -- all ranks, behind the steps; ray.train.re
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +126,7 @@ def _train(
         rank=rank,
         world_size=world_size,
         start_sample=start * recipe.training.batch_size,
+        damaged_rows=recipe.training.damaged_rows,
     )
     try:
         loop.run(start, stream)
@@ -194,6 +196,8 @@ class _Loop:
         tracked = recipe.tracking.system_metrics and self.rank == 0
         self.system = SystemMetrics() if tracked else None
         self.skipped = SkippedSteps(recipe.training)
+        self.replaced: Counter[str] = Counter()  # this rank's rows, by damaged row group
+        self.told: set[str] = set()  # damaged row groups of which MLflow knows
         self.saver = CheckpointSaver(recipe.run_dir, recipe.training, before_seal=tracker.keep)
 
     def resume(self) -> int:
@@ -223,6 +227,7 @@ class _Loop:
             began = time.perf_counter()
             batch: StreamBatch = next(batches)
             waited = time.perf_counter() - began
+            self._count_replaced(step, batch)
             try:
                 metrics = self.assembly.trainer.step(step, batch.micro_batches)
             except NonFiniteError as error:  # every rank raises it in the same step
@@ -261,12 +266,34 @@ class _Loop:
             self.tracker.log_metrics({"skipped_steps": self.skipped.count(step)}, step=done)
             self.tracker.event("skip", error.what)
 
+    def _is_logged(self, done: int) -> bool:
+        return done % self.training.log_every == 0 or done in (1, self.training.steps)
+
+    def _count_replaced(self, step: int, batch: StreamBatch) -> None:
+        """Tell of damaged row groups, when metrics are due: all ranks together, rank 0 tells."""
+        self.replaced.update(batch.replaced)
+        done = step + 1
+        if self.training.damaged_rows == "stop" or not self._is_logged(done):
+            return
+        counts: list[Any] = [dict(self.replaced)]
+        if dist.is_initialized():
+            counts = [None] * dist.get_world_size()
+            dist.all_gather_object(counts, dict(self.replaced))
+        if self.rank == 0:
+            total = sum((Counter(rank) for rank in counts), Counter())
+            self.tracker.log_metrics({"replaced_rows": float(total.total())}, step=done)
+            for group in sorted(total.keys() - self.told):
+                self.tracker.event(
+                    "damaged-rows", f"{group} can't be read, others replace its rows"
+                )
+            self.told |= total.keys()
+
     def _report(self, metrics: StepMetrics, seconds: float, waited: float, epoch: float) -> None:
         if self.rank:
             return
         done = metrics.step + 1
         self.board.update.remote(done, f"loss {metrics.loss:.4f}")
-        if done % self.training.log_every and done != 1 and done != self.training.steps:
+        if not self._is_logged(done):
             return
         values = {
             "loss": metrics.loss,

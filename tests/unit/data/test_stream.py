@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from piflow.data import store as store_module
-from piflow.data.store import EmbeddingStore, RowReader, StoreError
-from piflow.data.stream import MicroBatch, StreamOrder, TrainStream, epoch_rows
+from piflow.data.store import DamagedRows, EmbeddingStore, RowReader, StoreError
+from piflow.data.stream import MicroBatch, StreamBatch, StreamOrder, TrainStream, epoch_rows
 
 MakeStore = Callable[..., EmbeddingStore]
 ONE_SIZE = {(32, 32): 103}
@@ -23,6 +23,17 @@ THREE_SIZES = {(32, 32): 50, (64, 32): 33, (16, 16): 3}
 def _steps(
     store: EmbeddingStore, count: int, rank: int = 0, world_size: int = 1, start: int = 0
 ) -> list[list[MicroBatch]]:
+    return [batch.micro_batches for batch in _batches(store, count, rank, world_size, start)]
+
+
+def _batches(
+    store: EmbeddingStore,
+    count: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    damaged_rows: DamagedRows = "stop",
+) -> list[StreamBatch]:
     stream = TrainStream(
         store.uri,
         seed=5,
@@ -31,11 +42,12 @@ def _steps(
         rank=rank,
         world_size=world_size,
         start_sample=start * 12,
+        damaged_rows=damaged_rows,
         reader="local",
     )
     batches = list(islice(stream.batches(), count))
     assert [batch.step for batch in batches] == list(range(start, start + count))
-    return [batch.micro_batches for batch in batches]
+    return batches
 
 
 def _same(ours: MicroBatch, theirs: MicroBatch) -> bool:
@@ -182,6 +194,20 @@ def test_resuming_reads_no_row_group_that_lies_wholly_before(
         assert len(read) <= 60 - 8 * whole_windows
 
 
+def _damage(store: EmbeddingStore, name: str, damage: str) -> None:
+    """A file is gone or cut short, or a byte of its first row group is another."""
+    path = Path(store.uri) / name
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[:-50])
+    else:
+        column = pq.ParquetFile(path).metadata.row_group(0).column(6)
+        content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
+        path.write_bytes(content)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
 def test_damage_in_mid_run_stops_the_stream_and_is_named(
     make_store: MakeStore, damage: str
@@ -190,17 +216,75 @@ def test_damage_in_mid_run_stops_the_stream_and_is_named(
     stream = TrainStream(
         store.uri, seed=5, batch_size=12, micro_batch_size=2, rank=0, world_size=1, reader="local"
     )
-    path = Path(store.uri) / "shard-00010.parquet"  # 3 rows, opened by a later step
-    if damage == "missing":
-        path.unlink()
-    else:
-        column = pq.ParquetFile(path).metadata.row_group(0).column(6)
-        content = bytearray(path.read_bytes())
-        content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
-        path.write_bytes(content)
+    _damage(store, "shard-00010.parquet", damage)  # 3 rows, opened by a later step
     kind = "open" if damage == "missing" else "read row group 0 of"
     with pytest.raises(StoreError, match=f"cannot {kind} shard-00010.parquet.*piflow embed"):
         list(islice(stream.batches(), 9))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+@pytest.mark.parametrize("sizes", [ONE_SIZE, THREE_SIZES])
+def test_only_damaged_rows_are_replaced_and_all_agree(
+    make_store: MakeStore, sizes: dict[tuple[int, int], int], damage: str
+) -> None:
+    """Each by the row at the same place of its bucket's next batch; 1 to 3 ranks, resumed or not.
+
+    The rule is written out here from the order alone.
+    """
+    store = make_store(sizes)
+    intact = _steps(store, 26)
+    ids = store.index()["prompt_id"].to_pylist()
+    lost = {ids[row] for row in range(20, 24 if damage == "flipped" else 30)}
+    _damage(store, "shard-00002.parquet", damage)
+    found = _batches(store, 20, damaged_rows="replace")
+    rows = [[i for micro in step for i in micro.prompt_ids] for step in intact]
+    sizes_of = [(step[0].height, step[0].width) for step in intact]
+    for step, batch in enumerate(found):
+        expected, later = list(rows[step]), step
+        while lost & set(expected):
+            later = sizes_of.index(sizes_of[step], later + 1)
+            expected = [b if a in lost else a for a, b in zip(expected, rows[later], strict=True)]
+        assert [i for micro in batch.micro_batches for i in micro.prompt_ids] == expected
+        assert sum(batch.replaced.values()) == sum(i in lost for i in rows[step])
+    names = {name for batch in found for name in batch.replaced}
+    groups = range(1 if damage == "flipped" else 3)
+    assert names == {f"row group {group} of shard-00002.parquet" for group in groups}
+    for start, world_size in ((0, 2), (7, 1), (9, 3)):
+        for rank in range(world_size):
+            tail = _batches(store, 20 - start, rank, world_size, start, "replace")
+            for ours, theirs in zip(tail, found[start:], strict=True):
+                expected_micros = theirs.micro_batches[rank::world_size]
+                assert all(map(_same, ours.micro_batches, expected_micros))
+    with pytest.raises(StoreError, match="shard-00002.parquet"):
+        _batches(store, 20)
+
+
+def test_a_bucket_without_a_readable_row_stops(make_store: MakeStore) -> None:
+    store = make_store({(8, 8): 10, (16, 8): 10})
+    _damage(store, "shard-00001.parquet", "missing")
+    with pytest.raises(StoreError, match=r"every row group of .* \(bucket 1\) .* is damaged"):
+        _batches(store, 8, damaged_rows="replace")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_pictures_are_of_prompts_that_can_be_read(make_store: MakeStore, damage: str) -> None:
+    """A run with a damaged store resumes: nothing but the stream's batches needs whole files."""
+    store = make_store(ONE_SIZE)
+    in_order = sorted(store.index()["prompt_id"].to_pylist())
+    lost = store.index()["prompt_id"].to_pylist()[: 4 if damage == "flipped" else 10]
+    _damage(store, "shard-00000.parquet", damage)
+    opened = EmbeddingStore.open(store.uri, "replace")
+    assert opened.manifest_hash == store.manifest_hash
+    expected = [prompt_id for prompt_id in in_order if prompt_id not in lost][:95]
+    assert len(set(in_order[:95]) & set(lost)) > 0
+    found = opened.first_by_hash(len(expected))
+    assert list(found.prompt_ids) == expected
+    index = opened.index()
+    assert opened.read(index["row"].to_pylist()[-5:]).prompt_ids == tuple(
+        index["prompt_id"].to_pylist()[-5:]
+    )
+    with pytest.raises(ValueError, match="104 prompts were asked"):
+        opened.first_by_hash(104)
 
 
 def test_a_step_has_one_picture_size_and_the_stores_rows(make_store: MakeStore) -> None:
