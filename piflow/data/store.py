@@ -649,19 +649,21 @@ class RowReader:
     """Reads rows by number; keeps open files and the row groups used last.
 
     Holds no torch and no Ray object, so it starts fast in a reading process.
+
+    Args:
+        columns: to read; default: all.
+        kept_groups: row groups of each bucket that stay in memory: more than are in use at a time,
+            and few enough that freed memory is used again, since fresh memory costs as much time
+            as reading does.
     """
 
     def __init__(
-        self,
-        store: EmbeddingStore,
-        columns: list[str] | None = None,
-        cache_bytes: int = 256 * 2**20,
+        self, store: EmbeddingStore, columns: list[str] | None = None, kept_groups: int = 16
     ) -> None:
         self._store = store
         self._columns = columns
-        self._cache_bytes = cache_bytes
-        self._cache: OrderedDict[tuple[int, int], pa.RecordBatch] = OrderedDict()
-        self._cached_bytes = 0
+        self._kept_groups = kept_groups
+        self._cache: dict[int, OrderedDict[int, pa.RecordBatch]] = {}  # by bucket, then row group
         self._files: dict[int, pq.ParquetFile] = {}
         self.damaged: set[int] = set()  # row groups, numbered through all shards
 
@@ -699,7 +701,7 @@ class RowReader:
             if group in self.damaged:
                 return False
             try:
-                self._row_group(*self._groups[group])
+                self._row_group(group)
             except DamageError:
                 continue
             return True
@@ -713,31 +715,30 @@ class RowReader:
             StoreError: a row group can't be read; names shard and row group.
         """
         owners = self.group_of(numbers)
-        groups = {owner: self._row_group(*self._groups[owner]) for owner in np.unique(owners)}
+        groups = {owner: self._row_group(owner) for owner in np.unique(owners).tolist()}
         starts = np.concatenate([[0], self._ends])[owners]
         # slices are free and joining them copies each row once; `take` would copy it three times
         rows = [
             groups[owner].slice(offset, 1)
-            for owner, offset in zip(owners, (numbers - starts).tolist(), strict=True)
+            for owner, offset in zip(owners.tolist(), (numbers - starts).tolist(), strict=True)
         ]
         return pa.Table.from_batches(rows).combine_chunks()
 
-    def _row_group(self, shard: int, group: int) -> pa.RecordBatch:
-        key = (shard, group)
-        if key not in self._cache:
-            path = self._store.manifest.shards[shard].path
+    def _row_group(self, number: int) -> pa.RecordBatch:
+        shard, group = self._groups[number]
+        entry = self._store.manifest.shards[shard]
+        kept = self._cache.setdefault(entry.row_groups[group].bucket, OrderedDict())
+        if number not in kept:
+            if len(kept) >= self._kept_groups:
+                kept.popitem(last=False)
             if shard not in self._files:
-                self._files[shard] = _open_shard(self._store.uri, path)
-            table = _read_row_group(self._store.uri, path, group, self._files[shard], self._columns)
-            self._cache[key] = table.combine_chunks().to_batches()[0]
-            self._cached_bytes += self._cache[key].nbytes
-            self._evict()
-        self._cache.move_to_end(key)
-        return self._cache[key]
-
-    def _evict(self) -> None:
-        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+                self._files[shard] = _open_shard(self._store.uri, entry.path)
+            table = _read_row_group(
+                self._store.uri, entry.path, group, self._files[shard], self._columns
+            )
+            kept[number] = table.combine_chunks().to_batches()[0]
+        kept.move_to_end(number)
+        return kept[number]
 
 
 def read_manifest(uri: str) -> StoreManifest:

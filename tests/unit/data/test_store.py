@@ -124,7 +124,7 @@ def test_row_groups_on_disk_are_the_manifests(make_store: MakeStore) -> None:
 def test_a_small_cache_changes_nothing(make_store: MakeStore) -> None:
     store = make_store({(32, 32): 25})
     rows = np.random.default_rng(0).permutation(25)
-    assert RowReader(store, cache_bytes=1).rows(rows).equals(RowReader(store).rows(rows))
+    assert RowReader(store, kept_groups=1).rows(rows).equals(RowReader(store).rows(rows))
 
 
 def test_writing_is_deterministic(make_store: MakeStore) -> None:
