@@ -47,8 +47,10 @@ class _Variant(_Section):
 class ModelConfig(_Section):
     """The teacher: one diffusers transformer and the codec between pictures and its latents."""
 
-    family: Literal["flux", "qwen_image", "dit"] = Field(
-        "flux", description="the architecture: FLUX.1, Qwen-Image, or class-conditional DiT"
+    family: Literal["flux", "qwen_image", "sd3", "dit"] = Field(
+        "flux",
+        description="the architecture: FLUX.1, Qwen-Image, Stable Diffusion 3(.5), or "
+        "class-conditional DiT",
     )
     path: str = Field(
         description="URI (local, s3://, hf://) of its folder: config.json and safetensors files"
@@ -91,6 +93,19 @@ class QwenImageEncoderConfig(_Variant):
     max_tokens: Positive = Field(512, description="tokens after the template's, at most 1024")
 
 
+class SD3EncoderConfig(_Variant):
+    """Stable Diffusion 3's encoders: two CLIP models' states, then T5's; CLIP's pooled vectors."""
+
+    type: Literal["sd3"] = "sd3"
+    path: str = Field(description="URI of a folder with text_encoder(_2, _3), tokenizer(_2, _3)")
+    max_tokens: Positive = Field(256, description="T5 tokens a prompt is padded or truncated to")
+    padding: Literal["keep", "drop"] = Field(
+        "keep",
+        description="keep: all states, as StableDiffusion3Pipeline feeds; drop: of T5 only the "
+        "prompt's, zeros elsewhere (a smaller store, another conditioning than the pipeline's)",
+    )
+
+
 class ClassLabelEncoderConfig(_Variant):
     """No text: a prompt is a class number; the empty prompt is the null class."""
 
@@ -99,7 +114,11 @@ class ClassLabelEncoderConfig(_Variant):
 
 
 EncoderConfig = (
-    BertEncoderConfig | FluxEncoderConfig | QwenImageEncoderConfig | ClassLabelEncoderConfig
+    BertEncoderConfig
+    | FluxEncoderConfig
+    | QwenImageEncoderConfig
+    | SD3EncoderConfig
+    | ClassLabelEncoderConfig
 )
 
 
@@ -553,6 +572,7 @@ class Recipe(_Section):
         Annotated[BertEncoderConfig, Tag("bert")]
         | Annotated[FluxEncoderConfig, Tag("flux")]
         | Annotated[QwenImageEncoderConfig, Tag("qwen_image")]
+        | Annotated[SD3EncoderConfig, Tag("sd3")]
         | Annotated[ClassLabelEncoderConfig, Tag("class_label")],
         _by_type("bert"),
     ]
@@ -583,10 +603,11 @@ class Recipe(_Section):
                 f"a step are too few for runtime.num_workers = {self.runtime.num_workers}: every "
                 f"worker needs one; use at most {micro_batches} workers"
             )
-        if (self.model.family == "dit") != (self.encoder.type == "class_label"):
+        taken = _ENCODERS[self.model.family]
+        if self.encoder.type not in taken:
             raise ValueError(
                 f"model.family = {self.model.family} doesn't go with encoder.type = "
-                f"{self.encoder.type}; dit takes class_label, the others a text encoder"
+                f"{self.encoder.type}; it takes {' or '.join(taken)}"
             )
         if self.objective.pictures == "emoji" and self.embed.has_several_sizes:
             raise ValueError(
@@ -630,6 +651,12 @@ class Recipe(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+_ENCODERS = {  # the family's own; bert is for models that were trained with it
+    "flux": ("flux", "bert"),
+    "qwen_image": ("qwen_image", "bert"),
+    "sd3": ("sd3", "bert"),
+    "dit": ("class_label",),
+}
 _NOT_IDENTITY: dict[str, Any] = {
     "run_dir": True,
     "runtime": True,
@@ -748,6 +775,7 @@ _VARIANTS: dict[str, type[_Section]] = {
     "bert": BertEncoderConfig,
     "flux": FluxEncoderConfig,
     "qwen_image": QwenImageEncoderConfig,
+    "sd3": SD3EncoderConfig,
     "class_label": ClassLabelEncoderConfig,
     "gmflow": GMFlowPolicyConfig,
     "dx": DXPolicyConfig,

@@ -21,6 +21,7 @@ from piflow.config import (
     EncoderConfig,
     ModelConfig,
     QwenImageEncoderConfig,
+    SD3EncoderConfig,
 )
 from piflow.data.encoders.qwen_image import TEMPLATE
 
@@ -91,6 +92,7 @@ def _pipeline(model: ModelConfig, parts: dict[str, Any]) -> Any:
         FlowMatchEulerDiscreteScheduler,
         FluxPipeline,
         QwenImagePipeline,
+        StableDiffusion3Pipeline,
     )
 
     if model.family == "dit":
@@ -98,6 +100,10 @@ def _pipeline(model: ModelConfig, parts: dict[str, Any]) -> Any:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if model.family == "qwen_image":
         return QwenImagePipeline(scheduler=scheduler, **parts)
+    if model.family == "sd3":
+        return StableDiffusion3Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts
+        )
     return FluxPipeline(scheduler=scheduler, **parts)
 
 
@@ -115,6 +121,7 @@ def _transformer(
         DiTTransformer2DModel,
         FluxTransformer2DModel,
         QwenImageTransformer2DModel,
+        SD3Transformer2DModel,
     )
 
     channels = _LATENT_CHANNELS[model.codec]
@@ -135,6 +142,20 @@ def _transformer(
             num_layers=2,
             joint_attention_dim=_TEXT_WIDTH,
             axes_dims_rope=_AXES,
+            **_HEADS,
+        )
+    if model.family == "sd3":
+        text_width = 2 * _TEXT_WIDTH  # two CLIP models side by side
+        return SD3Transformer2DModel(
+            sample_size=size // 2,
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=3,
+            joint_attention_dim=text_width,
+            caption_projection_dim=_HEADS["num_attention_heads"] * _HEADS["attention_head_dim"],
+            pooled_projection_dim=text_width,
+            pos_embed_max_size=size,
+            qk_norm="rms_norm",
             **_HEADS,
         )
     return FluxTransformer2DModel(
@@ -191,6 +212,15 @@ def _text_parts(encoder: EncoderConfig) -> dict[str, Any]:
         tokenizer = _qwen_tokenizer()
         return {"text_encoder": _qwen_model(len(tokenizer)), "tokenizer": tokenizer}
     clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+    if isinstance(encoder, SD3EncoderConfig):
+        return {
+            "text_encoder": _clip_with_projection(clip_tokenizer),
+            "tokenizer": clip_tokenizer,
+            "text_encoder_2": _clip_with_projection(clip_tokenizer),
+            "tokenizer_2": clip_tokenizer,
+            "text_encoder_3": _t5_model(len(t5_tokenizer), 2 * _TEXT_WIDTH),
+            "tokenizer_3": t5_tokenizer,
+        }
     return {
         "text_encoder": _clip_model(clip_tokenizer),
         "tokenizer": clip_tokenizer,
@@ -237,21 +267,32 @@ def _clip_tokenizer() -> Any:
 
 
 def _clip_model(tokenizer: Any) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=_TEXT_WIDTH,
-            intermediate_size=_TEXT_WIDTH,
-            projection_dim=_TEXT_WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=_CLIP_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    return CLIPTextModel(_clip_config(tokenizer, layers=1))
+
+
+def _clip_with_projection(tokenizer: Any) -> Any:
+    """Of two layers: Stable Diffusion 3 takes the states of the last but one."""
+    from transformers import CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(_clip_config(tokenizer, layers=2))
+
+
+def _clip_config(tokenizer: Any, layers: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=_TEXT_WIDTH,
+        intermediate_size=_TEXT_WIDTH,
+        projection_dim=_TEXT_WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=_CLIP_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
@@ -264,13 +305,13 @@ def _t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=scores, extra_ids=0)
 
 
-def _t5_model(vocabulary: int) -> Any:
+def _t5_model(vocabulary: int, width: int = _TEXT_WIDTH) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
         T5Config(
             vocab_size=vocabulary,
-            d_model=_TEXT_WIDTH,
+            d_model=width,
             d_kv=8,
             d_ff=_TEXT_WIDTH,
             num_layers=1,

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from piflow import storage
-from piflow.config import FluxEncoderConfig, Recipe
+from piflow.config import FluxEncoderConfig, Recipe, SD3EncoderConfig
 from piflow.data.encoders import absolute_path, build_encoder, check_prompts, encoder_identity
 from piflow.data.execution import quiet_context, remote_cause
 from piflow.data.prompts import PromptSet, read_prompts
@@ -345,9 +345,9 @@ def _to_manifest(
 
 def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
     """Unpadded prompts are short; with all of T5's padding a prompt has 8 MB until it is stored."""
-    if not isinstance(recipe.encoder, FluxEncoderConfig) or recipe.encoder.padding != "keep":
+    config, encoder = recipe.encoder, job.inputs.encoder
+    if not isinstance(config, FluxEncoderConfig | SD3EncoderConfig) or config.padding != "keep":
         return
-    encoder = job.inputs.encoder
     prompt = 4 * encoder.max_tokens * encoder.hidden_size
     largest = prompt * max(len(plan.prompts) for plan in job.plans)
     if largest > _MUCH_MEMORY:

@@ -261,7 +261,12 @@ def _some_prompts(recipe: Recipe) -> list[str]:
 
 def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     """Load the adapter as its users do, and draw one picture with it."""
-    from piflow.inference import PiDiTPipeline, PiFluxPipeline, PiQwenImagePipeline
+    from piflow.inference import (
+        PiDiTPipeline,
+        PiFluxPipeline,
+        PiQwenImagePipeline,
+        PiSD3Pipeline,
+    )
     from piflow.student import load_student
 
     if not (base / "model_index.json").exists():  # parts of no family's pipeline
@@ -270,6 +275,7 @@ def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     pipelines: dict[str, Any] = {
         "flux": PiFluxPipeline,
         "qwen_image": PiQwenImagePipeline,
+        "sd3": PiSD3Pipeline,
         "dit": PiDiTPipeline,
     }
     pipe = pipelines[recipe.model.family].from_pretrained(base, adapter=adapter)

@@ -1,17 +1,26 @@
-"""Backbones by family, and codecs by name."""
+"""Backbones by family, and codecs by name.
+
+A family's module is imported when the family is first used: each pulls in a good part of diffusers.
+"""
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from piflow.backbones.base import Backbone, Conditioning, OutputLayer
 from piflow.backbones.codec import Codec, PixelCodec, VAECodec, build_codec
-from piflow.backbones.dit import DiTBackbone
-from piflow.backbones.flux import FluxBackbone
-from piflow.backbones.qwen_image import QwenImageBackbone
 from piflow.config import ModelConfig
 from piflow.weights import StoredTensor
+
+if TYPE_CHECKING:
+    from piflow.backbones.dit import DiTBackbone
+    from piflow.backbones.flux import FluxBackbone
+    from piflow.backbones.qwen_image import QwenImageBackbone
+    from piflow.backbones.sd3 import SD3Backbone
 
 __all__ = [
     "Backbone",
@@ -22,18 +31,36 @@ __all__ = [
     "OutputLayer",
     "PixelCodec",
     "QwenImageBackbone",
+    "SD3Backbone",
     "VAECodec",
     "build_codec",
+    "family_class",
     "load_backbone",
     "load_empty_backbone",
 ]
 
-FAMILIES: dict[str, type[Backbone]] = {
-    "flux": FluxBackbone,
-    "qwen_image": QwenImageBackbone,
-    "dit": DiTBackbone,
+FAMILIES = {  # name -> class, in the module of the name
+    "flux": "FluxBackbone",
+    "qwen_image": "QwenImageBackbone",
+    "sd3": "SD3Backbone",
+    "dit": "DiTBackbone",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def family_class(family: str) -> type[Backbone]:
+    """The backbone class of `model.family`."""
+    module = importlib.import_module(f"piflow.backbones.{family}")
+    backbone_class: type[Backbone] = getattr(module, FAMILIES[family])
+    return backbone_class
+
+
+def __getattr__(name: str) -> Any:
+    """The families' classes, as names of this package."""
+    for family, class_name in FAMILIES.items():
+        if name == class_name:
+            return family_class(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load_backbone(
@@ -47,7 +74,7 @@ def load_backbone(
     Raises:
         ValueError: a folder that isn't this family's model, or guidance that doesn't fit it.
     """
-    return FAMILIES[model.family].load(
+    return family_class(model.family).load(
         model.path,
         dtype=DTYPES[model.dtype],
         device=device,
@@ -63,6 +90,6 @@ def load_empty_backbone(
     Raises:
         ValueError: as `load_backbone`.
     """
-    return FAMILIES[model.family].load_empty(
+    return family_class(model.family).load_empty(
         model.path, dtype=DTYPES[model.dtype], embedded_guidance=embedded_guidance
     )

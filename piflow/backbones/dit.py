@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from piflow.backbones.base import PATCH, Conditioning
-from piflow.backbones.transformer import TransformerBackbone, check_no_guidance
+from piflow.backbones.transformer import (
+    TransformerBackbone,
+    channel_major,
+    check_no_guidance,
+    reordered,
+)
 
 TIME_SCALE = 1000.0  # of σ, in the sinusoidal embedding
 
@@ -135,7 +140,7 @@ class DiTTokens(nn.Module):
         first = self.transformer_blocks[0].norm1
         self.time_class_embed, first.emb = first.emb, _Embedded()
         self.norm_out: nn.Module = _adaptive_norm(model.norm_out, model.proj_out_1)
-        self.proj_out: nn.Module = _channel_major(model.proj_out_2)
+        self.proj_out: nn.Module = channel_major(model.proj_out_2)
         self.gradient_checkpointing = False
         for layer in self.modules():
             if isinstance(layer, LabelEmbedding):
@@ -199,19 +204,5 @@ def _adaptive_norm(norm: nn.LayerNorm, modulation: nn.Linear) -> AdaLayerNormCon
     with torch.device("meta"):  # its random weights are never drawn
         adaptive = AdaLayerNormContinuous(width, width, elementwise_affine=False, eps=norm.eps)
     shift_first = torch.arange(2 * width, device=modulation.weight.device)
-    adaptive.linear = _reordered(modulation, shift_first.roll(width))
+    adaptive.linear = reordered(modulation, shift_first.roll(width))
     return adaptive
-
-
-def _channel_major(projection: nn.Linear) -> nn.Linear:
-    """The projection with its rows, (patch position, C), as (C, patch position)."""
-    rows = torch.arange(projection.out_features, device=projection.weight.device)
-    return _reordered(projection, rows.reshape(PATCH * PATCH, -1).T.flatten())
-
-
-def _reordered(layer: nn.Linear, rows: Tensor) -> nn.Linear:
-    """`layer` with its output features in another order."""
-    with torch.no_grad():
-        layer.weight.copy_(layer.weight[rows].clone())
-        layer.bias.copy_(layer.bias[rows].clone())
-    return layer

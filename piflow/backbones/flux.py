@@ -87,7 +87,7 @@ class FluxBackbone(TransformerBackbone):
         """
         self.check_batch(x, sigma, cond)
         self.check_tokens(cond)
-        pooled = self._pooled(cond)
+        pooled = self.pooled(cond)
         guidance = None
         if self.embedded_guidance is not None:
             guidance = torch.full_like(sigma, self.embedded_guidance)
@@ -102,17 +102,6 @@ class FluxBackbone(TransformerBackbone):
             return_dict=False,
         )[0]
         return tokens
-
-    def _pooled(self, cond: Conditioning) -> Tensor:
-        """The pooled vector, of the width that the model takes."""
-        expected = self._config["pooled_projection_dim"]
-        if cond.pooled is None or cond.pooled.shape[1] != expected:
-            came = "none" if cond.pooled is None else f"width {cond.pooled.shape[1]}"
-            raise ValueError(
-                f"this model takes a pooled vector of width {expected}, got {came}: "
-                "embed the prompts with the encoder it was trained with"
-            )
-        return cond.pooled
 
 
 def image_ids(height: int, width: int, device: torch.device) -> Tensor:

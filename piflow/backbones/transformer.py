@@ -224,6 +224,37 @@ class TransformerBackbone(ABC):
                 "embed the prompts with the encoder it was trained with"
             )
 
+    def pooled(self, cond: Conditioning) -> Tensor:
+        """The pooled vector, of the width `pooled_projection_dim`.
+
+        Raises:
+            ValueError: it is missing, or has another width.
+        """
+        expected = self._config["pooled_projection_dim"]
+        if cond.pooled is None or cond.pooled.shape[1] != expected:
+            came = "none" if cond.pooled is None else f"width {cond.pooled.shape[1]}"
+            raise ValueError(
+                f"this model takes a pooled vector of width {expected}, got {came}: "
+                "embed the prompts with the encoder it was trained with"
+            )
+        return cond.pooled
+
+
+def channel_major(projection: nn.Linear) -> nn.Linear:
+    """A copy of the projection with its rows, (patch position, C), as (C, patch position)."""
+    rows = torch.arange(projection.out_features, device=projection.weight.device)
+    return reordered(projection, rows.reshape(PATCH * PATCH, -1).T.flatten())
+
+
+def reordered(layer: nn.Linear, rows: Tensor) -> nn.Linear:
+    """A copy of `layer` with its output features in another order."""
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    with torch.device("meta"):  # its random weights are never drawn
+        copied = nn.Linear(layer.in_features, layer.out_features)
+    copied.weight = nn.Parameter(weight[rows], layer.weight.requires_grad)
+    copied.bias = nn.Parameter(bias[rows], layer.bias.requires_grad)
+    return copied
+
 
 def check_packing(config: Mapping[str, Any]) -> None:
     """Refuses a transformer over packed tokens that don't hold 2×2 patches or predict others.

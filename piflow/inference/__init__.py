@@ -7,5 +7,6 @@ image = pipe("a red heart").images[0]
 from piflow.inference.dit import PiDiTPipeline
 from piflow.inference.flux import PiFluxPipeline
 from piflow.inference.qwen_image import PiQwenImagePipeline
+from piflow.inference.sd3 import PiSD3Pipeline
 
-__all__ = ["PiDiTPipeline", "PiFluxPipeline", "PiQwenImagePipeline"]
+__all__ = ["PiDiTPipeline", "PiFluxPipeline", "PiQwenImagePipeline", "PiSD3Pipeline"]

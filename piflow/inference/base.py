@@ -88,8 +88,13 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         """Network evaluations that the student was trained for: the default number of steps."""
         return self._student.training.nfe
 
-    def _add_student(self, adapter: str | PathLike[str] | None, transformer: Any) -> None:
+    def _add_student(
+        self, adapter: str | PathLike[str] | None, transformer: Any, copied: Any = None
+    ) -> None:
         """Makes the student of `transformer`, and the scheduler fit it.
+
+        Args:
+            copied: a copy of `transformer` for a backbone that would take it apart.
 
         Raises:
             ValueError: no adapter, or one that doesn't fit.
@@ -101,7 +106,9 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             )
         uri = fspath(adapter)
         guided = transformer.config.get("guidance_embeds", False)  # comes with each call
-        backbone = self.backbone_class(transformer, embedded_guidance=0.0 if guided else None)
+        backbone = self.backbone_class(
+            transformer if copied is None else copied, embedded_guidance=0.0 if guided else None
+        )
         self._student = PipelineStudent(transformer, backbone, load_adapter(uri), uri)
         self._adapter_uri = storage.absolute(uri)
         if not isinstance(self.scheduler, FlowMapScheduler):

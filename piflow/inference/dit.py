@@ -43,7 +43,7 @@ class PiDiTPipeline(FewStepPipeline, DiTPipeline):
         adapter: str | None = None,
     ) -> None:
         super().__init__(transformer, vae, scheduler, id2label)
-        self._add_student(adapter, copy.deepcopy(transformer))  # the backbone takes it apart
+        self._add_student(adapter, transformer, copied=copy.deepcopy(transformer))
 
     __call__ = few_step_call(DiTPipeline, num_inference_steps=None, guidance_scale=1.0)
 

@@ -79,8 +79,8 @@ class PipelineStudent:
 
     Args:
         transformer: the pipeline's, usable as before once this returns.
-        backbone: over the transformer, or over a copy of it. A LoRA student shares its weights; a
-            fully trained one has a copy of its own.
+        backbone: over the transformer, its parts, or a copy of it. A LoRA student shares its
+            weights; a fully trained one has a copy of its own.
         adapter: what makes the student.
         where: the adapter's place, for messages.
 
@@ -88,7 +88,7 @@ class PipelineStudent:
         head: reads policies from the tokens that `module` returns inside `in_place`.
         training: what the student was trained for.
         module: the student's transformer: the pipeline's with other parts, or one of its own.
-        is_shared: whether it is the pipeline's.
+        is_shared: whether its weights are the pipeline's, but for LoRA and head.
 
     Raises:
         ValueError: the transformer carries LoRA already, or the adapter doesn't fit it.
@@ -98,19 +98,21 @@ class PipelineStudent:
         self, transformer: nn.Module, backbone: TransformerBackbone, adapter: Adapter, where: str
     ) -> None:
         self.training = Training.of(adapter, where)
-        own = dict(transformer.named_modules())
-        _check_no_lora(own)
+        _check_no_lora(dict(transformer.named_modules()))
+        module = backbone.module
+        own = dict(module.named_modules())
+        shares = not set(transformer.modules()).isdisjoint(own.values())
         parts: dict[str, nn.Module] = {}
         try:
             trio = Trio.from_adapter(backbone, adapter)
         finally:
-            if backbone.module is transformer:
-                parts = _student_parts(transformer, backbone.output_names)
-                _exchange(transformer, {name: own[name] for name in parts})
-                vars(transformer).pop("peft_config", None)
+            if shares:
+                parts = _student_parts(module, backbone.output_names)
+                _exchange(module, {name: own[name] for name in parts})
+                vars(module).pop("peft_config", None)
         self.head: PolicyHead = trio.head
         self.module: nn.Module = trio.backbone.module
-        self.is_shared = self.module is transformer
+        self.is_shared = shares and self.module is module
         self._parts = parts if self.is_shared else {}
 
     @property

@@ -1,4 +1,4 @@
-"""The adapters under test: three families and the documentation's example, or --backbone's.
+"""The adapters under test: the families and the documentation's example, or --backbone's.
 
 An adapter comes as a function that returns
 
@@ -19,7 +19,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
 
 from piflow.backbones import (
     Backbone,
@@ -27,6 +32,7 @@ from piflow.backbones import (
     DiTBackbone,
     FluxBackbone,
     QwenImageBackbone,
+    SD3Backbone,
 )
 
 GUIDE = Path(__file__).parents[2] / "docs" / "bring-your-own-teacher.md"
@@ -64,6 +70,26 @@ def qwen_image() -> Case:
     return QwenImageBackbone(model.eval()), cond, (4, 8)
 
 
+def sd3() -> Case:
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        sample_size=8,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        caption_projection_dim=16,
+        pooled_projection_dim=5,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), torch.randn(3, 5))
+    return SD3Backbone(model.eval()), cond, (4, 8)
+
+
 def dit() -> Case:
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
@@ -92,7 +118,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "make" not in metafunc.fixturenames:
         return
     named = metafunc.config.getoption("--backbone")
-    cases = [_import(named)] if named else [flux, qwen_image, dit, documented]
+    cases = [_import(named)] if named else [flux, qwen_image, sd3, dit, documented]
     metafunc.parametrize("make", cases, ids=[case.__name__ for case in cases])
 
 

@@ -68,9 +68,16 @@ def make_case() -> Callable[[str], tuple[Any, tuple[Any, Any, Any]]]:
         DiTTransformer2DModel,
         FluxTransformer2DModel,
         QwenImageTransformer2DModel,
+        SD3Transformer2DModel,
     )
 
-    from piflow.backbones import Conditioning, DiTBackbone, FluxBackbone, QwenImageBackbone
+    from piflow.backbones import (
+        Conditioning,
+        DiTBackbone,
+        FluxBackbone,
+        QwenImageBackbone,
+        SD3Backbone,
+    )
 
     size: dict[str, Any] = {"attention_head_dim": 8, "num_attention_heads": 2}
     text: dict[str, Any] = {"joint_attention_dim": 6, "axes_dims_rope": (2, 2, 4)}
@@ -89,6 +96,13 @@ def make_case() -> Callable[[str], tuple[Any, tuple[Any, Any, Any]]]:
             )
             cond = Conditioning(torch.randn(3, 5, 6), torch.tensor([5, 1, 3]))
             return QwenImageBackbone(qwen.eval()), cond, (4, 8)
+        if family == "sd3":
+            sd3 = SD3Transformer2DModel(
+                in_channels=4, out_channels=4, num_layers=2, sample_size=8, joint_attention_dim=6,
+                caption_projection_dim=16, pooled_projection_dim=5, pos_embed_max_size=8, **size,
+            )  # fmt: skip
+            cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), torch.randn(3, 5))
+            return SD3Backbone(sd3.eval()), cond, (4, 8)
         dit = DiTTransformer2DModel(
             in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=10, **size
         )

@@ -11,6 +11,7 @@ from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -66,7 +67,7 @@ def save(trio: Trio, folder: Path, policy: str = "gm", **options: Any) -> Path:
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", ["flux", "qwen_image", "dit"])
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "sd3", "dit"])
 def test_round_trip_samples_the_same(
     family: str, policy: str, full: bool, make_case: MakeCase, tmp_path: Path
 ) -> None:
@@ -181,6 +182,8 @@ def test_dx_config_is_the_published_one(flux_folder: Path, tmp_path: Path) -> No
     [
         ("qwen_image", "gm", "GMQwenImageTransformer2DModel", 16),
         ("qwen_image", "grid", "QwenImageTransformer2DModel", 4 * 16),
+        ("sd3", "gm", "GMSD3Transformer2DModel", 4),
+        ("sd3", "grid", "SD3Transformer2DModel", 4 * 4),
         ("dit", "gm", "GMDiTTransformer2DModel", 4),
         ("dit", "grid", "DiTTransformer2DModel", 4 * 4),
     ],
@@ -198,6 +201,7 @@ def test_config_by_family(
         ("flux", FluxTransformer2DModel, "proj_out"),
         ("qwen_image", QwenImageTransformer2DModel, "proj_out"),
         ("dit", DiTTransformer2DModel, "proj_out_2"),
+        ("sd3", SD3Transformer2DModel, "proj_out"),
     ],
 )
 def test_dx_config_builds_the_diffusers_class(

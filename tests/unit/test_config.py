@@ -393,7 +393,10 @@ def test_an_unknown_variant_names_the_known_ones() -> None:
     expected = "policy.type: expected one of 'gmflow', 'dx'; got 'gm'"
     assert expected in refusal(policy={"type": "gm"})
     message = refusal(encoder={"type": "t5", "path": "x"})
-    assert "encoder.type: expected one of 'bert', 'flux', 'qwen_image', 'class_label'" in message
+    assert (
+        "encoder.type: expected one of 'bert', 'flux', 'qwen_image', 'sd3', 'class_label'"
+        in message
+    )
     assert "policy: " in refusal(policy=3)
 
 
@@ -424,12 +427,19 @@ def test_all_weights_are_trained_without_lora() -> None:
     assert whole.hash() != recipe().hash()
 
 
-def test_dit_goes_with_class_labels_and_nothing_else_does() -> None:
-    dit = {"family": "dit", "path": "teacher"}
-    labels = {"type": "class_label"}
-    assert recipe(model=dit, encoder=labels).model.family == "dit"
-    assert "dit takes class_label" in refusal(model=dit)
-    assert "flux doesn't go with encoder.type = class_label" in refusal(encoder=labels)
+def test_a_family_goes_with_its_own_encoder_or_with_bert() -> None:
+    families = list(config._ENCODERS)
+    encoders = {name: {"type": name, "path": "x"} for name in (*families[:-1], "bert")}
+    encoders["class_label"] = {"type": "class_label"}
+    for family in families:
+        own = {"dit": ("class_label",)}.get(family, (family, "bert"))
+        model = {"family": family, "path": "teacher"}
+        for name, encoder in encoders.items():
+            if name in own:
+                assert recipe(model=model, encoder=encoder).encoder.type == name
+            else:
+                expected = f"{family} doesn't go with encoder.type = {name}; it takes {own[0]}"
+                assert expected in refusal(model=model, encoder=encoder)
 
 
 def test_pictures_go_with_the_data_dependent_mode() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from piflow.adapter import WEIGHTS_FILE, load_adapter
-from piflow.backbones import Conditioning, DiTBackbone
+from piflow.backbones import Conditioning
 from piflow.checkpoint import RunState, save_checkpoint
 from piflow.config import (
     BertEncoderConfig,
@@ -149,7 +149,7 @@ def test_export_and_load_draw_identical_pictures(
 
 @pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
 @pytest.mark.parametrize("mode", ["gm", "grid", "polynomial"])
-@pytest.mark.parametrize("family", ["flux", "qwen_image", "dit"])
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "sd3", "dit"])
 def test_every_kind_of_student_comes_back(
     family: str, mode: str, lora: Any, make_case: Callable[[str], Any], tmp_path: Path
 ) -> None:
@@ -185,14 +185,9 @@ def of_family(family: str, folder: Path, *, mode: str, lora: Any) -> Recipe:
 
 def saved(backbone: Any, folder: Path) -> Path:
     """The backbone's model as a diffusers folder, with other weights."""
-    from diffusers import DiTTransformer2DModel
-
-    if isinstance(backbone, DiTBackbone):  # took its model apart
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            DiTTransformer2DModel.from_config(backbone.config).save_pretrained(str(folder))
-    else:
-        backbone.module.save_pretrained(str(folder))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone.model_class.from_config(backbone.config).save_pretrained(str(folder))
     return folder
 
 

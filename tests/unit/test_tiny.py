@@ -18,6 +18,7 @@ from piflow.config import (
     FluxEncoderConfig,
     ModelConfig,
     QwenImageEncoderConfig,
+    SD3EncoderConfig,
 )
 from piflow.data.encoders import build_encoder
 from piflow.data.encoders.qwen_image import DROPPED_TOKENS, TEMPLATE
@@ -27,7 +28,7 @@ from piflow.tiny import save_model
 SIZE = 16
 PROMPTS = {"dit": ["3", "4"]}
 PIXELS = "flux-pixels"
-FAMILIES = ["flux", "qwen_image", "dit"]
+FAMILIES = ["flux", "qwen_image", "sd3", "dit"]
 
 
 def sections(kind: str, folder: Path) -> tuple[ModelConfig, EncoderConfig]:
@@ -38,6 +39,7 @@ def sections(kind: str, folder: Path) -> tuple[ModelConfig, EncoderConfig]:
     encoders: dict[str, EncoderConfig] = {
         "flux": FluxEncoderConfig(path=str(folder), max_tokens=16),
         "qwen_image": QwenImageEncoderConfig(path=str(folder), max_tokens=16),
+        "sd3": SD3EncoderConfig(path=str(folder), max_tokens=16),
         "dit": ClassLabelEncoderConfig(),
     }
     model = ModelConfig.model_validate({"family": kind, "path": path, "codec": "vae"})
@@ -60,7 +62,12 @@ def saved(
 
 
 def test_the_pipelines_own_loader_takes_the_folder(saved: tuple[str, Path]) -> None:
-    from diffusers import DiTPipeline, FluxPipeline, QwenImagePipeline
+    from diffusers import (
+        DiTPipeline,
+        FluxPipeline,
+        QwenImagePipeline,
+        StableDiffusion3Pipeline,
+    )
 
     kind, folder = saved
     if kind == PIXELS:
@@ -68,6 +75,7 @@ def test_the_pipelines_own_loader_takes_the_folder(saved: tuple[str, Path]) -> N
         return
     classes: dict[str, Any] = {
         "flux": FluxPipeline, "qwen_image": QwenImagePipeline, "dit": DiTPipeline,
+        "sd3": StableDiffusion3Pipeline,
     }  # fmt: skip
     pipe = classes[kind].from_pretrained(str(folder), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)

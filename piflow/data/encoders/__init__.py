@@ -11,8 +11,9 @@ from piflow.config import (
     EncoderConfig,
     FluxEncoderConfig,
     QwenImageEncoderConfig,
+    SD3EncoderConfig,
 )
-from piflow.data.encoders import bert, class_label, flux, qwen_image
+from piflow.data.encoders import bert, class_label, flux, qwen_image, sd3
 from piflow.data.encoders.base import PromptModel, TextEncoder
 from piflow.data.store import EncoderIdentity
 
@@ -52,6 +53,8 @@ def encoder_identity(config: EncoderConfig) -> EncoderIdentity:
         return flux.identity(config)
     if isinstance(config, QwenImageEncoderConfig):
         return qwen_image.identity(config)
+    if isinstance(config, SD3EncoderConfig):
+        return sd3.identity(config)
     return class_label.identity(config)
 
 
@@ -80,4 +83,6 @@ def _load(config: EncoderConfig, device: str) -> PromptModel:
         return flux.FluxTextModels(config, device)
     if isinstance(config, QwenImageEncoderConfig):
         return qwen_image.QwenImageTextModel(config, device)
+    if isinstance(config, SD3EncoderConfig):
+        return sd3.SD3TextModels(config, device)
     return class_label.ClassLabels(config)

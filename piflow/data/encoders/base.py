@@ -257,6 +257,69 @@ def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     return [len(row) for row in ids["input_ids"]]
 
 
+class Parts:
+    """The subfolders of a pipeline's folder that hold its text models and tokenizers.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+
+    def __init__(self, path: str, models: Sequence[str], tokenizers: Sequence[str]) -> None:
+        self._models, self._tokenizers = models, tokenizers
+        self.uris = {part: storage.join(path, part) for part in (*models, *tokenizers)}
+        self.folders = {part: storage.local_folder(uri) for part, uri in self.uris.items()}
+
+    def config(self, part: str, model_type: str) -> dict[str, Any]:
+        """A model's config.json.
+
+        Raises:
+            ValueError: it is missing, or another type's.
+        """
+        config = read_config(self.folders[part], self.uris[part])
+        require_model_type(config, model_type, self.uris[part])
+        return config
+
+    def sha256(self) -> str:
+        """See `files_sha256`."""
+        return files_sha256(
+            {self.uris[part]: self.folders[part] for part in self._models},
+            {self.uris[part]: self.folders[part] for part in self._tokenizers},
+        )
+
+    def load_model(self, model_class: type, part: str, device: str) -> Any:
+        """See `load_model`."""
+        return load_model(model_class, self.folders[part], self.uris[part], device=device)
+
+    def load_tokenizer(self, tokenizer_class: type, part: str) -> Any:
+        """See `load_tokenizer`."""
+        return load_tokenizer(tokenizer_class, self.folders[part], self.uris[part])
+
+
+def pad(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
+    """Token ids and attention mask ``(B, length)``: every prompt padded or truncated."""
+    return tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    )
+
+
+def require_clip_fits(tokenizer: Any, clip: Any, uri: str) -> None:
+    """Check that a CLIP tokenizer pads to no more tokens than its model takes.
+
+    Raises:
+        ValueError: it does.
+    """
+    limit = clip.config.max_position_embeddings
+    if tokenizer.model_max_length > limit:
+        raise ValueError(
+            f"the CLIP tokenizer of {uri} pads to {tokenizer.model_max_length} tokens, the CLIP "
+            f"model takes {limit}; set model_max_length in its tokenizer_config.json"
+        )
+
+
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 

@@ -9,9 +9,7 @@ states only, with zeros in place of the others in a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from piflow import storage
 from piflow.config import FluxEncoderConfig
 from piflow.data.encoders import base
 from piflow.data.store import EncoderIdentity
@@ -29,24 +27,21 @@ def identity(config: FluxEncoderConfig) -> EncoderIdentity:
         ValueError: a subfolder holds something else, or `max_tokens` is over 512.
     """
     base.require_at_most(config.max_tokens, MAX_TOKENS, "FLUX.1")
-    parts = (_CLIP, _T5, _CLIP_TOKENIZER, _T5_TOKENIZER)
-    uris = {part: storage.join(config.path, part) for part in parts}
-    folders = {part: storage.local_folder(uri) for part, uri in uris.items()}
-    clip, t5 = (base.read_config(folders[part], uris[part]) for part in (_CLIP, _T5))
-    base.require_model_type(clip, "clip_text_model", uris[_CLIP])
-    base.require_model_type(t5, "t5", uris[_T5])
-    clip_sizes = base.require_sizes(clip, ("num_hidden_layers", "hidden_size"), uris[_CLIP])
-    t5_sizes = base.require_sizes(t5, ("num_layers", "d_model"), uris[_T5])
+    parts = _parts(config)
+    clip, t5 = parts.config(_CLIP, "clip_text_model"), parts.config(_T5, "t5")
+    clip_sizes = base.require_sizes(clip, ("num_hidden_layers", "hidden_size"), parts.uris[_CLIP])
+    t5_sizes = base.require_sizes(t5, ("num_layers", "d_model"), parts.uris[_T5])
     return EncoderIdentity(
         name=f"t5-{t5_sizes[0]}x{t5_sizes[1]}+clip-{clip_sizes[0]}x{clip_sizes[1]}, "
         f"padding {config.padding}",
-        weights_sha256=base.files_sha256(
-            {uris[part]: folders[part] for part in (_CLIP, _T5)},
-            {uris[part]: folders[part] for part in (_CLIP_TOKENIZER, _T5_TOKENIZER)},
-        ),
+        weights_sha256=parts.sha256(),
         max_tokens=config.max_tokens,
         hidden_size=t5_sizes[1],
     )
+
+
+def _parts(config: FluxEncoderConfig) -> base.Parts:
+    return base.Parts(config.path, (_CLIP, _T5), (_CLIP_TOKENIZER, _T5_TOKENIZER))
 
 
 class FluxTextModels:
@@ -62,26 +57,12 @@ class FluxTextModels:
         from transformers import T5TokenizerFast as T5Tokenizer  # type: ignore[attr-defined]
 
         self.identity = identity(config)
-
-        def load_model(model_class: type, part: str) -> Any:
-            uri = storage.join(config.path, part)
-            return base.load_model(model_class, storage.local_folder(uri), uri, device=device)
-
-        def load_tokenizer(tokenizer_class: type, part: str) -> Any:
-            uri = storage.join(config.path, part)
-            return base.load_tokenizer(tokenizer_class, storage.local_folder(uri), uri)
-
-        self._clip = load_model(CLIPTextModel, _CLIP)
-        self._t5 = load_model(T5EncoderModel, _T5)
-        self._clip_tokenizer = load_tokenizer(CLIPTokenizer, _CLIP_TOKENIZER)
-        self._t5_tokenizer = load_tokenizer(T5Tokenizer, _T5_TOKENIZER)
-        limit = self._clip.config.max_position_embeddings
-        if self._clip_tokenizer.model_max_length > limit:
-            raise ValueError(
-                f"the CLIP tokenizer of {config.path} pads to "
-                f"{self._clip_tokenizer.model_max_length} tokens, the CLIP model takes {limit}; "
-                "set model_max_length in its tokenizer_config.json"
-            )
+        parts = _parts(config)
+        self._clip = parts.load_model(CLIPTextModel, _CLIP, device)
+        self._t5 = parts.load_model(T5EncoderModel, _T5, device)
+        self._clip_tokenizer = parts.load_tokenizer(CLIPTokenizer, _CLIP_TOKENIZER)
+        self._t5_tokenizer = parts.load_tokenizer(T5Tokenizer, _T5_TOKENIZER)
+        base.require_clip_fits(self._clip_tokenizer, self._clip, parts.uris[_CLIP_TOKENIZER])
         self._keep_padding = config.padding == "keep"
         self._device = device
 
@@ -91,21 +72,10 @@ class FluxTextModels:
 
     def forward(self, prompts: Sequence[str]) -> list[base.Embedding]:
         """The pipeline's two calls."""
-        t5_inputs = self._t5_tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.identity.max_tokens,
-            truncation=True,
-            return_tensors="pt",
-        )
+        t5_inputs = base.pad(self._t5_tokenizer, prompts, self.identity.max_tokens)
         states = self._t5(t5_inputs.input_ids.to(self._device)).last_hidden_state
-        clip_inputs = self._clip_tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self._clip_tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
+        length = self._clip_tokenizer.model_max_length
+        clip_inputs = base.pad(self._clip_tokenizer, prompts, length)
         pooled = self._clip(clip_inputs.input_ids.to(self._device)).pooler_output
         if self._keep_padding:
             counts = [states.shape[1]] * len(prompts)

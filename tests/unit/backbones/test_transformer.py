@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from safetensors.torch import load_file, save_file
 
 from piflow.backbones import load_backbone
@@ -24,6 +29,19 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen_image": (
         QwenImageTransformer2DModel,
         {"in_channels": 16, "out_channels": 4, **TEXT, **HEADS},
+    ),
+    "sd3": (
+        SD3Transformer2DModel,
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "sample_size": 8,
+            "joint_attention_dim": 6,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 5,
+            "pos_embed_max_size": 8,
+            **HEADS,
+        },
     ),
     "dit": (
         DiTTransformer2DModel,

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of the three families, on disk, with everything that a real one has."""
+"""Tiny random pipelines of the families, on disk, with everything that a real one has."""
 
 from __future__ import annotations
 
@@ -188,6 +188,24 @@ def dit_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
 
     return _saved(build, tmp_path_factory.mktemp("dit_base"))
+
+
+@pytest.fixture(scope="session")
+def sd3_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 3.5's kind: two CLIP models and T5, classifier-free guidance."""
+    from piflow.config import SD3EncoderConfig
+
+    return _tiny("sd3", SD3EncoderConfig, tmp_path_factory.mktemp("sd3_base"))
+
+
+def _tiny(family: Any, encoder_config: Any, folder: Path) -> Path:
+    """`piflow.tiny`'s pipeline."""
+    from piflow.config import ModelConfig
+    from piflow.tiny import save_model
+
+    model = ModelConfig(family=family, path=str(folder / "transformer"), codec="vae")
+    save_model(folder, model, encoder_config(path=str(folder)), size=16)
+    return folder
 
 
 def _saved(build: Callable[[], Any], folder: Path) -> Path:

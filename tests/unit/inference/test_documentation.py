@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from piflow.backbones import DiTBackbone, FluxBackbone, QwenImageBackbone
+from piflow.backbones import DiTBackbone, FluxBackbone, QwenImageBackbone, SD3Backbone
 from piflow.config import GMFlowPolicyConfig
 
 PAGE = Path(__file__).parents[3] / "docs" / "inference.md"
@@ -19,6 +19,7 @@ SMALLER = {"1024": "16", '"cuda"': '"cpu"'}
 def test_the_examples_run(
     flux_base: Path,
     qwen_base: Path,
+    sd3_base: Path,
     dit_base: Path,
     make_adapter: Callable[..., Path],
     tmp_path: Path,
@@ -28,6 +29,7 @@ def test_the_examples_run(
     bases = {
         "flux": (FluxBackbone, flux_base, "FLUX.1-dev"),
         "qwen": (QwenImageBackbone, qwen_base, "Qwen-Image"),
+        "sd3": (SD3Backbone, sd3_base, "stable-diffusion-3.5-large"),
         "dit": (DiTBackbone, dit_base, "DiT"),
     }
     for name, (backbone, base, published) in bases.items():
@@ -35,7 +37,7 @@ def test_the_examples_run(
         (tmp_path / f"{name}-student").symlink_to(make_adapter(backbone, base, policy))
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     values: dict[str, Any] = {}
     for block in blocks:
         for published, small in SMALLER.items():

@@ -16,14 +16,21 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     QwenImagePipeline,
+    StableDiffusion3Pipeline,
 )
 from torch import Tensor
 
 from piflow.adapter import WEIGHTS_FILE, load_adapter
-from piflow.backbones import Conditioning, DiTBackbone, FluxBackbone, QwenImageBackbone
+from piflow.backbones import (
+    Conditioning,
+    DiTBackbone,
+    FluxBackbone,
+    QwenImageBackbone,
+    SD3Backbone,
+)
 from piflow.backbones.base import unpack
 from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
-from piflow.inference import PiDiTPipeline, PiFluxPipeline, PiQwenImagePipeline
+from piflow.inference import PiDiTPipeline, PiFluxPipeline, PiQwenImagePipeline, PiSD3Pipeline
 from piflow.sampling import sample_few_step
 from piflow.schedule import FlowSchedule, segments
 from piflow.scheduler import FlowMapScheduler
@@ -51,6 +58,8 @@ class Family:
     def latents(self, pipe: Any, **options: Any) -> Tensor:
         """The call's latents (2, 4, h, w), before the autoencoder."""
         options = {"generator": torch.Generator().manual_seed(5), **self.call, **options}
+        if self.name == "sd3":
+            return pipe(output_type="latent", **options).images
         if self.name != "dit":
             return unpack(pipe(output_type="latent", **options).images, *self.size)
         seen: list[Tensor] = []
@@ -76,6 +85,13 @@ def qwen_condition(pipe: Any) -> Conditioning:
     return Conditioning(tokens, mask.sum(1))
 
 
+def sd3_condition(pipe: Any) -> Conditioning:
+    tokens, _, pooled, _ = pipe.encode_prompt(
+        PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=32
+    )
+    return Conditioning(tokens, torch.full((2,), tokens.shape[1]), pooled)
+
+
 def dit_condition(pipe: Any) -> Conditioning:
     return Conditioning(torch.zeros(2, 1, 1), torch.ones(2), torch.tensor([[3.0], [7.0]]))
 
@@ -89,11 +105,15 @@ QWEN = Family(
     "qwen", PiQwenImagePipeline, QwenImagePipeline, QwenImageBackbone,
     PICTURE, (8, 12), qwen_condition,
 )  # fmt: skip
+SD3 = Family(
+    "sd3", PiSD3Pipeline, StableDiffusion3Pipeline, SD3Backbone,
+    {**PICTURE, "max_sequence_length": 32}, (8, 12), sd3_condition,
+)  # fmt: skip
 DIT = Family(
     "dit", PiDiTPipeline, DiTPipeline, DiTBackbone,
     {"class_labels": [3, 7]}, (8, 8), dit_condition,
 )  # fmt: skip
-FAMILIES = pytest.mark.parametrize("family", [FLUX, QWEN, DIT], ids=lambda family: family.name)
+FAMILIES = pytest.mark.parametrize("family", [FLUX, QWEN, SD3, DIT], ids=lambda family: family.name)
 Load = Callable[..., Any]
 
 
@@ -200,7 +220,7 @@ def test_the_teachers_pipeline_stays_as_it_is(
     """Several pipelines share one transformer: the teacher's, and two students'."""
     teacher = quiet(family.parent.from_pretrained(base_of(family)))
     steps = {"num_inference_steps": 2}
-    steps |= {"guidance_scale": 1.0} if family is DIT else {}
+    steps |= {"guidance_scale": 1.0} if family in (SD3, DIT) else {}
     before = family.latents(teacher, **steps)
     alone = load(family, full=full)
     first = quiet(family.pipeline.from_pipe(teacher, adapter=str(alone.made)))
@@ -234,7 +254,7 @@ def test_the_signature_is_the_familys(family: Family) -> None:
     expected = {"num_inference_steps": None}
     if family is FLUX:
         expected["guidance_scale"] = None
-    elif family is DIT:
+    elif family in (SD3, DIT):
         expected["guidance_scale"] = 1.0
     assert changed == expected
     assert family.parent.__name__ in family.pipeline.__call__.__doc__
@@ -374,6 +394,11 @@ def test_guidance_that_a_student_does_not_take(load: Load) -> None:
         dit(**DIT.call, guidance_scale=2.5)
     with pytest.raises(ValueError, match="sigmas: .* leave sigmas out"):
         flux(**FLUX.call, sigmas=[1.0, 0.5])
+    sd3 = load(SD3)
+    with pytest.raises(ValueError, match="guidance_scale = 7: the student has learnt"):
+        sd3(**SD3.call, guidance_scale=7.0)
+    with pytest.raises(ValueError, match="joint_attention_kwargs: .* takes prompts alone"):
+        sd3(**SD3.call, joint_attention_kwargs={})
     assert torch.equal(QWEN.latents(qwen, true_cfg_scale=7.0), QWEN.latents(qwen))
 
 
