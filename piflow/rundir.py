@@ -1,6 +1,7 @@
 """The run's folder: which recipe it belongs to, its MLflow run, its checkpoints.
 
 RUN_DIR/run.json              recipe identity, MLflow run id
+RUN_DIR/driver.json           the driver that writes here, see `piflow.ownership`
 RUN_DIR/checkpoints/step_*    checkpoints; one without state.json is half written
 RUN_DIR/failure.json          why the last attempt stopped by itself, if it did
 RUN_DIR/adapter, report       what export and evaluate write
@@ -13,7 +14,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from piflow import storage
+from piflow import objects, storage
 from piflow.config import Recipe, differences
 
 RECORD_FILE = "run.json"
@@ -131,8 +132,12 @@ def sealed_checkpoints(run_dir: str) -> dict[int, str]:
 def delete_half_written(run_dir: str) -> list[int]:
     """Delete what a killed save or a killed deletion left; returns the steps.
 
-    No save may be running. Checkpoints that were finished once are left alone.
+    No save may be running. Checkpoints that were finished once are left alone. On an object store
+    uploads that were not finished go as well.
     """
+    root = storage.join(run_dir, CHECKPOINTS)
+    if storage.scheme(root) == "s3":
+        objects.abort_uploads(root)
     left = {
         step: uri for step, (uri, files) in _folders(run_dir).items() if _STATE_FILE not in files
     }

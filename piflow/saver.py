@@ -227,11 +227,12 @@ def _upload(folder: Path, uri: str) -> str | None:
     """Bring the files to the storage, if they aren't there; returns what went wrong."""
     if storage.scheme(uri) == "file":
         return None
-    system, path = storage.filesystem(uri)
 
     def copy() -> None:
-        system.create_dir(path)
-        fs.copy_files(str(folder), path, destination_filesystem=system)
+        system, path = storage.filesystem(uri)  # anew in every try: keys may have been renewed
+        with storage.explained(uri):
+            system.create_dir(path)
+            fs.copy_files(str(folder), path, destination_filesystem=system)
 
     try:
         _tried(uri, copy)

@@ -28,24 +28,31 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import wraps
 from pathlib import Path
-from typing import Literal
+from typing import Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 from pyarrow import fs
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 SCHEMES = ("file", "s3", "package", "hf")
 READ_ONLY = ("package", "hf")
 _PARTIAL = ".partial"  # suffix of a local file that is still being written
 _COPY_BYTES = 8 * 2**20
-_CONNECT_SECONDS, _REQUEST_SECONDS = 5.0, 60.0
-_ATTEMPTS = 8  # of a request; the waits between them add up to 20 to 60 s
+CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 60.0  # time limits of a request to an object store
+ATTEMPTS = 8  # of a request; the waits between them add up to 20 to 60 s
 _S3_OPTIONS = ("endpoint_override", "region", "scheme")
 _CHOICES = "file://…, s3://…, package://…, hf://…"
+_REFUSED = re.compile(  # in the words of pyarrow's client
+    "HTTP status 40[0-3]|ACCESS_DENIED|ACCESS_KEY_ID|SIGNATURE|TOKEN|SKEWED|INTERNAL_FAILURE"
+)
 _HUB_URI = re.compile(
     r"hf://(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?"
 )
@@ -86,6 +93,33 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 def _s3_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """An S3 client with time limits and retries, which `FileSystem.from_uri` can't set."""
+    options = s3_place(uri).options
+    parsed, path = fs.FileSystem.from_uri(uri)  # finds out an AWS bucket's region
+    system = fs.S3FileSystem(
+        region=parsed.region,
+        scheme=options.get("scheme", "https"),
+        endpoint_override=options.get("endpoint_override"),
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=REQUEST_SECONDS,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+    )
+    return system, path
+
+
+class S3Place(NamedTuple):
+    """What an S3 URI names."""
+
+    bucket: str
+    key: str
+    options: dict[str, str]  # endpoint_override, region, scheme, if they are given
+
+
+def s3_place(uri: str) -> S3Place:
+    """Take an S3 URI apart.
+
+    Raises:
+        ValueError: it names no bucket, has unknown options or holds keys.
+    """
     pieces = urlsplit(uri)
     if not pieces.netloc:
         raise ValueError(f"S3 URI {uri!r} names no bucket; expected s3://bucket/prefix")
@@ -101,16 +135,7 @@ def _s3_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
             f"S3 URI {uri!r} has the option(s) {', '.join(unknown)}; supported: "
             f"{', '.join(_S3_OPTIONS)}"
         )
-    parsed, path = fs.FileSystem.from_uri(uri)  # finds out an AWS bucket's region
-    system = fs.S3FileSystem(
-        region=parsed.region,
-        scheme=options.get("scheme", "https"),
-        endpoint_override=options.get("endpoint_override"),
-        connect_timeout=_CONNECT_SECONDS,
-        request_timeout=_REQUEST_SECONDS,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
-    )
-    return system, path
+    return S3Place(pieces.netloc, unquote(pieces.path).strip("/"), options)
 
 
 @dataclass(frozen=True)
@@ -240,12 +265,46 @@ def suffix(uri: str) -> str:
     return Path(name.stem).suffix + name.suffix if name.suffix == ".gz" else name.suffix
 
 
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """An object store's refusals as PermissionError, with its reason and what to do.
+
+    Its client says little of them ("ACCESS_DENIED", "INTERNAL_FAILURE during GetObject").
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, PermissionError) or not _REFUSED.search(str(error)):
+            raise
+        from piflow import objects
+
+        reason = objects.refusal(uri) if scheme(uri) == "s3" else None
+        if reason is None:
+            raise
+        raise PermissionError(errno.EACCES, f"{uri}: {reason}") from error
+
+
+def _explains(
+    function: Callable[Concatenate[str, _Arguments], _Result],
+) -> Callable[Concatenate[str, _Arguments], _Result]:
+    """A function of a URI whose refusals are explained."""
+
+    @wraps(function)
+    def wrapper(uri: str, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with explained(uri):
+            return function(uri, *args, **kwargs)
+
+    return wrapper
+
+
+@_explains
 def exists(uri: str) -> bool:
     """Whether a file or a non-empty prefix (folder) is there."""
     system, path = filesystem(uri)
     return bool(system.get_file_info(path).type != fs.FileType.NotFound)
 
 
+@_explains
 def file_sizes(uri: str, *, recursive: bool = True) -> dict[str, int]:
     """Finished files below a folder, sorted: relative path -> bytes; {} without a folder."""
     system, path = filesystem(uri)
@@ -307,6 +366,7 @@ def _matches(names: list[str], pattern: list[str]) -> bool:
     return fnmatchcase(name, part) and _matches(names[1:], pattern[1:])
 
 
+@_explains
 def read_bytes(uri: str) -> bytes:
     """A file's content.
 
@@ -320,6 +380,7 @@ def read_bytes(uri: str) -> bytes:
         return bytes(stream.read())
 
 
+@_explains
 def sha256(uri: str) -> str:
     """Hex sha256 of a file's content, read in pieces."""
     system, path = filesystem(uri)
@@ -330,6 +391,7 @@ def sha256(uri: str) -> str:
     return digest.hexdigest()
 
 
+@_explains
 def write_bytes(uri: str, content: bytes | memoryview) -> None:
     """Write a file, whole or not at all; folders are made as needed.
 
@@ -349,6 +411,7 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
         raise _write_error(uri, len(content), error) from error
 
 
+@_explains
 def delete_file(uri: str) -> None:
     """Delete a file; nothing happens if it isn't there."""
     _refuse_read_only(uri)
@@ -357,6 +420,7 @@ def delete_file(uri: str) -> None:
         system.delete_file(path)
 
 
+@_explains
 def delete_folder(uri: str) -> None:
     """Delete a folder and all below it; nothing happens if it isn't there.
 
@@ -371,6 +435,7 @@ def delete_folder(uri: str) -> None:
         system.delete_dir(path)
 
 
+@_explains
 def local_folder(uri: str, cache_dir: Path | None = None) -> Path:
     """A local path that holds the folder's files, for libraries that only read local files.
 

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -200,7 +201,7 @@ class S3Proxy(ThreadingHTTPServer):
     The signed Host header stays as the client sent it, so signatures hold.
 
     Attributes:
-        answer: (method, path) -> what to answer instead; None: pass it on.
+        answer: (method, path, headers) -> what to answer instead; None: pass it on.
     """
 
     daemon_threads = True
@@ -208,7 +209,7 @@ class S3Proxy(ThreadingHTTPServer):
     def __init__(self, server: S3Server) -> None:
         super().__init__(("127.0.0.1", 0), _ProxyHandler)
         self.upstream = server
-        self.answer: Callable[[str, str], Answer | None] = lambda method, path: None
+        self.answer: Callable[[str, str, Message], Answer | None] = lambda *request: None
 
     @property
     def address(self) -> str:
@@ -234,7 +235,7 @@ class _ProxyHandler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self._body()
-        answer = self.server.answer(self.command, self.path)
+        answer = self.server.answer(self.command, self.path, self.headers)
         if answer is not None:
             self._refuse(*answer)
             return

@@ -809,8 +809,10 @@ def _open_parquet(uri: str) -> pq.ParquetFile:
 
 
 def _open_shard(store_uri: str, path: str) -> pq.ParquetFile:
+    uri = storage.join(store_uri, path)
     try:
-        return _open_parquet(storage.join(store_uri, path))
+        with storage.explained(uri):
+            return _open_parquet(uri)
     except (pa.ArrowException, OSError) as error:
         raise _trouble(store_uri, path)(
             f"cannot open {path} of embedding store {store_uri}: {error}; if it is damaged, "
@@ -840,9 +842,18 @@ def _read_row_group(
 ) -> pa.Table:
     file = file or _open_shard(store_uri, path)
     try:
-        return file.read_row_group(group, columns=columns)
+        return _read_again(storage.join(store_uri, path), group, file, columns)
     except (pa.ArrowException, OSError) as error:
         raise _trouble(store_uri, path)(
             f"cannot read row group {group} of {path} in embedding store {store_uri}: {error}; "
             f"if it is damaged, {_REMEDY}"
         ) from error
+
+
+def _read_again(uri: str, group: int, file: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
+    """A row group; if it can't be read, from the file opened anew: keys may have been renewed."""
+    try:
+        return file.read_row_group(group, columns=columns)
+    except OSError:
+        with storage.explained(uri):
+            return _open_parquet(uri).read_row_group(group, columns=columns)

@@ -14,6 +14,7 @@ from piflow import rundir, storage
 from piflow.checkpoint import load_state
 from piflow.config import Recipe, RuntimeConfig
 from piflow.data.store import EmbeddingStore
+from piflow.ownership import PROCESS, owned
 from piflow.runtime.signals import Signals, StoppedError
 from piflow.step import NonFiniteError
 from piflow.tracking import RunStatus, Tracker, deliver_kept, finish
@@ -44,6 +45,7 @@ def ray_session(recipe: Recipe) -> Iterator[None]:
         else:
             workers = int(recipe.runtime.max_workers * recipe.runtime.cpus_per_worker)
             ray.init(
+                address="local",  # not a cluster that somebody else has started on this machine
                 num_cpus=max(os.cpu_count() or 1, workers + _DATA_CPUS),
                 include_dashboard=False,
                 log_to_driver=False,
@@ -83,11 +85,16 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
 
     Raises:
         ValueError: the run directory belongs to another recipe or store, or store, model and recipe
-            don't fit one another.
+            don't fit one another; or another driver is at it.
         NonFiniteError: the loss went NaN or infinite; the newest checkpoint is good.
         WorkersFailedError: the workers failed more often than `runtime.max_failures` allows.
         StoppedError: a signal ended it before the last step.
     """
+    with owned(recipe.run_dir):
+        return _train(recipe, show_progress=show_progress)
+
+
+def _train(recipe: Recipe, *, show_progress: bool) -> int:
     record = rundir.require_same_recipe(recipe)
     manifest_hash = check_store(recipe).manifest_hash
     rundir.require_same_store(recipe, record, manifest_hash)
@@ -240,6 +247,7 @@ def _trainer(recipe: Recipe, record: rundir.RunRecord, board: Any) -> Any:
         "tracking_uri": record.tracking_uri,
         "run_id": record.mlflow_run_id,
         "board": board,
+        "owner": PROCESS,
     }
     return TorchTrainer(
         train_worker,

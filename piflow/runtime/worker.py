@@ -28,6 +28,7 @@ from piflow.assembly import Assembly, assemble
 from piflow.checkpoint import RunState
 from piflow.config import Recipe
 from piflow.data.stream import StreamBatch, TrainStream
+from piflow.ownership import require_owner
 from piflow.runtime.board import StopReason
 from piflow.runtime.stopping import Stops
 from piflow.runtime.watchdog import Watchdog
@@ -43,7 +44,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
     Args:
         config: `recipe` (plain values, local paths absolute), `recipe_hash` (as it was written),
-            `tracking_uri`, `run_id`, `board` (actor handle).
+            `tracking_uri`, `run_id`, `board` (actor handle), `owner` (the driver that may write).
     """
     recipe = Recipe.model_validate(config["recipe"])
     context = ray.train.get_context()
@@ -198,7 +199,13 @@ class _Loop:
         self.skipped = SkippedSteps(recipe.training)
         self.replaced: Counter[str] = Counter()  # this rank's rows, by damaged row group
         self.told: set[str] = set()  # damaged row groups of which MLflow knows
-        self.saver = CheckpointSaver(recipe.run_dir, recipe.training, before_seal=tracker.keep)
+        self.owner = config["owner"]
+        self.saver = CheckpointSaver(recipe.run_dir, recipe.training, self._before_seal)
+
+    def _before_seal(self) -> None:
+        """On rank 0: nothing is written for a driver that another one has replaced."""
+        require_owner(self.recipe.run_dir, self.owner)
+        self.tracker.keep()
 
     def resume(self) -> int:
         """Restore the newest good checkpoint, if there is one; returns the steps that are done.
