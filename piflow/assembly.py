@@ -12,6 +12,7 @@ from torch import Tensor
 from piflow.backbones import Codec, Conditioning, build_codec
 from piflow.batch import conditioning
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
+from piflow.data.online import SAMPLE_PROMPTS, open_store
 from piflow.data.store import EmbeddingStore
 from piflow.objective import FlowMatchingObjective, Pictures, PiIDObjective
 from piflow.pictures import grid
@@ -23,7 +24,6 @@ from piflow.teacher import average_of, fresh_backbone
 from piflow.trio import GuidedTeacher, Trio, build_empty_trio, build_trio
 from piflow.weights import StoredTensor, fill
 
-SAMPLE_PROMPTS = 4
 SAMPLE_SEEDS = 4
 _PRETRAIN_STEPS = 16  # Euler steps of the pictures drawn during pre-training
 
@@ -43,7 +43,7 @@ def assemble(recipe: Recipe, strategy: Strategy, device: torch.device) -> Assemb
     Raises:
         ValueError: model, store and recipe don't fit one another.
     """
-    store = EmbeddingStore.open(recipe.embed.store, recipe.training.damaged_rows)
+    store = open_store(recipe)
     codec = build_codec(recipe.model)
     if isinstance(recipe.objective, PiIDConfig):
         trainer, draw = _distillation(recipe, recipe.objective, codec, store, strategy, device)

@@ -125,6 +125,11 @@ EncoderConfig = (
 class EmbedConfig(_Section):
     """prompts -> embedding store."""
 
+    mode: Literal["store", "online"] = Field(
+        "store",
+        description="store: training reads what `piflow embed` wrote; online: no store, prompts "
+        "are encoded while training runs, each once an epoch, and batches are the same",
+    )
     prompts: str = Field(
         description="URI of a .txt (one a line), .jsonl, .csv or .parquet file, all but Parquet "
         "also as .gz; of a pattern such as s3://bucket/prompts/*.parquet, whose files are read in "
@@ -141,7 +146,10 @@ class EmbedConfig(_Section):
         "of its own; listed twice, it is chosen twice as often; [] gives them height x width",
     )
     seed: NonNegative = Field(0, description="of the choice among buckets, with the prompt's text")
-    store: str = Field(description="URI of the embedding store's folder")
+    store: str = Field(
+        description="URI of the embedding store's folder; in online mode, of the folder for the "
+        "few embeddings that guidance and pictures need"
+    )
     height: Positive = Field(
         description="pixels of the pictures that prompts stand for without a size of their own or "
         "buckets, and of samples and evaluation"
@@ -149,7 +157,9 @@ class EmbedConfig(_Section):
     width: Positive = Field(description="pixels")
     dtype: Literal["fp8", "bf16"] = Field("fp8", description="token states on disk")
     rows_per_shard: Positive = Field(4096, description="prompts a Parquet file")
-    rows_per_group: Positive = Field(256, description="prompts a row group, the unit of reading")
+    rows_per_group: Positive = Field(
+        256, description="prompts a row group, the unit of reading and of encoding"
+    )
     batch_size: Positive = Field(64, description="prompts an encoder call")
     encoders: Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
         [1, 1], description="[min, max] encoder actors of the pool"
@@ -609,6 +619,11 @@ class Recipe(_Section):
                 f"model.family = {self.model.family} doesn't go with encoder.type = "
                 f"{self.encoder.type}; it takes {' or '.join(taken)}"
             )
+        if self.embed.mode == "online" and self.training.damaged_rows == "replace":
+            raise ValueError(
+                "training.damaged_rows = replace is about a store's files, and embed.mode = online "
+                "has none; leave one of them out"
+            )
         if self.objective.pictures == "emoji" and self.embed.has_several_sizes:
             raise ValueError(
                 "objective.pictures = emoji draws square pictures of one size; leave out "
@@ -662,7 +677,7 @@ _NOT_IDENTITY: dict[str, Any] = {
     "runtime": True,
     "tracking": True,
     "evaluation": True,
-    "embed": {"store", "encoders", "gpus_per_encoder"},
+    "embed": {"mode", "store", "encoders", "gpus_per_encoder"},
     "training": {
         "steps",
         "checkpoint_every",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -96,14 +97,16 @@ def build_methods(recipe: Recipe, trio: Trio, negative: Conditioning) -> list[Me
     ]
 
 
-def evaluation_rows(recipe: Recipe, store: EmbeddingStore) -> list[int]:
+def evaluation_rows(recipe: Recipe, index: pa.Table) -> list[int]:
     """Row numbers of the evaluation prompts: evenly spaced over the list, or the smallest ids.
+
+    Args:
+        index: the store's.
 
     Raises:
         ValueError: the list or the store holds fewer prompts, or the store lacks one of them.
     """
     config = recipe.evaluation
-    index = store.index()
     spacing = 1.0
     if config.prompt_list is None:
         wanted = sorted(index["prompt_id"].to_pylist())
@@ -175,7 +178,7 @@ def evaluate(
         retrieve: finds the emoji nearest to each picture, for retrieval@1.
         advance: progress, in pictures.
     """
-    batch = store.read(evaluation_rows(recipe, store))
+    batch = store.read(evaluation_rows(recipe, store.index()))
     cond = conditioning(batch, device)
     negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
     codec = build_codec(recipe.model)

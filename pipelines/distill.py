@@ -20,5 +20,8 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> int:
             "use `piflow pretrain`"
         )
     from piflow.runtime.driver import train
+    from pipelines import embed
 
+    if recipe.embed.mode == "online":
+        embed.prepare_online(recipe, show_progress=show_progress)
     return train(recipe, show_progress=show_progress)

@@ -6,8 +6,9 @@
        one item a shard --> encoder actors (min..max): encode, write the shard   (Ray Data)
     driver: <-- progress, then each shard's entry --> manifest.json, last
 
-An interrupted job loses only unfinished shards: a file that is there and whole is kept. A finished
-store that lacks the recipe's negative prompt gets it as one more file.
+Prompts of one row group are encoded together, those of similar length in one call. An interrupted
+job loses only unfinished shards: a file that is there and whole is kept. A finished store that
+lacks the recipe's negative prompt gets it as one more file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,12 +24,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from piflow import storage
 from piflow.config import FluxEncoderConfig, Recipe, SD3EncoderConfig
-from piflow.data.encoders import absolute_path, build_encoder, check_prompts, encoder_identity
+from piflow.data.encoders import absolute_path, check_prompts, encoder_identity
 from piflow.data.execution import quiet_context, remote_cause
-from piflow.data.prompts import PromptSet, read_prompts
+from piflow.data.online import (
+    encode_row_groups,
+    load_encoder,
+    recipe_prompts,
+    small_recipe,
+    store_layout,
+)
+from piflow.data.prompts import PromptSet
 from piflow.data.store import (
     MANIFEST,
-    SCHEMA_VERSION,
     Bucket,
     EmbeddingStore,
     EncodedPrompt,
@@ -39,7 +47,6 @@ from piflow.data.store import (
     TruncationReport,
     empty_prompt_plan,
     negative_prompt_plan,
-    plan_store,
     read_manifest,
     require_same_inputs,
     reusable_shard,
@@ -88,17 +95,9 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> StoreManifest:
         OSError: the storage refused.
     """
     console = Console(stderr=True, quiet=not show_progress)
-    embed = recipe.embed
-    prompts = read_prompts(
-        embed.prompts,
-        column=embed.prompt_column,
-        height=embed.height,
-        width=embed.width,
-        height_column=embed.height_column,
-        width_column=embed.width_column,
-        buckets=embed.buckets,
-        seed=embed.seed,
-    )
+    if recipe.embed.mode == "online":
+        return prepare_online(recipe, show_progress=show_progress)
+    prompts = recipe_prompts(recipe)
     if prompts.duplicates:
         _say(console, f"{prompts.duplicates} repeated prompt(s) are encoded once")
     job = _plan(recipe, prompts)
@@ -114,6 +113,24 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> StoreManifest:
     return manifest
 
 
+def prepare_online(
+    recipe: Recipe, *, evaluation: bool = False, show_progress: bool = True
+) -> StoreManifest:
+    """Embed what an online run needs ahead: a small store, for guidance and a few pictures.
+
+    Args:
+        evaluation: whether of the evaluation prompts, or of those drawn along a run.
+
+    Raises:
+        as `main`.
+    """
+    prompts = recipe_prompts(recipe)
+    check_prompts(recipe.encoder, (prompt.text for prompt in prompts.prompts))
+    small, content = small_recipe(recipe, prompts, evaluation=evaluation)
+    storage.write_bytes(small.embed.prompts, content)
+    return main(small, show_progress=show_progress)
+
+
 def verify(recipe: Recipe) -> None:
     """Read every file of the recipe's store and compare it with the manifest; print the result.
 
@@ -121,6 +138,8 @@ def verify(recipe: Recipe) -> None:
         StoreError: a file is missing, changed or damaged, another encoder wrote the store, or the
             recipe's negative prompt isn't in it.
     """
+    if recipe.embed.mode == "online":
+        recipe, _ = small_recipe(recipe, recipe_prompts(recipe), evaluation=False)
     store = EmbeddingStore.open(recipe.embed.store)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
@@ -133,24 +152,15 @@ def verify(recipe: Recipe) -> None:
 
 
 def _plan(recipe: Recipe, prompts: PromptSet) -> _Job:
-    embed, negative = recipe.embed, recipe.guidance.negative_prompt
+    negative = recipe.guidance.negative_prompt
     check_prompts(recipe.encoder, (prompt.text for prompt in prompts.prompts))
     check_prompts(recipe.encoder, [negative])
-    inputs = StoreInputs(
-        schema_version=SCHEMA_VERSION,
-        encoder=encoder_identity(recipe.encoder),
-        dtype=embed.dtype,
-        rows_per_shard=embed.rows_per_shard,
-        rows_per_group=embed.rows_per_group,
-        num_prompts=len(prompts.prompts),
-        prompts_sha256=prompts.digest,
-    )
-    buckets, shards = plan_store(prompts.prompts, embed.rows_per_shard, embed.rows_per_group)
+    layout = store_layout(recipe, prompts, encoder_identity(recipe.encoder))
     return _Job(
-        store=storage.absolute(embed.store),
-        inputs=inputs,
-        buckets=buckets,
-        shards=shards,
+        store=storage.absolute(recipe.embed.store),
+        inputs=layout.inputs,
+        buckets=layout.buckets,
+        shards=layout.shards,
         empty=empty_prompt_plan(),
         negative=negative_prompt_plan(negative) if negative else None,
     )
@@ -275,17 +285,9 @@ class EncodeShard:
 
     def __init__(self, recipe: Recipe, store: str, inputs: StoreInputs, plans: Any) -> None:
         import ray
-        from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()
-        device = "cuda" if recipe.embed.gpus_per_encoder else "cpu"
-        self._encoder = build_encoder(recipe.encoder, device)
-        if self._encoder.identity != inputs.encoder:
-            raise ValueError(
-                f"the recipe's encoder is {self._encoder.identity} on this node, but "
-                f"{inputs.encoder} on the driver's; put the same files on all nodes"
-            )
-        self._batch_size = recipe.embed.batch_size
+        self._encoder = load_encoder(recipe, inputs)
+        self._encode = partial(self._encoder.encode_by_length, batch_size=recipe.embed.batch_size)
         self._store = store
         self._inputs = inputs
         self._plans: list[ShardPlan] = ray.get(plans)
@@ -293,12 +295,11 @@ class EncodeShard:
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
         """Encode one shard: a progress row after each encoder call, then the shard's entry."""
         plan = self._plans[int(batch["shard"][0])]
-        texts = [prompt.text for prompt in plan.prompts]
         encoded: dict[int, EncodedPrompt] = {}
-        for rows, results in self._encoder.encode_by_length(texts, self._batch_size):
+        for rows, results in encode_row_groups(plan, self._encode):
             encoded.update(zip(rows, results, strict=True))
             yield _row(prompts=len(rows))
-        ordered = [encoded[row] for row in range(len(texts))]
+        ordered = [encoded[row] for row in range(len(plan.prompts))]
         entry, report = write_shard(self._store, plan, ordered, self._inputs)
         yield _row(entry=entry.model_dump_json(), report=report)
 

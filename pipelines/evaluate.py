@@ -40,10 +40,13 @@ def main(
     from piflow.runtime.driver import check_store
     from piflow.student import student_of_checkpoint
     from piflow.tracking import MlflowTracker
+    from pipelines import embed
 
     record = rundir.require_run(recipe)
     checkpoint = checkpoint or rundir.newest_checkpoint(recipe.run_dir)
-    store = check_store(recipe)
+    if recipe.embed.mode == "online":
+        embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
+    store = check_store(recipe, evaluation=True)
     trio, state = student_of_checkpoint(recipe, checkpoint, "ema")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in trio.modules:

@@ -30,18 +30,16 @@ def main(
         ValueError: no run or checkpoint, or they belong to another recipe.
     """
     from piflow import rundir, storage
-    from piflow.data.store import EmbeddingStore
     from piflow.student import export_adapter
     from piflow.tracking import deliver_kept, register_adapter
 
     record = rundir.require_run(recipe)
-    store = EmbeddingStore.open(recipe.embed.store, recipe.training.damaged_rows)
     checkpoint = checkpoint or rundir.newest_checkpoint(recipe.run_dir)
     folder = out or storage.join(recipe.run_dir, "adapter")
     lineage = {
         "piflow.run_id": record.mlflow_run_id,
         "piflow.recipe_hash": recipe.hash(),
-        "piflow.manifest_hash": store.manifest_hash,
+        "piflow.manifest_hash": record.manifest_hash,
         "piflow.checkpoint": checkpoint.rstrip("/").rsplit("/", 1)[-1],
         "piflow.weights": weights,
     }

@@ -24,7 +24,10 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> int:
         )
     from piflow.runtime.driver import train
     from piflow.teacher import export_teacher
+    from pipelines import embed
 
+    if recipe.embed.mode == "online":
+        embed.prepare_online(recipe, show_progress=show_progress)
     steps = train(recipe, show_progress=show_progress)
     folder = export_teacher(recipe)
     print(f"teacher written to {folder}")

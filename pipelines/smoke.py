@@ -253,9 +253,9 @@ def _resume(recipe: Recipe, show_progress: bool) -> None:
 
 
 def _some_prompts(recipe: Recipe) -> list[str]:
-    from piflow.data.store import EmbeddingStore
+    from piflow.data.online import open_store
 
-    index = EmbeddingStore.open(recipe.embed.store).index()
+    index = open_store(recipe).index()
     return [str(prompt) for prompt in index["prompt"].to_pylist()[:2]]
 
 

@@ -28,7 +28,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -223,6 +223,11 @@ class ShardPlan:
     prompts: tuple[Prompt, ...]
     row_groups: tuple[RowGroup, ...]
 
+    def prompts_by_group(self) -> list[tuple[Prompt, ...]]:
+        """The prompts of each row group."""
+        ends = list(accumulate(group.rows for group in self.row_groups))
+        return [self.prompts[start:end] for start, end in pairwise([0, *ends])]
+
 
 def plan_store(
     prompts: Sequence[Prompt], rows_per_shard: int, rows_per_group: int
@@ -299,7 +304,7 @@ def write_shard(
         "truncated": report.count,
         "truncated_examples": report.examples,
     }
-    table = _to_table(plan.prompts, encoded, inputs.dtype).replace_schema_metadata(
+    table = encoded_table(plan.prompts, encoded, inputs.dtype).replace_schema_metadata(
         {_METADATA_KEY: json.dumps(facts, sort_keys=True).encode()}
     )
     sink = pa.BufferOutputStream()
@@ -364,9 +369,14 @@ def _entry(plan: ShardPlan, size: int, sha256: str) -> ShardEntry:
     )
 
 
-def _to_table(
+def encoded_table(
     prompts: Sequence[Prompt], encoded: Sequence[EncodedPrompt], dtype: TokenDtype
 ) -> pa.Table:
+    """Rows as they lie on disk, of `SCHEMA`.
+
+    Raises:
+        ValueError: as `write_shard`.
+    """
     with_pooled = sum(item.pooled is not None for item in encoded)
     if with_pooled not in (0, len(encoded)):
         raise ValueError(

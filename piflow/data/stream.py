@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from piflow.data.online import EncodedRows
+
 _WINDOW_GROUPS = 8  # row groups that are shuffled together
 _DATASET_STEPS = 256  # optimiser steps of one Ray dataset
 _START_NEXT = 64  # steps before its end at which the next dataset is started
@@ -165,6 +167,10 @@ class StreamOrder:
             missing -= len(part)
         return np.concatenate(parts)
 
+    def bucket_rows(self, bucket: int) -> int:
+        """A bucket's prompts."""
+        return self._sizes[bucket]
+
     def groups(self, bucket: int) -> list[int]:
         """A bucket's row groups, numbered through all shards."""
         groups = (group for shard in self._manifest.shards for group in shard.row_groups)
@@ -230,15 +236,16 @@ class TrainStream:
     """One rank's share of the endless training stream.
 
     Args:
-        store_uri: an embedding store.
+        store: an embedding store, or its URI.
         seed: the order's seed.
         batch_size: prompts an optimiser step, over all ranks.
         micro_batch_size: prompts a forward pass.
         rank: this rank, from 0.
         world_size: number of ranks.
         start_sample: prompts consumed before, over all ranks; a multiple of ``batch_size``.
-        damaged_rows: what is done about rows in damaged row groups.
+        damaged_rows: what is done about rows in damaged row groups, of a store given by its URI.
         reader: ``ray`` reads through Ray Data (Ray must be running), ``local`` in this process.
+        encoded: in online mode, this rank's row groups, for the steps from ``start_sample`` on.
 
     Raises:
         ValueError: the numbers don't fit one another, or the store can't be used.
@@ -246,7 +253,7 @@ class TrainStream:
 
     def __init__(
         self,
-        store_uri: str,
+        store: str | EmbeddingStore,
         *,
         seed: int,
         batch_size: int,
@@ -256,6 +263,7 @@ class TrainStream:
         start_sample: int = 0,
         damaged_rows: DamagedRows = "stop",
         reader: Literal["ray", "local"] = "ray",
+        encoded: EncodedRows | None = None,
     ) -> None:
         _check_sizes(batch_size, micro_batch_size, rank, world_size)
         if start_sample < 0 or start_sample % batch_size:
@@ -264,7 +272,7 @@ class TrainStream:
             )
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
-        self.store = EmbeddingStore.open(store_uri, damaged_rows)
+        self.store = EmbeddingStore.open(store, damaged_rows) if isinstance(store, str) else store
         self._order = StreamOrder(self.store.manifest, seed, batch_size)
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
@@ -272,15 +280,27 @@ class TrainStream:
         self._world_size = world_size
         self._start_step = start_sample // batch_size
         self._reader = reader
+        self._encoded = encoded
 
     def epoch_of(self, step: int) -> float:
         """Passes over the store before `step`: prompts consumed by then over prompts in it."""
         return step * self._batch_size / self.store.manifest.num_rows
 
     def batches(self) -> Iterator[StreamBatch]:
-        """This rank's part of every optimiser step from ``start_sample`` on, without end."""
+        """This rank's part of every optimiser step from ``start_sample`` on.
+
+        Without end, or until the last of the steps that `encoded` is for.
+        """
+        if self._encoded is not None:
+            rows, picks = self._encoded, _StepReader(self.store, self._order, self._encoded)
+
+            def read(plan: _PlannedStep) -> StreamBatch:
+                rows.advance()
+                return self._to_batch(plan, picks.read(plan))
+
+            return _ahead(read, islice(self._plan(), len(rows.steps)))
         if self._reader == "local":
-            reader = _StepReader(self.store, self._order)
+            reader = _StepReader(self.store, self._order, RowReader(self.store))
             return _ahead(lambda plan: self._to_batch(plan, reader.read(plan)), self._plan())
         return _ahead(lambda pair: self._to_batch(*pair), self._ray_tables())
 
@@ -369,9 +389,9 @@ def _ahead(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Re
 class _StepReader:
     """Reads planned steps; the column ``replaced`` says which rows stand in for damaged ones."""
 
-    def __init__(self, store: EmbeddingStore, order: StreamOrder) -> None:
+    def __init__(self, store: EmbeddingStore, order: StreamOrder, reader: RowReader) -> None:
         self._store = store
-        self._reader = RowReader(store)
+        self._reader = reader
         self._order = order
 
     def read(self, plan: _PlannedStep) -> pa.Table:
@@ -418,7 +438,8 @@ class ReadRows:
     ) -> None:
         manifest = StoreManifest.model_validate_json(manifest_json)
         store = EmbeddingStore(store_uri, manifest, damaged_rows)
-        self._reader = _StepReader(store, StreamOrder(manifest, seed, batch_size))
+        order = StreamOrder(manifest, seed, batch_size)
+        self._reader = _StepReader(store, order, RowReader(store))
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
         """Read one item, a `_PlannedStep`'s fields."""

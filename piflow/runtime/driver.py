@@ -44,9 +44,10 @@ def ray_session(recipe: Recipe) -> Iterator[None]:
             ray.init(log_to_driver=False)
         else:
             workers = int(recipe.runtime.max_workers * recipe.runtime.cpus_per_worker)
+            encoders = recipe.embed.encoders[1] if recipe.embed.mode == "online" else 0
             ray.init(
                 address="local",  # not a cluster that somebody else has started on this machine
-                num_cpus=max(os.cpu_count() or 1, workers + _DATA_CPUS),
+                num_cpus=max(os.cpu_count() or 1, workers + encoders + _DATA_CPUS),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
@@ -112,16 +113,20 @@ def _train(recipe: Recipe, *, show_progress: bool) -> int:
     return load_state(storage.local_folder(rundir.newest_checkpoint(recipe.run_dir))).step
 
 
-def check_store(recipe: Recipe) -> EmbeddingStore:
+def check_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
     """Open the recipe's store and make sure that the recipe's encoder wrote it.
+
+    Args:
+        evaluation: see `open_store`.
 
     Raises:
         ValueError: no store, a damaged one, one of another encoder, or one without the recipe's
             negative prompt.
     """
     from piflow.data.encoders import encoder_identity
+    from piflow.data.online import open_store
 
-    store = EmbeddingStore.open(recipe.embed.store, recipe.training.damaged_rows)
+    store = open_store(recipe, evaluation=evaluation)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
     return store
@@ -129,13 +134,21 @@ def check_store(recipe: Recipe) -> EmbeddingStore:
 
 def _absolute(recipe: Recipe) -> Recipe:
     """Workers have other working directories: make local paths absolute."""
-    embed = recipe.embed.model_copy(update={"store": storage.absolute(recipe.embed.store)})
+    from piflow.data.encoders import absolute_path
+
+    uris = {key: storage.absolute(getattr(recipe.embed, key)) for key in ("store", "prompts")}
+    embed = recipe.embed.model_copy(update=uris)
     paths = {"path": storage.absolute(recipe.model.path)}
     if recipe.model.vae is not None:
         paths["vae"] = storage.absolute(recipe.model.vae)
     model = recipe.model.model_copy(update=paths)
     return recipe.model_copy(
-        update={"run_dir": storage.absolute(recipe.run_dir), "embed": embed, "model": model}
+        update={
+            "run_dir": storage.absolute(recipe.run_dir),
+            "embed": embed,
+            "encoder": absolute_path(recipe.encoder),
+            "model": model,
+        }
     )
 
 

@@ -27,7 +27,9 @@ from piflow import rundir, storage
 from piflow.assembly import Assembly, assemble
 from piflow.checkpoint import RunState
 from piflow.config import Recipe
-from piflow.data.stream import StreamBatch, TrainStream
+from piflow.data.online import EncodedRows, open_store, start_encoder
+from piflow.data.store import EmbeddingStore
+from piflow.data.stream import StreamBatch, StreamOrder, TrainStream
 from piflow.ownership import require_owner
 from piflow.runtime.board import StopReason
 from piflow.runtime.stopping import Stops
@@ -119,15 +121,16 @@ def _train(
     rank, world_size = context.get_world_rank(), context.get_world_size()
     loop = _Loop(recipe, config, assembly, tracker, stops, watchdog)
     start = loop.resume()
+    store = open_store(recipe)
     stream = TrainStream(
-        recipe.embed.store,
+        store,
         seed=recipe.seed,
         batch_size=recipe.training.batch_size,
         micro_batch_size=recipe.training.micro_batch_size,
         rank=rank,
         world_size=world_size,
         start_sample=start * recipe.training.batch_size,
-        damaged_rows=recipe.training.damaged_rows,
+        encoded=_encoded_rows(recipe, store, start),
     )
     try:
         loop.run(start, stream)
@@ -136,6 +139,19 @@ def _train(
         if rank == 0:
             rundir.write_failure(recipe.run_dir, rundir.Failure("non-finite", str(error)))
             tracker.event("non-finite", str(error))
+
+
+def _encoded_rows(recipe: Recipe, store: EmbeddingStore, start: int) -> EncodedRows | None:
+    """In online mode this rank's row groups; rank 0 starts the actor that encodes for all."""
+    if recipe.embed.mode == "store" or start >= recipe.training.steps:
+        return None
+    context = ray.train.get_context()
+    mine = None
+    if context.get_world_rank() == 0:
+        mine = start_encoder(recipe, start, context.get_world_size())
+    order = StreamOrder(store.manifest, recipe.seed, recipe.training.batch_size)
+    steps = range(start, recipe.training.steps)
+    return EncodedRows(store, order, broadcast_from_rank_zero(mine), steps)
 
 
 def _assemble_or_tell(
@@ -197,6 +213,8 @@ class _Loop:
         tracked = recipe.tracking.system_metrics and self.rank == 0
         self.system = SystemMetrics() if tracked else None
         self.skipped = SkippedSteps(recipe.training)
+        self.waits: list[float] = []  # of each step since the last metric point
+        self.seconds: list[float] = []
         self.replaced: Counter[str] = Counter()  # this rank's rows, by damaged row group
         self.told: set[str] = set()  # damaged row groups of which MLflow knows
         self.owner = config["owner"]
@@ -241,6 +259,8 @@ class _Loop:
                 self._skip(step, error)
             else:
                 seconds = time.perf_counter() - began
+                self.waits.append(waited)
+                self.seconds.append(seconds)
                 self._report(metrics, seconds, waited, stream.epoch_of(step))
             done = step + 1
             self.watchdog.rearm()
@@ -311,8 +331,10 @@ class _Loop:
             "step_seconds": seconds,
             "samples_per_second": self.training.batch_size / seconds,
             "data_wait_seconds": waited,
+            "data_wait_share": sum(self.waits) / sum(self.seconds),
             "skipped_steps": float(self.skipped.count(metrics.step)),
         }
+        self.waits, self.seconds = [], []
         if self.system is not None:
             values |= self.system.read()
         self.tracker.log_metrics(values, step=done)

@@ -234,7 +234,7 @@ def test_mlflow_has_metrics_parameters_recipe_and_pictures(straight: Recipe) -> 
     assert run.data.tags["piflow.recipe_hash"] == straight.hash()
     assert [step for step, _ in tracked.points("loss")] == list(range(1, STEPS + 1))
     assert tracked.points("lr")[0] == (1, 5e-4) and tracked.points("lr")[-1] == (STEPS, 1e-3)
-    for key in ("grad_norm", "epoch", "samples_per_second", "data_wait_seconds"):
+    for key in ("grad_norm", "epoch", "samples_per_second", "data_wait_share"):
         assert len(tracked.points(key)) == STEPS
     paths = {item.path for item in tracked.client.list_artifacts(run.info.run_id)}
     assert "recipe.yaml" in paths
@@ -285,6 +285,24 @@ def test_one_worker_equals_two(straight: Recipe) -> None:
     assert moved > 1e-3, "the tolerance below must mean something"
     for section in ("ema", "trainable"):
         assert largest_difference(weights(alone, section), weights(straight, section)) <= 1e-5
+
+
+def test_an_online_run_is_the_stored_one(straight: Recipe) -> None:
+    """No store, prompts are encoded while training runs: the same weights after six steps."""
+    online = recipe(
+        "online",
+        embed={"mode": "online", "store": "online-store"},
+        training={"steps": 6},
+        runtime={"max_failures": 0},
+    )
+    assert distill.main(online, show_progress=False) == 6
+    assert not Path("online-store/manifest.json").exists()
+    for section in ("ema", "trainable"):
+        difference = largest_difference(weights(online, section, 6), weights(straight, section, 6))
+        assert difference <= 1e-6, section
+    losses = Tracked("straight").points("loss")[:6]
+    for (step, loss), (_, other) in zip(losses, Tracked("online").points("loss"), strict=True):
+        assert loss == pytest.approx(other, rel=1e-5), step
 
 
 # ------------------------------------------------------------------- evaluate, export and sample

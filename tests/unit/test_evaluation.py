@@ -58,42 +58,42 @@ def test_rows_of_a_list_are_its_first_prompts_in_order(
 ) -> None:
     names = ("prompt 7", "", "  prompt 0 ", "prompt 4", "prompt 5")
     ours = recipe(store, evaluation=listed(tmp_path, *names))
-    rows = evaluation_rows(ours, store)
+    rows = evaluation_rows(ours, store.index())
     assert rows == [7, 0, 4]
     assert store.read(rows).prompts == ("prompt 7", "prompt 0", "prompt 4")
 
 
 def test_rows_are_spread_over_the_list(store: EmbeddingStore, tmp_path: Path) -> None:
     ours = recipe(store, evaluation=listed(tmp_path, *NAMES))
-    assert evaluation_rows(ours, store) == [0, 3, 6]
+    assert evaluation_rows(ours, store.index()) == [0, 3, 6]
 
 
 def test_rows_without_a_list_are_the_smallest_ids(store: EmbeddingStore) -> None:
-    rows = evaluation_rows(recipe(store), store)
+    rows = evaluation_rows(recipe(store), store.index())
     assert store.read(rows).prompt_ids == store.first_by_hash(3).prompt_ids
 
 
 def test_a_list_that_is_too_short(store: EmbeddingStore, tmp_path: Path) -> None:
     ours = recipe(store, evaluation=listed(tmp_path, "prompt 1", "prompt 2"))
     with pytest.raises(ValueError, match="asks for 3 prompts, .*list.txt holds 2; ask for fewer"):
-        evaluation_rows(ours, store)
+        evaluation_rows(ours, store.index())
 
 
 def test_a_store_that_is_too_small(store: EmbeddingStore) -> None:
     with pytest.raises(ValueError, match="asks for 10 prompts, .*store.* holds 9; ask for fewer"):
-        evaluation_rows(recipe(store, evaluation={"prompts": 10}), store)
+        evaluation_rows(recipe(store, evaluation={"prompts": 10}), store.index())
 
 
 def test_a_listed_prompt_that_was_not_embedded(store: EmbeddingStore, tmp_path: Path) -> None:
     ours = recipe(store, evaluation=listed(tmp_path, "prompt 1", "a cat", "a dog"))
     with pytest.raises(ValueError, match="lacks the evaluation prompt 'a cat' and 1 more; embed"):
-        evaluation_rows(ours, store)
+        evaluation_rows(ours, store.index())
 
 
 def test_a_list_that_is_missing(store: EmbeddingStore) -> None:
     ours = recipe(store, evaluation={"prompts": 3, "prompt_list": "nowhere.txt"})
     with pytest.raises(FileNotFoundError, match="nowhere.txt"):
-        evaluation_rows(ours, store)
+        evaluation_rows(ours, store.index())
 
 
 # --------------------------------------------------------------------------------------- drawing

@@ -10,8 +10,17 @@ from unittest.mock import MagicMock
 import pytest
 
 from piflow.config import Recipe, load_recipe
+from piflow.runtime.board import StopReason
 from piflow.runtime.worker import _Loop
 from piflow.step import NonFiniteError, StepMetrics
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0, and an actor's answers as they are."""
+    context = SimpleNamespace(get_world_rank=lambda: 0)
+    monkeypatch.setattr("piflow.runtime.worker.ray.train.get_context", lambda: context)
+    monkeypatch.setattr("piflow.runtime.worker.ray.get", lambda answer: answer)
 
 
 def _loop(
@@ -29,7 +38,9 @@ def _loop(
     )  # fmt: skip
     tracker = MagicMock()
     assembly: Any = SimpleNamespace(trainer=SimpleNamespace(step=step))
-    loop = _Loop(recipe, "hash", assembly, tracker, MagicMock(), 0, "run")
+    config = {"recipe_hash": "hash", "run_id": "run", "board": MagicMock(), "owner": None}
+    stops: Any = SimpleNamespace(agreed=lambda: StopReason.NONE)
+    loop = _Loop(recipe, config, assembly, tracker, stops, MagicMock())
     loop._save = saved.append  # type: ignore[method-assign]
     return loop, tracker
 

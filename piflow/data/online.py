@@ -1,0 +1,458 @@
+"""Online mode: no store; prompts are encoded while training runs, and the batches are a store's.
+
+::
+
+    encoding actor: row groups in order of need --> Ray Data: encoder actors (min..max)
+      |  hands each out to every rank, once      <-- encoded row groups, as a store holds them
+    ranks: pick their rows of each step, decode     (`TrainStream`)
+
+The order is planned from the prompts alone, as if their store were there. Unit of encoding is the
+row group, as it is in `piflow embed`: the same prompts go through the encoder together and are
+rounded in the same way, so that a batch is the store's to the bit. A row group is encoded when the
+first step needs it, once an epoch whatever the number of ranks, and dropped after the last; what
+lies wholly before the step that a run resumes at is never encoded.
+
+A few prompts are embedded ahead, into a small store of their own: the empty and the negative one,
+and those of the pictures that are drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from piflow import storage
+from piflow.config import Recipe
+from piflow.data.encoders import TextEncoder, absolute_path, build_encoder
+from piflow.data.execution import quiet_context, remote_cause
+from piflow.data.prompts import Prompt, PromptSet, read_prompts
+from piflow.data.store import (
+    SCHEMA_VERSION,
+    Bucket,
+    EmbeddingBatch,
+    EmbeddingStore,
+    EncodedPrompt,
+    EncoderIdentity,
+    RowReader,
+    ShardEntry,
+    ShardPlan,
+    StoreError,
+    StoreInputs,
+    StoreManifest,
+    encoded_table,
+    plan_store,
+)
+from piflow.data.stream import StreamOrder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SAMPLE_PROMPTS = 4  # of the pictures drawn along a run, those with the smallest ids
+_OBJECT_STORE_BYTES = 1024 * 2**20  # encoded row groups that wait in Ray's object store
+
+
+# ----------------------------------------------------------------------------------------- layout
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a store of a recipe's prompts holds, before anything is encoded."""
+
+    inputs: StoreInputs
+    buckets: tuple[Bucket, ...]
+    shards: list[ShardPlan]
+
+
+def recipe_prompts(recipe: Recipe) -> PromptSet:
+    """The recipe's distinct prompts.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as `read_prompts`.
+    """
+    embed = recipe.embed
+    return read_prompts(
+        embed.prompts,
+        column=embed.prompt_column,
+        height=embed.height,
+        width=embed.width,
+        height_column=embed.height_column,
+        width_column=embed.width_column,
+        buckets=embed.buckets,
+        seed=embed.seed,
+    )
+
+
+def store_layout(recipe: Recipe, prompts: PromptSet, encoder: EncoderIdentity) -> Layout:
+    """Lay the prompts out in shards and row groups."""
+    embed = recipe.embed
+    inputs = StoreInputs(
+        schema_version=SCHEMA_VERSION,
+        encoder=encoder,
+        dtype=embed.dtype,
+        rows_per_shard=embed.rows_per_shard,
+        rows_per_group=embed.rows_per_group,
+        num_prompts=len(prompts.prompts),
+        prompts_sha256=prompts.digest,
+    )
+    buckets, shards = plan_store(prompts.prompts, embed.rows_per_shard, embed.rows_per_group)
+    return Layout(inputs, buckets, shards)
+
+
+def encode_row_groups(
+    plan: ShardPlan, encode: Callable[[Sequence[str]], Iterator[tuple[list[int], list[Any]]]]
+) -> Iterator[tuple[list[int], list[EncodedPrompt]]]:
+    """Encoder calls of one file: (indices of prompts, their results), row group by row group.
+
+    Prompts of two row groups never share a call, so a row group's content depends on its own
+    prompts alone.
+
+    Args:
+        encode: prompts -> encoder calls, as `TextEncoder.encode_by_length`.
+    """
+    start = 0
+    for prompts in plan.prompts_by_group():
+        for rows, results in encode([prompt.text for prompt in prompts]):
+            yield [start + row for row in rows], results
+        start += len(prompts)
+
+
+def load_encoder(recipe: Recipe, inputs: StoreInputs) -> TextEncoder:
+    """The recipe's encoder, in an encoder actor.
+
+    Raises:
+        ValueError: it isn't the one that the driver found.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    encoder = build_encoder(recipe.encoder, "cuda" if recipe.embed.gpus_per_encoder else "cpu")
+    if encoder.identity != inputs.encoder:
+        raise ValueError(
+            f"the recipe's encoder is {encoder.identity} on this node, but {inputs.encoder} on the "
+            "driver's; put the same files on all nodes"
+        )
+    return encoder
+
+
+# ------------------------------------------------------------------------------------------ store
+
+
+def open_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
+    """The store that a recipe's run reads; in online mode one that is only planned.
+
+    Args:
+        evaluation: whether the evaluation prompts are read, or those of a run's pictures.
+
+    Raises:
+        StoreError: no store, or a damaged one.
+        ValueError: in online mode, as `recipe_prompts`.
+    """
+    if recipe.embed.mode == "store":
+        return EmbeddingStore.open(recipe.embed.store, recipe.training.damaged_rows)
+    prompts = recipe_prompts(recipe)
+    small = EmbeddingStore.open(small_recipe(recipe, prompts, evaluation=evaluation)[0].embed.store)
+    return OnlineStore(small, store_layout(recipe, prompts, small.manifest.encoder))
+
+
+class OnlineStore(EmbeddingStore):
+    """The store that a recipe's prompts would make: all of its order, and a few embeddings.
+
+    Args:
+        small: the store of the prompts that are embedded ahead.
+        layout: of all prompts.
+    """
+
+    def __init__(self, small: EmbeddingStore, layout: Layout) -> None:
+        manifest = StoreManifest(
+            inputs=layout.inputs,
+            inputs_sha256=layout.inputs.digest,
+            buckets=layout.buckets,
+            shards=tuple(_planned_entry(plan) for plan in layout.shards),
+            empty_prompt=small.manifest.empty_prompt,
+            truncated_prompts=0,
+            negative_prompts=small.manifest.negative_prompts,
+        )
+        super().__init__(small.uri, manifest)
+        self._small = small
+        self.layout = layout
+
+    @property
+    def manifest_hash(self) -> str:
+        """Hex sha256 of everything that the embeddings follow from."""
+        return self.manifest.inputs_sha256
+
+    def index(self) -> pa.Table:
+        """As a store's, of all prompts."""
+        return _index([prompt for plan in self.layout.shards for prompt in plan.prompts])
+
+    def read(self, rows: Sequence[int]) -> EmbeddingBatch:
+        """Decode rows that were embedded ahead.
+
+        Raises:
+            StoreError: one of them wasn't.
+        """
+        ids = self.index()["prompt_id"].take(pa.array(rows)).to_pylist()
+        places = {name: n for n, name in enumerate(self._small.index()["prompt_id"].to_pylist())}
+        if missing := [name for name in ids if name not in places]:
+            raise StoreError(
+                f"prompt {missing[0]} isn't among those that {self.uri} holds for pictures; run "
+                "`piflow embed` with this recipe"
+            )
+        return self._small.read([places[name] for name in ids])
+
+
+def _planned_entry(plan: ShardPlan) -> ShardEntry:
+    return ShardEntry(
+        path=plan.path, rows=len(plan.prompts), bytes=0, sha256="", row_groups=plan.row_groups
+    )
+
+
+def _index(prompts: Sequence[Prompt]) -> pa.Table:
+    columns = {
+        "row": pa.array(range(len(prompts)), pa.int64()),
+        "prompt_id": [prompt.prompt_id for prompt in prompts],
+        "prompt": [prompt.text for prompt in prompts],
+        "height": [prompt.height for prompt in prompts],
+        "width": [prompt.width for prompt in prompts],
+    }
+    return pa.table(columns)
+
+
+def small_recipe(recipe: Recipe, prompts: PromptSet, *, evaluation: bool) -> tuple[Recipe, bytes]:
+    """The recipe of the small store, and the content of its prompts' file.
+
+    Its folder, in `embed.store`, is named by the prompts.
+    """
+    if evaluation:
+        from piflow.evaluation import evaluation_rows
+
+        index = _index(prompts.prompts)
+        chosen = [prompts.prompts[row] for row in evaluation_rows(recipe, index)]
+    else:
+        chosen = sorted(prompts.prompts, key=lambda prompt: prompt.prompt_id)[:SAMPLE_PROMPTS]
+    digest = PromptSet(tuple(chosen), 0).digest[:12]
+    folder = storage.join(recipe.embed.store, f"pictures-{digest}")
+    changes = {
+        "mode": "store",
+        "store": folder,
+        "prompts": storage.join(folder, "prompts.jsonl"),
+        "prompt_column": "prompt",
+        "height_column": "height",
+        "width_column": "width",
+        "buckets": [],
+    }
+    lines = [
+        json.dumps({"prompt": prompt.text, "height": prompt.height, "width": prompt.width})
+        for prompt in chosen
+    ]
+    embed = recipe.embed.model_copy(update=changes)
+    return recipe.model_copy(update={"embed": embed}), ("\n".join(lines) + "\n").encode()
+
+
+# ----------------------------------------------------------------------------------- order of need
+
+
+class Visit(NamedTuple):
+    """A row group in an epoch."""
+
+    epoch: int
+    group: int  # numbered through all shards
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Visits that a step is the first, and the last, to need."""
+
+    opened: tuple[Visit, ...]
+    closed: tuple[Visit, ...]
+
+
+def needs(order: StreamOrder, reader: RowReader, steps: range) -> Iterator[Needs]:
+    """What each of the steps needs of all ranks' row groups; the same on every rank."""
+    left: dict[Visit, int] = {}  # rows that later steps need
+    first: dict[int, int] = {}  # each bucket's place in its sequence when the steps begin
+    for step in steps:
+        bucket, place = order.place(step)
+        first.setdefault(bucket, place)
+        rows = order.rows(bucket, place, order.batch_size)
+        epochs = np.arange(place, place + order.batch_size) // order.bucket_rows(bucket)
+        found = [
+            Visit(*pair)
+            for pair in zip(epochs.tolist(), reader.group_of(rows).tolist(), strict=True)
+        ]
+        opened = tuple(visit for visit in dict.fromkeys(found) if visit not in left)
+        for visit in opened:
+            left[visit] = _rows_from(order, reader, bucket, first[bucket], visit)
+        for visit in found:
+            left[visit] -= 1
+        closed = tuple(visit for visit in dict.fromkeys(found) if not left[visit])
+        for visit in closed:
+            del left[visit]
+        yield Needs(opened, closed)
+
+
+def _rows_from(order: StreamOrder, reader: RowReader, bucket: int, place: int, visit: Visit) -> int:
+    """How many of a visit's rows come at a place of the bucket's sequence or later."""
+    begin = visit.epoch * order.bucket_rows(bucket)
+    total = len(reader.group_rows[visit.group])
+    if begin >= place:
+        return total
+    before = reader.group_of(order.rows(bucket, begin, place - begin))
+    return total - int((before == visit.group).sum())
+
+
+# --------------------------------------------------------------------------------------- encoding
+
+
+class RowGroupEncoder:
+    """The encoding actor: one for all ranks of an attempt. Row groups are numbered by need.
+
+    Args:
+        recipe: with absolute paths.
+        steps: first step and end.
+        num_ranks: how many will take each row group.
+    """
+
+    def __init__(self, recipe: Recipe, steps: tuple[int, int], num_ranks: int) -> None:
+        store = open_store(recipe)
+        if not isinstance(store, OnlineStore):
+            raise TypeError("expected a recipe with embed.mode = online")
+        order = StreamOrder(store.manifest, recipe.seed, recipe.training.batch_size)
+        planned = needs(order, RowReader(store), range(*steps))
+        self._visits = [visit for step in planned for visit in step.opened]
+        self._tables = _encode(recipe, store.layout, [visit.group for visit in self._visits])
+        self._num_ranks = num_ranks
+        self._lock = threading.Lock()
+        self._held: dict[int, tuple[Any, int]] = {}  # number -> reference, ranks that will come
+        self._encoded = 0
+
+    def take(self, number: int) -> list[Any]:
+        """A reference to an encoded row group; each rank takes each number once."""
+        import ray
+
+        with self._lock:
+            while self._encoded <= number:
+                self._held[self._encoded] = ray.put(next(self._tables)), self._num_ranks
+                self._encoded += 1
+            reference, ranks = self._held.pop(number)
+            if ranks > 1:
+                self._held[number] = reference, ranks - 1
+            return [reference]
+
+    def visits(self) -> list[Visit]:
+        """All row groups that were and will be encoded, in this order."""
+        return self._visits
+
+
+def _encode(recipe: Recipe, layout: Layout, groups: list[int]) -> Iterator[pa.Table]:
+    """Run the encoder actors over row groups, in order and only a little ahead."""
+    import ray.data
+
+    embed = recipe.embed
+    source = ray.data.from_items(
+        [{"group": group} for group in groups], override_num_blocks=len(groups)
+    )
+    context = quiet_context(source)
+    context.target_max_block_size = None  # one block a row group, however large
+    options = context.execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(object_store_memory=_OBJECT_STORE_BYTES)
+    dataset = source.map_batches(
+        EncodeRowGroup,
+        fn_constructor_args=(
+            recipe.model_copy(update={"encoder": absolute_path(recipe.encoder)}),
+            layout.inputs,
+            ray.put(layout.shards),
+        ),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(min_size=embed.encoders[0], max_size=embed.encoders[1]),
+        num_cpus=1,
+        num_gpus=embed.gpus_per_encoder,
+    )
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    except ray.exceptions.RayError as error:
+        raise remote_cause(error) from error
+
+
+class EncodeRowGroup:
+    """The encoder actor: a row group's number in, its rows as a store holds them out."""
+
+    def __init__(self, recipe: Recipe, inputs: StoreInputs, shards: Any) -> None:
+        import ray
+
+        self._encoder = load_encoder(recipe, inputs)
+        self._batch_size = recipe.embed.batch_size
+        self._dtype = inputs.dtype
+        self._groups = [group for plan in ray.get(shards) for group in plan.prompts_by_group()]
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
+        """Encode one item, ``{"group": (1,)}``."""
+        prompts = self._groups[int(batch["group"][0])]
+        texts = [prompt.text for prompt in prompts]
+        return encoded_table(prompts, self._encoder.encode(texts, self._batch_size), self._dtype)
+
+
+class EncodedRows(RowReader):
+    """One rank's row groups: taken from the encoding actor, kept while steps need them.
+
+    Args:
+        store: the planned store.
+        order: the stream's.
+        encoder: handle of the encoding actor.
+        steps: the ones that the encoding actor was made for.
+    """
+
+    def __init__(
+        self, store: EmbeddingStore, order: StreamOrder, encoder: Any, steps: range
+    ) -> None:
+        super().__init__(store)
+        self.steps = steps
+        self._encoder = encoder
+        self._needs = needs(order, self, steps)
+        self._taken = 0
+        self._closed: tuple[Visit, ...] = ()
+        self._open: dict[Visit, pa.RecordBatch] = {}
+        self._encoded: dict[int, pa.RecordBatch] = {}
+
+    def advance(self) -> None:
+        """Go on to the next step: take the row groups that it opens, drop the ones used up.
+
+        Raises:
+            ValueError: the encoder can't take a prompt, or gave numbers that aren't finite.
+        """
+        import ray
+
+        for visit in self._closed:
+            del self._open[visit]
+        step = next(self._needs)
+        for visit in step.opened:
+            try:
+                table = ray.get(ray.get(self._encoder.take.remote(self._taken))[0])
+            except ray.exceptions.RayError as error:
+                raise remote_cause(error) from error
+            self._open[visit] = table.combine_chunks().to_batches()[0]
+            self._taken += 1
+        self._closed = step.closed
+        self._encoded = {visit.group: rows for visit, rows in self._open.items()}
+
+    def _row_group(self, number: int) -> pa.RecordBatch:
+        return self._encoded[number]
+
+
+def start_encoder(recipe: Recipe, start: int, num_ranks: int) -> Any:
+    """Start the encoding actor for a run's steps from `start` on; it ends with this process."""
+    import ray
+
+    actor = ray.remote(RowGroupEncoder).options(
+        num_cpus=0, max_concurrency=num_ranks + 1, scheduling_strategy="DEFAULT"
+    )
+    return actor.remote(recipe, (start, recipe.training.steps), num_ranks)
