@@ -14,7 +14,13 @@ from piflow.batch import conditioning
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
 from piflow.data.online import SAMPLE_PROMPTS, open_store
 from piflow.data.store import EmbeddingStore
-from piflow.objective import FlowMatchingObjective, Pictures, PiIDObjective
+from piflow.objective import (
+    CleanLatents,
+    FlowMatchingObjective,
+    PiIDObjective,
+    drawn_latents,
+    stored_latents,
+)
 from piflow.pictures import grid
 from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FlowSchedule, segments
@@ -60,11 +66,12 @@ def _distillation(
     strategy: Strategy,
     device: torch.device,
 ) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor]]:
-    pictures = _picture_source(recipe, store) if objective.data == "dependent" else None
+    dependent = objective.data == "dependent"
+    clean = _clean_latents(recipe, store, codec, device) if dependent else None
     negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
     trio = prepared_trio(recipe, strategy)
     trainer = Trainer(
-        PiIDObjective(trio, codec, negative, recipe, device, pictures),
+        PiIDObjective(trio, codec, negative, recipe, device, clean),
         trio.trainable_parameters(),
         trio.ema_parameters(),
         strategy,
@@ -120,7 +127,7 @@ def _pretraining(
     strategy: Strategy,
     device: torch.device,
 ) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor]]:
-    pictures = _picture_source(recipe, store)
+    clean = _clean_latents(recipe, store, codec, device)
     empty = conditioning(store.empty_prompt(), device)
     negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
     backbone = fresh_backbone(recipe.model, recipe.seed)
@@ -128,7 +135,7 @@ def _pretraining(
     for view in (backbone, average):
         strategy.prepare(view.module, view.block_classes)
     trainer = Trainer(
-        FlowMatchingObjective(backbone, codec, pictures, empty, objective, device),
+        FlowMatchingObjective(backbone, clean, empty, objective, device),
         dict(backbone.module.named_parameters()),
         dict(average.module.named_parameters()),
         strategy,
@@ -144,13 +151,18 @@ def _pretraining(
     return trainer, draw
 
 
-def _picture_source(recipe: Recipe, store: EmbeddingStore) -> Pictures:
-    """Pictures of the store's prompts; the emoji, so far the only kind, are drawn on the fly."""
+def _clean_latents(
+    recipe: Recipe, store: EmbeddingStore, codec: Codec, device: torch.device
+) -> CleanLatents:
+    """Of the store's prompts' pictures: the store's own, or of emoji drawn on the fly."""
+    if recipe.objective.pictures == "store":
+        store.require_latents()
+        return stored_latents
     from piflow.demo.emoji import PictureSource
 
     source = PictureSource(recipe.embed.height)
     source.require(store.index()["prompt"].to_pylist())
-    return source
+    return drawn_latents(codec, source, device)
 
 
 @torch.no_grad()

@@ -54,6 +54,11 @@ class MicroBatch(Embedded, Protocol):
         """Pixels."""
         ...
 
+    @property
+    def latents(self) -> Tensor | None:
+        """Of the prompts' pictures, (m, C, h, w) float32; None if they weren't asked for."""
+        ...
+
 
 def conditioning(batch: Embedded, device: torch.device) -> Conditioning:
     """The prompts' text conditioning on the device."""

@@ -140,6 +140,17 @@ class EmbedConfig(_Section):
         None, description="column of a prompt's own picture height in pixels; empty: see buckets"
     )
     width_column: str | None = Field(None, description="the same for the width; both or neither")
+    image_column: str | None = Field(
+        None,
+        description="column of the prompts' pictures: a path relative to the prompts file's "
+        "folder, a URI or, in Parquet, bytes; their latents then lie in the store",
+    )
+    latent_dtype: Literal["bf16", "fp32"] = Field("bf16", description="latents on disk")
+    bad_pictures: Literal["stop", "skip"] = Field(
+        "stop",
+        description="unreadable pictures, and those smaller than their size: stop, or leave the "
+        "prompt out and list it in the manifest",
+    )
     buckets: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]] = Field(
         [],
         description="[height, width] sizes in pixels, one chosen for each prompt that has no size "
@@ -229,8 +240,10 @@ class PiIDConfig(_Variant):
     data: Literal["free", "dependent"] = Field(
         "free", description="free: from noise, all segments; dependent: from noised pictures, one"
     )
-    pictures: Literal["emoji"] | None = Field(
-        None, description="where pictures of the prompts come from, for data = dependent"
+    pictures: Literal["store", "emoji"] | None = Field(
+        None,
+        description="where pictures of the prompts come from, for data = dependent: their latents "
+        "from the embedding store (embed.image_column), or drawn emoji",
     )
     nfe: Annotated[int, Field(ge=1, le=64)] = Field(4, description="network evaluations, N")
     final_step_size_scale: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -257,8 +270,10 @@ class FlowMatchingConfig(_Variant):
     """Flow-matching pre-training of a small teacher: all weights, velocity target."""
 
     type: Literal["flow_matching"] = "flow_matching"
-    pictures: Literal["emoji"] = Field(
-        "emoji", description="where pictures of the prompts come from"
+    pictures: Literal["store", "emoji"] = Field(
+        "emoji",
+        description="where pictures of the prompts come from: their latents from the embedding "
+        "store (embed.image_column), or drawn emoji",
     )
     shift: PositiveFloat = Field(1.0, description="time shift of the sampler in evaluation")
     logit_mean: float = Field(0.3, description="sigma = sigmoid(normal(mean, std))")
@@ -624,6 +639,17 @@ class Recipe(_Section):
                 "training.damaged_rows = replace is about a store's files, and embed.mode = online "
                 "has none; leave one of them out"
             )
+        if self.embed.mode == "online" and self.embed.image_column is not None:
+            raise ValueError(
+                "embed.mode = online encodes texts only, embed.image_column asks for pictures too; "
+                "use embed.mode = store, or leave image_column empty"
+            )
+        if self.objective.pictures == "store" and self.embed.image_column is None:
+            raise ValueError(
+                "objective.pictures = store trains on pictures' latents in the embedding store, "
+                "which has none without embed.image_column; name the column of the prompts file "
+                "that holds the pictures"
+            )
         if self.objective.pictures == "emoji" and self.embed.has_several_sizes:
             raise ValueError(
                 "objective.pictures = emoji draws square pictures of one size; leave out "
@@ -652,6 +678,8 @@ class Recipe(_Section):
     def identity(self) -> dict[str, Any]:
         """What decides a run's results: the recipe less where, how fast and how long it runs."""
         tree = self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+        if self.embed.image_column is None:  # how pictures are stored then decides nothing
+            del tree["embed"]["image_column"], tree["embed"]["latent_dtype"]
         if self.training.optimizer.decay_fraction:  # the learning rate then depends on the length
             tree["training"]["steps"] = self.training.steps
         return tree
@@ -677,7 +705,7 @@ _NOT_IDENTITY: dict[str, Any] = {
     "runtime": True,
     "tracking": True,
     "evaluation": True,
-    "embed": {"mode", "store", "encoders", "gpus_per_encoder"},
+    "embed": {"mode", "store", "encoders", "gpus_per_encoder", "bad_pictures"},
     "training": {
         "steps",
         "checkpoint_every",

@@ -19,6 +19,8 @@ from piflow.trio import GuidedTeacher, Trio
 
 Pictures = Callable[[Sequence[str], torch.Generator], Tensor]
 """(m prompts, generator) -> their pictures (m, 3, H, W) in [-1, 1]."""
+CleanLatents = Callable[[MicroBatch, torch.Generator], Tensor]
+"""(micro-batch, generator) -> clean latents x0 of its pictures (m, C, h, w), on any device."""
 
 
 class PiIDObjective:
@@ -34,7 +36,7 @@ class PiIDObjective:
             guidance.
         recipe: objective, guidance, policy and picture size are used.
         device: where the trio is.
-        pictures: needed if `recipe.objective.data` is "dependent", and only then.
+        clean: needed if `recipe.objective.data` is "dependent", and only then.
 
     Raises:
         ValueError: another objective, or pictures missing or given where they aren't used.
@@ -47,15 +49,15 @@ class PiIDObjective:
         negative: Conditioning,
         recipe: Recipe,
         device: torch.device,
-        pictures: Pictures | None = None,
+        clean: CleanLatents | None = None,
     ) -> None:
         if not isinstance(recipe.objective, PiIDConfig):
             raise ValueError(f"expected objective.type pi_id, got {recipe.objective.type}")
-        if (recipe.objective.data == "dependent") != (pictures is not None):
+        if (recipe.objective.data == "dependent") != (clean is not None):
             raise ValueError(
                 f"objective.data = {recipe.objective.data} needs "
-                f"{'a' if pictures is None else 'no'} source of pictures, got "
-                f"{'none' if pictures is None else 'one'}; pictures go with data = dependent"
+                f"{'a' if clean is None else 'no'} source of pictures, got "
+                f"{'none' if clean is None else 'one'}; pictures go with data = dependent"
             )
         self.trio = trio
         self.codec = codec
@@ -66,7 +68,7 @@ class PiIDObjective:
         policy = recipe.policy
         self.dropout = policy.dropout if isinstance(policy, GMFlowPolicyConfig) else 0.0
         self.device = device
-        self.pictures = pictures
+        self.clean = clean
         self.schedule = FlowSchedule(self.config.shift)
         self.segments = segments(self.config.nfe, self.config.final_step_size_scale)
 
@@ -85,7 +87,7 @@ class PiIDObjective:
 
         teacher = GuidedTeacher(self.trio, cond, self.negative, self.guidance)
         settings = self.settings(step)
-        if self.pictures is None:
+        if self.clean is None:
             shape = self.codec.latent_shape(batch.height, batch.width)
             noise = torch.randn((len(batch.prompts), *shape), generator=generator).to(self.device)
             run_data_free(
@@ -93,7 +95,7 @@ class PiIDObjective:
                 generator=generator, backward=add_up,
             )  # fmt: skip
         else:
-            x0 = _latents(self.codec, self.pictures, batch, generator, self.device)
+            x0 = self.clean(batch, generator).to(self.device)
             noise = torch.randn(x0.shape, generator=generator).to(self.device)
             run_data_dependent(
                 student, teacher, x0, noise, self.schedule, self.segments, settings,
@@ -118,8 +120,7 @@ class FlowMatchingObjective:
 
     Args:
         backbone: the model being trained.
-        codec: between pictures and latents.
-        pictures: where pictures of the prompts come from.
+        clean: where latents of the prompts' pictures come from.
         empty: conditioning of the empty prompt, batch of 1, put in for `prompt_dropout` of them.
         config: noise levels and prompt dropout.
         device: where the backbone is.
@@ -128,15 +129,13 @@ class FlowMatchingObjective:
     def __init__(
         self,
         backbone: Backbone,
-        codec: Codec,
-        pictures: Pictures,
+        clean: CleanLatents,
         empty: Conditioning,
         config: FlowMatchingConfig,
         device: torch.device,
     ) -> None:
         self.backbone = backbone
-        self.codec = codec
-        self.pictures = pictures
+        self.clean = clean
         self.empty = empty
         self.config = config
         self.device = device
@@ -145,7 +144,7 @@ class FlowMatchingObjective:
         self, batch: MicroBatch, step: int, generator: torch.Generator, backward: Backward
     ) -> Tensor:
         size = len(batch.prompts)
-        x0 = _latents(self.codec, self.pictures, batch, generator, self.device)
+        x0 = self.clean(batch, generator).to(self.device)
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
         logit = torch.randn(size, generator=generator)
         sigma = torch.sigmoid(self.config.logit_mean + self.config.logit_std * logit)
@@ -160,23 +159,34 @@ class FlowMatchingObjective:
         return loss.detach()
 
 
-def _latents(
-    codec: Codec,
-    pictures: Pictures,
-    batch: MicroBatch,
-    generator: torch.Generator,
-    device: torch.device,
-) -> Tensor:
-    """Clean latents of the micro-batch's pictures, (m, C, h, w) on the device.
+def drawn_latents(codec: Codec, pictures: Pictures, device: torch.device) -> CleanLatents:
+    """Clean latents of pictures that are drawn for each micro-batch, encoded on the device.
+
+    The result raises a ValueError if the pictures are not of the micro-batch's size.
+    """
+
+    def clean(batch: MicroBatch, generator: torch.Generator) -> Tensor:
+        drawn = pictures(batch.prompts, generator)
+        expected = (len(batch.prompts), 3, batch.height, batch.width)
+        if drawn.shape != expected:
+            raise ValueError(
+                f"the source of pictures returned {tuple(drawn.shape)} for {expected[0]} prompts "
+                f"of {batch.height}x{batch.width} pixels, expected {expected}"
+            )
+        return codec.encode(drawn.to(device))
+
+    return clean
+
+
+def stored_latents(batch: MicroBatch, generator: torch.Generator) -> Tensor:
+    """Clean latents as the embedding store holds them; a `CleanLatents` that draws nothing.
 
     Raises:
-        ValueError: the pictures are not of the micro-batch's size.
+        ValueError: the micro-batch brings none.
     """
-    drawn = pictures(batch.prompts, generator)
-    expected = (len(batch.prompts), 3, batch.height, batch.width)
-    if drawn.shape != expected:
+    if batch.latents is None:
         raise ValueError(
-            f"the source of pictures returned {tuple(drawn.shape)} for {expected[0]} prompts of "
-            f"{batch.height}x{batch.width} pixels, expected {expected}"
+            "the training stream brought no latents, which objective.pictures = store trains on; "
+            "open it with them"
         )
-    return codec.encode(drawn.to(device))
+    return batch.latents

@@ -4,6 +4,7 @@
 
     driver: read and dedupe prompts, lay out shards
        one item a shard --> encoder actors (min..max): encode, write the shard   (Ray Data)
+                        pictures first: prompts whose picture is bad are left out, or end the job
     driver: <-- progress, then each shard's entry --> manifest.json, last
 
 Prompts of one row group are encoded together, those of similar length in one call. An interrupted
@@ -13,7 +14,7 @@ lacks the recipe's negative prompt gets it as one more file.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +24,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from piflow import storage
+from piflow.backbones.codec import absolute_paths, build_codec
 from piflow.config import FluxEncoderConfig, Recipe, SD3EncoderConfig
 from piflow.data.encoders import absolute_path, check_prompts, encoder_identity
 from piflow.data.execution import quiet_context, remote_cause
+from piflow.data.latents import LatentEncoder, codec_identity
 from piflow.data.online import (
+    Layout,
     encode_row_groups,
     load_encoder,
     recipe_prompts,
@@ -36,15 +40,18 @@ from piflow.data.online import (
 from piflow.data.prompts import PromptSet
 from piflow.data.store import (
     MANIFEST,
+    SCHEMA_VERSION_WITH_LATENTS,
     Bucket,
     EmbeddingStore,
     EncodedPrompt,
+    LatentInputs,
     ShardEntry,
     ShardPlan,
+    ShardReport,
+    SkippedPicture,
     StoreError,
     StoreInputs,
     StoreManifest,
-    TruncationReport,
     empty_prompt_plan,
     negative_prompt_plan,
     read_manifest,
@@ -56,6 +63,7 @@ from piflow.data.store import (
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
 _MUCH_MEMORY = 8e9  # bytes of float32 states that an encoder actor may hold without a word
 JOB_FILE = "job.json"  # inputs of an unfinished store, so that a later job knows whose shards lie
@@ -81,7 +89,7 @@ class _Job:
 @dataclass(frozen=True)
 class _Finished:
     entry: ShardEntry
-    truncated: TruncationReport
+    report: ShardReport
 
 
 def main(recipe: Recipe, *, show_progress: bool = True) -> StoreManifest:
@@ -135,18 +143,22 @@ def verify(recipe: Recipe) -> None:
     """Read every file of the recipe's store and compare it with the manifest; print the result.
 
     Raises:
-        StoreError: a file is missing, changed or damaged, another encoder wrote the store, or the
-            recipe's negative prompt isn't in it.
+        StoreError: a file is missing, changed or damaged, another encoder or VAE wrote the store,
+            or the recipe's negative prompt isn't in it.
     """
     if recipe.embed.mode == "online":
         recipe, _ = small_recipe(recipe, recipe_prompts(recipe), evaluation=False)
     store = EmbeddingStore.open(recipe.embed.store)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
+    if recipe.embed.image_column is not None:
+        store.require_latents(codec_identity(recipe.model))
     store.verify()
-    size = sum(entry.bytes for entry in store.manifest.files) / 1e6
+    manifest = store.manifest
+    pictures = "" if manifest.inputs.latents is None else " with latents of their pictures"
+    size = sum(entry.bytes for entry in manifest.files) / 1e6
     print(
-        f"{recipe.embed.store}: {store.manifest.num_rows} prompts in {len(store.manifest.files)} "
+        f"{recipe.embed.store}: {manifest.num_rows} prompts{pictures} in {len(manifest.files)} "
         f"files, {size:.1f} MB, all checksums match"
     )
 
@@ -156,6 +168,8 @@ def _plan(recipe: Recipe, prompts: PromptSet) -> _Job:
     check_prompts(recipe.encoder, (prompt.text for prompt in prompts.prompts))
     check_prompts(recipe.encoder, [negative])
     layout = store_layout(recipe, prompts, encoder_identity(recipe.encoder))
+    if recipe.embed.image_column is not None:
+        layout = _with_latents(recipe, layout)
     return _Job(
         store=storage.absolute(recipe.embed.store),
         inputs=layout.inputs,
@@ -164,6 +178,23 @@ def _plan(recipe: Recipe, prompts: PromptSet) -> _Job:
         empty=empty_prompt_plan(),
         negative=negative_prompt_plan(negative) if negative else None,
     )
+
+
+def _with_latents(recipe: Recipe, layout: Layout) -> Layout:
+    """The same prompts in the same places, with their pictures' latents.
+
+    Raises:
+        ValueError: no VAE, or picture sizes that it doesn't take.
+    """
+    codec = build_codec(recipe.model)
+    latents = LatentInputs(codec=codec_identity(recipe.model), dtype=recipe.embed.latent_dtype)
+    update = {"schema_version": SCHEMA_VERSION_WITH_LATENTS, "latents": latents}
+    shapes = [codec.latent_shape(bucket.height, bucket.width) for bucket in layout.buckets]
+    buckets = tuple(
+        bucket.model_copy(update={"latent_shape": shape})
+        for bucket, shape in zip(layout.buckets, shapes, strict=True)
+    )
+    return Layout(layout.inputs.model_copy(update=update), buckets, layout.shards)
 
 
 def _finished_store(job: _Job) -> StoreManifest | None:
@@ -188,7 +219,7 @@ def _make_store(recipe: Recipe, job: _Job, console: Console) -> StoreManifest:
     storage.write_bytes(
         storage.join(job.store, JOB_FILE), job.inputs.model_dump_json(indent=1).encode()
     )
-    done = _reusable(job)
+    done = _reusable(job, may_skip=recipe.embed.bad_pictures == "skip")
     if done:
         _say(console, f"{len(done)} of {len(job.plans)} files are there already")
     done |= _encode(recipe, job, [plan for plan in job.plans if plan.path not in done], console)
@@ -196,6 +227,12 @@ def _make_store(recipe: Recipe, job: _Job, console: Console) -> StoreManifest:
     write_manifest(job.store, manifest)
     storage.delete_file(storage.join(job.store, JOB_FILE))
     _warn_of_truncation(console, list(done.values()), job.inputs.encoder.max_tokens)
+    _tell_of_pictures(console, manifest)
+    _say(
+        console,
+        f"{job.store}: the prompts' embeddings take {manifest.times_smaller:.1f} times less than "
+        "padded to 512 tokens in fp8",
+    )
     return manifest
 
 
@@ -208,12 +245,12 @@ def _with_negative_prompt(
     return finished.model_copy(update={"negative_prompts": entries})
 
 
-def _reusable(job: _Job) -> dict[str, _Finished]:
+def _reusable(job: _Job, *, may_skip: bool) -> dict[str, _Finished]:
     found: dict[str, _Finished] = {}
     present = set(storage.list_files(job.store))
     for plan in job.plans:
         kept = reusable_shard(job.store, plan, job.inputs) if plan.path in present else None
-        if kept is not None:
+        if kept is not None and (may_skip or not kept[1].skipped):
             found[plan.path] = _Finished(*kept)
     return found
 
@@ -241,8 +278,7 @@ def _encode(
             bar.advance(task, row["prompts"])
             if row["entry"]:
                 entry = ShardEntry.model_validate_json(row["entry"])
-                report = TruncationReport(row["truncated"], tuple(json.loads(row["examples"])))
-                finished[entry.path] = _Finished(entry, report)
+                finished[entry.path] = _Finished(entry, ShardReport.of_json(row["report"]))
     return finished
 
 
@@ -260,7 +296,12 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
     dataset = source.map_batches(
         EncodeShard,
         fn_constructor_args=(
-            recipe.model_copy(update={"encoder": absolute_path(recipe.encoder)}),
+            recipe.model_copy(
+                update={
+                    "encoder": absolute_path(recipe.encoder),
+                    "model": absolute_paths(recipe.model),
+                }
+            ),
             job.store,
             job.inputs,
             plans,
@@ -288,31 +329,46 @@ class EncodeShard:
 
         self._encoder = load_encoder(recipe, inputs)
         self._encode = partial(self._encoder.encode_by_length, batch_size=recipe.embed.batch_size)
+        self._batch_size = recipe.embed.batch_size
+        self._latents: LatentEncoder | None = None
+        if inputs.latents is not None:
+            if codec_identity(recipe.model) != inputs.latents.codec:
+                raise ValueError(
+                    f"the recipe's VAE is another on this node than {inputs.latents.codec} on the "
+                    "driver's; put the same files on all nodes"
+                )
+            device = "cuda" if recipe.embed.gpus_per_encoder else "cpu"
+            self._latents = LatentEncoder(recipe.model, recipe.embed, device)
         self._store = store
         self._inputs = inputs
         self._plans: list[ShardPlan] = ray.get(plans)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
-        """Encode one shard: a progress row after each encoder call, then the shard's entry."""
+        """Encode one shard: progress rows on the way, then the shard's entry."""
         plan = self._plans[int(batch["shard"][0])]
+        latents: list[Tensor | SkippedPicture | None] = [None] * len(plan.prompts)
+        with_pictures = self._latents is not None and plan.prompts[0].picture is not None
+        if self._latents is not None and with_pictures:
+            for row, latent in enumerate(self._latents.encode(plan.prompts)):
+                latents[row] = latent
+                if (row + 1) % self._batch_size == 0:
+                    yield _row(prompts=self._batch_size)
+            yield _row(prompts=len(latents) % self._batch_size)
+        skipped = [latent for latent in latents if isinstance(latent, SkippedPicture)]
+        kept = [latent for latent in latents if not isinstance(latent, SkippedPicture)]
+        plan = plan.without({row for row, x in enumerate(latents) if isinstance(x, SkippedPicture)})
         encoded: dict[int, EncodedPrompt] = {}
         for rows, results in encode_row_groups(plan, self._encode):
             encoded.update(zip(rows, results, strict=True))
-            yield _row(prompts=len(rows))
-        ordered = [encoded[row] for row in range(len(plan.prompts))]
-        entry, report = write_shard(self._store, plan, ordered, self._inputs)
-        yield _row(entry=entry.model_dump_json(), report=report)
+            if not with_pictures:
+                yield _row(prompts=len(rows))
+        ordered = [encoded[row]._replace(latent=latent) for row, latent in enumerate(kept)]
+        entry, report = write_shard(self._store, plan, ordered, self._inputs, skipped)
+        yield _row(entry=entry.model_dump_json(), report=report.to_json())
 
 
-def _row(
-    prompts: int = 0, entry: str = "", report: TruncationReport | None = None
-) -> dict[str, list[Any]]:
-    return {
-        "prompts": [prompts],
-        "entry": [entry],
-        "truncated": [report.count if report else 0],
-        "examples": [json.dumps(report.examples if report else [])],
-    }
+def _row(prompts: int = 0, entry: str = "", report: str = "") -> dict[str, list[Any]]:
+    return {"prompts": [prompts], "entry": [entry], "report": [report]}
 
 
 def _negative_prompts_of_others(job: _Job) -> tuple[ShardEntry, ...]:
@@ -333,14 +389,33 @@ def _to_manifest(
 ) -> StoreManifest:
     own = (done[job.negative.path].entry,) if job.negative else ()
     shards = [done[plan.path] for plan in job.shards]
+    skipped = tuple(picture for shard in shards for picture in shard.report.skipped)
+    if len(skipped) == job.inputs.num_prompts:
+        raise ValueError(
+            f"not one of {len(skipped)} pictures can be used, e.g. {skipped[0].picture!r}: "
+            f"{skipped[0].reason}; check embed.image_column and the pictures' place"
+        )
     return StoreManifest(
         inputs=job.inputs,
         inputs_sha256=job.inputs.digest,
-        buckets=job.buckets,
+        buckets=_present_buckets(job, [shard.entry for shard in shards]),
         shards=tuple(shard.entry for shard in shards),
         empty_prompt=done[job.empty.path].entry,
-        truncated_prompts=sum(shard.truncated.count for shard in shards),
+        truncated_prompts=sum(shard.report.truncated for shard in shards),
         negative_prompts=(*negative_prompts, *own),
+        skipped_pictures=skipped,
+    )
+
+
+def _present_buckets(job: _Job, shards: list[ShardEntry]) -> tuple[Bucket, ...]:
+    """The job's buckets with the rows that are there: prompts of bad pictures are not."""
+    rows = Counter[int]()
+    for shard in shards:
+        for group in shard.row_groups:
+            rows[group.bucket] += group.rows
+    return tuple(
+        bucket.model_copy(update={"rows": rows[number]})
+        for number, bucket in enumerate(job.buckets)
     )
 
 
@@ -362,10 +437,10 @@ def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
 
 
 def _warn_of_truncation(console: Console, finished: list[_Finished], max_tokens: int) -> None:
-    count = sum(shard.truncated.count for shard in finished)
+    count = sum(shard.report.truncated for shard in finished)
     if not count:
         return
-    examples = [text for shard in finished for text in shard.truncated.examples][:3]
+    examples = [text for shard in finished for text in shard.report.examples][:3]
     quoted = "; ".join(repr(text if len(text) <= 60 else text[:59] + "…") for text in examples)
     _say(
         console,
@@ -373,6 +448,18 @@ def _warn_of_truncation(console: Console, finished: list[_Finished], max_tokens:
         f"e.g. {quoted}; raise encoder.max_tokens to keep them whole",
         style="yellow",
     )
+
+
+def _tell_of_pictures(console: Console, manifest: StoreManifest) -> None:
+    skipped = manifest.skipped_pictures
+    if skipped:
+        named = "; ".join(f"{item.picture!r}: {item.reason}" for item in skipped[:3])
+        _say(
+            console,
+            f"warning: {len(skipped)} prompt(s) were left out for their pictures, e.g. {named}; "
+            f"{MANIFEST} lists them as skipped_pictures",
+            style="yellow",
+        )
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:

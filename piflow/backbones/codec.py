@@ -17,6 +17,11 @@ from piflow.config import ModelConfig
 class Codec(Protocol):
     """Pictures `(B, 3, H, W)` float32 in [-1, 1] <-> latents `(B, C, h, w)` float32."""
 
+    @property
+    def name(self) -> str:
+        """What kind of codec it is: a VAE's class."""
+        ...
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of a picture's latents; the backbones' 2×2 patches need h and w even.
 
@@ -51,12 +56,26 @@ def build_codec(model: ModelConfig) -> Codec:
     """
     if model.codec == "pixels":
         return PixelCodec()
-    return VAECodec(model.vae or storage.sibling(model.path, "vae"))
+    return VAECodec(vae_uri(model))
+
+
+def vae_uri(model: ModelConfig) -> str:
+    """Where the recipe's VAE lies."""
+    return model.vae or storage.sibling(model.path, "vae")
+
+
+def absolute_paths(model: ModelConfig) -> ModelConfig:
+    """The same model and VAE, found from any working directory."""
+    paths = {"path": storage.absolute(model.path)}
+    if model.vae is not None:
+        paths["vae"] = storage.absolute(model.vae)
+    return model.model_copy(update=paths)
 
 
 class PixelCodec:
     """RGB itself, space-to-depth by 2: 12 latent channels, lossless, no weights."""
 
+    name = "pixels"
     channels = 12
     factor = 2
 
@@ -133,6 +152,11 @@ class VAECodec:
                 f"config.json of VAE {uri} lacks what {self._class_name} needs: {error}"
             ) from error
         self._vae: Any = None
+
+    @property
+    def name(self) -> str:
+        """The VAE's class."""
+        return self._class_name
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H/factor, W/factor); from config.json alone.

@@ -1,11 +1,20 @@
-"""How Ray Data runs here: no bars and banners of its own, and errors as they were raised."""
+"""How data is worked on: ahead of its consumer in threads, and by Ray Data.
+
+Ray Data shows no bars and banners of its own here, and errors come as they were raised.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from piflow.data.store import StoreError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _LEVELS = {
     "ray.data": logging.WARNING,
@@ -48,3 +57,20 @@ def remote_cause(error: BaseException) -> BaseException:
         if isinstance(cause, kind):
             return kind(str(cause).split(_RAYS_ADVICE)[0])
     return error
+
+
+def ahead(
+    work: Callable[[Item], Result], items: Iterator[Item], *, threads: int = 1, depth: int = 2
+) -> Iterator[Result]:
+    """`map` in background threads, `depth` items ahead of the consumer, in the items' order."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ahead")
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

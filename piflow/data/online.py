@@ -84,6 +84,7 @@ def recipe_prompts(recipe: Recipe) -> PromptSet:
         width=embed.width,
         height_column=embed.height_column,
         width_column=embed.width_column,
+        image_column=embed.image_column,
         buckets=embed.buckets,
         seed=embed.seed,
     )

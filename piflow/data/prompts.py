@@ -2,12 +2,13 @@
 
 ::
 
-    embed.prompts ──▶ prompt_files: files, in order ──▶ rows: number, text, height, width
+    embed.prompts ──▶ prompt_files: files, in order ──▶ rows: number, text, height, width, picture
                                                              │ checked, sized
                                                  distinct prompts in order of appearance
 
 Files are streamed through `piflow.storage`, line by line or in Parquet batches of the wanted
-columns only: what stays in memory is the distinct prompts.
+columns only: what stays in memory is the distinct prompts. Pictures are named here, not opened;
+those that lie in a Parquet file as bytes are read once, for their hash.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from pyarrow import fs
 
@@ -40,23 +43,47 @@ _SPLITS = {
 }  # words that name a split, as in the Hugging Face datasets library
 _READ_BYTES = 4 * 2**20  # one request to an object store
 _BATCH_ROWS = 1024
+_BATCH_ROWS_WITH_PICTURES = 64  # which may hold megabytes each
 
-_Row = tuple[int, Any, Any, Any]  # number in the file from 1; text, height and width as they came
+
+class _Row(NamedTuple):
+    number: int  # in the file, from 1
+    text: Any  # this and the others as they came
+    height: Any
+    width: Any
+    picture: Any
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSource:
+    """A prompt's picture: what tells it from others, and where it lies.
+
+    ``key`` is the path or URI that the prompts file names, relative to the folder that all prompts
+    files lie in, or ``sha256:`` and the hash of the bytes that a Parquet file holds. A picture that
+    is replaced under its old name keeps its key.
+    """
+
+    key: str  # "" : the row names no picture
+    uri: str = field(compare=False)  # of the picture's file, or of the Parquet file
+    row: int | None = field(default=None, compare=False)  # in the Parquet file, from 0
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text and the size in pixels of the pictures that it stands for."""
+    """A text, the size in pixels of the pictures that it stands for, and one such picture."""
 
     text: str
     height: int
     width: int
+    picture: PictureSource | None = None
 
     @property
     def prompt_id(self) -> str:
-        """16 hex digits of the sha256 of size and text: the same in every file and store."""
-        key = f"{self.height}x{self.width}\n{self.text}"
-        return hashlib.sha256(key.encode()).hexdigest()[:16]
+        """16 hex digits of the sha256 of size, picture's key and text: the same in every store."""
+        size = f"{self.height}x{self.width}"
+        if self.picture is not None:
+            size += f" {hashlib.sha256(self.picture.key.encode()).hexdigest()}"
+        return hashlib.sha256(f"{size}\n{self.text}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -80,14 +107,25 @@ class _Columns:
     text: str
     height: str | None
     width: str | None
+    picture: str | None
 
     @property
-    def sizes(self) -> list[str]:
-        return [name for name in (self.height, self.width) if name is not None]
+    def places(self) -> tuple[str | None, ...]:
+        """In the order of a `_Row`."""
+        return (self.text, self.height, self.width, self.picture)
+
+    @property
+    def optional(self) -> list[str]:
+        return [name for name in self.places[1:] if name is not None]
 
     @property
     def names(self) -> list[str]:
-        return [self.text, *self.sizes]
+        return [self.text, *self.optional]
+
+    def key_of(self, name: str) -> str:
+        """The recipe's key that named a column."""
+        keys = ("prompt_column", "height_column", "width_column", "image_column")
+        return f"embed.{keys[self.places.index(name)]}"
 
 
 def read_prompts(
@@ -98,15 +136,16 @@ def read_prompts(
     width: int,
     height_column: str | None = None,
     width_column: str | None = None,
+    image_column: str | None = None,
     buckets: Sequence[Sequence[int]] = (),
     seed: int = 0,
 ) -> PromptSet:
     """Read the prompts of one or many files.
 
     ``.txt`` files hold one prompt a line, the other formats have columns. Blanks around a text are
-    stripped; the same text at the same size counts once. A prompt's picture size is, in this order,
-    its own (``height_column`` and ``width_column``, where they aren't empty), a bucket by
-    `choose_bucket`, or ``height`` x ``width``.
+    stripped; the same text at the same size with the same picture counts once. A prompt's picture
+    size is, in this order, its own (``height_column`` and ``width_column``, where they aren't
+    empty), a bucket by `choose_bucket`, or ``height`` x ``width``.
 
     Args:
         uri: a file, local or on S3, in UTF-8; a pattern, whose files are read in order of their
@@ -116,6 +155,9 @@ def read_prompts(
         width: pixels.
         height_column: name of the column of heights in pixels; None: prompts bring no size.
         width_column: the same for widths; both or neither.
+        image_column: name of the column of pictures; None: prompts bring none. A value is a path,
+            relative to its prompts file's folder or absolute, or a URI; in Parquet also the bytes
+            of an image file, or a struct of ``bytes`` and ``path`` as the datasets library writes.
         buckets: (height, width) pairs in pixels; empty: all prompts get ``height`` x ``width``.
         seed: of the choice among buckets.
 
@@ -129,15 +171,18 @@ def read_prompts(
             f"height_column is {height_column!r}, width_column is {width_column!r}; give both or "
             "neither"
         )
-    columns = _Columns(column, height_column, width_column)
+    columns = _Columns(column, height_column, width_column, image_column)
 
     def default_size(text: str) -> tuple[int, int]:
         return choose_bucket(text, buckets, seed) if buckets else (height, width)
 
     distinct: dict[Prompt, None] = {}
     count = 0
-    for file in prompt_files(uri):
-        for prompt in _read_file(file, columns, default_size):
+    files = prompt_files(uri)
+    root = os.path.commonpath([_folder(file) for file in files]) if len(files) > 1 else None
+    for file in files:
+        inside = "" if root is None else os.path.relpath(_folder(file), root).removeprefix(".")
+        for prompt in _read_file(file, inside, columns, default_size):
             distinct[prompt] = None
             count += 1
     if not distinct:
@@ -235,22 +280,47 @@ def _split(name: str) -> str | None:
 # ---------------------------------------------------------------------------------------- prompts
 
 
+def _folder(uri: str) -> str:
+    """Of a file, without an S3 URI's query; for comparison only."""
+    return os.path.dirname(uri.partition("?")[0] if storage.scheme(uri) == "s3" else uri)
+
+
 def _read_file(
-    uri: str, columns: _Columns, default_size: Callable[[str], tuple[int, int]]
+    uri: str, inside: str, columns: _Columns, default_size: Callable[[str], tuple[int, int]]
 ) -> Iterator[Prompt]:
+    """Prompts of one file, which lies `inside` (a relative path) the folder of all files."""
     ending = storage.suffix(uri).removesuffix(".gz")
     unit = "row" if ending == ".parquet" else "line"
-    for number, text, height, width in _READERS[ending](uri, columns):
+    for row in _READERS[ending](uri, columns):
         try:
-            prompt = _to_prompt(text, height, width, default_size)
+            picture = None if columns.picture is None else _to_picture(row, uri, inside)
+            prompt = _to_prompt(row, picture, default_size)
         except ValueError as error:
-            raise ValueError(f"prompts file {uri}, {unit} {number}: {error}") from error
+            raise ValueError(f"prompts file {uri}, {unit} {row.number}: {error}") from error
         yield prompt
 
 
+def _to_picture(row: _Row, uri: str, inside: str) -> PictureSource:
+    value = row.picture
+    if isinstance(value, dict):  # as the datasets library writes it
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if value is None or value == "":
+        return PictureSource("", "")
+    if isinstance(value, bytes):
+        return PictureSource(f"sha256:{hashlib.sha256(value).hexdigest()}", uri, row.number - 1)
+    if not isinstance(value, str):
+        raise ValueError(f"the picture must be a path, a URI or bytes, got {value!r}")
+    if "://" in value or os.path.isabs(value):
+        return PictureSource(value, value)
+    name = quote(value) if storage.scheme(uri) == "s3" else value
+    place = storage.absolute(storage.sibling(uri, name))
+    return PictureSource(os.path.join(inside, value), place)
+
+
 def _to_prompt(
-    text: Any, height: Any, width: Any, default_size: Callable[[str], tuple[int, int]]
+    row: _Row, picture: PictureSource | None, default_size: Callable[[str], tuple[int, int]]
 ) -> Prompt:
+    text, height, width = row.text, row.height, row.width
     if text is None:
         text = ""
     if not isinstance(text, str):
@@ -262,12 +332,12 @@ def _to_prompt(
         _require_encodable(text)
     own = _to_pixels(height, "height"), _to_pixels(width, "width")
     if own == (None, None):
-        return Prompt(text, *default_size(text))
+        return Prompt(text, *default_size(text), picture)
     if own[0] is None or own[1] is None:
         raise ValueError(
             f"height is {height!r} and width {width!r}; give both, or leave both empty"
         )
-    return Prompt(text, own[0], own[1])
+    return Prompt(text, own[0], own[1], picture)
 
 
 def _require_encodable(text: str) -> None:
@@ -313,17 +383,17 @@ def _lines(uri: str) -> Iterator[str]:
 
 
 def _text_rows(uri: str, columns: _Columns) -> Iterator[_Row]:
-    if columns.sizes:
+    for name in columns.optional:
         raise ValueError(
-            f"prompts file {uri} has no columns, but embed.height_column is {columns.height!r}; "
-            "leave height_column and width_column empty"
+            f"prompts file {uri} has no columns, but {columns.key_of(name)} is {name!r}; leave it "
+            "empty, or give a file with columns"
         )
     for number, line in enumerate(_lines(uri), 1):
-        yield number, line, None, None
+        yield _Row(number, line, None, None, None)
 
 
 def _json_rows(uri: str, columns: _Columns) -> Iterator[_Row]:
-    absent = set(columns.sizes)  # a line may lack them, but if all lines do it is a mistake
+    absent = set(columns.optional)  # a line may lack them, but if all lines do it is a mistake
     number = 0
     for number, line in enumerate(_lines(uri), 1):
         where = f"prompts file {uri}, line {number}"
@@ -339,11 +409,11 @@ def _json_rows(uri: str, columns: _Columns) -> Iterator[_Row]:
             _require_columns([columns.text], list(entry), where, columns)
         if absent:
             absent -= entry.keys()
-        yield number, entry[columns.text], entry.get(columns.height), entry.get(columns.width)
+        yield _Row(number, *(entry.get(name) for name in columns.places))
     if number and absent:
         raise ValueError(
             f"prompts file {uri}: no line has {' or '.join(sorted(absent))}; check "
-            "embed.height_column and embed.width_column"
+            f"{' and '.join(columns.key_of(name) for name in sorted(absent))}"
         )
 
 
@@ -353,8 +423,7 @@ def _csv_rows(uri: str, columns: _Columns) -> Iterator[_Row]:
         header = next(reader, [])
         _require_columns(columns.names, header, f"prompts file {uri}", columns)
         wanted = [  # the place beyond the last column holds ""
-            len(header) if name is None else header.index(name)
-            for name in (columns.text, columns.height, columns.width)
+            len(header) if name is None else header.index(name) for name in columns.places
         ]
         end = reader.line_num
         for row in reader:
@@ -366,8 +435,7 @@ def _csv_rows(uri: str, columns: _Columns) -> Iterator[_Row]:
                 )
             if row:  # the reader's form of an empty line is []
                 row += [""] * (len(header) + 1 - len(row))
-                text, height, width = (row[place] for place in wanted)
-                yield start, text, height, width
+                yield _Row(start, *(row[place] for place in wanted))
     except csv.Error as error:
         raise ValueError(f"prompts file {uri}, line {reader.line_num}: {error}") from error
 
@@ -382,14 +450,15 @@ def _parquet_rows(uri: str, columns: _Columns) -> Iterator[_Row]:
         with system.open_input_file(path) as source:
             file = pq.ParquetFile(source)
             _require_columns(columns.names, file.schema_arrow.names, f"prompts file {uri}", columns)
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns.names):
+            size = _BATCH_ROWS if columns.picture is None else _BATCH_ROWS_WITH_PICTURES
+            for batch in file.iter_batches(size, columns=columns.names):
                 texts = _to_texts(batch.column(columns.text), uri, start)
-                heights, widths = (
+                others = (
                     [None] * len(batch) if name is None else batch.column(name).to_pylist()
-                    for name in (columns.height, columns.width)
+                    for name in columns.places[1:]
                 )
                 numbers = range(start, start + len(batch))
-                yield from zip(numbers, texts, heights, widths, strict=True)
+                yield from map(_Row._make, zip(numbers, texts, *others, strict=True))
                 start += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"prompts file {uri} is not readable Parquet: {error}") from error
@@ -415,10 +484,9 @@ def _require_columns(
 ) -> None:
     for name in wanted:
         if name not in available:
-            key = "prompt_column" if name == columns.text else "height_column and width_column"
             raise ValueError(
                 f"{where} has no column {name!r}; available: {', '.join(available) or 'none'}; "
-                f"set embed.{key}"
+                f"set {columns.key_of(name)}"
             )
 
 

@@ -12,8 +12,12 @@ A row holds one prompt's valid token states only, without padding. As ``fp8`` th
 one float32 ``scale`` for the row, ``x = scale · q`` with ``scale = max|x| / 448``: an element is
 off by at most ``max(|x| / 16, scale / 1024)``. As ``bf16`` they are rounded to 8 bits of mantissa
 and ``scale`` is 1. The pooled vector stays float32, it is small; it is null for encoders that have
-none. A row group never mixes buckets (picture sizes), so that the manifest alone decides the order
-of training. Pages carry checksums.
+none. Where the prompts have pictures, a row also holds its picture's latents, as the recipe's codec
+gives them, in ``bf16`` (rounded) or ``fp32`` (exact), and their shape. A row group never mixes
+buckets (picture sizes), so that the manifest alone decides the order of training. Pages carry
+checksums.
+
+Format 2 has no latents, and is what stores without pictures are still written in; format 3 has.
 
 Negative prompts are additions: `piflow embed` encodes a recipe's own into a finished store, and
 neither the store's inputs nor its `manifest_hash` know of them, because the recipe names the text
@@ -24,8 +28,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, islice, pairwise
@@ -44,10 +50,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA_VERSION = 2
+SCHEMA_VERSION_WITH_LATENTS = 3
 MANIFEST = "manifest.json"
 EMPTY_PROMPT = "empty-prompt.parquet"
 TokenDtype = Literal["fp8", "bf16"]
 DamagedRows = Literal["stop", "replace"]
+LatentDtype = Literal["bf16", "fp32"]
 
 SCHEMA = pa.schema(
     [
@@ -61,9 +69,20 @@ SCHEMA = pa.schema(
         pa.field("pooled", pa.binary(), nullable=True),
     ]
 )
+LATENT_COLUMNS = ("picture", "latent", "latent_shape")
+SCHEMA_WITH_LATENTS = pa.schema(
+    [
+        *SCHEMA,
+        pa.field("picture", pa.string(), nullable=True),
+        pa.field("latent", pa.large_binary(), nullable=True),
+        pa.field("latent_shape", pa.list_(pa.int32()), nullable=True),
+    ]
+)
 _COMPRESSION = {name: "zstd" for name in SCHEMA.names} | {"tokens": "none", "pooled": "none"}
+_LATENT_COMPRESSION = {"picture": "zstd", "latent": "none", "latent_shape.list.element": "zstd"}
 _METADATA_KEY = b"piflow"
 _FP8_MAX = 448.0
+_PADDED_TOKENS = 512  # what FLUX.1's and Qwen-Image's pipelines pad to at most
 _REMEDY = "delete it and run `piflow embed` again: only what is missing is made anew"
 
 
@@ -98,12 +117,38 @@ class EncoderIdentity(_Record):
         )
 
 
+class CodecIdentity(_Record):
+    """What decides a picture's latents, wherever the VAE's files lie."""
+
+    name: str
+    weights_sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (weights {self.weights_sha256[:12]})"
+
+
+class LatentInputs(_Record):
+    """How pictures become latents."""
+
+    codec: CodecIdentity
+    dtype: LatentDtype
+
+
+class SkippedPicture(_Record):
+    """A prompt that was left out because of its picture."""
+
+    prompt_id: str
+    picture: str
+    reason: str
+
+
 class Bucket(_Record):
-    """One picture size in pixels and its prompts."""
+    """One picture size in pixels, its prompts, and the shape of its pictures' latents."""
 
     height: int
     width: int
     rows: int
+    latent_shape: tuple[int, int, int] | None = None
 
 
 class RowGroup(_Record):
@@ -133,6 +178,7 @@ class StoreInputs(_Record):
     rows_per_group: int
     num_prompts: int
     prompts_sha256: str
+    latents: LatentInputs | None = None
 
     @property
     def digest(self) -> str:
@@ -150,6 +196,7 @@ class StoreManifest(_Record):
     empty_prompt: ShardEntry
     truncated_prompts: int
     negative_prompts: tuple[ShardEntry, ...] = ()
+    skipped_pictures: tuple[SkippedPicture, ...] = ()
 
     @property
     def encoder(self) -> EncoderIdentity:
@@ -172,6 +219,20 @@ class StoreManifest(_Record):
         return (self.empty_prompt, *self.negative_prompts)
 
     @property
+    def latent_bytes(self) -> int:
+        """What all latents take."""
+        if self.inputs.latents is None:
+            return 0
+        size = 2 if self.inputs.latents.dtype == "bf16" else 4
+        return size * sum(b.rows * math.prod(b.latent_shape or (0,)) for b in self.buckets)
+
+    @property
+    def times_smaller(self) -> float:
+        """What padding to 512 tokens would take in fp8 over what the files take without latents."""
+        padded = self.num_rows * _PADDED_TOKENS * self.encoder.hidden_size
+        return padded / (sum(shard.bytes for shard in self.shards) - self.latent_bytes)
+
+    @property
     def manifest_hash(self) -> str:
         """Hex sha256 of the canonical JSON: names the content, less the negative prompts."""
         return _canonical_sha256(self, exclude={"negative_prompts"})
@@ -182,17 +243,22 @@ class StoreManifest(_Record):
 
 
 def _canonical_sha256(record: _Record, exclude: set[str] | None = None) -> str:
-    tree = record.model_dump(mode="json", exclude=exclude)
+    # without defaults: what a record without pictures is called doesn't change with newer fields
+    tree = record.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
     canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class EncodedPrompt(NamedTuple):
-    """One encoded prompt: tokens ``(n, D)``, pooled ``(P,)`` or None, float32 on the CPU."""
+    """One encoded prompt: tokens ``(n, D)``, pooled ``(P,)`` or None, float32 on the CPU.
+
+    Its picture's latents are ``(C, h, w)`` on the CPU, in float32 or as they will be stored.
+    """
 
     tokens: Tensor
     pooled: Tensor | None
     truncated: bool
+    latent: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +266,8 @@ class EmbeddingBatch:
     """Decoded rows: tokens ``(m, L, D)`` float32, zeros beyond ``num_tokens`` ``(m,)`` int64.
 
     ``L`` is the encoder's ``max_tokens``; pooled is ``(m, P)`` float32, or None for encoders
-    without one; sizes are pixels.
+    without one; sizes are pixels. Latents are a row's ``(C, h, w)`` float32 each; None if the store
+    has none or they weren't read.
     """
 
     prompt_ids: tuple[str, ...]
@@ -210,6 +277,7 @@ class EmbeddingBatch:
     tokens: Tensor
     num_tokens: Tensor
     pooled: Tensor | None
+    latents: tuple[Tensor, ...] | None = None
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -227,6 +295,18 @@ class ShardPlan:
         """The prompts of each row group."""
         ends = list(accumulate(group.rows for group in self.row_groups))
         return [self.prompts[start:end] for start, end in pairwise([0, *ends])]
+
+    def without(self, rows: AbstractSet[int]) -> ShardPlan:
+        """The same file less these rows; row groups shrink, and those left empty are gone."""
+        prompts = [prompt for row, prompt in enumerate(self.prompts) if row not in rows]
+        groups, start = [], 0
+        for group in self.row_groups:
+            end = start + group.rows
+            left = group.rows - sum(start <= row < end for row in rows)
+            if left:
+                groups.append(group.model_copy(update={"rows": left}))
+            start = end
+        return ShardPlan(self.path, tuple(prompts), tuple(groups))
 
 
 def plan_store(
@@ -278,40 +358,65 @@ def negative_prompt_plan(text: str) -> ShardPlan:
 
 
 @dataclass(frozen=True)
-class TruncationReport:
-    """How many prompts of a shard were longer than the encoder takes, and a few of them."""
+class ShardReport:
+    """What wasn't as it should be in a shard's inputs.
 
-    count: int
+    ``truncated`` prompts were longer than the encoder takes, ``examples`` are a few of them.
+    """
+
+    truncated: int
     examples: tuple[str, ...]
+    skipped: tuple[SkippedPicture, ...] = ()
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        skipped = [picture.model_dump(mode="json") for picture in self.skipped]
+        tree = {"truncated": self.truncated, "truncated_examples": self.examples}
+        return json.dumps(tree | ({"skipped": skipped} if skipped else {}), sort_keys=True)
+
+    @staticmethod
+    def of_json(content: str | bytes) -> ShardReport:
+        """The inverse of `to_json`."""
+        tree = json.loads(content)
+        skipped = tuple(SkippedPicture(**picture) for picture in tree.get("skipped", ()))
+        return ShardReport(tree["truncated"], tuple(tree["truncated_examples"]), skipped)
 
 
 def write_shard(
-    store_uri: str, plan: ShardPlan, encoded: Sequence[EncodedPrompt], inputs: StoreInputs
-) -> tuple[ShardEntry, TruncationReport]:
+    store_uri: str,
+    plan: ShardPlan,
+    encoded: Sequence[EncodedPrompt],
+    inputs: StoreInputs,
+    skipped: Sequence[SkippedPicture] = (),
+) -> tuple[ShardEntry, ShardReport]:
     """Write one shard, whole or not at all. The file is built in memory first.
 
+    Args:
+        store_uri: the store.
+        plan: what goes into the file, without the skipped prompts.
+        encoded: an embedding for each prompt, with latents if the prompt has a picture.
+        inputs: the store's.
+        skipped: prompts that were left out, for the record.
+
     Raises:
-        ValueError: an embedding isn't finite (names the prompt), the counts differ, or only some
-            embeddings have a pooled vector.
+        ValueError: an embedding or a latent isn't finite (names the prompt), the counts differ, or
+            only some embeddings have a pooled vector.
         OSError: the storage refused.
     """
     if len(encoded) != len(plan.prompts):
         raise ValueError(f"{plan.path} expects {len(plan.prompts)} embeddings, got {len(encoded)}")
     cut = [p.text for p, e in zip(plan.prompts, encoded, strict=True) if e.truncated]
-    report = TruncationReport(len(cut), tuple(cut[:3]))
-    facts = {
-        "inputs_sha256": inputs.digest,
-        "truncated": report.count,
-        "truncated_examples": report.examples,
-    }
-    table = encoded_table(plan.prompts, encoded, inputs.dtype).replace_schema_metadata(
-        {_METADATA_KEY: json.dumps(facts, sort_keys=True).encode()}
-    )
+    report = ShardReport(len(cut), tuple(cut[:3]), tuple(skipped))
+    facts = {"inputs_sha256": inputs.digest} | json.loads(report.to_json())
+    table = encoded_table(
+        plan.prompts, encoded, inputs.dtype, inputs.latents
+    ).replace_schema_metadata({_METADATA_KEY: json.dumps(facts, sort_keys=True).encode()})
+    compression = _COMPRESSION | ({} if inputs.latents is None else _LATENT_COMPRESSION)
     sink = pa.BufferOutputStream()
     writer = pq.ParquetWriter(
         sink,
         table.schema,
-        compression=_COMPRESSION,
+        compression=compression,
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,
@@ -328,7 +433,7 @@ def write_shard(
 
 def reusable_shard(
     store_uri: str, plan: ShardPlan, inputs: StoreInputs
-) -> tuple[ShardEntry, TruncationReport] | None:
+) -> tuple[ShardEntry, ShardReport] | None:
     """The entry of a shard that an earlier, interrupted job left behind; None if it must be made.
 
     The file is read whole, so that page checksums are compared.
@@ -337,15 +442,18 @@ def reusable_shard(
     system, path = storage.filesystem(uri)
     try:
         with _open_parquet(uri) as file:
-            facts = json.loads((file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"{}"))
-            if facts.get("inputs_sha256") != inputs.digest:
+            facts = (file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"{}")
+            if json.loads(facts).get("inputs_sha256") != inputs.digest:
                 return None
             ids = [i for g in range(file.num_row_groups) for i in _read_ids(file, g)]
     except (pa.ArrowException, OSError, ValueError):
         return None
+    report = ShardReport.of_json(facts)
+    skipped = {picture.prompt_id for picture in report.skipped}
+    numbers = {row for row, prompt in enumerate(plan.prompts) if prompt.prompt_id in skipped}
+    plan = plan.without(numbers)
     if ids != [prompt.prompt_id for prompt in plan.prompts]:
         return None
-    report = TruncationReport(facts["truncated"], tuple(facts["truncated_examples"]))
     size = int(system.get_file_info(path).size)
     return _entry(plan, size, storage.sha256(uri)), report
 
@@ -370,9 +478,12 @@ def _entry(plan: ShardPlan, size: int, sha256: str) -> ShardEntry:
 
 
 def encoded_table(
-    prompts: Sequence[Prompt], encoded: Sequence[EncodedPrompt], dtype: TokenDtype
+    prompts: Sequence[Prompt],
+    encoded: Sequence[EncodedPrompt],
+    dtype: TokenDtype,
+    latents: LatentInputs | None = None,
 ) -> pa.Table:
-    """Rows as they lie on disk, of `SCHEMA`.
+    """Rows as they lie on disk, of `SCHEMA` or, with latents, `SCHEMA_WITH_LATENTS`.
 
     Raises:
         ValueError: as `write_shard`.
@@ -383,13 +494,10 @@ def encoded_table(
             f"{with_pooled} of {len(encoded)} embeddings have a pooled vector: give all of them "
             "one, or none"
         )
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for prompt, (tokens, pooled, _) in zip(prompts, encoded, strict=True):
-        if not all(bool(x.isfinite().all()) for x in (tokens, pooled) if x is not None):
-            raise ValueError(
-                f"the encoder gave non-finite numbers for prompt {prompt.text!r} "
-                f"({prompt.prompt_id}); check the encoder's weights"
-            )
+    schema = SCHEMA if latents is None else SCHEMA_WITH_LATENTS
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    for prompt, (tokens, pooled, _, latent) in zip(prompts, encoded, strict=True):
+        _require_finite(prompt, "encoder", tokens, pooled)
         content, scale = quantize(tokens, dtype)
         columns["prompt_id"].append(prompt.prompt_id)
         columns["prompt"].append(prompt.text)
@@ -401,7 +509,22 @@ def encoded_table(
         columns["pooled"].append(
             None if pooled is None else pooled.float().contiguous().numpy().tobytes()
         )
-    return pa.table(columns, schema=SCHEMA)
+        if latents is not None:
+            if (latent is None) != (prompt.picture is None):
+                raise ValueError(f"{prompt} needs latents if it has a picture, and only then")
+            _require_finite(prompt, "VAE", latent)
+            columns["picture"].append(None if prompt.picture is None else prompt.picture.key)
+            columns["latent"].append(latent_bytes(latent, latents.dtype))
+            columns["latent_shape"].append(None if latent is None else list(latent.shape))
+    return pa.table(columns, schema=schema)
+
+
+def _require_finite(prompt: Prompt, who: str, *tensors: Tensor | None) -> None:
+    if not all(bool(x.isfinite().all()) for x in tensors if x is not None):
+        raise ValueError(
+            f"the {who} gave non-finite numbers for prompt {prompt.text!r} ({prompt.prompt_id}); "
+            f"check the {who}'s weights"
+        )
 
 
 # ----------------------------------------------------------------------------------- number format
@@ -475,6 +598,32 @@ def _contents(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
+def latent_bytes(latent: Tensor | None, dtype: LatentDtype) -> bytes | None:
+    """Latents in the store's little-endian format; None stays None."""
+    import torch
+
+    if latent is None:
+        return None
+    stored = latent.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    return stored.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _decode_latents(table: pa.Table, inputs: StoreInputs) -> tuple[Tensor, ...] | None:
+    import torch
+
+    if inputs.latents is None or "latent" not in table.column_names:
+        return None
+    contents, shapes = table["latent"].to_pylist(), table["latent_shape"].to_pylist()
+    if None in contents:  # an empty or negative prompt
+        return None
+    stored = torch.bfloat16 if inputs.latents.dtype == "bf16" else torch.float32
+    return tuple(
+        torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy()).view(stored).view(shape)
+        .float()
+        for content, shape in zip(contents, shapes, strict=True)
+    )  # fmt: skip
+
+
 def decode_rows(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
     """Rows as they lie on disk -> padded tensors."""
     import torch
@@ -497,6 +646,7 @@ def decode_rows(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
         tokens=torch.from_numpy(tokens),
         num_tokens=torch.tensor(counts, dtype=torch.int64),
         pooled=pooled,
+        latents=_decode_latents(table, inputs),
     )
 
 
@@ -587,9 +737,35 @@ class EmbeddingStore:
         if self.manifest.encoder != expected:
             raise StoreError(_other_encoder(self.uri, self.manifest.encoder, expected))
 
+    def require_latents(self, codec: CodecIdentity | None = None) -> None:
+        """Check that the store has pictures' latents, and of this codec if one is given.
+
+        Raises:
+            StoreError: says how to make such a store.
+        """
+        found = self.manifest.inputs.latents
+        if found is None:
+            raise StoreError(
+                f"embedding store {self.uri} has no pictures' latents, which objective.pictures = "
+                "store trains on; set embed.image_column and another embed.store, and run "
+                "`piflow embed`"
+            )
+        if codec is not None and found.codec != codec:
+            raise StoreError(
+                f"the latents of embedding store {self.uri} were made by {found.codec}, the "
+                f"recipe's model has {codec}; choose another embed.store, or set model.vae to the "
+                "store's"
+            )
+
     def index(self) -> pa.Table:
-        """``row``, ``prompt_id``, ``prompt``, ``height``, ``width`` of all rows."""
-        reader = RowReader(self, columns=["prompt_id", "prompt", "height", "width"])
+        """``row``, ``prompt_id``, ``prompt``, ``height``, ``width`` of all rows.
+
+        And ``picture``, what the prompts file calls it, where there are latents.
+        """
+        columns = ["prompt_id", "prompt", "height", "width"]
+        if self.manifest.inputs.latents is not None:
+            columns.append("picture")
+        reader = RowReader(self, columns=columns)
         tables = []
         for group, rows in enumerate(reader.group_rows):
             if self.damaged_rows == "stop" or reader.is_readable(group):
@@ -768,10 +944,11 @@ def read_manifest(uri: str) -> StoreManifest:
         version = tree["inputs"]["schema_version"]
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(f"{MANIFEST} of embedding store {uri} is corrupt; {_REMEDY}") from error
-    if version != SCHEMA_VERSION:
+    if version not in (SCHEMA_VERSION, SCHEMA_VERSION_WITH_LATENTS):
         raise StoreError(
             f"embedding store {uri} has format version {version}, this piflow reads "
-            f"{SCHEMA_VERSION}; remove the folder and make the store anew with `piflow embed`"
+            f"{SCHEMA_VERSION} and {SCHEMA_VERSION_WITH_LATENTS}; remove the folder and make the "
+            "store anew with `piflow embed`"
         )
     try:
         return StoreManifest.model_validate(tree)

@@ -39,19 +39,20 @@ used up. Without Ray (``reader="local"``) the same plan is read in the process.
 from __future__ import annotations
 
 import bisect
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, count, islice
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from piflow.data.execution import quiet_context, remote_cause
+from piflow.data.execution import ahead, quiet_context, remote_cause
 from piflow.data.store import (
+    SCHEMA,
     DamagedRows,
     EmbeddingStore,
     RowReader,
@@ -69,13 +70,9 @@ if TYPE_CHECKING:
 _WINDOW_GROUPS = 8  # row groups that are shuffled together
 _DATASET_STEPS = 256  # optimiser steps of one Ray dataset
 _START_NEXT = 64  # steps before its end at which the next dataset is started
-_DECODE_AHEAD = 2  # steps that are decoded before they are asked for
 _OBJECT_STORE_BYTES = 512 * 2**20  # what one rank's dataset may hold in Ray's object store
 _REPLACED = "replaced"  # column: the damaged row group in whose place a row came, or null
 _BATCH_ORDER = 0  # counter word of the generator that orders batches; bucket b has b + 1
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,8 @@ class MicroBatch:
     """One forward pass: tokens ``(m, L, D)`` float32, zeros beyond ``num_tokens`` ``(m,)``.
 
     ``index`` counts within the step, over all ranks; pooled is ``(m, P)``, or None for encoders
-    without one; sizes are pixels.
+    without one; sizes are pixels. Latents of the pictures are ``(m, C, h, w)`` float32, or None if
+    the stream wasn't asked for them.
     """
 
     index: int
@@ -94,6 +92,7 @@ class MicroBatch:
     pooled: Tensor | None
     height: int
     width: int
+    latents: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -246,6 +245,7 @@ class TrainStream:
         damaged_rows: what is done about rows in damaged row groups, of a store given by its URI.
         reader: ``ray`` reads through Ray Data (Ray must be running), ``local`` in this process.
         encoded: in online mode, this rank's row groups, for the steps from ``start_sample`` on.
+        with_latents: read the pictures' latents too.
 
     Raises:
         ValueError: the numbers don't fit one another, or the store can't be used.
@@ -264,6 +264,7 @@ class TrainStream:
         damaged_rows: DamagedRows = "stop",
         reader: Literal["ray", "local"] = "ray",
         encoded: EncodedRows | None = None,
+        with_latents: bool = False,
     ) -> None:
         _check_sizes(batch_size, micro_batch_size, rank, world_size)
         if start_sample < 0 or start_sample % batch_size:
@@ -273,6 +274,9 @@ class TrainStream:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
         self.store = EmbeddingStore.open(store, damaged_rows) if isinstance(store, str) else store
+        if with_latents:
+            self.store.require_latents()
+        self._columns = None if with_latents else SCHEMA.names
         self._order = StreamOrder(self.store.manifest, seed, batch_size)
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
@@ -298,11 +302,11 @@ class TrainStream:
                 rows.advance()
                 return self._to_batch(plan, picks.read(plan))
 
-            return _ahead(read, islice(self._plan(), len(rows.steps)))
+            return ahead(read, islice(self._plan(), len(rows.steps)))
         if self._reader == "local":
-            reader = _StepReader(self.store, self._order, RowReader(self.store))
-            return _ahead(lambda plan: self._to_batch(plan, reader.read(plan)), self._plan())
-        return _ahead(lambda pair: self._to_batch(*pair), self._ray_tables())
+            reader = _StepReader(self.store, self._order, RowReader(self.store, self._columns))
+            return ahead(lambda plan: self._to_batch(plan, reader.read(plan)), self._plan())
+        return ahead(lambda pair: self._to_batch(*pair), self._ray_tables())
 
     def _plan(self) -> Iterator[_PlannedStep]:
         for step in count(self._start_step):
@@ -313,6 +317,8 @@ class TrainStream:
             yield _PlannedStep(step, bucket, start + mine, rows[mine])
 
     def _to_batch(self, plan: _PlannedStep, table: pa.Table) -> StreamBatch:
+        import torch
+
         batch = decode_rows(table, self.store.manifest.inputs)
         bucket = self.store.manifest.buckets[plan.bucket]
         size = self._micro_batch_size
@@ -329,6 +335,7 @@ class TrainStream:
                     pooled=None if batch.pooled is None else batch.pooled[part],
                     height=bucket.height,
                     width=bucket.width,
+                    latents=None if batch.latents is None else torch.stack(batch.latents[part]),
                 )
             )
         replaced = Counter(name for name in table[_REPLACED].to_pylist() if name is not None)
@@ -340,13 +347,15 @@ class TrainStream:
         pool = ThreadPoolExecutor(1, thread_name_prefix="next-dataset")
         try:
             steps = list(islice(plan, _DATASET_STEPS))
-            tables = _start_dataset(self.store, self._order, steps)
+            tables = _start_dataset(self.store, self._order, steps, self._columns)
             while True:
                 upcoming = list(islice(plan, _DATASET_STEPS))
                 following: Future[Iterator[pa.Table]] | None = None
                 for number, step in enumerate(steps):
                     if following is None and number >= len(steps) - _START_NEXT:
-                        following = pool.submit(_start_dataset, self.store, self._order, upcoming)
+                        following = pool.submit(
+                            _start_dataset, self.store, self._order, upcoming, self._columns
+                        )
                     yield step, _require_step(next(tables, None), step)
                 if following is None:
                     raise RuntimeError("a dataset of the training stream held no step")
@@ -369,21 +378,6 @@ def _check_sizes(batch_size: int, micro_batch_size: int, rank: int, world_size: 
             f"{micro_batches} micro-batches a step (batch_size {batch_size} / micro_batch_size "
             f"{micro_batch_size}) are too few for {world_size} ranks; use at most {micro_batches}"
         )
-
-
-def _ahead(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
-    """`map` in one background thread, a few items ahead of the consumer."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
-    pending: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) > _DECODE_AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _StepReader:
@@ -435,11 +429,12 @@ class ReadRows:
         damaged_rows: DamagedRows,
         seed: int,
         batch_size: int,
+        columns: list[str] | None,
     ) -> None:
         manifest = StoreManifest.model_validate_json(manifest_json)
         store = EmbeddingStore(store_uri, manifest, damaged_rows)
         order = StreamOrder(manifest, seed, batch_size)
-        self._reader = _StepReader(store, order, RowReader(store))
+        self._reader = _StepReader(store, order, RowReader(store, columns))
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
         """Read one item, a `_PlannedStep`'s fields."""
@@ -450,7 +445,10 @@ class ReadRows:
 
 
 def _start_dataset(
-    store: EmbeddingStore, order: StreamOrder, steps: list[_PlannedStep]
+    store: EmbeddingStore,
+    order: StreamOrder,
+    steps: list[_PlannedStep],
+    columns: list[str] | None,
 ) -> Iterator[pa.Table]:
     """Start reading; returns when the first step's rows are there."""
     import ray
@@ -470,6 +468,7 @@ def _start_dataset(
             store.damaged_rows,
             order.seed,
             order.batch_size,
+            columns,
         ),
         batch_size=1,
         batch_format="numpy",

@@ -121,33 +121,33 @@ def check_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
 
     Raises:
         ValueError: no store, a damaged one, one of another encoder, or one without the recipe's
-            negative prompt.
+            negative prompt or, where it trains on them, latents of its VAE.
     """
     from piflow.data.encoders import encoder_identity
+    from piflow.data.latents import codec_identity
     from piflow.data.online import open_store
 
     store = open_store(recipe, evaluation=evaluation)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
+    if recipe.objective.pictures == "store":
+        store.require_latents(codec_identity(recipe.model))
     return store
 
 
 def _absolute(recipe: Recipe) -> Recipe:
     """Workers have other working directories: make local paths absolute."""
+    from piflow.backbones.codec import absolute_paths
     from piflow.data.encoders import absolute_path
 
     uris = {key: storage.absolute(getattr(recipe.embed, key)) for key in ("store", "prompts")}
     embed = recipe.embed.model_copy(update=uris)
-    paths = {"path": storage.absolute(recipe.model.path)}
-    if recipe.model.vae is not None:
-        paths["vae"] = storage.absolute(recipe.model.vae)
-    model = recipe.model.model_copy(update=paths)
     return recipe.model_copy(
         update={
             "run_dir": storage.absolute(recipe.run_dir),
             "embed": embed,
             "encoder": absolute_path(recipe.encoder),
-            "model": model,
+            "model": absolute_paths(recipe.model),
         }
     )
 

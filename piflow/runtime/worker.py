@@ -131,6 +131,7 @@ def _train(
         world_size=world_size,
         start_sample=start * recipe.training.batch_size,
         encoded=_encoded_rows(recipe, store, start),
+        with_latents=recipe.objective.pictures == "store",
     )
     try:
         loop.run(start, stream)

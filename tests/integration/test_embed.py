@@ -99,7 +99,7 @@ def test_store_is_complete_and_holds_what_the_encoder_gives(folder: Path) -> Non
     batch = store.read(range(41))
     assert batch.prompts[10:12] == ("green heart", "blue heart")
     expected = build_encoder(_recipe(folder).encoder).encode(batch.prompts, batch_size=3)
-    for row, (tokens, pooled, _) in enumerate(expected):
+    for row, (tokens, pooled, *_) in enumerate(expected):
         count = int(batch.num_tokens[row])
         assert count == len(tokens)
         bound = torch.maximum(tokens.abs() / 16, tokens.abs().max() / 448 / 1024)

@@ -453,3 +453,14 @@ def test_pictures_go_with_the_data_dependent_mode() -> None:
     several = {**MINIMAL["embed"], "buckets": [[16, 16], [32, 32]]}
     message = refusal(objective={**dependent, "pictures": "emoji"}, embed=several)
     assert "of one size; leave out embed.buckets" in message
+
+
+def test_pictures_from_the_store_need_an_image_column() -> None:
+    objective = {"type": "pi_id", "data": "dependent", "pictures": "store"}
+    with pytest.raises(RecipeError, match="has none without embed.image_column"):
+        parse_recipe({**MINIMAL, "objective": objective})
+    embed = {**MINIMAL["embed"], "image_column": "image"}
+    with_pictures = parse_recipe({**MINIMAL, "objective": objective, "embed": embed})
+    plain = parse_recipe(MINIMAL)
+    assert "image_column" not in plain.identity()["embed"]
+    assert with_pictures.identity()["embed"]["image_column"] == "image"

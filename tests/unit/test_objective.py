@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,13 @@ from torch import Tensor
 from piflow.backbones import Conditioning, PixelCodec
 from piflow.config import FlowMatchingConfig, Recipe, parse_recipe
 from piflow.imitation import ImitationSettings
-from piflow.objective import FlowMatchingObjective, Pictures, PiIDObjective
+from piflow.objective import (
+    CleanLatents,
+    FlowMatchingObjective,
+    PiIDObjective,
+    drawn_latents,
+    stored_latents,
+)
 from piflow.policies import GMFlowPolicy
 from piflow.schedule import FlowSchedule, segments
 from piflow.step import micro_batch_generator
@@ -36,6 +42,7 @@ class Prompts:
     width: int = 8
     prompts: tuple[str, ...] = ("a", "b", "c")
     prompt_ids: tuple[str, ...] = ("1", "2", "3")
+    latents: Tensor | None = None
 
 
 @pytest.fixture
@@ -78,12 +85,15 @@ def draw(prompts: Sequence[str], generator: torch.Generator) -> Tensor:
     return torch.rand(len(prompts), 3, 16, 8, generator=generator) * 2 - 1
 
 
+DRAWN = drawn_latents(PixelCodec(), draw, CPU)
+
+
 def run_pi_id(
     ours: Recipe,
     batch: Prompts,
     empty: Conditioning,
     step: int = 0,
-    pictures: Pictures | None = None,
+    clean: CleanLatents | None = None,
 ) -> tuple[Tensor, list[tuple[float, bool]], dict[str, Tensor]]:
     """Total, the parts that went to `backward`, and the gradients."""
     trio = build_trio(ours)
@@ -93,7 +103,7 @@ def run_pi_id(
         parts.append((loss.item(), last))
         loss.backward()
 
-    objective = PiIDObjective(trio, PixelCodec(), empty, ours, CPU, pictures)
+    objective = PiIDObjective(trio, PixelCodec(), empty, ours, CPU, clean)
     total = objective(batch, step, micro_batch_generator(0, step, 0), backward)
     gradients = {
         name: parameter.grad.clone()
@@ -210,7 +220,7 @@ def test_data_dependent_pi_id_starts_from_noised_pictures(
         noise = torch.randn(x0.shape, generator=replay)
         flow: Any = KnownFlow(x0)
         calls: list[bool] = []
-        objective = PiIDObjective(flow, PixelCodec(), empty, ours, CPU, draw)
+        objective = PiIDObjective(flow, PixelCodec(), empty, ours, CPU, DRAWN)
         note = partial(lambda calls, loss, last: calls.append(last), calls)
         loss = objective(batch, step, micro_batch_generator(0, step, 0), note)
         ((x, sigma),) = flow.starts
@@ -221,12 +231,32 @@ def test_data_dependent_pi_id_starts_from_noised_pictures(
     assert len(torch.cat(found).unique()) == 3  # every segment is drawn at times
 
 
+def test_stored_latents_are_trained_on_as_they_are(
+    flux_folder: Path, batch: Prompts, empty: Conditioning
+) -> None:
+    """Nothing is drawn for them, so the noise is the generator's first."""
+    stored = {"type": "pi_id", "data": "dependent", "pictures": "store", "nfe": 3}
+    embed = SQUARE | {"image_column": "image"}
+    ours = recipe(flux_folder, objective=stored, embed=embed)
+    latents = torch.randn(3, 12, 8, 4, generator=torch.Generator().manual_seed(7))
+    flow: Any = KnownFlow(latents)
+    objective = PiIDObjective(flow, PixelCodec(), empty, ours, CPU, stored_latents)
+    generator = micro_batch_generator(0, 0, 0)
+    loss = objective(replace(batch, latents=latents), 0, generator, lambda loss, last: None)
+    noise = torch.randn(latents.shape, generator=micro_batch_generator(0, 0, 0))
+    ((x, sigma),) = flow.starts
+    torch.testing.assert_close(x, torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1)))
+    assert loss.item() < 1e-4
+    with pytest.raises(ValueError, match="brought no latents"):
+        objective(batch, 0, generator, lambda loss, last: None)
+
+
 def test_data_dependent_pi_id_trains_the_student(
     flux_folder: Path, batch: Prompts, empty: Conditioning
 ) -> None:
     ours = recipe(flux_folder, objective=DEPENDENT, embed=SQUARE)
-    total, parts, gradients = run_pi_id(ours, batch, empty, pictures=draw)
-    again, _, same = run_pi_id(ours, batch, empty, pictures=draw)
+    total, parts, gradients = run_pi_id(ours, batch, empty, clean=DRAWN)
+    again, _, same = run_pi_id(ours, batch, empty, clean=DRAWN)
     assert [last for _, last in parts] == [True] and total.item() == pytest.approx(parts[0][0])
     assert torch.equal(total, again)
     assert all(torch.equal(gradient, same[name]) for name, gradient in gradients.items())
@@ -241,13 +271,12 @@ def test_pi_id_refuses_what_does_not_fit(
     with pytest.raises(ValueError, match="expected objective.type pi_id, got flow_matching"):
         PiIDObjective(flow, PixelCodec(), empty, pretraining, CPU)
     with pytest.raises(ValueError, match="data = free needs no source of pictures, got one"):
-        PiIDObjective(flow, PixelCodec(), empty, recipe(flux_folder), CPU, draw)
+        PiIDObjective(flow, PixelCodec(), empty, recipe(flux_folder), CPU, DRAWN)
     dependent = recipe(flux_folder, objective=DEPENDENT, embed=SQUARE)
     with pytest.raises(ValueError, match="data = dependent needs a source of pictures, got none"):
         PiIDObjective(flow, PixelCodec(), empty, dependent, CPU)
-    wrong = PiIDObjective(
-        flow, PixelCodec(), empty, dependent, CPU, lambda prompts, _: torch.zeros(3, 3, 16, 16)
-    )
+    squares = drawn_latents(PixelCodec(), lambda prompts, _: torch.zeros(3, 3, 16, 16), CPU)
+    wrong = PiIDObjective(flow, PixelCodec(), empty, dependent, CPU, squares)
     with pytest.raises(ValueError, match=r"returned \(3, 3, 16, 16\) for 3 prompts of 16x8 pixels"):
         wrong(batch, 0, micro_batch_generator(0, 0, 0), lambda loss, last: None)
 
@@ -276,7 +305,9 @@ def flow_matching(
         assert list(prompts) == ["a", "b", "c"]
         return pictures
 
-    return FlowMatchingObjective(oracle, PixelCodec(), fixed, empty, config, CPU)
+    return FlowMatchingObjective(
+        oracle, drawn_latents(PixelCodec(), fixed, CPU), empty, config, CPU
+    )
 
 
 def test_flow_matching_target_is_noise_minus_data(batch: Prompts, empty: Conditioning) -> None:

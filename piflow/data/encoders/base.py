@@ -185,7 +185,7 @@ def files_sha256(models: Mapping[str, Path], tokenizers: Mapping[str, Path]) -> 
         files = _matching(folder, _MODEL_FILES)
         if not any(file.suffix == ".safetensors" for file in files):
             raise ValueError(
-                f"encoder folder {uri} holds no .safetensors weights (pickled weights are never "
+                f"folder {uri} holds no .safetensors weights (pickled weights are never "
                 "read); convert them with `save_pretrained`"
             )
         _update(digest, files)

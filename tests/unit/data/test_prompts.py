@@ -15,6 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from piflow.config import EmbedConfig
+from piflow.data import prompts as prompts_module
 from piflow.data.prompts import (
     FORMATS,
     Prompt,
@@ -390,3 +391,61 @@ def test_a_parquet_column_of_another_type_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent.txt"):
         _read(tmp_path / "absent.txt")
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("ending", COLUMN_FORMATS)
+def test_pictures_are_named_from_the_prompts_files_folder(tmp_path: Path, ending: str) -> None:
+    images = ["pictures/a.png", "/data/b.png", "s3://bucket/c.png", "", "pictures/a.png"]
+    path = _write(tmp_path / f"p{ending}", ["x", "x", "x", "x", "x"], image=images)
+    found = _read(path, image_column="image")
+    assert found.duplicates == 1
+    pictures = [prompt.picture for prompt in found.prompts]
+    assert [(p.key, p.uri) for p in pictures if p is not None] == [
+        ("pictures/a.png", f"{tmp_path}/pictures/a.png"),
+        ("/data/b.png", "/data/b.png"),
+        ("s3://bucket/c.png", "s3://bucket/c.png"),
+        ("", ""),
+    ]
+    assert len({prompt.prompt_id for prompt in found.prompts}) == 4
+    assert _read(path).duplicates == 4  # only where the recipe names the column
+
+
+def test_the_same_name_in_two_folders_is_two_pictures(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        _write(tmp_path / folder / "p.jsonl", ["x"], image=["a.png"])
+    found = _read(f"{tmp_path}/*/p.jsonl", image_column="image").prompts
+    assert [p.picture.key for p in found if p.picture is not None] == ["one/a.png", "two/a.png"]
+    moved = (tmp_path / "one").rename(tmp_path / "three")
+    alone = _read(moved / "p.jsonl", image_column="image").prompts[0]
+    assert alone.picture is not None and alone.picture.key == "a.png"
+
+
+def test_pictures_keep_s3_queries_and_quote_names(tmp_path: Path) -> None:
+    uri = "s3://bucket/data/p.jsonl?region=eu"
+    row = prompts_module._Row(1, "x", None, None, "a b/c#d.png")
+    picture = prompts_module._to_picture(row, uri, "")
+    assert picture.key == "a b/c#d.png"
+    assert picture.uri == "s3://bucket/data/a%20b/c%23d.png?region=eu"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("p.txt", "has no columns, but embed.image_column is 'image'"),
+        ("p.jsonl", "no line has image; check embed.image_column"),
+        ("p.csv", "no column 'image'; available: n, prompt; set embed.image_column"),
+        ("p.parquet", "no column 'image'; available: n, prompt; set embed.image_column"),
+    ],
+)
+def test_a_missing_image_column_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _read(_write(tmp_path / name, ["x"]), image_column="image")
+
+
+def test_a_picture_of_another_type_is_refused(tmp_path: Path) -> None:
+    path = _save(tmp_path / "p.jsonl", b'{"prompt": "x", "image": 7}\n')
+    with pytest.raises(ValueError, match="line 1: the picture must be a path, a URI or bytes"):
+        _read(path, image_column="image")

@@ -229,7 +229,7 @@ def test_a_corrupt_manifest_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"inputs": {"schema_version": 99}}))
-    with pytest.raises(StoreError, match="format version 99, this piflow reads 2; remove"):
+    with pytest.raises(StoreError, match="format version 99, this piflow reads 2 and 3; remove"):
         read_manifest(str(tmp_path))
 
 
@@ -315,7 +315,7 @@ def test_a_whole_shard_is_reused_with_what_was_known_of_it(
     entry, report = reusable_shard(uri, plan, inputs) or pytest.fail("not reused")
     encoded = [EncodedPrompt(torch.ones(2, 8), torch.ones(6), i > 3) for i in range(6)]
     assert (entry, report) == write_shard(uri, plan, encoded, inputs)
-    assert report.count == 2 and report.examples == ("p4", "p5")
+    assert report.truncated == 2 and report.examples == ("p4", "p5")
 
 
 def test_other_inputs_prompts_or_damage_forbid_reuse(

@@ -1,0 +1,161 @@
+"""Prompts with pictures -> latents in the store, by real Ray Data actors and a VAE."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from piflow.backbones import build_codec
+from piflow.config import Recipe, parse_recipe
+from piflow.data.latents import fit_picture
+from piflow.data.store import EmbeddingStore, StoreError, StoreManifest
+from piflow.runtime.driver import check_store
+from piflow.tiny import save_model
+from pipelines import embed
+
+COUNT = 12
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("ray_cluster")]
+
+
+def _recipe(folder: Path, **embed_keys: object) -> Recipe:
+    return parse_recipe(
+        {
+            "name": "pictures-test",
+            "run_dir": str(folder / "run"),
+            "model": {
+                "family": "dit", "codec": "vae", "path": str(folder / "model" / "transformer"),
+            },
+            "encoder": {"type": "class_label", "num_classes": 20},
+            "embed": {
+                "prompts": str(folder / "prompts.jsonl"), "image_column": "image",
+                "height_column": "h", "width_column": "w", "latent_dtype": "fp32",
+                "store": str(folder / "store"), "height": 16, "width": 16,
+                "rows_per_shard": 5, "rows_per_group": 3, "batch_size": 2,
+                **embed_keys,
+            },
+            "objective": {"data": "dependent", "pictures": "store"},
+        }
+    )  # fmt: skip
+
+
+def _name(number: int) -> str:
+    return f"pictures/{number}.png"
+
+
+@pytest.fixture(scope="module")
+def folder(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve prompts of two sizes with pictures, the first one also with another; their store."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "pictures").mkdir()
+    random = np.random.default_rng(0)
+    rows: list[dict[str, object]] = []
+    for number in range(COUNT):
+        pixels = random.integers(0, 256, (40, 20 + number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / _name(number))
+        rows.append({"prompt": str(number), "image": _name(number), "h": 16 + 8 * (number % 2),
+                     "w": 16})  # fmt: skip
+    rows += [{**rows[0], "image": _name(1)}, rows[3]]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = _recipe(folder)
+    save_model(
+        folder / "model", recipe.model, recipe.encoder, size=16, guidance_embeds=False, seed=0
+    )
+    embed.main(recipe, show_progress=False)
+    return folder
+
+
+def _files(folder: Path, store: str = "store") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / store).iterdir())}
+
+
+def test_latents_are_those_of_the_recipes_vae(folder: Path) -> None:
+    """Each of the thirteen pairs of prompt and picture once, whatever actor made it."""
+    store = check_store(_recipe(folder))
+    assert store.manifest.num_rows == COUNT + 1 and not store.manifest.skipped_pictures
+    assert [b.latent_shape for b in store.manifest.buckets] == [(4, 8, 8), (4, 12, 8)]
+    batch = store.read(range(COUNT + 1))
+    assert batch.latents is not None
+    assert sorted(batch.prompts) == sorted([*map(str, range(COUNT)), "0"])
+    codec = build_codec(_recipe(folder).model)
+    names = store.index()["picture"].to_pylist()
+    for name, height, width, latent in zip(
+        names, batch.heights, batch.widths, batch.latents, strict=True
+    ):
+        picture = fit_picture((folder / name).read_bytes(), height, width)
+        assert torch.equal(latent, codec.encode(picture[None])[0])
+
+
+def test_an_interrupted_job_ends_in_the_same_bytes(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _files(folder)
+    store = folder / "store"
+    manifest = StoreManifest.model_validate_json(before["manifest.json"])
+    (store / "manifest.json").unlink()
+    (store / "job.json").write_text(manifest.inputs.model_dump_json())
+    (store / "shard-00001.parquet").unlink()
+    embed.main(_recipe(folder))
+    assert _files(folder) == before
+    told = capsys.readouterr().err
+    assert "3 of 4 files are there already" in told
+    assert f"take {manifest.times_smaller:.1f} times less than padded to 512 tokens" in told
+    embed.verify(_recipe(folder))
+    assert "13 prompts with latents of their pictures" in capsys.readouterr().out
+
+
+def test_damage_to_latents_is_found(folder: Path) -> None:
+    path = folder / "store" / "shard-00001.parquet"
+    whole = path.read_bytes()
+    latent = EmbeddingStore.open(str(folder / "store")).read([6]).latents
+    assert latent is not None
+    place = whole.index(latent[0].numpy().tobytes())
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    try:
+        with pytest.raises(StoreError, match="shard-00001.parquet.*corrupt .row group 0"):
+            embed.verify(_recipe(folder))
+    finally:
+        path.write_bytes(whole)
+
+
+def test_another_vae_or_number_format_is_refused(folder: Path) -> None:
+    with pytest.raises(StoreError, match="latents: .*fp32.* there, .*bf16.* in the recipe"):
+        embed.main(_recipe(folder, latent_dtype="bf16"), show_progress=False)
+    other = _recipe(folder)
+    pixels = other.model_copy(update={"model": other.model.model_copy(update={"codec": "pixels"})})
+    with pytest.raises(StoreError, match="made by AutoencoderKL.*the recipe's model has pixels"):
+        check_store(pixels)
+
+
+def test_bad_pictures_stop_or_are_left_out_and_listed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was encoded before the job stopped stays and is the same as in the whole store."""
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    bad = {"2": b"no picture", "7": (folder / _name(7)).read_bytes()[:300]}
+    for row in rows[: COUNT + 1]:
+        if row["prompt"] in bad:
+            (tmp_path / row["prompt"]).write_bytes(bad[row["prompt"]])
+            row["image"] = str(tmp_path / row["prompt"])
+        else:
+            row["image"] = str(folder / row["image"])
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows[: COUNT + 1]))
+    places = {"prompts": str(prompts), "store": str(tmp_path / "store")}
+    with pytest.raises(ValueError, match="of prompt '2': not a readable image.*bad_pictures"):
+        embed.main(_recipe(folder, **places), show_progress=False)
+    manifest = embed.main(_recipe(folder, **places, bad_pictures="skip"))
+    assert "2 prompt(s) were left out for their pictures" in capsys.readouterr().err
+    assert [Path(item.picture).name for item in manifest.skipped_pictures] == ["2", "7"]
+    assert [bucket.rows for bucket in manifest.buckets] == [6, 5]
+    store = EmbeddingStore.open(str(tmp_path / "store"))
+    store.verify()
+    found, whole = store.read(range(11)), EmbeddingStore.open(str(folder / "store")).read(range(13))
+    assert found.latents is not None and whole.latents is not None
+    expected = [x for t, x in zip(whole.prompts, whole.latents, strict=True) if t not in bad]
+    assert all(torch.equal(a, b) for a, b in zip(found.latents, expected, strict=True))
