@@ -445,8 +445,8 @@ class EncodedRows(RowReader):
         self._closed = step.closed
         self._encoded = {visit.group: rows for visit, rows in self._open.items()}
 
-    def _row_group(self, number: int) -> pa.RecordBatch:
-        return self._encoded[number]
+    def _row_groups(self, numbers: list[int]) -> dict[int, pa.RecordBatch]:
+        return {number: self._encoded[number] for number in numbers}
 
 
 def start_encoder(recipe: Recipe, start: int, num_ranks: int) -> Any:

@@ -32,6 +32,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, islice, pairwise
@@ -83,6 +84,7 @@ _LATENT_COMPRESSION = {"picture": "zstd", "latent": "none", "latent_shape.list.e
 _METADATA_KEY = b"piflow"
 _FP8_MAX = 448.0
 _PADDED_TOKENS = 512  # what FLUX.1's and Qwen-Image's pipelines pad to at most
+_READS = 4  # row groups that are read side by side
 _REMEDY = "delete it and run `piflow embed` again: only what is missing is made anew"
 
 
@@ -832,7 +834,7 @@ class EmbeddingStore:
 
 
 class RowReader:
-    """Reads rows by number; keeps open files and the row groups used last.
+    """Reads rows by number; keeps the row groups used last, and no file open.
 
     Holds no torch and no Ray object, so it starts fast in a reading process.
 
@@ -850,7 +852,7 @@ class RowReader:
         self._columns = columns
         self._kept_groups = kept_groups
         self._cache: dict[int, OrderedDict[int, pa.RecordBatch]] = {}  # by bucket, then row group
-        self._files: dict[int, pq.ParquetFile] = {}
+        self._metadata: dict[int, pq.FileMetaData] = {}  # of shards, as far as they were opened
         self.damaged: set[int] = set()  # row groups, numbered through all shards
 
     @cached_property
@@ -887,7 +889,7 @@ class RowReader:
             if group in self.damaged:
                 return False
             try:
-                self._row_group(group)
+                self._row_groups([group])
             except DamageError:
                 continue
             return True
@@ -901,30 +903,55 @@ class RowReader:
             StoreError: a row group can't be read; names shard and row group.
         """
         owners = self.group_of(numbers)
-        groups = {owner: self._row_group(owner) for owner in np.unique(owners).tolist()}
+        groups = self._row_groups(np.unique(owners).tolist())
         starts = np.concatenate([[0], self._ends])[owners]
         # slices are free and joining them copies each row once; `take` would copy it three times
-        rows = [
-            groups[owner].slice(offset, 1)
-            for owner, offset in zip(owners.tolist(), (numbers - starts).tolist(), strict=True)
-        ]
-        return pa.Table.from_batches(rows).combine_chunks()
+        return pa.Table.from_batches(
+            [
+                pa.concat_batches(
+                    [
+                        groups[owner].slice(offset, 1)
+                        for owner, offset in zip(
+                            owners.tolist(), (numbers - starts).tolist(), strict=True
+                        )
+                    ]
+                )
+            ]
+        )
 
-    def _row_group(self, number: int) -> pa.RecordBatch:
-        shard, group = self._groups[number]
-        entry = self._store.manifest.shards[shard]
-        kept = self._cache.setdefault(entry.row_groups[group].bucket, OrderedDict())
-        if number not in kept:
-            if len(kept) >= self._kept_groups:
+    def _row_groups(self, numbers: list[int]) -> dict[int, pa.RecordBatch]:
+        """Row groups by number; those that aren't in memory are read side by side."""
+        missing = [number for number in numbers if number not in self._cache_of(number)]
+        found = {number: self._cache_of(number)[number] for number in set(numbers) - set(missing)}
+        if len(missing) > 1:
+            found |= zip(missing, self._pool.map(self._read, missing), strict=True)
+        elif missing:
+            found[missing[0]] = self._read(missing[0])
+        for number in numbers:
+            kept = self._cache_of(number)
+            kept[number] = found[number]
+            kept.move_to_end(number)
+            if len(kept) > self._kept_groups:
                 kept.popitem(last=False)
-            if shard not in self._files:
-                self._files[shard] = _open_shard(self._store.uri, entry.path)
-            table = _read_row_group(
-                self._store.uri, entry.path, group, self._files[shard], self._columns
-            )
-            kept[number] = table.combine_chunks().to_batches()[0]
-        kept.move_to_end(number)
-        return kept[number]
+        return found
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_READS, thread_name_prefix="row-groups")
+
+    def _cache_of(self, number: int) -> OrderedDict[int, pa.RecordBatch]:
+        """The row groups in memory of a row group's bucket."""
+        shard, group = self._groups[number]
+        bucket = self._store.manifest.shards[shard].row_groups[group].bucket
+        return self._cache.setdefault(bucket, OrderedDict())
+
+    def _read(self, number: int) -> pa.RecordBatch:
+        shard, group = self._groups[number]
+        path = self._store.manifest.shards[shard].path
+        file = _open_shard(self._store.uri, path, self._metadata.get(shard))
+        self._metadata[shard] = file.metadata
+        table = _read_row_group(self._store.uri, path, group, file, self._columns)
+        return table.combine_chunks().to_batches()[0]
 
 
 def read_manifest(uri: str) -> StoreManifest:
@@ -988,18 +1015,23 @@ def _other_encoder(uri: str, found: EncoderIdentity, expected: EncoderIdentity) 
     )
 
 
-def _open_parquet(uri: str) -> pq.ParquetFile:
+def _open_parquet(uri: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     system, path = storage.filesystem(uri)
     return pq.ParquetFile(
-        system.open_input_file(path), pre_buffer=True, page_checksum_verification=True
+        system.open_input_file(path),
+        metadata=metadata,
+        pre_buffer=True,
+        page_checksum_verification=True,
     )
 
 
-def _open_shard(store_uri: str, path: str) -> pq.ParquetFile:
+def _open_shard(
+    store_uri: str, path: str, metadata: pq.FileMetaData | None = None
+) -> pq.ParquetFile:
     uri = storage.join(store_uri, path)
     try:
         with storage.explained(uri):
-            return _open_parquet(uri)
+            return _open_parquet(uri, metadata)
     except (pa.ArrowException, OSError) as error:
         raise _trouble(store_uri, path)(
             f"cannot open {path} of embedding store {store_uri}: {error}; if it is damaged, "
