@@ -1,0 +1,212 @@
+"""Whole runs whose storage or tracking fails: servers that die, a full disk, damaged bytes.
+
+All share a cluster of one node and one embedding store; each has one worker. What a run came to is
+compared with one that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from piflow import rundir, storage
+from piflow.checkpoint import load_tensors, verify_checkpoint
+from piflow.config import parse_recipe
+from tests.faults.runs import SmallRun, cluster_environment, small_recipe, wait_until, write_inputs
+from tests.servers import MlflowServer
+
+pytestmark = pytest.mark.timeout(900)
+STEPS = 20
+MLFLOW_OUTAGE_SECONDS = 60.0
+PACE = 0.5
+EMBED = "from piflow.cli import main; main()"
+
+
+@pytest.fixture(scope="module")
+def address(environment: dict[str, str]) -> Iterator[str]:
+    """A cluster of one node with room for one worker."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, address: str) -> Path:
+    """The inputs of all runs, and their store."""
+    folder = tmp_path_factory.mktemp("outages")
+    write_inputs(folder)
+    run = new_run(folder, address, "inputs")
+    run.write_recipe()
+    subprocess.run(
+        [sys.executable, "-c", EMBED, "embed", str(run.recipe_file), "--quiet"],
+        env=run.environment, check=True, timeout=300,
+    )  # fmt: skip
+    return folder
+
+
+def new_run(folder: Path, address: str, name: str, pace: float = 0.0, **changes: Any) -> SmallRun:
+    """A run that checkpoints every fifth step; `changes` replace keys of sections, or values."""
+    training = {"steps": STEPS, "checkpoint_every": 5, "keep_last": 2}
+    runtime = {"num_workers": 1, "strategy": "single", "max_failures": 0}
+    tree = small_recipe(folder, name, training=training, runtime=runtime).model_dump(mode="json")
+    tree["tracking"]["uri"] = f"sqlite:///{folder / name}.db"
+    for key, value in changes.items():
+        tree[key] = tree[key] | value if isinstance(value, dict) else value
+    return SmallRun(folder, parse_recipe(tree), cluster_environment(address), pace)
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path, address: str) -> SmallRun:
+    """The run that nothing happens to."""
+    run = new_run(folder, address, "straight")
+    complete(run)
+    return run
+
+
+def complete(run: SmallRun) -> None:
+    with run.running() as driver:
+        run.finish(driver)
+
+
+def fail(run: SmallRun) -> str:
+    """What it says when it gives up, in one line."""
+    with run.running() as driver:
+        assert driver.wait(300) == 1, run.log
+    return " ".join(run.log.split())
+
+
+def weights(run: SmallRun) -> dict[str, torch.Tensor]:
+    uri = rundir.checkpoints(run.recipe.run_dir)[STEPS]
+    return load_tensors(storage.local_folder(uri, run.folder / "downloads"), "trainable")
+
+
+def require_equal(run: SmallRun, straight: SmallRun) -> None:
+    """The uninterrupted run's prompts, losses and weights, and a step axis without a gap."""
+    assert run.status() == "FINISHED"
+    assert run.sequence() == straight.sequence()
+    points = run.losses()
+    assert [step for step, _ in points] == list(range(1, STEPS + 1))
+    expected = [loss for _, loss in straight.losses()]
+    assert [loss for _, loss in points] == pytest.approx(expected, rel=1e-6)
+    ours, theirs = weights(run), weights(straight)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    half = set(storage.list_files(storage.join(run.recipe.run_dir, "checkpoints")))
+    assert {name.partition("/")[0] for name in half if name.startswith("step_")} == {
+        rundir.checkpoint_name(step) for step in rundir.checkpoints(run.recipe.run_dir)
+    }, "half checkpoints are left"
+
+
+# ---------------------------------------------------------------------------------------- MLflow
+
+
+def test_an_mlflow_server_that_comes_late_and_dies_for_a_minute(
+    folder: Path, address: str, tmp_path: Path
+) -> None:
+    """Promise: needed at the start only; all points arrive once, with the times they had."""
+    server = MlflowServer(tmp_path)
+    steps = 150
+    training = {"steps": steps, "checkpoint_every": 10}
+    tracking = {"uri": server.uri}
+    run = new_run(folder, address, "mlflow", PACE, training=training, tracking=tracking)
+    text = fail(run)
+    assert "didn't answer for 20 s: start it, or check tracking.uri" in text
+    assert rundir.read_record(run.recipe.run_dir) is None and not run.lines()
+    server.start()
+    try:
+        server.wait()
+        with run.running() as driver:
+            wait_until(lambda: run.last_step() >= 5, "at step 5", run)
+            server.kill()
+            killed, first = time.time(), run.last_step()
+            time.sleep(MLFLOW_OUTAGE_SECONDS)
+            back, last = time.time(), run.last_step()
+            assert driver.poll() is None and last < steps - 1, "the outage came too late"
+            assert list(Path(run.recipe.run_dir, "tracking-buffer").iterdir())
+            server.start()
+            run.finish(driver)
+        client, run_id = run._client()
+        points = client.get_metric_history(run_id, "loss")
+        events = run.events()
+    finally:
+        server.kill()
+    assert last - first > MLFLOW_OUTAGE_SECONDS / PACE / 4, "training waited for the server"
+    assert sorted(point.step for point in points) == list(range(1, steps + 1))
+    points.sort(key=lambda point: point.step)
+    times = [point.timestamp / 1000 for point in points]
+    assert times == sorted(times)
+    meanwhile = sum(killed < moment < back for moment in times)
+    assert abs(meanwhile - (last - first)) <= 2, "points have the times of their steps"
+    away = [text for name, text in events if name == "tracking-away"]
+    assert len(away) == 1 and away[0].startswith("nothing was delivered for ")
+    assert not list(Path(run.recipe.run_dir, "tracking-buffer").iterdir())
+
+
+# -------------------------------------------------------------------------- a full disk and damage
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of its own."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small tmpfs can't be mounted here; run it as root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leave 4 KiB free; returns the file that takes the rest."""
+    ballast = disk / "ballast"
+    usage = os.statvfs(disk)
+    with ballast.open("wb") as file:
+        file.write(bytes(max(usage.f_bavail * usage.f_frsize - 4096, 0)))
+    return ballast
+
+
+def flip_a_byte(file: Path, place: float = 0.5) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_full_disk_and_then_a_flipped_byte(
+    folder: Path, address: str, straight: SmallRun, tmp_path: Path
+) -> None:
+    """Promise: says so and keeps the checkpoints; damage costs the steps to the one before."""
+    with small_disk(tmp_path / "disk", 64) as disk:
+        run = new_run(folder, address, "full-disk", PACE, run_dir=str(disk / "run"))
+        with run.running() as driver:
+            wait_until(lambda: 10 in rundir.checkpoints(run.recipe.run_dir), "saved", run)
+            ballast = fill(disk)
+            assert driver.wait(300) == 1, run.log
+        text = " ".join(run.log.split())
+        assert "could not save checkpoint" in text and "free some space" in text, text
+        assert "Earlier checkpoints are as they were" in text
+        saved = rundir.checkpoints(run.recipe.run_dir)
+        assert list(saved) == [5, 10]
+        assert [verify_checkpoint(Path(uri)).step for uri in saved.values()] == [5, 10]
+        ballast.unlink()
+        flip_a_byte(Path(saved[10], "__0_0.distcp"))
+        complete(run)
+        [told] = [text for name, text in run.events() if name == "damaged-checkpoint"]
+        assert "step 10: __0_0.distcp has sha256" in told or "__0_0.distcp" in told
+        assert "Going on from step 5" in told
+        require_equal(run, straight)
