@@ -47,9 +47,9 @@ class _Variant(_Section):
 class ModelConfig(_Section):
     """The teacher: one diffusers transformer and the codec between pictures and its latents."""
 
-    family: Literal["flux", "qwen_image", "sd3", "dit"] = Field(
+    family: Literal["flux", "flux2", "qwen_image", "sd3", "dit"] = Field(
         "flux",
-        description="the architecture: FLUX.1, Qwen-Image, Stable Diffusion 3(.5), or "
+        description="the architecture: FLUX.1, FLUX.2, Qwen-Image, Stable Diffusion 3(.5), or "
         "class-conditional DiT",
     )
     path: str = Field(

@@ -19,6 +19,7 @@ from piflow.weights import StoredTensor
 if TYPE_CHECKING:
     from piflow.backbones.dit import DiTBackbone
     from piflow.backbones.flux import FluxBackbone
+    from piflow.backbones.flux2 import Flux2Backbone
     from piflow.backbones.qwen_image import QwenImageBackbone
     from piflow.backbones.sd3 import SD3Backbone
 
@@ -27,6 +28,7 @@ __all__ = [
     "Codec",
     "Conditioning",
     "DiTBackbone",
+    "Flux2Backbone",
     "FluxBackbone",
     "OutputLayer",
     "PixelCodec",
@@ -41,6 +43,7 @@ __all__ = [
 
 FAMILIES = {  # name -> class, in the module of the name
     "flux": "FluxBackbone",
+    "flux2": "Flux2Backbone",
     "qwen_image": "QwenImageBackbone",
     "sd3": "SD3Backbone",
     "dit": "DiTBackbone",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -112,12 +112,17 @@ _SCALING_FACTOR = 0.18215  # diffusers' default for AutoencoderKL; its oldest fi
 
 @dataclass(frozen=True)
 class _LatentSpace:
-    """A VAE's geometry and its latents' normalisation, `(z - shift) · scale` by channel."""
+    """A VAE's geometry and its latents' normalisation, `(z - shift) · scale` by channel.
+
+    Attributes:
+        shift, scale: one value, or one a channel; None: they are in the VAE's batch norm, one for
+            each channel and place in a 2×2 patch.
+    """
 
     channels: int
     factor: int  # pixels a latent pixel, each way
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
+    shift: tuple[float, ...] | None
+    scale: tuple[float, ...] | None
     has_frames: bool  # a video VAE: (B, C, T, H, W), pictures are one frame
 
 
@@ -125,7 +130,8 @@ class VAECodec:
     """A diffusers VAE in float32: the posterior's mean, normalised as the pipelines do.
 
     `AutoencoderKL` (FLUX.1, Stable Diffusion, DiT): `(z - shift_factor) · scaling_factor`.
-    `AutoencoderKLQwenImage`: `(z - latents_mean) / latents_std` by channel. Pictures go through
+    `AutoencoderKLQwenImage`: `(z - latents_mean) / latents_std` by channel. `AutoencoderKLFlux2`:
+    its batch norm's running mean and deviation over 2×2 patches. Pictures go through
     one by one, so that memory is one picture's and results don't depend on the batch.
 
     Args:
@@ -133,7 +139,7 @@ class VAECodec:
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: it isn't one of these two classes' VAE of RGB pictures.
+        ValueError: it isn't one of these three classes' VAE of RGB pictures.
     """
 
     def __init__(self, uri: str) -> None:
@@ -151,6 +157,7 @@ class VAECodec:
             raise ValueError(
                 f"config.json of VAE {uri} lacks what {self._class_name} needs: {error}"
             ) from error
+        self._patch = 2 if self._space.shift is None else 1  # of what is normalised
         self._vae: Any = None
 
     @property
@@ -179,8 +186,9 @@ class VAECodec:
         vae = self._on(pictures.device)
         inputs = pictures.unsqueeze(2) if self._space.has_frames else pictures
         z = vae.encode(inputs).latent_dist.mode()
-        shift, scale = self._normalisation(pictures.device)
-        return ((z[:, :, 0] if self._space.has_frames else z) - shift) * scale
+        shift, scale = self._normalisation(vae, pictures.device)
+        z = F.pixel_unshuffle(z[:, :, 0] if self._space.has_frames else z, self._patch)
+        return F.pixel_shuffle((z - shift) * scale, self._patch)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -192,17 +200,22 @@ class VAECodec:
         _check_latents(latents, self._space.channels)
         latents = latents.float()
         vae = self._on(latents.device)
-        shift, scale = self._normalisation(latents.device)
-        z = latents / scale + shift
+        shift, scale = self._normalisation(vae, latents.device)
+        z = F.pixel_unshuffle(latents, self._patch) / scale + shift
+        z = F.pixel_shuffle(z, self._patch)
         pictures = vae.decode(z.unsqueeze(2) if self._space.has_frames else z).sample
         return pictures[:, :, 0] if self._space.has_frames else pictures
 
-    def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        shift, scale = (
-            torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-            for values in (self._space.shift, self._space.scale)
-        )
-        return shift, scale
+    def _normalisation(self, vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Shift and scale, each `(1, 1, 1, 1)`, `(1, C, 1, 1)` or, of patches, `(1, 4C, 1, 1)`."""
+        if self._space.shift is None:
+            shift, scale = vae.bn.running_mean, torch.rsqrt(vae.bn.running_var + vae.bn.eps)
+        else:
+            shift, scale = (
+                torch.tensor(values, dtype=torch.float32, device=device)
+                for values in (self._space.shift, self._space.scale)
+            )
+        return shift.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)
 
     def _on(self, device: torch.device) -> Any:
         """The VAE on this device, loaded when it is first needed."""
@@ -212,11 +225,10 @@ class VAECodec:
 
 
 def _load_vae(class_name: str, uri: str) -> Any:
-    from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+    import diffusers
 
-    vae_class = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLQwenImage": AutoencoderKLQwenImage}
     try:
-        vae, info = vae_class[class_name].from_pretrained(
+        vae, info = getattr(diffusers, class_name).from_pretrained(
             str(storage.local_folder(uri)),
             local_files_only=True,
             use_safetensors=True,
@@ -245,6 +257,12 @@ def _space_of_kl(config: dict[str, Any]) -> _LatentSpace:
     )
 
 
+def _space_of_flux2(config: dict[str, Any]) -> _LatentSpace:
+    if list(config.get("patch_size", (2, 2))) != [2, 2]:
+        raise ValueError(f"the VAE has patch_size {config['patch_size']}; expected [2, 2]")
+    return replace(_space_of_kl(config), shift=None, scale=None)
+
+
 def _space_of_qwen_image(config: dict[str, Any]) -> _LatentSpace:
     _require_rgb(config.get("input_channels", 3))
     std = torch.tensor(config["latents_std"], dtype=torch.float32)
@@ -259,6 +277,7 @@ def _space_of_qwen_image(config: dict[str, Any]) -> _LatentSpace:
 
 _LATENT_SPACES = {
     "AutoencoderKL": _space_of_kl,
+    "AutoencoderKLFlux2": _space_of_flux2,
     "AutoencoderKLQwenImage": _space_of_qwen_image,
 }
 

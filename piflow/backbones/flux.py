@@ -67,16 +67,16 @@ class FluxBackbone(TransformerBackbone):
         """
         if config["patch_size"] != 1:
             raise ValueError(
-                f"expected patch_size 1 (FLUX.1 packs its patches before the model), got "
+                f"expected patch_size 1 (FLUX packs its patches before the model), got "
                 f"{config['patch_size']}"
             )
         check_packing(config)
         if not config["guidance_embeds"]:
-            check_no_guidance("FluxTransformer2DModel", embedded_guidance)
+            check_no_guidance("FLUX transformer", embedded_guidance)
         elif embedded_guidance is None:
             raise ValueError(
                 "this model takes an embedded guidance (guidance_embeds is true) but none was "
-                "given: set guidance.embedded, 3.5 for FLUX.1-dev"
+                "given: set guidance.embedded, 3.5 for FLUX.1-dev, 4 for FLUX.2-dev"
             )
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from diffusers import (
     DiTTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -30,6 +31,7 @@ from piflow.backbones import (
     Backbone,
     Conditioning,
     DiTBackbone,
+    Flux2Backbone,
     FluxBackbone,
     QwenImageBackbone,
     SD3Backbone,
@@ -53,6 +55,22 @@ def flux() -> Case:
     )
     cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), torch.randn(3, 5))
     return FluxBackbone(model.eval()), cond, (4, 8)
+
+
+def flux2() -> Case:
+    torch.manual_seed(0)
+    model = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        timestep_guidance_channels=8,
+        axes_dims_rope=(2, 2, 2, 2),
+    )
+    cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4))
+    return Flux2Backbone(model.eval(), embedded_guidance=4.0), cond, (4, 8)
 
 
 def qwen_image() -> Case:
@@ -118,7 +136,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "make" not in metafunc.fixturenames:
         return
     named = metafunc.config.getoption("--backbone")
-    cases = [_import(named)] if named else [flux, qwen_image, sd3, dit, documented]
+    cases = [_import(named)] if named else [flux, flux2, qwen_image, sd3, dit, documented]
     metafunc.parametrize("make", cases, ids=[case.__name__ for case in cases])
 
 

@@ -103,7 +103,7 @@ def test_recipe_dtype(flux_folder: Path, flux_inputs: Any) -> None:
 def test_embedded_guidance_must_fit(flux_folder: Path, flux_config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="set guidance.embedded"):
         FluxBackbone(FluxTransformer2DModel(**flux_config, guidance_embeds=True))
-    with pytest.raises(ValueError, match="this FluxTransformer2DModel takes none"):
+    with pytest.raises(ValueError, match="this FLUX transformer takes none"):
         FluxBackbone.load(flux_folder, embedded_guidance=3.5)
 
 
