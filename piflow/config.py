@@ -85,6 +85,16 @@ class FluxEncoderConfig(_Variant):
     )
 
 
+class Flux2EncoderConfig(_Variant):
+    """FLUX.2's text encoder: Mistral 3 after the family's system message, three layers' states."""
+
+    type: Literal["flux2"] = "flux2"
+    path: str = Field(description="URI of a folder with text_encoder and tokenizer")
+    max_tokens: Positive = Field(
+        512, description="tokens, with the system message's, that a prompt is padded or cut to"
+    )
+
+
 class QwenImageEncoderConfig(_Variant):
     """Qwen-Image's text encoder: Qwen2.5-VL under the family's template."""
 
@@ -116,6 +126,7 @@ class ClassLabelEncoderConfig(_Variant):
 EncoderConfig = (
     BertEncoderConfig
     | FluxEncoderConfig
+    | Flux2EncoderConfig
     | QwenImageEncoderConfig
     | SD3EncoderConfig
     | ClassLabelEncoderConfig
@@ -227,7 +238,7 @@ class GuidanceConfig(_Section):
     orthogonal: Fraction = Field(
         0.0, description="share of the parallel part that is projected out"
     )
-    embedded: float | None = Field(None, ge=0, description="FLUX.1-dev's guidance input")
+    embedded: float | None = Field(None, ge=0, description="FLUX's guidance input")
     negative_prompt: str = Field(
         "", description="the other side of classifier-free guidance; `piflow embed` encodes it"
     )
@@ -596,6 +607,7 @@ class Recipe(_Section):
     encoder: Annotated[
         Annotated[BertEncoderConfig, Tag("bert")]
         | Annotated[FluxEncoderConfig, Tag("flux")]
+        | Annotated[Flux2EncoderConfig, Tag("flux2")]
         | Annotated[QwenImageEncoderConfig, Tag("qwen_image")]
         | Annotated[SD3EncoderConfig, Tag("sd3")]
         | Annotated[ClassLabelEncoderConfig, Tag("class_label")],
@@ -696,6 +708,7 @@ class Recipe(_Section):
 
 _ENCODERS = {  # the family's own; bert is for models that were trained with it
     "flux": ("flux", "bert"),
+    "flux2": ("flux2", "bert"),
     "qwen_image": ("qwen_image", "bert"),
     "sd3": ("sd3", "bert"),
     "dit": ("class_label",),
@@ -817,6 +830,7 @@ def _explain(problem: Any) -> str:
 _VARIANTS: dict[str, type[_Section]] = {
     "bert": BertEncoderConfig,
     "flux": FluxEncoderConfig,
+    "flux2": Flux2EncoderConfig,
     "qwen_image": QwenImageEncoderConfig,
     "sd3": SD3EncoderConfig,
     "class_label": ClassLabelEncoderConfig,

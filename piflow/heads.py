@@ -230,5 +230,7 @@ def _trainable_copy(norm: nn.Module) -> nn.Module:
 
 
 def _float_parameters(projection: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias as float32 values on the CPU."""
-    return projection.weight.detach().float().cpu(), projection.bias.detach().float().cpu()
+    """Weight and bias as float32 values on the CPU; a bias that isn't there is zero."""
+    weight = projection.weight.detach().float().cpu()
+    bias: Tensor | None = projection.bias
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float().cpu()

@@ -19,10 +19,12 @@ from piflow.config import (
     BertEncoderConfig,
     ClassLabelEncoderConfig,
     EncoderConfig,
+    Flux2EncoderConfig,
     ModelConfig,
     QwenImageEncoderConfig,
     SD3EncoderConfig,
 )
+from piflow.data.encoders.flux2 import LAYERS
 from piflow.data.encoders.qwen_image import TEMPLATE
 
 PICTURE_MULTIPLE = 4  # pixels; both codecs halve a picture, and the backbones take 2×2 patches
@@ -56,7 +58,7 @@ def save_model(
     Args:
         folder: a local folder.
         size: pixels of the pictures' sides; DiT's latents have this one size.
-        guidance_embeds: whether FLUX takes an embedded guidance.
+        guidance_embeds: whether a FLUX takes an embedded guidance.
         seed: of the weights.
 
     Raises:
@@ -74,7 +76,7 @@ def save_model(
             if isinstance(part, nn.Module):
                 _randomise(part)
         if model.codec == "vae":  # whose fresh weights give pictures that differ
-            parts["vae"] = _qwen_vae() if model.family == "qwen_image" else _kl_vae(size)
+            parts["vae"] = _vae(model.family, size)
     if model.codec == "vae" and not isinstance(encoder, BertEncoderConfig):
         _pipeline(model, parts).save_pretrained(str(folder))
         return
@@ -90,6 +92,7 @@ def _pipeline(model: ModelConfig, parts: dict[str, Any]) -> Any:
         DDIMScheduler,
         DiTPipeline,
         FlowMatchEulerDiscreteScheduler,
+        Flux2Pipeline,
         FluxPipeline,
         QwenImagePipeline,
         StableDiffusion3Pipeline,
@@ -100,6 +103,8 @@ def _pipeline(model: ModelConfig, parts: dict[str, Any]) -> Any:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if model.family == "qwen_image":
         return QwenImagePipeline(scheduler=scheduler, **parts)
+    if model.family == "flux2":
+        return Flux2Pipeline(scheduler=scheduler, **parts)
     if model.family == "sd3":
         return StableDiffusion3Pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts
@@ -119,6 +124,7 @@ def _transformer(
     """Two blocks a stream, so that a first block, a last one and what is between are told apart."""
     from diffusers import (
         DiTTransformer2DModel,
+        Flux2Transformer2DModel,
         FluxTransformer2DModel,
         QwenImageTransformer2DModel,
         SD3Transformer2DModel,
@@ -142,6 +148,17 @@ def _transformer(
             num_layers=2,
             joint_attention_dim=_TEXT_WIDTH,
             axes_dims_rope=_AXES,
+            **_HEADS,
+        )
+    if model.family == "flux2":
+        return Flux2Transformer2DModel(
+            in_channels=4 * channels,
+            num_layers=2,
+            num_single_layers=2,
+            joint_attention_dim=len(LAYERS) * _TEXT_WIDTH,
+            timestep_guidance_channels=_TEXT_WIDTH,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=guidance_embeds,
             **_HEADS,
         )
     if model.family == "sd3":
@@ -170,21 +187,28 @@ def _transformer(
     )
 
 
-def _kl_vae(size: int) -> Any:
-    from diffusers import AutoencoderKL
+def _vae(family: str, size: int) -> Any:
+    from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
-    return AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=_LATENT_CHANNELS["vae"],
-        norm_num_groups=2,
-        layers_per_block=1,
-        sample_size=size,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    if family == "qwen_image":
+        return _qwen_vae()
+    shared: dict[str, Any] = {
+        "block_out_channels": (4, 4),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": _LATENT_CHANNELS["vae"],
+        "norm_num_groups": 2,
+        "layers_per_block": 1,
+        "sample_size": size,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    if family != "flux2":
+        return AutoencoderKL(shift_factor=0.1, **shared)
+    vae: Any = AutoencoderKLFlux2(**shared)
+    nn.init.normal_(vae.bn.running_mean, std=_STD)
+    nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    return vae
 
 
 def _qwen_vae() -> Any:
@@ -211,6 +235,9 @@ def _text_parts(encoder: EncoderConfig) -> dict[str, Any]:
     if isinstance(encoder, QwenImageEncoderConfig):
         tokenizer = _qwen_tokenizer()
         return {"text_encoder": _qwen_model(len(tokenizer)), "tokenizer": tokenizer}
+    if isinstance(encoder, Flux2EncoderConfig):
+        chat_tokenizer = _chat_tokenizer()
+        return {"text_encoder": _mistral_model(len(chat_tokenizer)), "tokenizer": chat_tokenizer}
     clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
     if isinstance(encoder, SD3EncoderConfig):
         return {
@@ -369,3 +396,60 @@ def _qwen_model(vocabulary: int) -> Any:
     }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _chat_tokenizer() -> Any:
+    """Of bytes, with a chat template; FLUX.2's system message, which every prompt has, is a token.
+
+    It pads on the left, so that a token's place depends on its prompt's length.
+    """
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab=_numbered(["<pad>", *alphabet]), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    marks = ["<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"]
+    chat = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        padding_side="left",
+        additional_special_tokens=marks[1:],
+    )
+    chat.add_tokens([SYSTEM_MESSAGE])
+    chat.chat_template = (
+        "{{ bos_token }}{% for message in messages %}"
+        "{% set mark = 'SYSTEM_PROMPT' if message['role'] == 'system' else 'INST' %}"
+        "[{{ mark }}]{{ message['content'][0]['text'] }}[/{{ mark }}]{% endfor %}"
+    )
+    return chat
+
+
+def _mistral_model(vocabulary: int) -> Any:
+    """With one layer more than FLUX.2 asks; its vision part is as small as it can be."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    size = {
+        "hidden_size": _TEXT_WIDTH,
+        "intermediate_size": _TEXT_WIDTH,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    text = {
+        "model_type": "mistral",
+        "vocab_size": vocabulary,
+        "num_hidden_layers": LAYERS[-1] + 1,
+        "num_key_value_heads": 1,
+        **size,
+    }
+    vision = {
+        "model_type": "pixtral",
+        "num_hidden_layers": 1,
+        "image_size": 8,
+        "patch_size": 4,
+        **size,
+    }
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=0)
+    return Mistral3ForConditionalGeneration(config)

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from piflow import storage
 from piflow.backbones.codec import absolute_paths, build_codec
-from piflow.config import FluxEncoderConfig, Recipe, SD3EncoderConfig
+from piflow.config import Flux2EncoderConfig, FluxEncoderConfig, Recipe, SD3EncoderConfig
 from piflow.data.encoders import absolute_path, check_prompts, encoder_identity
 from piflow.data.execution import quiet_context, remote_cause
 from piflow.data.latents import LatentEncoder, codec_identity
@@ -422,7 +422,11 @@ def _present_buckets(job: _Job, shards: list[ShardEntry]) -> tuple[Bucket, ...]:
 def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
     """Unpadded prompts are short; with all of T5's padding a prompt has 8 MB until it is stored."""
     config, encoder = recipe.encoder, job.inputs.encoder
-    if not isinstance(config, FluxEncoderConfig | SD3EncoderConfig) or config.padding != "keep":
+    if isinstance(config, FluxEncoderConfig | SD3EncoderConfig):
+        pads, advice = config.padding == "keep", ", or set encoder.padding = drop"
+    else:
+        pads, advice = isinstance(config, Flux2EncoderConfig), ""
+    if not pads:
         return
     prompt = 4 * encoder.max_tokens * encoder.hidden_size
     largest = prompt * max(len(plan.prompts) for plan in job.plans)
@@ -431,7 +435,7 @@ def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
             console,
             f"warning: each encoder actor holds up to {largest / 1e9:.0f} GB of float32 states "
             f"({prompt / 1e6:.1f} MB a prompt with all padding); lower embed.rows_per_shard, e.g. "
-            "to 256, and embed.rows_per_group to 16, or set encoder.padding = drop",
+            f"to 256, and embed.rows_per_group to 16{advice}",
             style="yellow",
         )
 

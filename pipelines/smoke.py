@@ -263,6 +263,7 @@ def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     """Load the adapter as its users do, and draw one picture with it."""
     from piflow.inference import (
         PiDiTPipeline,
+        PiFlux2Pipeline,
         PiFluxPipeline,
         PiQwenImagePipeline,
         PiSD3Pipeline,
@@ -274,6 +275,7 @@ def _load(recipe: Recipe, base: Path, adapter: str) -> None:
         return
     pipelines: dict[str, Any] = {
         "flux": PiFluxPipeline,
+        "flux2": PiFlux2Pipeline,
         "qwen_image": PiQwenImagePipeline,
         "sd3": PiSD3Pipeline,
         "dit": PiDiTPipeline,
@@ -284,7 +286,7 @@ def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     if recipe.model.family == "dit":
         pipe([int(prompt)])
     else:
-        pipe(prompt, height=recipe.embed.height, width=recipe.embed.width)
+        pipe(prompt=prompt, height=recipe.embed.height, width=recipe.embed.width)
 
 
 def _quiet() -> None:

@@ -164,7 +164,7 @@ class OutputLayer(nn.Module):
 
     Args:
         norm: `(B, T, d)`, `(B, d)` -> `(B, T, d)`, shifted and scaled by the time embedding.
-        projection: d -> 4C with a bias; rows are channel-major, (C, patch position).
+        projection: d -> 4C, with or without a bias; rows are channel-major, (C, patch position).
     """
 
     def __init__(self, norm: nn.Module, projection: nn.Linear) -> None:

@@ -173,7 +173,7 @@ class TransformerBackbone(ABC):
                 "this backbone's output layer was already replaced: load a fresh backbone for "
                 "each trio"
             )
-        return OutputLayer(self.module.get_submodule("norm_out"), _with_bias(projection))
+        return OutputLayer(self.module.get_submodule("norm_out"), projection)
 
     def install_output(self, output: nn.Module) -> None:
         """Makes `output(hidden, temb)` the model's last layer.
@@ -244,18 +244,6 @@ def channel_major(projection: nn.Linear) -> nn.Linear:
     """A copy of the projection with its rows, (patch position, C), as (C, patch position)."""
     rows = torch.arange(projection.out_features, device=projection.weight.device)
     return reordered(projection, rows.reshape(PATCH * PATCH, -1).T.flatten())
-
-
-def _with_bias(projection: nn.Linear) -> nn.Linear:
-    """The projection itself; one without a bias as a layer of its weight and a bias of zeros."""
-    if projection.bias is not None:
-        return projection
-    weight = projection.weight
-    with torch.device("meta"):  # its random weights are never drawn
-        biased = nn.Linear(projection.in_features, projection.out_features)
-    biased.weight = weight
-    biased.bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
-    return biased
 
 
 def reordered(layer: nn.Linear, rows: Tensor) -> nn.Linear:

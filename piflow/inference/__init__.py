@@ -6,7 +6,14 @@ image = pipe("a red heart").images[0]
 
 from piflow.inference.dit import PiDiTPipeline
 from piflow.inference.flux import PiFluxPipeline
+from piflow.inference.flux2 import PiFlux2Pipeline
 from piflow.inference.qwen_image import PiQwenImagePipeline
 from piflow.inference.sd3 import PiSD3Pipeline
 
-__all__ = ["PiDiTPipeline", "PiFluxPipeline", "PiQwenImagePipeline", "PiSD3Pipeline"]
+__all__ = [
+    "PiDiTPipeline",
+    "PiFlux2Pipeline",
+    "PiFluxPipeline",
+    "PiQwenImagePipeline",
+    "PiSD3Pipeline",
+]

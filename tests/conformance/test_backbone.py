@@ -178,10 +178,9 @@ def test_projection_rows_are_channel_major(case: Case) -> None:
     whole = case.backbone.output_layer()
     channel = case.backbone.latent_channels - 1
     rows = slice(4 * channel, 4 * channel + 4)
-    part = nn.Linear(case.backbone.width, 4)
-    part.load_state_dict(
-        {"weight": whole.projection.weight[rows], "bias": whole.projection.bias[rows]}
-    )
+    parameters = {name: value[rows] for name, value in whole.projection.named_parameters()}
+    part = nn.Linear(case.backbone.width, 4, bias="bias" in parameters)
+    part.load_state_dict(parameters)
     case.backbone.install_output(OutputLayer(whole.norm, part))
     torch.testing.assert_close(case.velocity(), expected[:, channel, None], atol=1e-5, rtol=0)
 

@@ -66,6 +66,7 @@ def make_case() -> Callable[[str], tuple[Any, tuple[Any, Any, Any]]]:
     import torch
     from diffusers import (
         DiTTransformer2DModel,
+        Flux2Transformer2DModel,
         FluxTransformer2DModel,
         QwenImageTransformer2DModel,
         SD3Transformer2DModel,
@@ -74,6 +75,7 @@ def make_case() -> Callable[[str], tuple[Any, tuple[Any, Any, Any]]]:
     from piflow.backbones import (
         Conditioning,
         DiTBackbone,
+        Flux2Backbone,
         FluxBackbone,
         QwenImageBackbone,
         SD3Backbone,
@@ -96,6 +98,14 @@ def make_case() -> Callable[[str], tuple[Any, tuple[Any, Any, Any]]]:
             )
             cond = Conditioning(torch.randn(3, 5, 6), torch.tensor([5, 1, 3]))
             return QwenImageBackbone(qwen.eval()), cond, (4, 8)
+        if family == "flux2":
+            flux2 = Flux2Transformer2DModel(
+                in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=6,
+                timestep_guidance_channels=8, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False,
+                **size,
+            )  # fmt: skip
+            cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4))
+            return Flux2Backbone(flux2.eval()), cond, (4, 8)
         if family == "sd3":
             sd3 = SD3Transformer2DModel(
                 in_channels=4, out_channels=4, num_layers=2, sample_size=8, joint_attention_dim=6,

@@ -67,7 +67,7 @@ def save(trio: Trio, folder: Path, policy: str = "gm", **options: Any) -> Path:
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", ["flux", "qwen_image", "sd3", "dit"])
+@pytest.mark.parametrize("family", ["flux", "flux2", "qwen_image", "sd3", "dit"])
 def test_round_trip_samples_the_same(
     family: str, policy: str, full: bool, make_case: MakeCase, tmp_path: Path
 ) -> None:

@@ -394,7 +394,7 @@ def test_an_unknown_variant_names_the_known_ones() -> None:
     assert expected in refusal(policy={"type": "gm"})
     message = refusal(encoder={"type": "t5", "path": "x"})
     assert (
-        "encoder.type: expected one of 'bert', 'flux', 'qwen_image', 'sd3', 'class_label'"
+        "encoder.type: expected one of 'bert', 'flux', 'flux2', 'qwen_image', 'sd3', 'class_label'"
         in message
     )
     assert "policy: " in refusal(policy=3)

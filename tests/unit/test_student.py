@@ -149,7 +149,7 @@ def test_export_and_load_draw_identical_pictures(
 
 @pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
 @pytest.mark.parametrize("mode", ["gm", "grid", "polynomial"])
-@pytest.mark.parametrize("family", ["flux", "qwen_image", "sd3", "dit"])
+@pytest.mark.parametrize("family", ["flux", "flux2", "qwen_image", "sd3", "dit"])
 def test_every_kind_of_student_comes_back(
     family: str, mode: str, lora: Any, make_case: Callable[[str], Any], tmp_path: Path
 ) -> None:

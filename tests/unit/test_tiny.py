@@ -15,6 +15,7 @@ from piflow.config import (
     BertEncoderConfig,
     ClassLabelEncoderConfig,
     EncoderConfig,
+    Flux2EncoderConfig,
     FluxEncoderConfig,
     ModelConfig,
     QwenImageEncoderConfig,
@@ -28,7 +29,7 @@ from piflow.tiny import save_model
 SIZE = 16
 PROMPTS = {"dit": ["3", "4"]}
 PIXELS = "flux-pixels"
-FAMILIES = ["flux", "qwen_image", "sd3", "dit"]
+FAMILIES = ["flux", "flux2", "qwen_image", "sd3", "dit"]
 
 
 def sections(kind: str, folder: Path) -> tuple[ModelConfig, EncoderConfig]:
@@ -38,6 +39,7 @@ def sections(kind: str, folder: Path) -> tuple[ModelConfig, EncoderConfig]:
         return ModelConfig(path=path), BertEncoderConfig(path=f"{folder}/encoder", max_tokens=16)
     encoders: dict[str, EncoderConfig] = {
         "flux": FluxEncoderConfig(path=str(folder), max_tokens=16),
+        "flux2": Flux2EncoderConfig(path=str(folder), max_tokens=16),
         "qwen_image": QwenImageEncoderConfig(path=str(folder), max_tokens=16),
         "sd3": SD3EncoderConfig(path=str(folder), max_tokens=16),
         "dit": ClassLabelEncoderConfig(),
@@ -48,7 +50,14 @@ def sections(kind: str, folder: Path) -> tuple[ModelConfig, EncoderConfig]:
 
 def save(kind: str, folder: Path, seed: int = 0) -> tuple[ModelConfig, EncoderConfig]:
     model, encoder = sections(kind, folder)
-    save_model(folder, model, encoder, size=SIZE, guidance_embeds=kind == "flux", seed=seed)
+    save_model(
+        folder,
+        model,
+        encoder,
+        size=SIZE,
+        guidance_embeds="flux" in kind and kind != PIXELS,
+        seed=seed,
+    )
     return model, encoder
 
 
@@ -64,6 +73,7 @@ def saved(
 def test_the_pipelines_own_loader_takes_the_folder(saved: tuple[str, Path]) -> None:
     from diffusers import (
         DiTPipeline,
+        Flux2Pipeline,
         FluxPipeline,
         QwenImagePipeline,
         StableDiffusion3Pipeline,
@@ -75,7 +85,7 @@ def test_the_pipelines_own_loader_takes_the_folder(saved: tuple[str, Path]) -> N
         return
     classes: dict[str, Any] = {
         "flux": FluxPipeline, "qwen_image": QwenImagePipeline, "dit": DiTPipeline,
-        "sd3": StableDiffusion3Pipeline,
+        "sd3": StableDiffusion3Pipeline, "flux2": Flux2Pipeline,
     }  # fmt: skip
     pipe = classes[kind].from_pretrained(str(folder), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
@@ -95,7 +105,7 @@ def test_prompts_and_noise_change_the_picture(saved: tuple[str, Path]) -> None:
         shift=1.0, total_substeps=8, embedded_guidance=None,
     )  # fmt: skip
     cond = encode_prompts(settings, PROMPTS.get(kind, ["red heart", "cat"]))
-    backbone = load_backbone(model, embedded_guidance=3.5 if kind == "flux" else None)
+    backbone = load_backbone(model, embedded_guidance=3.5 if kind in ("flux", "flux2") else None)
     codec = build_codec(model)
     shape = codec.latent_shape(SIZE, SIZE)
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).expand(2, *shape)

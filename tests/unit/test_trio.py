@@ -35,7 +35,7 @@ SCHEDULE = FlowSchedule(3.2)
 SEGMENTS = segments(4, 0.5)
 CLOCK = PolicyClock(SEGMENTS[0].size, 3.2)
 TRAINED: dict[str, LoRAConfig | None] = {"lora": LORA, "full": None}
-FAMILIES = ["flux", "qwen_image", "sd3", "dit"]
+FAMILIES = ["flux", "flux2", "qwen_image", "sd3", "dit"]
 Inputs = tuple[Tensor, Tensor, Conditioning]
 MakeCase = Callable[[str], tuple[Backbone, Inputs]]
 

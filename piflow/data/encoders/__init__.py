@@ -9,11 +9,12 @@ from piflow.config import (
     BertEncoderConfig,
     ClassLabelEncoderConfig,
     EncoderConfig,
+    Flux2EncoderConfig,
     FluxEncoderConfig,
     QwenImageEncoderConfig,
     SD3EncoderConfig,
 )
-from piflow.data.encoders import bert, class_label, flux, qwen_image, sd3
+from piflow.data.encoders import bert, class_label, flux, flux2, qwen_image, sd3
 from piflow.data.encoders.base import PromptModel, TextEncoder
 from piflow.data.store import EncoderIdentity
 
@@ -51,6 +52,8 @@ def encoder_identity(config: EncoderConfig) -> EncoderIdentity:
         return bert.identity(config)
     if isinstance(config, FluxEncoderConfig):
         return flux.identity(config)
+    if isinstance(config, Flux2EncoderConfig):
+        return flux2.identity(config)
     if isinstance(config, QwenImageEncoderConfig):
         return qwen_image.identity(config)
     if isinstance(config, SD3EncoderConfig):
@@ -81,6 +84,8 @@ def _load(config: EncoderConfig, device: str) -> PromptModel:
         return bert.BertModel(config, device)
     if isinstance(config, FluxEncoderConfig):
         return flux.FluxTextModels(config, device)
+    if isinstance(config, Flux2EncoderConfig):
+        return flux2.Flux2TextModel(config, device)
     if isinstance(config, QwenImageEncoderConfig):
         return qwen_image.QwenImageTextModel(config, device)
     if isinstance(config, SD3EncoderConfig):

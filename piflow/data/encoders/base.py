@@ -22,6 +22,7 @@ _TOKENIZER_FILES = (
     "*.model",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template*",
 )
 
 
@@ -237,8 +238,13 @@ def load_model(
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_tokenizer(tokenizer_class: Any, folder: Path, uri: str) -> Any:
-    """A transformers tokenizer that pads on the right: valid tokens come first in a row.
+def load_tokenizer(
+    tokenizer_class: Any, folder: Path, uri: str, padding_side: str | None = "right"
+) -> Any:
+    """A transformers tokenizer.
+
+    Args:
+        padding_side: "right": valid tokens come first in a row; None: as its files say.
 
     Raises:
         ValueError: it doesn't load.
@@ -247,7 +253,8 @@ def load_tokenizer(tokenizer_class: Any, folder: Path, uri: str) -> Any:
         tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cannot load the tokenizer {uri}: {error}") from error
-    tokenizer.padding_side = "right"
+    if padding_side is not None:
+        tokenizer.padding_side = padding_side
     return tokenizer
 
 
@@ -290,9 +297,11 @@ class Parts:
         """See `load_model`."""
         return load_model(model_class, self.folders[part], self.uris[part], device=device)
 
-    def load_tokenizer(self, tokenizer_class: type, part: str) -> Any:
+    def load_tokenizer(
+        self, tokenizer_class: type, part: str, padding_side: str | None = "right"
+    ) -> Any:
         """See `load_tokenizer`."""
-        return load_tokenizer(tokenizer_class, self.folders[part], self.uris[part])
+        return load_tokenizer(tokenizer_class, self.folders[part], self.uris[part], padding_side)
 
 
 def pad(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:

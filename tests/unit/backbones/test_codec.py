@@ -146,6 +146,35 @@ def test_qwen_image_latents_are_the_pipelines(qwen_vae: tuple[Any, Path]) -> Non
 
 
 @torch.no_grad()
+def test_flux2_latents_are_the_pipelines(tmp_path: Path) -> None:
+    """Normalised by the batch norm's statistics of 2×2 patches."""
+    from diffusers import AutoencoderKLFlux2, Flux2Pipeline
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLFlux2(
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            block_out_channels=[4, 4, 8],
+            norm_num_groups=2,
+            latent_channels=4,
+        ).eval()
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+    vae.save_pretrained(tmp_path / "vae")
+    codec, pictures = _codec("flux2", tmp_path), _pictures(2, 16, 24)
+    pipeline = Flux2Pipeline(None, vae, None, None, None)
+    patches = pipeline._encode_vae_image(pictures, torch.Generator())
+    latents = codec.encode(pictures)
+    assert latents.shape == (2, *codec.latent_shape(16, 24)) == (2, 4, 4, 6)
+    expected = Flux2Pipeline._unpatchify_latents(patches)
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+    std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+    whole = Flux2Pipeline._unpatchify_latents(patches * std + vae.bn.running_mean.view(1, -1, 1, 1))
+    torch.testing.assert_close(codec.decode(latents), vae.decode(whole).sample, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_dit_latents_are_scaled_only(flux_vae: tuple[Any, Path], tmp_path: Path) -> None:
     """DiT's VAE is Stable Diffusion's: no shift, 0.18215, which its oldest files don't write."""
     vae, folder = flux_vae

@@ -8,6 +8,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Trans
 
 from piflow import lora
 from piflow.backbones import Conditioning, Flux2Backbone
+from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
+from piflow.heads import GMHead, PolicyClock, build_head
 
 CONFIG: dict[str, Any] = {
     "in_channels": 16,
@@ -93,12 +95,15 @@ def test_full_size() -> None:
     assert len(names) == 8 * 4 + 48 * 2 + 2
 
 
-def test_the_output_layer_has_a_bias_of_zeros() -> None:
-    """Policy heads start from it, and theirs are trained; the model itself has none."""
-    model = random_model(guidance_embeds=False)
-    projection = Flux2Backbone(model).output_layer().projection
-    assert projection.weight is model.proj_out.weight and not projection.bias.any()
-    assert model.proj_out.bias is None
+@pytest.mark.parametrize("policy", [GMFlowPolicyConfig(num_gaussians=2), DXPolicyConfig()])
+def test_heads_start_from_a_projection_without_a_bias(policy: PolicyConfig) -> None:
+    output = Flux2Backbone(random_model(guidance_embeds=False)).output_layer()
+    assert output.projection.bias is None
+    clock, generator = PolicyClock(0.3, 3.2), torch.Generator()
+    head = build_head(output, policy, clock, generator=generator, bias_noise=0.0)
+    first = head.proj_out_means if isinstance(head, GMHead) else head.proj_out
+    assert not first.bias.any()
+    assert torch.equal(first.weight[:16], output.projection.weight)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import (
     DiTTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -26,6 +27,17 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         FluxTransformer2DModel,
         {"in_channels": 16, "num_single_layers": 1, "pooled_projection_dim": 5, **TEXT, **HEADS},
     ),
+    "flux2": (
+        Flux2Transformer2DModel,
+        {
+            "in_channels": 16,
+            "num_single_layers": 1,
+            "joint_attention_dim": 6,
+            "axes_dims_rope": [2, 2, 2, 2],
+            "guidance_embeds": False,
+            **HEADS,
+        },
+    ),  # fmt: skip
     "qwen_image": (
         QwenImageTransformer2DModel,
         {"in_channels": 16, "out_channels": 4, **TEXT, **HEADS},

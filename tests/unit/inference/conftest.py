@@ -198,13 +198,22 @@ def sd3_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _tiny("sd3", SD3EncoderConfig, tmp_path_factory.mktemp("sd3_base"))
 
 
+@pytest.fixture(scope="session")
+def flux2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.2-dev's kind: embedded guidance, Mistral 3, an autoencoder with a batch norm."""
+    from piflow.config import Flux2EncoderConfig
+
+    return _tiny("flux2", Flux2EncoderConfig, tmp_path_factory.mktemp("flux2_base"))
+
+
 def _tiny(family: Any, encoder_config: Any, folder: Path) -> Path:
     """`piflow.tiny`'s pipeline."""
     from piflow.config import ModelConfig
     from piflow.tiny import save_model
 
     model = ModelConfig(family=family, path=str(folder / "transformer"), codec="vae")
-    save_model(folder, model, encoder_config(path=str(folder)), size=16)
+    encoder = encoder_config(path=str(folder))
+    save_model(folder, model, encoder, size=16, guidance_embeds=family == "flux2")
     return folder
 
 

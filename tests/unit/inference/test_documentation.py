@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from piflow.backbones import DiTBackbone, FluxBackbone, QwenImageBackbone, SD3Backbone
+from piflow.backbones import (
+    DiTBackbone,
+    Flux2Backbone,
+    FluxBackbone,
+    QwenImageBackbone,
+    SD3Backbone,
+)
 from piflow.config import GMFlowPolicyConfig
 
 PAGE = Path(__file__).parents[3] / "docs" / "inference.md"
@@ -18,6 +24,7 @@ SMALLER = {"1024": "16", '"cuda"': '"cpu"'}
 
 def test_the_examples_run(
     flux_base: Path,
+    flux2_base: Path,
     qwen_base: Path,
     sd3_base: Path,
     dit_base: Path,
@@ -28,6 +35,7 @@ def test_the_examples_run(
     policy = GMFlowPolicyConfig(num_gaussians=2, logstd_inner_dim=4)
     bases = {
         "flux": (FluxBackbone, flux_base, "FLUX.1-dev"),
+        "flux2": (Flux2Backbone, flux2_base, "FLUX.2-dev"),
         "qwen": (QwenImageBackbone, qwen_base, "Qwen-Image"),
         "sd3": (SD3Backbone, sd3_base, "stable-diffusion-3.5-large"),
         "dit": (DiTBackbone, dit_base, "DiT"),
@@ -37,7 +45,7 @@ def test_the_examples_run(
         (tmp_path / f"{name}-student").symlink_to(make_adapter(backbone, base, policy))
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     values: dict[str, Any] = {}
     for block in blocks:
         for published, small in SMALLER.items():

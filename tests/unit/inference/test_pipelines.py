@@ -14,6 +14,7 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
     FluxPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
@@ -24,13 +25,20 @@ from piflow.adapter import WEIGHTS_FILE, load_adapter
 from piflow.backbones import (
     Conditioning,
     DiTBackbone,
+    Flux2Backbone,
     FluxBackbone,
     QwenImageBackbone,
     SD3Backbone,
 )
 from piflow.backbones.base import unpack
 from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
-from piflow.inference import PiDiTPipeline, PiFluxPipeline, PiQwenImagePipeline, PiSD3Pipeline
+from piflow.inference import (
+    PiDiTPipeline,
+    PiFlux2Pipeline,
+    PiFluxPipeline,
+    PiQwenImagePipeline,
+    PiSD3Pipeline,
+)
 from piflow.sampling import sample_few_step
 from piflow.schedule import FlowSchedule, segments
 from piflow.scheduler import FlowMapScheduler
@@ -80,6 +88,11 @@ def flux_condition(pipe: Any) -> Conditioning:
     return Conditioning(tokens, torch.full((2,), 32), pooled)
 
 
+def flux2_condition(pipe: Any) -> Conditioning:
+    tokens, _ = pipe.encode_prompt(PROMPTS, max_sequence_length=32)
+    return Conditioning(tokens, torch.full((2,), 32))
+
+
 def qwen_condition(pipe: Any) -> Conditioning:
     tokens, mask = pipe.encode_prompt(PROMPTS)
     return Conditioning(tokens, mask.sum(1))
@@ -101,6 +114,10 @@ FLUX = Family(
     "flux", PiFluxPipeline, FluxPipeline, FluxBackbone,
     {**PICTURE, "max_sequence_length": 32}, (8, 12), flux_condition,
 )  # fmt: skip
+FLUX2 = Family(
+    "flux2", PiFlux2Pipeline, Flux2Pipeline, Flux2Backbone,
+    {**PICTURE, "max_sequence_length": 32}, (8, 12), flux2_condition,
+)  # fmt: skip
 QWEN = Family(
     "qwen", PiQwenImagePipeline, QwenImagePipeline, QwenImageBackbone,
     PICTURE, (8, 12), qwen_condition,
@@ -113,7 +130,9 @@ DIT = Family(
     "dit", PiDiTPipeline, DiTPipeline, DiTBackbone,
     {"class_labels": [3, 7]}, (8, 8), dit_condition,
 )  # fmt: skip
-FAMILIES = pytest.mark.parametrize("family", [FLUX, QWEN, SD3, DIT], ids=lambda family: family.name)
+FAMILIES = pytest.mark.parametrize(
+    "family", [FLUX, FLUX2, QWEN, SD3, DIT], ids=lambda family: family.name
+)
 Load = Callable[..., Any]
 
 
@@ -143,11 +162,16 @@ def quiet(pipe: Any) -> Any:
 
 def sampled(pipe: Any, family: Family, base: Path, nfe: int, h: float = 0.0) -> Tensor:
     """What `sample_few_step` makes of the same adapter, noise and conditioning."""
-    guided = GUIDANCE if family is FLUX else None
+    guided = GUIDANCE if family in (FLUX, FLUX2) else None
     backbone = family.backbone.load(base / "transformer", embedded_guidance=guided)
     trio = Trio.from_adapter(backbone, load_adapter(pipe.made))
     cond, generator = family.condition(pipe), torch.Generator().manual_seed(5)
-    noise = torch.randn(2, 4, *family.size, generator=generator)
+    height, width = family.size
+    if family is FLUX2:  # draws patches
+        patches = torch.randn(2, 16, height // 2, width // 2, generator=generator)
+        noise = torch.nn.functional.pixel_shuffle(patches, 2)
+    else:
+        noise = torch.randn(2, 4, height, width, generator=generator)
     return sample_few_step(
         lambda x, sigma: trio.student(x, sigma, cond),
         noise,
@@ -252,7 +276,7 @@ def test_the_signature_is_the_familys(family: Family) -> None:
     assert all(ours[name].kind == theirs[name].kind for name in ours)
     changed = {name: p.default for name, p in ours.items() if p.default != theirs[name].default}
     expected = {"num_inference_steps": None}
-    if family is FLUX:
+    if family in (FLUX, FLUX2):
         expected["guidance_scale"] = None
     elif family in (SD3, DIT):
         expected["guidance_scale"] = 1.0
@@ -394,6 +418,8 @@ def test_guidance_that_a_student_does_not_take(load: Load) -> None:
         dit(**DIT.call, guidance_scale=2.5)
     with pytest.raises(ValueError, match="sigmas: .* leave sigmas out"):
         flux(**FLUX.call, sigmas=[1.0, 0.5])
+    with pytest.raises(ValueError, match="was not trained to edit; leave image out"):
+        load(FLUX2)(**FLUX2.call, image=[])
     sd3 = load(SD3)
     with pytest.raises(ValueError, match="guidance_scale = 7: the student has learnt"):
         sd3(**SD3.call, guidance_scale=7.0)
