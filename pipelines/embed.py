@@ -420,7 +420,7 @@ def _present_buckets(job: _Job, shards: list[ShardEntry]) -> tuple[Bucket, ...]:
 
 
 def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
-    """Unpadded prompts are short; with all of T5's padding a prompt has 8 MB until it is stored."""
+    """Unpadded prompts are short; with all padding one has 8 MB (T5) to 31 MB until it is stored."""
     config, encoder = recipe.encoder, job.inputs.encoder
     if isinstance(config, FluxEncoderConfig | SD3EncoderConfig):
         pads, advice = config.padding == "keep", ", or set encoder.padding = drop"
@@ -431,11 +431,12 @@ def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
     prompt = 4 * encoder.max_tokens * encoder.hidden_size
     largest = prompt * max(len(plan.prompts) for plan in job.plans)
     if largest > _MUCH_MEMORY:
+        fitting = 1 << (int(_MUCH_MEMORY // prompt).bit_length() - 1)
         _say(
             console,
             f"warning: each encoder actor holds up to {largest / 1e9:.0f} GB of float32 states "
             f"({prompt / 1e6:.1f} MB a prompt with all padding); lower embed.rows_per_shard, e.g. "
-            f"to 256, and embed.rows_per_group to 16{advice}",
+            f"to {fitting}, and embed.rows_per_group to 16{advice}",
             style="yellow",
         )
 
