@@ -420,7 +420,7 @@ def _present_buckets(job: _Job, shards: list[ShardEntry]) -> tuple[Bucket, ...]:
 
 
 def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
-    """Unpadded prompts are short; with all padding one has 8 MB (T5) to 31 MB until it is stored."""
+    """Unpadded prompts are short; with all padding one has 8 to 31 MB until it is stored."""
     config, encoder = recipe.encoder, job.inputs.encoder
     if isinstance(config, FluxEncoderConfig | SD3EncoderConfig):
         pads, advice = config.padding == "keep", ", or set encoder.padding = drop"
