@@ -924,6 +924,9 @@ class RowReader:
         missing = [number for number in numbers if number not in self._cache_of(number)]
         found = {number: self._cache_of(number)[number] for number in set(numbers) - set(missing)}
         if len(missing) > 1:
+            shards = {self._groups[number][0] for number in missing} - self._metadata.keys()
+            for _ in self._pool.map(self._file, shards):  # each file's end is read once
+                pass
             found |= zip(missing, self._pool.map(self._read, missing), strict=True)
         elif missing:
             found[missing[0]] = self._read(missing[0])
@@ -945,11 +948,15 @@ class RowReader:
         bucket = self._store.manifest.shards[shard].row_groups[group].bucket
         return self._cache.setdefault(bucket, OrderedDict())
 
-    def _read(self, number: int) -> pa.RecordBatch:
-        shard, group = self._groups[number]
+    def _file(self, shard: int) -> pq.ParquetFile:
         path = self._store.manifest.shards[shard].path
         file = _open_shard(self._store.uri, path, self._metadata.get(shard))
         self._metadata[shard] = file.metadata
+        return file
+
+    def _read(self, number: int) -> pa.RecordBatch:
+        shard, group = self._groups[number]
+        path, file = self._store.manifest.shards[shard].path, self._file(shard)
         table = _read_row_group(self._store.uri, path, group, file, self._columns)
         return table.combine_chunks().to_batches()[0]
 

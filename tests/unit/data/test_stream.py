@@ -1,18 +1,28 @@
 from __future__ import annotations
 
+import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from piflow.data import store as store_module
-from piflow.data.store import DamagedRows, EmbeddingStore, RowReader, StoreError
+from piflow.data.prompts import Prompt
+from piflow.data.store import (
+    DamagedRows,
+    EmbeddingStore,
+    EncodedPrompt,
+    EncoderIdentity,
+    RowReader,
+    StoreError,
+)
 from piflow.data.stream import MicroBatch, StreamBatch, StreamOrder, TrainStream, epoch_rows
 
 MakeStore = Callable[..., EmbeddingStore]
@@ -151,9 +161,11 @@ def test_ranks_together_see_what_one_rank_sees(make_store: MakeStore, world_size
 def test_resuming_gives_the_tail_of_the_whole(
     make_store: MakeStore, sizes: dict[tuple[int, int], int]
 ) -> None:
+    """Stopped before any step of two to three epochs, and gone on with 1 to 3 ranks."""
     store = make_store(sizes)
-    whole = _steps(store, 24)  # two to three epochs
-    for start, world_size in ((5, 1), (8, 2), (9, 3), (20, 1)):
+    whole = _steps(store, 24)
+    for start in range(24):
+        world_size = 1 + start % 3
         for rank in range(world_size):
             tail = _steps(store, 24 - start, rank, world_size, start)
             for ours, theirs in zip(tail, whole[start:], strict=True):
@@ -206,6 +218,57 @@ def _damage(store: EmbeddingStore, name: str, damage: str) -> None:
         column = pq.ParquetFile(path).metadata.row_group(0).column(6)
         content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
         path.write_bytes(content)
+
+
+class _CountedFile(io.FileIO):
+    """A file that adds what is read of it to a list."""
+
+    def __init__(self, path: str, sizes: list[int]) -> None:
+        super().__init__(path)
+        self._sizes = sizes
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = super().read(-1 if size is None else size)
+        self._sizes.append(len(content))
+        return content
+
+
+def test_the_bytes_that_a_resumed_run_reads_are_its_row_groups(
+    write_store: Callable[..., EmbeddingStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted at the files: the pages of the row groups with unseen rows, and each file's end."""
+    states = torch.randn(5, 512, generator=torch.Generator().manual_seed(0))
+    store = write_store(
+        str(tmp_path / "store"),
+        [Prompt(f"prompt {number}", 8, 8) for number in range(240)],
+        lambda prompt: EncodedPrompt(states, None, False),
+        identity=EncoderIdentity(name="wide", weights_sha256="0", max_tokens=5, hidden_size=512),
+        rows_per_shard=40,
+    )
+    sizes: list[int] = []
+
+    def opened(uri: str, metadata: Any = None) -> pq.ParquetFile:
+        file = pa.PythonFile(_CountedFile(uri, sizes), mode="r")
+        return pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
+
+    files = [pq.ParquetFile(Path(store.uri) / entry.path) for entry in store.manifest.shards]
+    monkeypatch.setattr(store_module, "_open_parquet", opened)
+    rows = epoch_rows(store.manifest, 5, 0, 0)
+    for start in (0, 8, 16):
+        sizes.clear()
+        reader, order = RowReader(store), StreamOrder(store.manifest, 5, 12)
+        for step in range(start, 20):
+            reader.rows(order.step(step)[1])
+        left = {divmod(int(row) // 4, 10) for row in rows[start * 12 :]}
+        pages = sum(_pages(files[shard], [group]) for shard, group in left)
+        assert pages <= sum(sizes) <= pages + len(files) * 2**16  # what pyarrow reads for the end
+    assert pages < 0.3 * sum(entry.bytes for entry in store.manifest.shards)
+
+
+def _pages(file: pq.ParquetFile, groups: Iterable[int]) -> int:
+    """Bytes of some row groups' pages."""
+    found = (file.metadata.row_group(group) for group in groups)
+    return sum(g.column(c).total_compressed_size for g in found for c in range(g.num_columns))
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
