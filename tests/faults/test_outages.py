@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +24,11 @@ from piflow import rundir, storage
 from piflow.checkpoint import load_tensors, verify_checkpoint
 from piflow.config import parse_recipe
 from tests.faults.runs import SmallRun, cluster_environment, small_recipe, wait_until, write_inputs
-from tests.servers import MlflowServer
+from tests.servers import MlflowServer, S3Server, s3_proxy, s3_uri
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 20
+OUTAGE_SECONDS = 20.0
 MLFLOW_OUTAGE_SECONDS = 60.0
 PACE = 0.5
 EMBED = "from piflow.cli import main; main()"
@@ -156,6 +158,50 @@ def test_an_mlflow_server_that_comes_late_and_dies_for_a_minute(
     assert not list(Path(run.recipe.run_dir, "tracking-buffer").iterdir())
 
 
+# -------------------------------------------------------------------------------- the object store
+
+
+def s3_run(folder: Path, address: str, name: str, root: str, straight: SmallRun) -> SmallRun:
+    """A run below `root`, where it finds the same store."""
+    store = storage.join(root, f"{name}-store")
+    for file in storage.list_files(straight.recipe.embed.store):
+        content = storage.read_bytes(storage.join(straight.recipe.embed.store, file))
+        storage.write_bytes(storage.join(store, file), content)
+    run_dir = storage.join(root, name)
+    return new_run(folder, address, name, run_dir=run_dir, embed={"store": store})
+
+
+def is_save(method: str, path: str) -> bool:
+    return method in ("PUT", "POST") and "/step_00000010/" in path
+
+
+def test_an_s3_server_that_dies_in_a_read_and_in_a_save(
+    folder: Path, address: str, straight: SmallRun, s3_server: S3Server
+) -> None:
+    """Promise: back after 20 s, it cost time only; without a restart of the workers."""
+    timers: dict[str, threading.Timer] = {}
+
+    def kill_at(method: str, path: str, headers: object) -> None:
+        moments = {
+            "read": method == "GET" and "-store/shard" in path,
+            "save": is_save(method, path),
+        }
+        for name, now in moments.items():
+            if now and name not in timers:
+                timers[name] = threading.Timer(OUTAGE_SECONDS, s3_server.start)
+                s3_server.kill()
+                timers[name].start()
+
+    with s3_proxy(s3_server) as proxy:
+        run = s3_run(folder, address, "s3", s3_uri(proxy.address), straight)
+        proxy.answer = kill_at
+        complete(run)
+        assert set(timers) == {"read", "save"}
+        require_equal(run, straight)
+        assert list(rundir.checkpoints(run.recipe.run_dir)) == [STEPS - 5, STEPS]
+        assert "restart" not in run.names()
+
+
 # -------------------------------------------------------------------------- a full disk and damage
 
 
@@ -210,3 +256,25 @@ def test_a_full_disk_and_then_a_flipped_byte(
         assert "step 10: __0_0.distcp has sha256" in told or "__0_0.distcp" in told
         assert "Going on from step 5" in told
         require_equal(run, straight)
+
+
+def test_a_flipped_byte_in_a_shard_stops_the_run(
+    folder: Path, address: str, straight: SmallRun
+) -> None:
+    """Promise: file and row group are named; the mended store goes on in the same run."""
+    store = folder / "damaged-store"
+    shutil.copytree(straight.recipe.embed.store, store)
+    shard = sorted(store.rglob("shard-*"))[0]
+    flip_a_byte(shard, 0.2)
+    run = new_run(folder, address, "damaged-shard", embed={"store": str(store)})
+    text = fail(run)
+    assert f"cannot read row group 0 of {shard.relative_to(store)}" in text, text
+    assert "piflow embed" in text
+    shutil.copy(Path(straight.recipe.embed.store, shard.relative_to(store)), shard)
+    complete(run)
+    require_equal(run, straight)
+    os.truncate(shard, shard.stat().st_size // 2)
+    again = new_run(folder, address, "cut-shard", embed={"store": str(store)})
+    text = fail(again)
+    assert str(shard.relative_to(store)) in text and "piflow embed" in text, text
+    assert rundir.read_record(again.recipe.run_dir) is None, "refused before anything started"
