@@ -190,7 +190,7 @@ def _small_size(height: int, width: int) -> list[int]:
 
 
 def write_inputs(recipe: Recipe, folder: Path) -> None:
-    """The tiny model and the prompts, of the recipe's columns."""
+    """The tiny model and the prompts, of the recipe's columns, with pictures where it has some."""
     from piflow import storage
     from piflow.tiny import save_model
 
@@ -211,8 +211,23 @@ def write_inputs(recipe: Recipe, folder: Path) -> None:
     sizes: dict[str, int] = {}
     if embed.height_column is not None and embed.width_column is not None:
         sizes = {embed.height_column: embed.height, embed.width_column: embed.width}
-    rows = [{embed.prompt_column: prompt, **sizes} for prompt in prompts]
+    rows: list[dict[str, Any]] = [{embed.prompt_column: prompt, **sizes} for prompt in prompts]
+    if embed.image_column is not None:
+        for number, row in enumerate(rows):
+            row[embed.image_column] = _write_picture(folder, number)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_picture(folder: Path, number: int) -> str:
+    """Random pixels, more of them than a recipe made small asks for; the file's name."""
+    import numpy as np
+    from PIL import Image
+
+    name = f"picture-{number}.png"
+    shape = (2 * _SIDE, 3 * _SIDE, 3)
+    pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / name)
+    return name
 
 
 def _parts(

@@ -18,6 +18,8 @@ from piflow.adapter import load_adapter
 from piflow.backbones import build_codec
 from piflow.checkpoint import load_tensors
 from piflow.config import PiIDConfig, Recipe, differences, load_recipe, parse_recipe
+from piflow.data.latents import LatentEncoder
+from piflow.data.online import recipe_prompts
 from piflow.data.store import EmbeddingStore
 from piflow.student import SamplingSettings, encode_prompts, settings_of
 from piflow.trio import build_trio
@@ -95,6 +97,19 @@ def test_tiny_model_fits_the_recipe(name: str, tmp_path: Path) -> None:
     assert float((student - teacher).norm() / teacher.norm()) < 0.2  # bfloat16, spread components
 
 
+def test_data_dependent_recipes_get_pictures(tmp_path: Path) -> None:
+    """Their latents follow from prompts.jsonl, by the tiny VAE of the family's class."""
+    small = smoke.shrink(load_recipe(RECIPES["qwen-image-gm-4nfe"]), tmp_path, gpus=0)
+    assert (small.objective.pictures, small.embed.image_column) == ("store", "image")
+    smoke.write_inputs(small, tmp_path)
+    prompts = recipe_prompts(small).prompts
+    assert len({prompt.prompt_id for prompt in prompts}) == 8
+    shape = build_codec(small.model).latent_shape(small.embed.height, small.embed.width)
+    for latent in LatentEncoder(small.model, small.embed, "cpu").encode(prompts):
+        assert isinstance(latent, torch.Tensor) and latent.shape == shape
+        assert float(latent.float().std()) > 0.01
+
+
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     "name",
@@ -135,6 +150,7 @@ def _works(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert recipe.name in capsys.readouterr().out
     store = EmbeddingStore.open(str(tmp_path / "store"))
     assert store.manifest.num_rows == 8
+    assert (store.manifest.inputs.latents is not None) == (recipe.objective.pictures == "store")
     assert set(rundir.checkpoints(str(tmp_path / "run"))) == {2, 3}
     _student_has_learnt(tmp_path)
     adapter = load_adapter(str(tmp_path / "adapter"))

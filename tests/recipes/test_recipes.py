@@ -56,11 +56,15 @@ def test_recipes_of_one_model_share_a_store(path: Path) -> None:
         ("flux1-dev-gm-4nfe", {"num_gaussians": 8, "nfe": 4, "f": 0.5, "shift": 3.2, "J": 4,
             "window": 3, "dropout": 0.1, "decay": 2000, "cfg": 1, "scale": 30, "lr": 1e-4,
             "batch": 256, "steps": 3000, "ema": 100}),
+        ("flux1-dev-gm-4nfe-datafree", {"num_gaussians": 8, "nfe": 4, "f": 0.5, "shift": 3.2,
+            "J": 4, "window": 3, "dropout": 0.1, "decay": 2000, "steps": 3000}),
         ("flux1-dev-gm-8nfe", {"num_gaussians": 8, "nfe": 8, "f": 0.5, "shift": 3.2, "J": 4}),
         ("flux1-dev-dx-4nfe", {"mode": "grid", "num_points": 10, "nfe": 4, "decay": 2000}),
         ("qwen-image-gm-4nfe", {"num_gaussians": 8, "nfe": 4, "f": 0.5, "shift": 3.2, "J": 2,
             "window": 3, "dropout": 0.1, "decay": 0, "cfg": 4, "scale": 30, "lr": 1e-4,
             "batch": 256, "steps": 9000, "ema": 100}),
+        ("qwen-image-gm-4nfe-datafree", {"num_gaussians": 8, "nfe": 4, "f": 0.5, "shift": 3.2,
+            "J": 2, "window": 3, "dropout": 0.1, "decay": 0, "cfg": 4, "steps": 9000}),
         ("qwen-image-dx-4nfe", {"mode": "grid", "num_points": 10, "cfg": 4, "decay": 0}),
         ("qwen-image-poly-4nfe", {"mode": "polynomial", "num_points": 10, "cfg": 4, "decay": 0}),
     ],
@@ -85,6 +89,27 @@ def test_published_hyper_parameters(name: str, expected: dict[str, float | str])
     else:
         assert recipe.lora is not None and (recipe.lora.rank, recipe.lora.dropout) == (256, 0.05)
     assert recipe.guidance.embedded == (3.5 if recipe.model.family == "flux" else None)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_flux_and_qwen_train_on_pictures_unless_their_name_says_otherwise(path: Path) -> None:
+    recipe = load_recipe(path)
+    if not path.stem.startswith(("flux1-dev", "qwen-image")):
+        return
+    assert recipe.objective.type == "pi_id"
+    free = path.stem.endswith("-datafree")
+    assert recipe.objective.data == ("free" if free else "dependent")
+    assert recipe.objective.pictures == (None if free else "store")
+    assert (recipe.embed.image_column is None) == free
+
+
+@pytest.mark.parametrize("name", ["flux1-dev-gm-4nfe", "qwen-image-gm-4nfe"])
+def test_datafree_variants_differ_in_nothing_but_data(name: str) -> None:
+    one, other = (load_recipe(DEFAULT.with_name(f"{n}.yaml")) for n in (name, f"{name}-datafree"))
+    changed = {line.partition(":")[0] for line in differences(one.identity(), other.identity())}
+    assert changed == {
+        "name", "objective.data", "objective.pictures", "embed.image_column", "embed.latent_dtype",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -182,6 +182,21 @@ def test_bad_pictures_are_skipped_with_their_reasons(tmp_path: Path) -> None:
     assert "no such file" in skipped[1].reason and "names no picture" in skipped[2].reason
 
 
+def test_a_storage_that_fails_is_no_bad_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise an outage would silently leave out all prompts."""
+
+    def fail(uri: str) -> bytes:
+        raise OSError(f"{uri}: no answer")
+
+    encoder = LatentEncoder(PIXELS, embed_config(tmp_path, bad_pictures="skip"), "cpu")
+    prompts = on_disk(tmp_path, 2)
+    monkeypatch.setattr("piflow.storage.read_bytes", fail)
+    with pytest.raises(OSError, match="no answer"):
+        list(encoder.encode(prompts))
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_pictures_inside_parquet(tmp_path: Path, wrapped: bool) -> None:
     """Bytes, or the datasets library's struct of bytes and path; several row groups."""
