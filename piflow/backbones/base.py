@@ -248,6 +248,10 @@ class Backbone(Protocol):
         """The same without gradients."""
         ...
 
+    def flops(self, height: int, width: int, text_tokens: int) -> int:
+        """Floating-point operations of one sample's forward pass at a latent size."""
+        ...
+
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `(B, C, H, W)` at noise levels `(B,)` -> the output layer's `(B, HW/4, F)`."""
         ...

@@ -17,6 +17,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from piflow.backbones import flops
 from piflow.backbones.base import PATCH, Conditioning
 from piflow.backbones.transformer import (
     TransformerBackbone,
@@ -99,6 +100,10 @@ class DiTBackbone(TransformerBackbone):
     def adapt(module: nn.Module) -> nn.Module:
         """The same weights, ending in tokens."""
         return DiTTokens(module)
+
+    def flops(self, height: int, width: int, text_tokens: int) -> int:
+        """See `TransformerBackbone`."""
+        return flops.dit(self._config, height * width // PATCH**2)
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `(B, C, S, S)` at noise levels sigma `(B,)` in [0, 1] -> `(B, SS/4, F)`.

@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
+from piflow.backbones import flops
 from piflow.backbones.base import PATCH, Conditioning, pack
 from piflow.backbones.transformer import TransformerBackbone, check_no_guidance, check_packing
 
@@ -78,6 +79,10 @@ class FluxBackbone(TransformerBackbone):
                 "this model takes an embedded guidance (guidance_embeds is true) but none was "
                 "given: set guidance.embedded, 3.5 for FLUX.1-dev, 4 for FLUX.2-dev"
             )
+
+    def flops(self, height: int, width: int, text_tokens: int) -> int:
+        """See `TransformerBackbone`."""
+        return flops.flux(self._config, height * width // PATCH**2, text_tokens)
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.

@@ -13,7 +13,8 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor, nn
 
-from piflow.backbones.base import Conditioning, pack
+from piflow.backbones import flops
+from piflow.backbones.base import PATCH, Conditioning, pack
 from piflow.backbones.flux import FluxBackbone, image_ids
 from piflow.backbones.transformer import TransformerBackbone
 
@@ -77,6 +78,10 @@ class Flux2Backbone(TransformerBackbone):
                 "expected axes_dims_rope of four axes (time, row, column, token), got "
                 f"{list(config['axes_dims_rope'])}"
             )
+
+    def flops(self, height: int, width: int, text_tokens: int) -> int:
+        """See `TransformerBackbone`."""
+        return flops.flux2(self._config, height * width // PATCH**2, text_tokens)
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.

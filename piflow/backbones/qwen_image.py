@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from torch import Tensor, nn
 
+from piflow.backbones import flops
 from piflow.backbones.base import PATCH, Conditioning, pack
 from piflow.backbones.transformer import TransformerBackbone, check_no_guidance, check_packing
 
@@ -85,6 +86,10 @@ class QwenImageBackbone(TransformerBackbone):
         ]
         time = ("timestep_embedder.linear_1", "timestep_embedder.linear_2")
         return ("img_mlp.net.0.proj", "img_mlp.net.2", *text, *time)
+
+    def flops(self, height: int, width: int, text_tokens: int) -> int:
+        """See `TransformerBackbone`."""
+        return flops.qwen_image(self._config, height * width // PATCH**2, text_tokens)
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.

@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from piflow.backbones import flops
 from piflow.backbones.base import PATCH, Conditioning
 from piflow.backbones.transformer import TransformerBackbone, channel_major, check_no_guidance
 
@@ -86,6 +87,10 @@ class SD3Backbone(TransformerBackbone):
         # in the weights' dtype
         positions.pos_embed = positions.pos_embed.to(next(module.parameters()).dtype)
         return SD3Tokens(module)
+
+    def flops(self, height: int, width: int, text_tokens: int) -> int:
+        """See `TransformerBackbone`."""
+        return flops.sd3(self._config, height * width // PATCH**2, text_tokens)
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.

@@ -139,6 +139,15 @@ class TransformerBackbone(ABC):
             ValueError: shapes that don't fit the model.
         """
 
+    @abstractmethod
+    def flops(self, height: int, width: int, text_tokens: int) -> int:
+        """Floating-point operations of one sample's forward pass; see `piflow.backbones.flops`.
+
+        Args:
+            height, width: of the latents.
+            text_tokens: L, padding included.
+        """
+
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as in config.json."""

@@ -155,6 +155,25 @@ def test_sigma_of_any_float_dtype(case: Case) -> None:
         torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("text", ["all", "half"])
+def test_flops_are_what_torch_counts(case: Case, text: str) -> None:
+    """At two sizes of text, and of picture unless the family has one size alone."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cond, height = case.cond, case.height
+    if text == "half":
+        tokens = cond.tokens[:, : max(1, cond.tokens.shape[1] // 2)]
+        num_tokens = cond.num_tokens.clamp(max=tokens.shape[1])
+        cond = Conditioning(tokens, num_tokens, cond.pooled)
+        height = height if case.backbone.class_name == "DiTTransformer2DModel" else height // 2
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted on any machine
+        case.backbone.teacher_velocity(case.x[:, :, :height], case.sigma, cond)
+    expected = case.backbone.flops(height, case.width, cond.tokens.shape[1])
+    assert counter.get_total_flops() == case.batch * expected
+
+
 def test_training_mode_adds_no_noise(case: Case) -> None:
     expected = case.velocity()
     case.backbone.module.train()
