@@ -7,6 +7,7 @@ DEV    := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
+FAKETIME := /usr/bin/faketime
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .PHONY: install install-dev demo test lint unit integration test-recipes test-faults pretrain clean help
@@ -16,7 +17,7 @@ help:
 	@echo "make test         linters, type checker and the test suite"
 	@echo "make unit         the unit tests alone (seconds)"
 	@echo "make test-recipes every big recipe on a tiny model of its classes (minutes)"
-	@echo "make test-faults  killed processes, damaged files, an S3 server that goes away (minutes)"
+	@echo "make test-faults  killed processes, damaged files, servers that go away, clocks that jump (minutes)"
 	@echo "make pretrain     train the default teacher again (hours on a CPU)"
 	@echo "make clean        remove the environment and the runs"
 
@@ -39,6 +40,10 @@ $(FONT):
 	$(SUDO) apt-get update -qq
 	$(SUDO) apt-get install -y -qq fonts-noto-color-emoji
 
+$(FAKETIME):
+	$(SUDO) apt-get update -qq
+	$(SUDO) apt-get install -y -qq faketime
+
 demo: install
 	$(BIN)/piflow demo
 
@@ -58,7 +63,7 @@ integration: install-dev
 test-recipes: install-dev
 	$(BIN)/python -m pytest tests/integration/test_smoke.py -m smoke_all
 
-test-faults: install-dev
+test-faults: install-dev $(FAKETIME)
 	$(BIN)/python -m pytest tests/faults
 
 pretrain: install
