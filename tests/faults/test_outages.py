@@ -202,6 +202,30 @@ def test_an_s3_server_that_dies_in_a_read_and_in_a_save(
         assert "restart" not in run.names()
 
 
+def test_keys_that_expire_in_a_run(
+    folder: Path, address: str, straight: SmallRun, s3_server: S3Server
+) -> None:
+    """Promise: it stops, says what to do, and goes on with renewed ones; no endless retries."""
+    expired: list[float] = []
+
+    def expire(method: str, path: str, headers: object) -> tuple[int, str, str] | None:
+        if not expired and is_save(method, path):
+            expired.append(time.monotonic())
+        return (400, "ExpiredToken", "The provided token has expired.") if expired else None
+
+    with s3_proxy(s3_server) as proxy:
+        run = s3_run(folder, address, "expired", s3_uri(proxy.address), straight)
+        proxy.answer = expire
+        text = fail(run)
+        assert time.monotonic() - expired[0] < 120
+        assert "ExpiredToken: the keys have expired: renew them" in text, text
+        proxy.answer = lambda *request: None
+        assert list(rundir.checkpoints(run.recipe.run_dir)) == [5]
+        complete(run)
+        require_equal(run, straight)
+        assert ("resume", "from step 5") in run.events()
+
+
 # -------------------------------------------------------------------------- a full disk and damage
 
 
