@@ -114,6 +114,7 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> StoreManifest:
         return _make_store(recipe, job, console)
     if job.negative is None or any(e.path == job.negative.path for e in finished.negative_prompts):
         _say(console, f"{job.store} is up to date, nothing to do")
+        _tell_of_pictures(console, finished)
         return finished
     _say(console, f"{job.store} is complete but for the negative prompt, which is added")
     manifest = _with_negative_prompt(recipe, job, job.negative, finished, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -262,23 +263,34 @@ def encoded(prompt: Prompt) -> EncodedPrompt:
 
 @pytest.fixture
 def make_latent_store(tmp_path: Path) -> Callable[..., EmbeddingStore]:
-    """The first 14 prompts are of 8x8 pixels, the others of 8x12."""
+    """The first 14 prompts are of 8x8 pixels, the others of 8x12; prompts `bad` are left out."""
 
-    def build(dtype: str = "fp32") -> EmbeddingStore:
+    def build(dtype: str = "fp32", bad: range = range(0)) -> EmbeddingStore:
         prompts = [
             Prompt(f"prompt {n}", 8, 8 if n < 14 else 12, PictureSource(f"{n}.png", ""))
             for n in range(25)
         ]
         inputs = _inputs(25, dtype)
         buckets, plans = plan_store(prompts, 10, 4)
+        plans = [plan.without({n - 10 * i for n in bad}) for i, plan in enumerate(plans)]
         uri = str(tmp_path / dtype)
         entries = [
             write_shard(uri, plan, [encoded(prompt) for prompt in plan.prompts], inputs)[0]
             for plan in [*plans, empty_prompt_plan()]
         ]
         sized = tuple(
-            b.model_copy(update={"latent_shape": (12, b.height // 2, b.width // 2)})
-            for b in buckets
+            b.model_copy(
+                update={
+                    "latent_shape": (12, b.height // 2, b.width // 2),
+                    "rows": sum(
+                        group.rows
+                        for entry in entries[:-1]
+                        for group in entry.row_groups
+                        if group.bucket == number
+                    ),
+                }
+            )
+            for number, b in enumerate(buckets)
         )
         write_manifest(uri, StoreManifest(
             inputs=inputs, inputs_sha256=inputs.digest, buckets=sized, shards=tuple(entries[:-1]),
@@ -333,6 +345,23 @@ def test_the_stream_brings_latents_in_the_order_it_has_without_them(
         assert torch.equal(batch.latents, torch.stack(expected))
     shared = [m for pair in zip(steps(True, 2), steps(True, 2, 1), strict=True) for m in pair]
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(full, shared, strict=True))
+
+
+@pytest.mark.parametrize("bad", [range(14), range(10, 20), range(14, 25)])
+def test_a_stream_over_what_bad_pictures_left(
+    make_latent_store: Callable[..., EmbeddingStore], bad: range
+) -> None:
+    """A size or a file without any row: two epochs still bring every other prompt twice."""
+    store = make_latent_store(bad=bad)
+    left = store.manifest.num_rows
+    assert left == 25 - len(bad)
+    stream = TrainStream(
+        store.uri, seed=1, batch_size=1, micro_batch_size=1, rank=0, world_size=1,
+        reader="local", with_latents=True,
+    )  # fmt: skip
+    batches = list(islice(stream.batches(), 2 * left))
+    counts = Counter(m.prompt_ids[0] for step in batches for m in step.micro_batches)
+    assert len(counts) == left and set(counts.values()) == {2}
 
 
 def test_a_store_without_pictures_is_refused_where_they_are_needed(
