@@ -939,6 +939,11 @@ class RowReader:
         return found
 
     @cached_property
+    def _place(self) -> tuple[Any, str]:
+        """The store's file system and folder: one client for all files."""
+        return storage.filesystem(self._store.uri)
+
+    @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(_READS, thread_name_prefix="row-groups")
 
@@ -950,7 +955,9 @@ class RowReader:
 
     def _file(self, shard: int) -> pq.ParquetFile:
         path = self._store.manifest.shards[shard].path
-        file = _open_shard(self._store.uri, path, self._metadata.get(shard))
+        system, folder = self._place
+        place = system, f"{folder}/{path}"
+        file = _open_shard(self._store.uri, path, self._metadata.get(shard), place)
         self._metadata[shard] = file.metadata
         return file
 
@@ -1022,8 +1029,10 @@ def _other_encoder(uri: str, found: EncoderIdentity, expected: EncoderIdentity) 
     )
 
 
-def _open_parquet(uri: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    system, path = storage.filesystem(uri)
+def _open_parquet(
+    uri: str, metadata: pq.FileMetaData | None = None, place: tuple[Any, str] | None = None
+) -> pq.ParquetFile:
+    system, path = place or storage.filesystem(uri)
     return pq.ParquetFile(
         system.open_input_file(path),
         metadata=metadata,
@@ -1033,12 +1042,15 @@ def _open_parquet(uri: str, metadata: pq.FileMetaData | None = None) -> pq.Parqu
 
 
 def _open_shard(
-    store_uri: str, path: str, metadata: pq.FileMetaData | None = None
+    store_uri: str,
+    path: str,
+    metadata: pq.FileMetaData | None = None,
+    place: tuple[Any, str] | None = None,
 ) -> pq.ParquetFile:
     uri = storage.join(store_uri, path)
     try:
         with storage.explained(uri):
-            return _open_parquet(uri, metadata)
+            return _open_parquet(uri, metadata, place)
     except (pa.ArrowException, OSError) as error:
         raise _trouble(store_uri, path)(
             f"cannot open {path} of embedding store {store_uri}: {error}; if it is damaged, "

@@ -247,7 +247,7 @@ def test_the_bytes_that_a_resumed_run_reads_are_its_row_groups(
     )
     sizes: list[int] = []
 
-    def opened(uri: str, metadata: Any = None) -> pq.ParquetFile:
+    def opened(uri: str, metadata: Any = None, place: Any = None) -> pq.ParquetFile:
         file = pa.PythonFile(_CountedFile(uri, sizes), mode="r")
         return pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
 
