@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from piflow.backbones import Codec, Conditioning, build_codec
-from piflow.batch import conditioning
+from piflow.backbones import Backbone, Codec, Conditioning, build_codec
+from piflow.batch import MicroBatch, conditioning
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
 from piflow.data.online import SAMPLE_PROMPTS, open_store
 from piflow.data.store import EmbeddingStore
@@ -20,6 +20,7 @@ from piflow.objective import (
     PiIDObjective,
     drawn_latents,
     stored_latents,
+    training_flops,
 )
 from piflow.pictures import grid
 from piflow.sampling import sample_euler, sample_few_step
@@ -36,11 +37,15 @@ _PRETRAIN_STEPS = 16  # Euler steps of the pictures drawn during pre-training
 
 @dataclass(frozen=True)
 class Assembly:
-    """A trainer, and the EMA as a function (conditioning, noise latents) -> x0 latents."""
+    """A trainer, and the EMA as a function (conditioning, noise latents) -> x0 latents.
+
+    `flops` is the operations of training on one sample of a micro-batch's sizes.
+    """
 
     trainer: Trainer
     draw: Callable[[Conditioning, Tensor], Tensor]
     draw_samples: Callable[[], Image.Image]
+    flops: Callable[[MicroBatch], int]
 
 
 def assemble(recipe: Recipe, strategy: Strategy, device: torch.device) -> Assembly:
@@ -52,10 +57,16 @@ def assemble(recipe: Recipe, strategy: Strategy, device: torch.device) -> Assemb
     store = open_store(recipe)
     codec = build_codec(recipe.model)
     if isinstance(recipe.objective, PiIDConfig):
-        trainer, draw = _distillation(recipe, recipe.objective, codec, store, strategy, device)
+        parts = _distillation(recipe, recipe.objective, codec, store, strategy, device)
     else:
-        trainer, draw = _pretraining(recipe, recipe.objective, codec, store, strategy, device)
-    return Assembly(trainer, draw, lambda: _draw_samples(recipe, store, codec, draw, device))
+        parts = _pretraining(recipe, recipe.objective, codec, store, strategy, device)
+    trainer, draw, backbone = parts
+
+    def flops(batch: MicroBatch) -> int:
+        _, height, width = codec.latent_shape(batch.height, batch.width)
+        return training_flops(backbone.flops(height, width, batch.tokens.shape[1]), recipe)
+
+    return Assembly(trainer, draw, lambda: _draw_samples(recipe, store, codec, draw, device), flops)
 
 
 def _distillation(
@@ -65,7 +76,7 @@ def _distillation(
     store: EmbeddingStore,
     strategy: Strategy,
     device: torch.device,
-) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor]]:
+) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor], Backbone]:
     dependent = objective.data == "dependent"
     clean = _clean_latents(recipe, store, codec, device) if dependent else None
     negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
@@ -90,7 +101,7 @@ def _distillation(
             total_substeps=objective.total_substeps,
         )
 
-    return trainer, draw
+    return trainer, draw, trio.backbone
 
 
 def prepared_trio(recipe: Recipe, strategy: Strategy) -> Trio:
@@ -126,7 +137,7 @@ def _pretraining(
     store: EmbeddingStore,
     strategy: Strategy,
     device: torch.device,
-) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor]]:
+) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor], Backbone]:
     clean = _clean_latents(recipe, store, codec, device)
     empty = conditioning(store.empty_prompt(), device)
     negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
@@ -148,7 +159,7 @@ def _pretraining(
         teacher = GuidedTeacher(average, cond, negative, recipe.guidance)
         return sample_euler(teacher, noise, schedule, _PRETRAIN_STEPS)
 
-    return trainer, draw
+    return trainer, draw, backbone
 
 
 def _clean_latents(

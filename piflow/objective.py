@@ -115,6 +115,22 @@ class PiIDObjective:
         )
 
 
+def training_flops(forward: int, recipe: Recipe) -> int:
+    """Operations of training on one sample, from those of one forward pass of the backbone.
+
+    A backward pass costs a forward pass for the activations' gradients and, unless the base is
+    frozen, one more for the weights'. What gradient checkpointing computes again isn't counted, so
+    that the figure compares runs; nor are LoRA, the policy's head and its rollouts.
+    """
+    trained = 2 if recipe.lora is not None else 3
+    objective = recipe.objective
+    if not isinstance(objective, PiIDConfig):
+        return 3 * forward  # all weights, always
+    guided = 1 if recipe.guidance.scale == 1.0 else 2
+    teacher = objective.num_intermediate_states * guided
+    return (objective.nfe if objective.data == "free" else 1) * (trained + teacher) * forward
+
+
 class FlowMatchingObjective:
     """Flow matching: predict u = ε - x0 at a random noise level, mean squared error.
 

@@ -262,7 +262,8 @@ class _Loop:
                 seconds = time.perf_counter() - began
                 self.waits.append(waited)
                 self.seconds.append(seconds)
-                self._report(metrics, seconds, waited, stream.epoch_of(step))
+                flops = self.assembly.flops(batch.micro_batches[0])
+                self._report(metrics, seconds, waited, stream.epoch_of(step), flops)
             done = step + 1
             self.watchdog.rearm()
             if self.training.sample_every and done % self.training.sample_every == 0:
@@ -316,7 +317,10 @@ class _Loop:
                 )
             self.told |= total.keys()
 
-    def _report(self, metrics: StepMetrics, seconds: float, waited: float, epoch: float) -> None:
+    def _report(
+        self, metrics: StepMetrics, seconds: float, waited: float, epoch: float, flops: int
+    ) -> None:
+        """To board and tracker; `flops`: operations of training on one sample."""
         if self.rank:
             return
         done = metrics.step + 1
@@ -331,6 +335,7 @@ class _Loop:
             "samples": float(done * self.training.batch_size),
             "step_seconds": seconds,
             "samples_per_second": self.training.batch_size / seconds,
+            "tflops_per_second": 1e-12 * self.training.batch_size * flops / seconds,
             "data_wait_seconds": waited,
             "data_wait_share": sum(self.waits) / sum(self.seconds),
             "skipped_steps": float(self.skipped.count(metrics.step)),

@@ -234,7 +234,7 @@ def test_mlflow_has_metrics_parameters_recipe_and_pictures(straight: Recipe) -> 
     assert run.data.tags["piflow.recipe_hash"] == straight.hash()
     assert [step for step, _ in tracked.points("loss")] == list(range(1, STEPS + 1))
     assert tracked.points("lr")[0] == (1, 5e-4) and tracked.points("lr")[-1] == (STEPS, 1e-3)
-    for key in ("grad_norm", "epoch", "samples_per_second", "data_wait_share"):
+    for key in ("grad_norm", "epoch", "samples_per_second", "tflops_per_second", "data_wait_share"):
         assert len(tracked.points(key)) == STEPS
     paths = {item.path for item in tracked.client.list_artifacts(run.info.run_id)}
     assert "recipe.yaml" in paths

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from piflow.assembly import Assembly, assemble
+from piflow.backbones import Conditioning, FluxBackbone
 from piflow.config import Recipe, parse_recipe
 from piflow.data.store import EmbeddingStore
 from piflow.data.stream import TrainStream
@@ -82,6 +85,45 @@ def test_a_recipe_trains_and_repeats(kind: str, store: EmbeddingStore, flux_fold
         assert torch.equal(parameter, again.trainer.parameters[name]), name
         average = assembly.trainer.ema_parameters[name]
         assert average.shape == parameter.shape and not average.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_of_training_are_those_of_its_calls(
+    kind: str, store: EmbeddingStore, flux_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every sample that goes through the backbone, with its backward pass if it has one."""
+    calls: list[tuple[int, bool]] = []
+    call = FluxBackbone.output_tokens
+
+    def count(backbone: Any, x: Any, sigma: Any, cond: Any) -> Any:
+        calls.append((len(x), torch.is_grad_enabled()))
+        return call(backbone, x, sigma, cond)
+
+    monkeypatch.setattr(FluxBackbone, "output_tokens", count)
+    ours = recipe(store, flux_folder, **KINDS[kind])
+    assembly, _ = train(ours, store, 1)
+    stream = TrainStream(
+        store.uri, seed=0, batch_size=4, micro_batch_size=2, rank=0, world_size=1, reader="local"
+    )
+    batch = next(iter(stream.batches())).micro_batches[0]
+    forward = FluxBackbone.load(flux_folder).flops(16, 16, batch.tokens.shape[1])
+    weights = 1 if ours.lora and kind != "flow-matching" else 2
+    passes = sum(size * (1 + weights * gradient) for size, gradient in calls)
+    assert 4 * assembly.flops(batch) == passes * forward
+
+
+def test_a_backward_pass_costs_two_forward_passes(flux_folder: Path) -> None:
+    """One for the activations' gradients, one for the weights'; the first layers need one only."""
+    backbone = FluxBackbone.load(flux_folder)
+    height, width, text = 16, 16, 4
+    x, generator = torch.randn(1, 12, height, width), torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, text, 6, generator=generator)
+    cond = Conditioning(tokens, torch.tensor([text]), torch.randn(1, 5, generator=generator))
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        backbone(x, torch.tensor([0.5]), cond).sum().backward()
+    forward = backbone.flops(height, width, text)
+    assert 2.9 * forward < counter.get_total_flops() <= 3 * forward
 
 
 def test_full_training_moves_every_weight(store: EmbeddingStore, flux_folder: Path) -> None:
