@@ -43,6 +43,7 @@ class Batch:
     height: int
     width: int
     index: int = 0
+    latents: Tensor | None = None
 
     @property
     def prompt_ids(self) -> tuple[str, ...]:

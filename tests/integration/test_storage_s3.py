@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
+from urllib.parse import quote
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from pyarrow import fs
 
 from piflow import storage
+from piflow.config import EmbedConfig, ModelConfig
+from piflow.data.latents import LatentEncoder
 from piflow.data.prompts import Prompt, read_prompts
 from piflow.data.store import (
     SCHEMA_VERSION,
     EmbeddingStore,
     EncodedPrompt,
     EncoderIdentity,
+    SkippedPicture,
     StoreInputs,
     StoreManifest,
     empty_prompt_plan,
@@ -93,3 +102,31 @@ def test_a_wrong_secret_is_refused_with_the_uri(
     expected = "s3://piflow/tests/x.*SignatureDoesNotMatch: the secret doesn't belong to"
     with pytest.raises(PermissionError, match=expected):
         storage.write_bytes(storage.join(bucket, "x"), b"1")
+
+
+def test_pictures_lie_on_s3_as_well(bucket: str) -> None:
+    """Named from the prompts file's folder, or inside a Parquet file there; one isn't there."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(content, "png")
+    picture = content.getvalue()
+    storage.write_bytes(storage.join(bucket, "pictures", quote("a b#1.png")), picture)
+    rows = [{"prompt": "x", "image": f"pictures/{name}"} for name in ("a b#1.png", "none.png")]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    named = storage.join(bucket, "pictures.jsonl")
+    storage.write_bytes(named, lines.encode())
+    table = io.BytesIO()
+    pq.write_table(pa.table({"prompt": ["x"], "image": [picture]}), table)
+    inside = storage.join(bucket, "pictures.parquet")
+    storage.write_bytes(inside, table.getvalue())
+    embed = EmbedConfig(
+        prompts=named, store="unused", height=8, width=8, image_column="image", bad_pictures="skip",
+    )  # fmt: skip
+    prompts = [
+        prompt
+        for uri in (named, inside)
+        for prompt in read_prompts(uri, height=8, width=8, image_column="image").prompts
+    ]
+    one, none, other = LatentEncoder(ModelConfig(path="unused"), embed, "cpu").encode(prompts)
+    assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    assert torch.equal(one, other) and float(one.max()) == 1.0
+    assert isinstance(none, SkippedPicture) and "no such file" in none.reason

@@ -461,6 +461,8 @@ def test_pictures_from_the_store_need_an_image_column() -> None:
         parse_recipe({**MINIMAL, "objective": objective})
     embed = {**MINIMAL["embed"], "image_column": "image"}
     with_pictures = parse_recipe({**MINIMAL, "objective": objective, "embed": embed})
+    with pytest.raises(RecipeError, match="embed.mode = online encodes texts only"):
+        parse_recipe({**MINIMAL, "objective": objective, "embed": {**embed, "mode": "online"}})
     plain = parse_recipe(MINIMAL)
     assert "image_column" not in plain.identity()["embed"]
     assert with_pictures.identity()["embed"]["image_column"] == "image"

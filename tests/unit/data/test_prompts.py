@@ -423,12 +423,15 @@ def test_the_same_name_in_two_folders_is_two_pictures(tmp_path: Path) -> None:
     assert alone.picture is not None and alone.picture.key == "a.png"
 
 
-def test_pictures_keep_s3_queries_and_quote_names(tmp_path: Path) -> None:
+def test_pictures_lie_beside_prompts_on_s3_and_the_hub() -> None:
+    """An S3 URI keeps its query, and what means something in it is quoted."""
     uri = "s3://bucket/data/p.jsonl?region=eu"
     row = prompts_module._Row(1, "x", None, None, "a b/c#d.png")
     picture = prompts_module._to_picture(row, uri, "")
     assert picture.key == "a b/c#d.png"
     assert picture.uri == "s3://bucket/data/a%20b/c%23d.png?region=eu"
+    hub = prompts_module._to_picture(row, "hf://datasets/owner/name@v1/data/p.jsonl", "")
+    assert hub.uri == "hf://datasets/owner/name@v1/data/a b/c#d.png"
 
 
 @pytest.mark.parametrize(
