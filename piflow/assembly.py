@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from piflow.batch import MicroBatch, conditioning
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
 from piflow.data.online import SAMPLE_PROMPTS, open_store
 from piflow.data.store import EmbeddingStore
+from piflow.fp8 import check_device
 from piflow.objective import (
     CleanLatents,
     FlowMatchingObjective,
@@ -26,6 +28,7 @@ from piflow.pictures import grid
 from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FlowSchedule, segments
 from piflow.sharding.base import Strategy
+from piflow.sharding.blocks import prepare_blocks
 from piflow.step import Trainer
 from piflow.teacher import average_of, fresh_backbone
 from piflow.trio import GuidedTeacher, Trio, build_empty_trio, build_trio
@@ -37,15 +40,19 @@ _PRETRAIN_STEPS = 16  # Euler steps of the pictures drawn during pre-training
 
 @dataclass(frozen=True)
 class Assembly:
-    """A trainer, and the EMA as a function (conditioning, noise latents) -> x0 latents.
+    """A trainer and what is drawn and measured beside its steps.
 
-    `flops` is the operations of training on one sample of a micro-batch's sizes.
+    Attributes:
+        draw: the EMA as a function (conditioning, noise latents) -> x0 latents.
+        flops: operations of training on one sample of a micro-batch's sizes.
+        teacher_error: `PiIDObjective.teacher_error`, if the teacher computes in fp8.
     """
 
     trainer: Trainer
     draw: Callable[[Conditioning, Tensor], Tensor]
     draw_samples: Callable[[], Image.Image]
     flops: Callable[[MicroBatch], int]
+    teacher_error: Callable[[MicroBatch, int], float] | None = None
 
 
 def assemble(recipe: Recipe, strategy: Strategy, device: torch.device) -> Assembly:
@@ -66,7 +73,12 @@ def assemble(recipe: Recipe, strategy: Strategy, device: torch.device) -> Assemb
         _, height, width = codec.latent_shape(batch.height, batch.width)
         return training_flops(backbone.flops(height, width, batch.tokens.shape[1]), recipe)
 
-    return Assembly(trainer, draw, lambda: _draw_samples(recipe, store, codec, draw, device), flops)
+    objective = trainer.objective
+    teacher_error = None
+    if recipe.model.fp8_teacher is not None and isinstance(objective, PiIDObjective):
+        teacher_error = objective.teacher_error
+    draw_samples = partial(_draw_samples, recipe, store, codec, draw, device)
+    return Assembly(trainer, draw, draw_samples, flops, teacher_error)
 
 
 def _distillation(
@@ -120,8 +132,10 @@ def prepared_trio(recipe: Recipe, strategy: Strategy) -> Trio:
         trio, stored = build_empty_trio(recipe)
     else:
         trio = build_trio(recipe)
-    if recipe.training.gradient_checkpointing:
-        trio.enable_gradient_checkpointing()
+    if recipe.model.fp8_teacher is not None:
+        check_device(strategy.device)
+        trio.use_fp8_teacher()
+    prepare_blocks(recipe.runtime, trio.backbone, trio.modules)
     for module in trio.modules:
         strategy.prepare(module, trio.block_classes)
     if stored:
@@ -143,6 +157,7 @@ def _pretraining(
     negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
     backbone = fresh_backbone(recipe.model, recipe.seed)
     average = average_of(backbone)
+    prepare_blocks(recipe.runtime, backbone, (backbone.module, average.module))
     for view in (backbone, average):
         strategy.prepare(view.module, view.block_classes)
     trainer = Trainer(

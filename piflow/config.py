@@ -44,6 +44,22 @@ class _Variant(_Section):
     type: str
 
 
+class Fp8TeacherConfig(_Section):
+    """The teacher's matrix products in 8 bits, at no more memory; the student keeps its precision.
+
+    The results depend on it, the less the smaller the measured error is.
+    """
+
+    check_every: Positive = Field(
+        250, description="optimiser steps between measurements of the teacher's error"
+    )
+    max_error: PositiveFloat = Field(
+        0.1,
+        description="relative L2 error of its velocity, against the base's own precision, above "
+        "which the run stops",
+    )
+
+
 class ModelConfig(_Section):
     """The teacher: one diffusers transformer and the codec between pictures and its latents."""
 
@@ -62,6 +78,11 @@ class ModelConfig(_Section):
         None, description="URI of the VAE's folder; default: `vae` beside the transformer's"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="the frozen base's dtype")
+    fp8_teacher: Fp8TeacherConfig | None = Field(
+        None,
+        description="{} or its options: the teacher's velocity in fp8 (needs torchao, and a GPU of "
+        "compute capability 8.9); null: in `dtype`",
+    )
 
 
 class BertEncoderConfig(_Variant):
@@ -370,9 +391,6 @@ class TrainingConfig(_Section):
     )
     log_every: Positive = Field(10, description="optimiser steps between metric points")
     sample_every: NonNegative = Field(0, description="optimiser steps between pictures; 0 = never")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute each block in the backward pass: less memory, more time"
-    )
 
     @model_validator(mode="after")
     def _divides(self) -> TrainingConfig:
@@ -450,6 +468,19 @@ class RuntimeConfig(_Section):
         description="fsdp: false keeps the student's blocks whole until their backward pass: one "
         "all-gather less, more memory",
     )
+    offload: Literal["none", "cpu"] = Field(
+        "none",
+        description="fsdp: cpu keeps shards, their gradients, the optimiser's state and its step "
+        "in host memory",
+    )
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        "none",
+        description="what the backward pass computes again, for less memory: full: each block from "
+        "its input; selective: all of a block but its matrix products and attention",
+    )
+    compile: bool = Field(
+        False, description="torch.compile of each block; seconds to minutes at the start"
+    )
     max_failures: int = Field(
         3, ge=-1, description="restarts from the last checkpoint; -1 = always"
     )
@@ -501,10 +532,33 @@ class RuntimeConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _blocks_stay_whole(self) -> RuntimeConfig:
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "activation_checkpointing = selective picks operations of a block, and compile "
+                "makes one of them all; use activation_checkpointing full or none, or don't compile"
+            )
+        if self.deepspeed is None or self.deepspeed.stage < 3:
+            return self
+        if self.compile:
+            raise ValueError(
+                "compile makes one piece of a block, and DeepSpeed's stage 3 gathers weights "
+                "between its layers; use strategy fsdp, or don't compile"
+            )
+        if self.activation_checkpointing == "selective":
+            raise ValueError(
+                "activation_checkpointing = selective computes part of a block again, and "
+                "DeepSpeed's stage 3 gathers weights in between, not as in the forward pass; use "
+                "full, or strategy fsdp"
+            )
+        return self
+
     def _refuse_sharding_options(self) -> None:
         options = {
             "shard_size": self.shard_size is not None,
             "reshard_after_forward": not self.reshard_after_forward,
+            "offload": self.offload != "none",
         }
         for option in (name for name, changed in options.items() if changed):
             raise ValueError(
@@ -687,6 +741,20 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fp8_has_a_teacher(self) -> Recipe:
+        if self.model.fp8_teacher is not None and self.objective.type != "pi_id":
+            raise ValueError(
+                f"model.fp8_teacher is about a distillation's teacher and objective.type = "
+                f"{self.objective.type} has none; leave it out"
+            )
+        if self.model.fp8_teacher is not None and self.runtime.compile:
+            raise ValueError(
+                "runtime.compile can't trace how model.fp8_teacher quantises a weight; leave out "
+                "one of them"
+            )
+        return self
+
     def identity(self) -> dict[str, Any]:
         """What decides a run's results: the recipe less where, how fast and how long it runs."""
         tree = self.model_dump(mode="json", exclude=_NOT_IDENTITY)
@@ -714,6 +782,7 @@ _ENCODERS = {  # the family's own; bert is for models that were trained with it
     "dit": ("class_label",),
 }
 _NOT_IDENTITY: dict[str, Any] = {
+    "model": {"fp8_teacher": {"check_every", "max_error"}},
     "run_dir": True,
     "runtime": True,
     "tracking": True,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from piflow.backbones.base import Backbone, Conditioning
 from piflow.backbones.codec import Codec
 from piflow.batch import MicroBatch, conditioning
 from piflow.config import FlowMatchingConfig, GMFlowPolicyConfig, PiIDConfig, Recipe
+from piflow.fp8 import velocity_error
 from piflow.imitation import ImitationSettings, run_data_dependent, run_data_free, teacher_ratio
 from piflow.policies.base import Policy, expand_as_latents
 from piflow.schedule import FlowSchedule, segments
-from piflow.step import Backward
+from piflow.step import Backward, micro_batch_generator
 from piflow.trio import GuidedTeacher, Trio
 
 Pictures = Callable[[Sequence[str], torch.Generator], Tensor]
@@ -68,6 +71,7 @@ class PiIDObjective:
         policy = recipe.policy
         self.dropout = policy.dropout if isinstance(policy, GMFlowPolicyConfig) else 0.0
         self.device = device
+        self.seed = recipe.seed
         self.clean = clean
         self.schedule = FlowSchedule(self.config.shift)
         self.segments = segments(self.config.nfe, self.config.final_step_size_scale)
@@ -102,6 +106,32 @@ class PiIDObjective:
                 generator=generator, backward=add_up,
             )  # fmt: skip
         return total
+
+    def teacher_error(self, batch: MicroBatch, step: int) -> float:
+        """Relative L2 error of the fp8 teacher's guided velocity, over all workers' batches.
+
+        Measured along the exact teacher's own Euler steps from noise, one a segment. A collective.
+
+        Args:
+            batch: this worker's prompts.
+            step: the noise is that of optimiser step `step`.
+        """
+        generator = micro_batch_generator(self.seed, step, batch.index)
+        cond = conditioning(batch, self.device)
+        teacher = GuidedTeacher(self.trio, cond, self.negative, self.guidance)
+
+        def exact(x: Tensor, sigma: Tensor) -> Tensor:
+            with self.trio.exact_teacher():
+                return teacher(x, sigma)
+
+        shape = self.codec.latent_shape(batch.height, batch.width)
+        noise = torch.randn((len(batch.prompts), *shape), generator=generator).to(self.device)
+        ends = [self.schedule.sigma(segment.tau_src) for segment in self.segments]
+        sums = velocity_error(teacher, exact, noise, [*ends, 0.0])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        off, length = sums.tolist()
+        return math.sqrt(off / length)
 
     def settings(self, step: int) -> ImitationSettings:
         """What optimiser step `step` imitates with; lambda falls along the run."""

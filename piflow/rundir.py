@@ -44,7 +44,7 @@ class RunRecord:
 class Failure:
     """Why the workers stopped by themselves, where another try would end the same way."""
 
-    kind: Literal["recipe", "non-finite"]
+    kind: Literal["recipe", "non-finite", "fp8-teacher"]
     message: str
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -33,6 +33,7 @@ from piflow.backbones import (
 )
 from piflow.config import GuidanceConfig, LoRAConfig, PiIDConfig, PolicyConfig, Recipe
 from piflow.ema import ema_update
+from piflow.fp8 import Fp8Linears
 from piflow.guidance import guided_teacher
 from piflow.heads import (
     BIAS_NOISE,
@@ -70,6 +71,10 @@ class Roles(Protocol):
         """The teacher's `(B, C, H, W)` velocity, float32, without gradient."""
         ...
 
+    def use_fp8_teacher(self) -> Fp8Linears:
+        """From now on the teacher's matrix products are in fp8; what switches them."""
+        ...
+
     def tokens(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """The tokens `(B, HW/4, F)` of the role's head."""
         ...
@@ -101,12 +106,18 @@ class SharedBackbone:
         self._router = OutputRouter(backbone.output_layer(), heads, STUDENT)
         backbone.install_output(self._router)
         self._adapted = adapters.layers(backbone.module)
+        self._fp8: Fp8Linears | None = None
         self._activate(STUDENT)
 
     def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """See `Roles`."""
-        with self._role(None):
+        with self._role(None), _active(self._fp8):
             return self.backbone.teacher_velocity(x, sigma, cond)
+
+    def use_fp8_teacher(self) -> Fp8Linears:
+        """See `Roles`."""
+        self._fp8 = Fp8Linears(self.backbone.module, self.backbone.block_classes)
+        return self._fp8
 
     def tokens(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """See `Roles`."""
@@ -152,10 +163,17 @@ class SeparateBackbones:
             backbone.install_output(self.heads[role])
         self.backbone = self._copies[STUDENT]
         self.modules = (teacher.module, *(copied.module for copied in self._copies.values()))
+        self._fp8: Fp8Linears | None = None
 
     def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """See `Roles`."""
-        return self._teacher.teacher_velocity(x, sigma, cond)
+        with _active(self._fp8):
+            return self._teacher.teacher_velocity(x, sigma, cond)
+
+    def use_fp8_teacher(self) -> Fp8Linears:
+        """See `Roles`."""
+        self._fp8 = Fp8Linears(self._teacher.module, self._teacher.block_classes)
+        return self._fp8
 
     def tokens(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """See `Roles`."""
@@ -174,6 +192,10 @@ class SeparateBackbones:
         self.backbone.module.train(mode)
 
 
+def _active(fp8: Fp8Linears | None) -> AbstractContextManager[None]:
+    return nullcontext() if fp8 is None else fp8.active()
+
+
 class Trio:
     """Three roles; callers name the role by the method and toggle nothing.
 
@@ -183,6 +205,7 @@ class Trio:
 
     def __init__(self, roles: Roles) -> None:
         self._roles = roles
+        self._fp8: Fp8Linears | None = None
         for module in roles.modules:
             module.requires_grad_(False)
         for parameter in self.trainable_parameters().values():
@@ -322,9 +345,25 @@ class Trio:
         self._roles.train(mode)
         return self
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes each of the student's blocks in the backward pass: less memory, more time."""
-        self.backbone.enable_gradient_checkpointing()
+    def enable_gradient_checkpointing(self, *, selective: bool = False) -> None:
+        """Recomputes each of the student's blocks in the backward pass: less memory, more time.
+
+        Args:
+            selective: matrix products and attention are kept: some more memory, little more time.
+        """
+        self.backbone.enable_gradient_checkpointing(selective=selective)
+
+    def use_fp8_teacher(self) -> None:
+        """From now on the teacher's matrix products are in fp8; see `piflow.fp8`. Before sharding.
+
+        Raises:
+            ValueError: torchao isn't installed, or no layer has a size that fp8 takes.
+        """
+        self._fp8 = self._roles.use_fp8_teacher()
+
+    def exact_teacher(self) -> AbstractContextManager[None]:
+        """Inside, `teacher_velocity` is that of the base's own precision."""
+        return nullcontext() if self._fp8 is None else self._fp8.suspended()
 
     def _policy(
         self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning

@@ -268,6 +268,6 @@ class Backbone(Protocol):
         """Makes `output(hidden, temb)` the model's last layer."""
         ...
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes each block in the backward pass instead of keeping its activations."""
+    def enable_gradient_checkpointing(self, *, selective: bool = False) -> None:
+        """Recomputes each block in the backward pass; selective: but not its matrix products."""
         ...

@@ -6,7 +6,7 @@ its time input is 1000·σ, unrounded, and its output the velocity.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from piflow.backbones import flops
 from piflow.backbones.base import PATCH, Conditioning
@@ -146,15 +145,15 @@ class DiTTokens(nn.Module):
         self.time_class_embed, first.emb = first.emb, _Embedded()
         self.norm_out: nn.Module = _adaptive_norm(model.norm_out, model.proj_out_1)
         self.proj_out: nn.Module = channel_major(model.proj_out_2)
-        self.gradient_checkpointing = False
+        self._checkpoint: Callable[..., Any] | None = None
         for layer in self.modules():
             if isinstance(layer, LabelEmbedding):
                 layer.dropout_prob = 0.0
         self.train(model.training)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes each block in the backward pass instead of keeping its activations."""
-        self.gradient_checkpointing = True
+    def enable_gradient_checkpointing(self, checkpoint: Callable[..., Any]) -> None:
+        """Calls blocks by `checkpoint(block, ...)` where a backward pass will follow."""
+        self._checkpoint = checkpoint
 
     def forward(self, hidden: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         """Latents `(B, C, S, S)`, 1000·σ `(B,)`, class numbers `(B,)` -> `(B, SS/4, F)`."""
@@ -162,10 +161,8 @@ class DiTTokens(nn.Module):
         temb = self.time_class_embed(timestep, labels, hidden_dtype=hidden.dtype)
         for i, block in enumerate(self.transformer_blocks):
             time = timestep if i else temb
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(
-                    block, hidden, timestep=time, class_labels=labels, use_reentrant=False
-                )
+            if self._checkpoint is not None and torch.is_grad_enabled():
+                hidden = self._checkpoint(block, hidden, timestep=time, class_labels=labels)
             else:
                 hidden = block(hidden, timestep=time, class_labels=labels)
         tokens: Tensor = self.proj_out(self.norm_out(hidden, temb))

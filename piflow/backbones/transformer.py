@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from piflow import storage
 from piflow.backbones.base import PATCH, Conditioning, OutputLayer, unpack
+from piflow.backbones.recompute import block_checkpoint
 from piflow.weights import StoredTensor, fill, parameters_on_meta, stored_tensors
 
 SHOWN = 3  # differing tensors that an error names
@@ -198,10 +199,14 @@ class TransformerBackbone(ABC):
         self.module.norm_out = output
         self.module.proj_out = nn.Identity()
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes each block in the backward pass instead of keeping its activations."""
+    def enable_gradient_checkpointing(self, *, selective: bool = False) -> None:
+        """Recomputes each block in the backward pass instead of keeping its activations.
+
+        Args:
+            selective: but keeps matrix products and attention, see `block_checkpoint`.
+        """
         model: Any = self.module
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(block_checkpoint(selective))
 
     def check_batch(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> None:
         """Refuses latents, noise levels and prompts that don't go together.

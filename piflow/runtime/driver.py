@@ -14,6 +14,7 @@ from piflow import rundir, storage
 from piflow.checkpoint import load_state
 from piflow.config import Recipe, RuntimeConfig
 from piflow.data.store import EmbeddingStore
+from piflow.fp8 import TeacherPrecisionError
 from piflow.ownership import PROCESS, owned
 from piflow.runtime.signals import Signals, StoppedError
 from piflow.step import NonFiniteError
@@ -24,7 +25,11 @@ _ELASTIC_START_SECONDS = 30.0  # until workers have their places, on machines th
 _DATA_CPUS = 2  # logical CPUs for Ray Data's reading beside the workers, on a local instance
 
 
-_FAILURES: dict[str, type[Exception]] = {"recipe": ValueError, "non-finite": NonFiniteError}
+_FAILURES: dict[str, type[Exception]] = {
+    "recipe": ValueError,
+    "non-finite": NonFiniteError,
+    "fp8-teacher": TeacherPrecisionError,
+}
 
 
 class WorkersFailedError(ChildProcessError):
@@ -173,6 +178,14 @@ def _tracked(
     return record
 
 
+def _collectives(runtime: RuntimeConfig) -> str:
+    """torch.distributed's backend."""
+    if not runtime.use_gpu:
+        return "gloo"
+    # gradients that lie in host memory are clipped there
+    return "cpu:gloo,cuda:nccl" if runtime.offload == "cpu" else "nccl"
+
+
 def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> None:
     """Workers train until the last step; they start anew where they stopped for that."""
     from piflow.runtime.board import StopReason, start_board
@@ -265,7 +278,7 @@ def _trainer(recipe: Recipe, record: rundir.RunRecord, board: Any) -> Any:
     return TorchTrainer(
         train_worker,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if runtime.use_gpu else "gloo"),
+        torch_config=TorchConfig(backend=_collectives(runtime)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=runtime.use_gpu,

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.train
@@ -30,6 +30,7 @@ from piflow.config import Recipe
 from piflow.data.online import EncodedRows, open_store, start_encoder
 from piflow.data.store import EmbeddingStore
 from piflow.data.stream import StreamBatch, StreamOrder, TrainStream
+from piflow.fp8 import TeacherPrecisionError, check_error
 from piflow.ownership import require_owner
 from piflow.runtime.board import StopReason
 from piflow.runtime.stopping import Stops
@@ -39,6 +40,11 @@ from piflow.sharding import Strategy
 from piflow.sharding.choice import strategy_for
 from piflow.step import NonFiniteError, SkippedSteps, StepMetrics
 from piflow.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
+
+_KINDS: dict[type[Exception], Literal["non-finite", "fp8-teacher"]] = {
+    NonFiniteError: "non-finite",
+    TeacherPrecisionError: "fp8-teacher",
+}
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -135,11 +141,11 @@ def _train(
     )
     try:
         loop.run(start, stream)
-    except NonFiniteError as error:  # every rank raises it in the same step
+    except (NonFiniteError, TeacherPrecisionError) as error:  # every rank, in the same step
         loop.finish_saves()
         if rank == 0:
-            rundir.write_failure(recipe.run_dir, rundir.Failure("non-finite", str(error)))
-            tracker.event("non-finite", str(error))
+            rundir.write_failure(recipe.run_dir, rundir.Failure(_KINDS[type(error)], str(error)))
+            tracker.event(_KINDS[type(error)], str(error))
 
 
 def _encoded_rows(recipe: Recipe, store: EmbeddingStore, start: int) -> EncodedRows | None:
@@ -213,6 +219,7 @@ class _Loop:
         self.run_id = config["run_id"]
         tracked = recipe.tracking.system_metrics and self.rank == 0
         self.system = SystemMetrics() if tracked else None
+        self.start = 0
         self.skipped = SkippedSteps(recipe.training)
         self.waits: list[float] = []  # of each step since the last metric point
         self.seconds: list[float] = []
@@ -248,12 +255,14 @@ class _Loop:
         """Steps `start` to the recipe's last, or until all workers are asked to stop."""
         if start >= self.training.steps:
             return
+        self.start = start
         batches = iter(stream.batches())
         for step in range(start, self.training.steps):
             began = time.perf_counter()
             batch: StreamBatch = next(batches)
             waited = time.perf_counter() - began
             self._count_replaced(step, batch)
+            self._check_teacher(step, batch)
             try:
                 metrics = self.assembly.trainer.step(step, batch.micro_batches)
             except NonFiniteError as error:  # every rank raises it in the same step
@@ -285,6 +294,20 @@ class _Loop:
         if reason is not StopReason.NONE:
             self.tracker.event("stop", f"{_STOP_TEXTS[reason]}; step {done} is saved")
         ray.get(self.board.leave.remote(reason, done))
+
+    def _check_teacher(self, step: int, batch: StreamBatch) -> None:
+        """Measures an fp8 teacher at the start and every so many steps.
+
+        Raises:
+            TeacherPrecisionError: it is too far off; on every rank.
+        """
+        config, measure = self.recipe.model.fp8_teacher, self.assembly.teacher_error
+        if config is None or measure is None or (step != self.start and step % config.check_every):
+            return
+        error = measure(batch.micro_batches[0], step)
+        if self.rank == 0:
+            self.tracker.log_metrics({"fp8_teacher_error": error}, step=step)
+        check_error(step, error, config.max_error)
 
     def _skip(self, step: int, error: NonFiniteError) -> None:
         """Go on as if the step's batch had not been there, or stop by raising `error`."""

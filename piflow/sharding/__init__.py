@@ -31,20 +31,24 @@ def build_strategy(
     *,
     shard_size: int | None = None,
     reshard_after_forward: bool = True,
+    offload: bool = False,
     deepspeed: DeepSpeedConfig | None = None,
 ) -> Strategy:
     """A strategy. One worker has nobody to share with, whatever the name; it may offload.
 
     Args:
-        shard_size, reshard_after_forward: of "fsdp" alone, see `FSDPStrategy`.
+        shard_size, reshard_after_forward, offload: of "fsdp" alone, see `FSDPStrategy`.
         deepspeed: of "deepspeed" alone; None: its defaults.
 
     Raises:
         ValueError: "single" with several workers, a `shard_size` that doesn't divide them, or a
             process group that isn't up or is of another size.
     """
-    offloads = deepspeed is not None and deepspeed.offloads
-    if world_size == 1 and not (name == "deepspeed" and offloads):
+    if name == "deepspeed":
+        offloads = deepspeed is not None and deepspeed.offloads
+    else:
+        offloads = name == "fsdp" and offload
+    if world_size == 1 and not offloads:
         return SingleStrategy(device)
     if name == "single":
         raise ValueError(
@@ -58,7 +62,10 @@ def build_strategy(
         strategy = DeepSpeedStrategy(device, deepspeed or DeepSpeedConfig())
     else:
         strategy = FSDPStrategy(
-            device, shard_size=shard_size, reshard_after_forward=reshard_after_forward
+            device,
+            shard_size=shard_size,
+            reshard_after_forward=reshard_after_forward,
+            offload=offload,
         )
     if strategy.world_size != world_size:
         raise ValueError(

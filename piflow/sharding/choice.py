@@ -21,6 +21,7 @@ from piflow.sharding.memory import (
     ReplicaBytes,
     fits,
     replica_bytes,
+    shard_bytes,
 )
 from piflow.teacher import fresh_backbone
 from piflow.trio import build_empty_trio
@@ -42,7 +43,7 @@ def strategy_for(recipe: Recipe, world_size: int, device: torch.device) -> tuple
     name = runtime.strategy
     if name == "deepspeed":
         return _deepspeed(recipe, world_size, device)
-    if world_size == 1:
+    if world_size == 1 and not (name == "fsdp" and runtime.offload == "cpu"):
         return build_strategy("single", 1, device), "single: there is one worker"
     reason = f"{name}: runtime.strategy says so"
     if name == "auto":
@@ -55,6 +56,7 @@ def strategy_for(recipe: Recipe, world_size: int, device: torch.device) -> tuple
         device,
         shard_size=runtime.shard_size,
         reshard_after_forward=runtime.reshard_after_forward,
+        offload=runtime.offload == "cpu",
     )
     return strategy, reason
 
@@ -110,6 +112,7 @@ def measure(recipe: Recipe) -> ModelSize:
         trained=trained + head,
         blocks=sum(isinstance(m, backbone.block_classes) for m in backbone.module.modules()),
         width=backbone.width,
+        largest=max(p.numel() for p in base),
     )
 
 
@@ -144,6 +147,11 @@ def _decide_together(recipe: Recipe, world_size: int, device: torch.device) -> t
 
 def _measure_and_choose(recipe: Recipe, free: int) -> tuple[Sharing, str]:
     try:
-        return choose(replica_bytes(recipe, measure(recipe)), free)
+        size = measure(recipe)
+        name, reason = choose(replica_bytes(recipe, size), free)
+        if name == "fsdp":
+            shard = shard_bytes(recipe, size, dist.get_world_size())
+            reason = f"{reason}; a worker's shard and work are estimated at {shard}"
+        return name, reason
     except ValueError as error:  # loading the model will say the same, and end the run properly
         return "fsdp", f"fsdp: the model can't be measured: {error}"

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from piflow.sharding.base import InPlaceStrategy, require_process_group
 
@@ -31,6 +31,8 @@ class FSDPStrategy(InPlaceStrategy):
 
     Args:
         shard_size: workers that hold one copy between them; None: all.
+        offload: shards, gradients and the optimiser's state lie in host memory, and the optimiser
+            steps there; a block's weights come to the device for its forward and backward pass.
         reshard_after_forward: False keeps the blocks of trained modules whole between their forward
             and backward pass. Forward passes without a backward pass must then not come between the
             step's last backward pass and the update of the weights: they would leave blocks whole
@@ -48,11 +50,15 @@ class FSDPStrategy(InPlaceStrategy):
         *,
         shard_size: int | None = None,
         reshard_after_forward: bool = True,
+        offload: bool = False,
     ) -> None:
         self.rank, self.world_size = require_process_group("fsdp")
         self.device = device
         self._mesh = _mesh(device, self.world_size, shard_size)
         self._reshard_after_forward = reshard_after_forward
+        self._offload = OffloadPolicy()
+        if offload:
+            self._offload = CPUOffloadPolicy(pin_memory=device.type != "cpu")
         self._modules: list[FSDPModule] = []
 
     def prepare(self, module: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> None:
@@ -66,9 +72,16 @@ class FSDPStrategy(InPlaceStrategy):
         trained = any(parameter.requires_grad for parameter in module.parameters())
         reshard = self._reshard_after_forward or not trained
         for block in [m for m in module.modules() if isinstance(m, block_classes)]:
-            fully_shard(block, mesh=self._mesh, reshard_after_forward=reshard)
+            fully_shard(
+                block,
+                mesh=self._mesh,
+                reshard_after_forward=reshard,
+                offload_policy=self._offload,
+            )
         # by default the rest would stay whole until a backward pass: see above
-        fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
+        fully_shard(
+            module, mesh=self._mesh, reshard_after_forward=True, offload_policy=self._offload
+        )
         if not isinstance(module, FSDPModule):
             raise TypeError(f"fully_shard left a {type(module).__name__}")
         self._modules.append(module)

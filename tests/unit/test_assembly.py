@@ -126,6 +126,26 @@ def test_a_backward_pass_costs_two_forward_passes(flux_folder: Path) -> None:
     assert 2.9 * forward < counter.get_total_flops() <= 3 * forward
 
 
+def test_an_fp8_teacher_is_measured_on_a_batch(store: EmbeddingStore, flux_folder: Path) -> None:
+    """Some per cent in a tiny model; nothing is to be measured without."""
+    model = {"path": str(flux_folder), "fp8_teacher": {}}
+    plain, _ = train(recipe(store, flux_folder), store, 1)
+    assert plain.teacher_error is None
+    assembly, losses = train(recipe(store, flux_folder, model=model), store, 1)
+    assert assembly.teacher_error is not None
+    stream = TrainStream(
+        store.uri, seed=0, batch_size=4, micro_batch_size=2, rank=0, world_size=1, reader="local"
+    )
+    batch = next(stream.batches()).micro_batches[0]
+    error = assembly.teacher_error(batch, 0)
+    assert 1e-4 < error < 0.1 and error == assembly.teacher_error(batch, 0)
+    assert error != assembly.teacher_error(batch, 1), "other noise"
+    objective = assembly.trainer.objective
+    assert isinstance(objective, PiIDObjective)
+    with objective.trio.exact_teacher():
+        assert assembly.teacher_error(batch, 0) == 0
+
+
 def test_full_training_moves_every_weight(store: EmbeddingStore, flux_folder: Path) -> None:
     ours = recipe(store, flux_folder, **KINDS["full"])
     before = dict(assemble(ours, SingleStrategy(CPU), CPU).trainer.parameters)

@@ -9,7 +9,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from piflow.config import Recipe, load_recipe
+from piflow.config import Fp8TeacherConfig, Recipe, load_recipe
+from piflow.fp8 import TeacherPrecisionError
 from piflow.runtime.board import StopReason
 from piflow.runtime.worker import _Loop
 from piflow.step import NonFiniteError, StepMetrics
@@ -37,7 +38,9 @@ def _loop(
          "training.log_every=1", f"training.max_skipped_steps={max_skipped_steps}", *overrides],
     )  # fmt: skip
     tracker = MagicMock()
-    assembly: Any = SimpleNamespace(trainer=SimpleNamespace(step=step))
+    assembly: Any = SimpleNamespace(
+        trainer=SimpleNamespace(step=step), flops=lambda batch: 1, teacher_error=None
+    )
     config = {"recipe_hash": "hash", "run_id": "run", "board": MagicMock(), "owner": None}
     stops: Any = SimpleNamespace(agreed=lambda: StopReason.NONE)
     loop = _Loop(recipe, config, assembly, tracker, stops, MagicMock())
@@ -45,8 +48,26 @@ def _loop(
     return loop, tracker
 
 
+def test_an_fp8_teacher_is_measured_at_the_start_and_every_so_often() -> None:
+    """From step 1 on (a resumed run), every second step; the third measurement is too large."""
+    saved: list[int] = []
+    loop, tracker = _loop(set(), 0, saved)
+    errors = {1: 0.01, 2: 0.02, 4: 0.3}
+    model = loop.recipe.model.model_copy(
+        update={"fp8_teacher": Fp8TeacherConfig(check_every=2, max_error=0.1)}
+    )
+    loop.recipe = loop.recipe.model_copy(update={"model": model})
+    loop.assembly.teacher_error = lambda batch, step: errors.pop(step)  # type: ignore[misc]
+    with pytest.raises(TeacherPrecisionError, match="step 4: .* off by 0.3 .*max_error is 0.1"):
+        loop.run(1, _stream())
+    assert errors == {} and saved == [3]
+    calls = [(call.args[0], call.kwargs["step"]) for call in tracker.log_metrics.call_args_list]
+    told = {step: values["fp8_teacher_error"] for values, step in calls if len(values) == 1}
+    assert told == {1: 0.01, 2: 0.02, 4: 0.3}
+
+
 def _stream() -> Any:
-    batch = SimpleNamespace(micro_batches=[], replaced={})
+    batch = SimpleNamespace(micro_batches=[None], replaced={})
     return SimpleNamespace(batches=lambda: iter([batch] * 6), epoch_of=float)
 
 
@@ -70,7 +91,9 @@ def test_skipped_steps_are_told_and_checkpoints_are_still_due() -> None:
 def test_replaced_rows_are_counted_and_each_row_group_is_told_once() -> None:
     loop, tracker = _loop(set(), 0, [], "training.damaged_rows=replace")
     damage = [{}, {"row group 1 of a": 2}, {"row group 1 of a": 1, "row group 0 of b": 3}]
-    batches = [SimpleNamespace(micro_batches=[], replaced=names) for names in (*damage, {}, {}, {})]
+    batches = [
+        SimpleNamespace(micro_batches=[None], replaced=names) for names in (*damage, {}, {}, {})
+    ]
     loop.run(0, SimpleNamespace(batches=lambda: iter(batches), epoch_of=float))  # type: ignore[arg-type]
     events = [call.args[1] for call in tracker.event.call_args_list]
     assert [text.split(" can't")[0] for text in events] == ["row group 1 of a", "row group 0 of b"]

@@ -5,23 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import FluxTransformer2DModel
+
+from tests.unit.sharding.training import save_model
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "inductor: compiles C++; only with -m inductor")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "inductor" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("inductor")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharding")
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=48,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        pooled_projection_dim=6,
-        axes_dims_rope=(2, 2, 4),
-    )
-    model.save_pretrained(str(folder / "flux"))
+    save_model(folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from piflow.sharding.memory import (
     SAFE_SHARE,
     ModelSize,
     ReplicaBytes,
+    ShardBytes,
     fits,
     replica_bytes,
+    shard_bytes,
     tokens_of,
 )
 
@@ -60,9 +63,35 @@ def test_trained_weights_count_with_all_their_copies(optimizer: str, moments: in
 def test_recomputed_blocks_keep_their_input() -> None:
     layer = 2 * 42 * 16  # samples, tokens, channels
     assert replica_bytes(recipe(), SIZE).activations == 3 * layer * 68
-    training = {"batch_size": 4, "micro_batch_size": 2, "gradient_checkpointing": True}
-    recomputed = replica_bytes(recipe(training=training), SIZE)
+    recomputed = replica_bytes(recipe(runtime={"activation_checkpointing": "full"}), SIZE)
     assert recomputed.activations == 3 * layer * 4 + layer * 68
+
+
+def test_products_alone_are_kept() -> None:
+    layer = 2 * 42 * 16
+    selective = replica_bytes(recipe(runtime={"activation_checkpointing": "selective"}), SIZE)
+    assert selective.activations == 3 * layer * 40 + layer * 68
+
+
+def test_an_fp8_teacher_takes_one_weight_at_a_time() -> None:
+    size = replace(SIZE, largest=50)
+    plain = replica_bytes(recipe(), size)
+    fp8 = replica_bytes(recipe(model={"path": "unused", "fp8_teacher": {}}), size)
+    assert plain.fp8 == 0 and fp8.total == plain.total + 9 * 50
+    assert "fp8" in str(fp8) and "fp8" not in str(plain)
+
+
+def test_shards_hold_a_part_and_whole_blocks() -> None:
+    """Two of three blocks are whole at a time; offloading moves what is kept to the host."""
+    whole = replica_bytes(recipe(), SIZE)
+    working = 2 * (1000 + 7 * 4) // 3 + whole.activations
+    kept = (1000 + 7 * 20) // 4
+    assert shard_bytes(recipe(), SIZE, 4) == ShardBytes(working + kept, 0)
+    offloaded = recipe(runtime={"offload": "cpu"})
+    assert shard_bytes(offloaded, SIZE, 4) == ShardBytes(working, kept)
+    grouped = recipe(runtime={"num_workers": 2, "strategy": "fsdp", "shard_size": 2})
+    assert shard_bytes(grouped, SIZE, 2) == ShardBytes(working + 2 * kept, 0)
+    assert "0.00 GiB of host memory" in str(ShardBytes(1, 1))
 
 
 def test_fits_up_to_the_safe_share() -> None:

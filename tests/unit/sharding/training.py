@@ -10,75 +10,176 @@ from __future__ import annotations
 import copy
 import hashlib
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from piflow.backbones import Conditioning, FluxBackbone
 from piflow.config import (
-    DeepSpeedConfig,
-    DXPolicyConfig,
-    GMFlowPolicyConfig,
-    LoRAConfig,
     OptimizerConfig,
-    PolicyConfig,
+    Recipe,
     parse_recipe,
 )
 from piflow.heads import PolicyClock
 from piflow.optimizers import build_optimizers
-from piflow.sharding import Strategy, build_strategy, local_shard
+from piflow.sharding import Strategy, local_shard
+from piflow.sharding.blocks import prepare_blocks
 from piflow.sharding.choice import strategy_for
 from piflow.sharding.ddp import average_gradients
 from piflow.trio import Trio
 
 CPU = torch.device("cpu")
+# traces and differentiates as the default does, whose C++ takes minutes; for four processes
+# tracing alone, which is what differs between them
+COMPILERS = {1: "aot_eager", 2: "aot_eager", 4: "eager"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STEPS = 5
 MICRO_BATCHES = 4
 HEIGHT = WIDTH = 8
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16_checkpointed": torch.bfloat16,
-    "full": torch.bfloat16,  # of the teacher; the student is float32
+DX = {"type": "dx", "num_points": 3}
+SCENARIOS: dict[str, dict[str, Any]] = {  # what is trained; decides the results
+    "LoRA, float32 base": {},
+    "LoRA, bfloat16 base": {"model": {"dtype": "bfloat16"}},
+    "all weights": {"lora": None, "model": {"dtype": "bfloat16"}, "policy": DX},
+    "fp8 teacher": {"model": {"fp8_teacher": {}}},
+    "pre-training": {"objective": {"type": "flow_matching"}},
+    "Muon": {
+        "objective": {"type": "flow_matching"},
+        "training": {"optimizer": {"type": "muon"}},
+    },
 }
-DISTILLATIONS = ("float32", "bfloat16_checkpointed", "full")
-PRETRAININGS = ("pretraining", "muon")
-RUNS = {  # (scenario, variant of a strategy) by number of processes
-    1: [("float32", "zero3_offload"), ("float32", "zero2_offload")],
-    2: [
-        *((scenario, "fsdp") for scenario in (*DISTILLATIONS, "pretraining")),
-        ("float32", "fsdp_whole_blocks"),
-        ("full", "fsdp_whole_blocks"),
-        *((scenario, "ddp") for scenario in (*DISTILLATIONS, *PRETRAININGS)),
-        *((scenario, "zero2") for scenario in (*DISTILLATIONS, "pretraining")),
-        *((scenario, "zero3") for scenario in DISTILLATIONS),
-        *(("float32", name) for name in ("zero1", "zero1_offload", "zero2_offload")),
-        ("full", "zero3_offload"),
+LORA, LORA_BF16, FULL, FP8, PRETRAINING, MUON = SCENARIOS
+DISTILLATIONS = (LORA, LORA_BF16, FULL, FP8)
+STRATEGIES: dict[str, dict[str, Any]] = {  # as the docs call them -> the runtime section
+    "single": {"strategy": "single"},
+    "ddp": {"strategy": "ddp"},
+    "fsdp": {"strategy": "fsdp"},
+    "hsdp": {"strategy": "fsdp", "shard_size": 2},
+    "zero1": {"strategy": "deepspeed", "deepspeed": {"stage": 1}},
+    "zero2": {"strategy": "deepspeed", "deepspeed": {"stage": 2}},
+    "zero3": {"strategy": "deepspeed", "deepspeed": {"stage": 3}},
+}
+OPTIONS: dict[str, dict[str, Any]] = {  # how it is trained; never changes the results
+    "activation_checkpointing: full": {"activation_checkpointing": "full"},
+    "activation_checkpointing: selective": {"activation_checkpointing": "selective"},
+    "compile: true": {"compile": True},
+    "reshard_after_forward: false": {"reshard_after_forward": False},
+    "offload: cpu": {"offload": "cpu"},
+    "deepspeed.offload_optimizer: cpu": {"deepspeed": {"offload_optimizer": "cpu"}},
+    "deepspeed.offload_parameters: cpu": {"deepspeed": {"offload_parameters": "cpu"}},
+}
+AGAIN, SOME_AGAIN, COMPILE, WHOLE, OFFLOAD, OFFLOAD_STATE, OFFLOAD_WEIGHTS = OPTIONS
+OFFLOAD_ALL = (OFFLOAD_STATE, OFFLOAD_WEIGHTS)
+
+
+class Run(NamedTuple):
+    """One training; `options` are combined."""
+
+    scenario: str
+    strategy: str
+    options: tuple[str, ...] = ()
+
+
+RUNS = {  # by number of processes
+    1: [
+        Run(LORA, "single", (AGAIN,)),
+        Run(LORA, "single", (SOME_AGAIN,)),
+        Run(LORA, "single", (COMPILE,)),
+        Run(LORA, "fsdp", (OFFLOAD,)),
+        Run(LORA, "zero2", (OFFLOAD_STATE,)),
+        Run(LORA, "zero3", OFFLOAD_ALL),
     ],
-    4: [("float32", "hsdp"), ("full", "hsdp")],
+    2: [
+        *(Run(LORA, name) for name in ("ddp", "fsdp", "zero2", "zero3")),
+        *(Run(LORA, name, (SOME_AGAIN,)) for name in ("ddp", "fsdp", "zero2")),
+        *(Run(LORA, name, (COMPILE,)) for name in ("ddp", "fsdp", "zero1", "zero2")),
+        Run(LORA, "fsdp", (WHOLE, AGAIN)),
+        Run(LORA, "zero1", (OFFLOAD_STATE, SOME_AGAIN)),
+        Run(LORA, "zero2", (OFFLOAD_STATE, AGAIN)),
+        *(Run(LORA_BF16, name, (AGAIN,)) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+        Run(LORA_BF16, "fsdp", (OFFLOAD, SOME_AGAIN)),
+        *(Run(FULL, name) for name in ("ddp", "zero1", "zero2")),
+        Run(FULL, "fsdp", (WHOLE,)),
+        Run(FULL, "zero3", OFFLOAD_ALL),
+        *(Run(PRETRAINING, name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+        *(Run(FP8, name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+        Run(MUON, "ddp"),
+    ],
+    4: [
+        Run(LORA, "hsdp"),
+        Run(LORA, "hsdp", (COMPILE,)),
+        Run(LORA_BF16, "hsdp", (AGAIN,)),
+        Run(LORA_BF16, "hsdp", (OFFLOAD, SOME_AGAIN)),
+        Run(FULL, "hsdp", (WHOLE,)),
+        Run(PRETRAINING, "hsdp"),
+        Run(FP8, "hsdp"),
+    ],
 }
 
 
-def variant(name: str, world_size: int) -> Strategy:
-    """A strategy with options, on the running process group."""
-    if name == "fsdp_whole_blocks":
-        return build_strategy("fsdp", world_size, CPU, reshard_after_forward=False)
-    if name == "hsdp":
-        return build_strategy("fsdp", world_size, CPU, shard_size=2)
-    if name.startswith("zero"):
-        stage, *offload = name.removeprefix("zero").split("_")
-        options = DeepSpeedConfig.model_validate(
-            {
-                "stage": int(stage),
-                "offload_optimizer": "cpu" if offload else "none",
-                "offload_parameters": "cpu" if offload and stage == "3" else "none",
-            }
-        )
-        return build_strategy("deepspeed", world_size, CPU, deepspeed=options)
-    return build_strategy("ddp" if name == "ddp" else "fsdp", world_size, CPU)
+TINY_FLUX = {
+    "in_channels": 48,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 6,
+    "pooled_projection_dim": 6,
+    "axes_dims_rope": (2, 2, 4),
+}
+
+
+def save_model(folder: Path) -> None:
+    """The teacher of all trainings, as FOLDER/flux."""
+    torch.manual_seed(0)
+    FluxTransformer2DModel(**TINY_FLUX).save_pretrained(str(folder / "flux"))
+
+
+def world_size(run: Run) -> int:
+    """Processes of a run of RUNS; of any other, as many as its strategy needs."""
+    least = {"single": 1, "hsdp": 4}.get(run.strategy, 2)
+    return next((number for number, runs in RUNS.items() if run in runs), least)
+
+
+def recipe_of(run: Run, folder: Path | str = "unused") -> Recipe:
+    """The run as a user would write it.
+
+    Raises:
+        RecipeError: it is refused.
+    """
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "run_dir": "unused",
+        "model": {"path": f"{folder}/flux"},
+        "encoder": {"path": "unused"},
+        "policy": {"num_gaussians": 3, "logstd_inner_dim": 16},
+        "lora": {"rank": 4, "dropout": 0.1},
+        "embed": {"prompts": "p", "store": "s", "height": 16, "width": 16},
+        "training": {"batch_size": MICRO_BATCHES, "micro_batch_size": 1},
+        "runtime": {"num_workers": world_size(run)},
+    }
+    changes = [SCENARIOS[run.scenario], {"runtime": STRATEGIES[run.strategy]}]
+    for changed in [*changes, *({"runtime": OPTIONS[name]} for name in run.options)]:
+        tree = _merged(tree, changed)
+    return parse_recipe(tree)
+
+
+def _merged(tree: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Both; sections that both have are merged, of values `other`'s count."""
+    both = dict(tree)
+    for key, value in other.items():
+        old = both.get(key)
+        sections = isinstance(old, dict) and isinstance(value, dict)
+        merge = sections and key != "policy"  # of another kind, it has other keys
+        both[key] = _merged(old, value) if merge else value
+    return both
 
 
 @dataclass
@@ -93,6 +194,7 @@ class Result:
     digest: str = ""  # of this process's trained weights
     replicas_equal: bool = True
     base_unchanged: bool = True
+    held: int = 0  # bytes of weights on this process
     teacher_unchanged: bool = True
 
 
@@ -127,53 +229,63 @@ def pretraining_loss(
     return (backbone(x, sigma, cond) - x).square().mean()
 
 
-def train(scenario: str, folder: Path, strategy: Strategy) -> Result:
+def train(run: Run, folder: Path) -> Result:
     """Five optimiser steps of four micro-batches, spread over the strategy's processes."""
+    recipe = recipe_of(run, folder)
+    strategy, _ = strategy_for(recipe, world_size(run), CPU)
     result = Result()
-    if scenario in PRETRAININGS:
+    if run.scenario not in DISTILLATIONS:
         backbone = FluxBackbone.load(folder / "flux")
+        prepare_blocks(
+            recipe.runtime, backbone, [backbone.module], backend=COMPILERS[strategy.world_size]
+        )
         strategy.prepare(backbone.module, backbone.block_classes)
-        config = OptimizerConfig(type="muon" if scenario == "muon" else "adamw", lr=1e-3)
-        run(result, strategy, dict(backbone.module.named_parameters()), config, backbone, None)
+        config = OptimizerConfig(type=recipe.training.optimizer.type, lr=1e-3)
+        run_steps(
+            result, strategy, dict(backbone.module.named_parameters()), config, backbone, None
+        )
         result.trained = strategy.gather(dict(backbone.module.named_parameters()))
         return result
-    trio = build(scenario, folder)
-    if scenario == "bfloat16_checkpointed":
-        trio.enable_gradient_checkpointing()
+    trio = build(recipe)
+    prepare_blocks(
+        recipe.runtime, trio.backbone, trio.modules, backend=COMPILERS[strategy.world_size]
+    )
     base = {name: p.detach().clone() for name, p in frozen(trio).items()}
     for module in trio.modules:
         strategy.prepare(module, trio.block_classes)
-    run(result, strategy, trio.trainable_parameters(), OptimizerConfig(lr=1e-3), None, trio)
+    weights = [p for module in trio.modules for p in module.parameters()]
+    result.held = sum(local_shard(weight).nbytes for weight in weights)
+    run_steps(result, strategy, trio.trainable_parameters(), OptimizerConfig(lr=1e-3), None, trio)
     result.trained = strategy.gather(trio.trainable_parameters())
     result.ema = strategy.gather(trio.ema_parameters())
     after = strategy.gather(frozen(trio))
     result.base_unchanged = all(torch.equal(tensor, base[name]) for name, tensor in after.items())
     x, sigma, cond = inputs(99, 0)
     result.drawn["velocity"] = trio.ema(x, sigma, cond).velocity(x, 0.5 * sigma)
-    loaded = FluxBackbone.load(folder / "flux", dtype=DTYPES[scenario])
+    loaded = FluxBackbone.load(folder / "flux", dtype=DTYPES[recipe.model.dtype])
     # weights mapped from a file lie at odd addresses, where the CPU's matrix products round
     # otherwise than at aligned ones: replicas keep those, shards are copies
     untouched = (loaded, FluxBackbone(copy.deepcopy(loaded.module)))
-    velocity = trio.teacher_velocity(x, sigma, cond)
+    with trio.exact_teacher():
+        velocity = trio.teacher_velocity(x, sigma, cond)
     result.teacher_unchanged = any(
         torch.equal(velocity, backbone.teacher_velocity(x, sigma, cond)) for backbone in untouched
     )
     return result
 
 
-def build(scenario: str, folder: Path) -> Trio:
+def build(recipe: Recipe) -> Trio:
     """A GM student by LoRA; or a DX student, all of whose weights are trained."""
-    full = scenario == "full"
-    policy: PolicyConfig = GMFlowPolicyConfig(num_gaussians=3, logstd_inner_dim=16)
-    if full:
-        policy = DXPolicyConfig(num_points=3)
-    return Trio.from_backbone(
-        FluxBackbone.load(folder / "flux", dtype=DTYPES[scenario]),
-        None if full else LoRAConfig(rank=4, dropout=0.1),
-        policy,
+    trio = Trio.from_backbone(
+        FluxBackbone.load(recipe.model.path, dtype=DTYPES[recipe.model.dtype]),
+        recipe.lora,
+        recipe.policy,
         PolicyClock(0.3, 3.2),
         generator=torch.Generator().manual_seed(0),
     )
+    if recipe.model.fp8_teacher is not None:
+        trio.use_fp8_teacher()
+    return trio
 
 
 def frozen(trio: Trio) -> dict[str, nn.Parameter]:
@@ -193,7 +305,7 @@ def digest(parameters: Iterable[nn.Parameter]) -> str:
     return hashlib.sha256(b"".join(values)).hexdigest()
 
 
-def run(
+def run_steps(
     result: Result,
     strategy: Strategy,
     parameters: dict[str, nn.Parameter],
@@ -243,46 +355,43 @@ def replica_gradients(rank: int) -> list[Tensor | None]:
     return [parameter.grad for parameter in parameters]
 
 
-def automatic(folder: Path, world_size: int) -> dict[str, list[tuple[str, str]]]:
-    """What every process gets under `auto`, for a small and an impossible micro-batch."""
+def automatic(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """What both processes get under `auto`, for a small and an impossible micro-batch."""
     chosen: dict[str, list[tuple[str, str]]] = {}
+    tree = recipe_of(Run(LORA, "fsdp"), folder).model_dump(mode="json")
+    tree["runtime"]["strategy"] = "auto"
     for name, samples in (("small", 2), ("impossible", 10**12)):
-        tree = {
-            "name": "tiny",
-            "run_dir": "unused",
-            "model": {"path": str(folder / "flux")},
-            "encoder": {"path": "unused"},
-            "embed": {"prompts": "p", "store": "s", "height": 16, "width": 16},
-            "training": {"batch_size": 2 * samples, "micro_batch_size": samples},
-            "runtime": {"num_workers": world_size},
-        }
-        strategy, reason = strategy_for(parse_recipe(tree), world_size, CPU)
-        everyone = [("", "")] * world_size
+        tree["training"] |= {"batch_size": 2 * samples, "micro_batch_size": samples}
+        strategy, reason = strategy_for(parse_recipe(tree), 2, CPU)
+        everyone = [("", "")] * 2
         dist.all_gather_object(everyone, (type(strategy).__name__, reason))
         chosen[name] = everyone
     return chosen
 
 
-def main(folder: Path, rank: int, world_size: int) -> None:
+def main(folder: Path, rank: int, processes: int) -> None:
     torch.set_num_threads(1)
-    init_method = f"file://{folder}/rendezvous-{world_size}"
-    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
-    results: dict[tuple[str, str], object] = {}
-    for scenario, name in RUNS[world_size]:
-        result = train(scenario, folder, variant(name, world_size))
-        everyone: list[Result] = [Result()] * world_size
+    init_method = f"file://{folder}/rendezvous-{processes}"
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=processes)
+    results: dict[Any, object] = {}
+    for run in RUNS[processes]:
+        began = time.perf_counter()
+        result = train(run, folder)
+        if rank == 0:
+            print(f"{time.perf_counter() - began:.1f} s {run}", flush=True)
+        everyone: list[Result] = [Result()] * processes
         dist.all_gather_object(everyone, result)
         for other in everyone:
             result.losses.update(other.losses)
             result.replicas_equal &= other.digest == result.digest
             result.base_unchanged &= other.base_unchanged
             result.teacher_unchanged &= other.teacher_unchanged
-        results[scenario, name] = vars(result)
-    if world_size == 2:
-        results["gradients", "ddp"] = replica_gradients(rank)
-        results["choice", "auto"] = automatic(folder, world_size)
+        results[tuple(run)] = vars(result)
+    if processes == 2:
+        results["gradients"] = replica_gradients(rank)
+        results["choice"] = automatic(folder)
     if rank == 0:
-        torch.save(results, folder / f"results-{world_size}.pt")
+        torch.save(results, folder / f"results-{processes}.pt")
     dist.destroy_process_group()
 
 
