@@ -13,6 +13,14 @@ from torch.nn import functional as F
 from piflow import storage
 from piflow.config import ModelConfig
 
+FAMILY_VAES = {  # by class; a family's members may differ in weights and normalisation
+    "flux": "AutoencoderKL",
+    "flux2": "AutoencoderKLFlux2",
+    "qwen_image": "AutoencoderKLQwenImage",
+    "sd3": "AutoencoderKL",
+    "dit": "AutoencoderKL",
+}
+
 
 class Codec(Protocol):
     """Pictures `(B, 3, H, W)` float32 in [-1, 1] <-> latents `(B, C, h, w)` float32."""
@@ -52,11 +60,20 @@ def build_codec(model: ModelConfig) -> Codec:
 
     Raises:
         FileNotFoundError: there is no VAE.
-        ValueError: its folder holds something else.
+        ValueError: its folder holds something else, or another family's VAE. FLUX.1's and
+            Qwen-Image's have as many channels, so shapes alone wouldn't tell.
     """
     if model.codec == "pixels":
         return PixelCodec()
-    return VAECodec(vae_uri(model))
+    codec = VAECodec(vae_uri(model))
+    expected = FAMILY_VAES[model.family]
+    if codec.name != expected:
+        raise ValueError(
+            f"model.family = {model.family} goes with a VAE of class {expected}, "
+            f"{vae_uri(model)} holds a {codec.name}: its latents would mean nothing to the "
+            "teacher; set model.vae to the family's VAE, or correct model.family"
+        )
+    return codec
 
 
 def vae_uri(model: ModelConfig) -> str:

@@ -119,19 +119,21 @@ def _train(recipe: Recipe, *, show_progress: bool) -> int:
 
 
 def check_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
-    """Open the recipe's store and make sure that the recipe's encoder wrote it.
+    """Open the recipe's store and make sure that it, encoder and VAE go with the recipe's model.
 
     Args:
         evaluation: see `open_store`.
 
     Raises:
         ValueError: no store, a damaged one, one of another encoder, or one without the recipe's
-            negative prompt or, where it trains on them, latents of its VAE.
+            negative prompt or, where it trains on them, latents of its VAE; another family's VAE.
     """
+    from piflow.backbones.codec import build_codec
     from piflow.data.encoders import encoder_identity
     from piflow.data.latents import codec_identity
     from piflow.data.online import open_store
 
+    build_codec(recipe.model)  # by config.json alone
     store = open_store(recipe, evaluation=evaluation)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)

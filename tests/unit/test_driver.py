@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,16 @@ def test_local_paths_are_made_absolute_for_the_workers(
     remote = recipe("s3://bucket/run", model={"path": "package://piflow.demo/teacher"})
     assert driver._absolute(remote).run_dir == "s3://bucket/run"
     assert driver._absolute(remote).model.path == "package://piflow.demo/teacher"
+
+
+def test_another_familys_vae_is_refused_before_the_store_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    config = {
+        "_class_name": "AutoencoderKLQwenImage", "z_dim": 16, "temperal_downsample": [False] * 3,
+        "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
+    }  # fmt: skip
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    model = {"path": str(tmp_path / "transformer"), "codec": "vae"}
+    expected = "family = flux goes with a VAE of class AutoencoderKL, .*AutoencoderKLQwenImage"
+    with pytest.raises(ValueError, match=expected):
+        driver.check_store(recipe(str(tmp_path), model=model))

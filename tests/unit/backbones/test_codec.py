@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from piflow.backbones import Codec, PixelCodec, build_codec
+from piflow.backbones.codec import FAMILY_VAES
 from piflow.config import ModelConfig
 
 
@@ -112,6 +113,12 @@ def qwen_vae(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return vae, folder
 
 
+def _model(kind: str, folder: Path) -> ModelConfig:
+    family = {"flux": "flux", "qwen": "qwen_image"}[kind]
+    tree = {"family": family, "path": "x", "codec": "vae", "vae": str(folder / "vae")}
+    return ModelConfig.model_validate(tree)
+
+
 def _codec(family: str, folder: Path) -> Codec:
     model = {"family": family, "path": str(folder / "transformer"), "codec": "vae"}
     return build_codec(ModelConfig.model_validate(model))
@@ -193,7 +200,7 @@ def test_dit_latents_are_scaled_only(flux_vae: tuple[Any, Path], tmp_path: Path)
 @pytest.mark.parametrize("kind", ["flux", "qwen"])
 def test_a_picture_does_not_depend_on_its_batch(kind: str, request: pytest.FixtureRequest) -> None:
     _, folder = request.getfixturevalue(f"{kind}_vae")
-    codec = build_codec(ModelConfig(path="x", codec="vae", vae=str(folder / "vae")))
+    codec = build_codec(_model(kind, folder))
     pictures = _pictures(3, 16, 16).requires_grad_()
     latents = codec.encode(pictures)
     assert not latents.requires_grad
@@ -226,7 +233,7 @@ def test_a_vae_without_all_weights_is_refused(flux_vae: tuple[Any, Path], tmp_pa
 @pytest.mark.parametrize("kind", ["flux", "qwen"])
 def test_what_a_vae_can_not_take(kind: str, request: pytest.FixtureRequest) -> None:
     _, folder = request.getfixturevalue(f"{kind}_vae")
-    codec = build_codec(ModelConfig(path="x", codec="vae", vae=str(folder / "vae")))
+    codec = build_codec(_model(kind, folder))
     for height, width in ((12, 16), (16, 20), (0, 16)):
         with pytest.raises(ValueError, match=f"multiples of 8 pixels, got {height}×{width}"):
             codec.latent_shape(height, width)
@@ -254,6 +261,24 @@ def test_folders_that_hold_no_known_vae(tmp_path: Path, config: Any, message: st
     (tmp_path / "vae" / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         _codec("flux", tmp_path)
+
+
+@pytest.mark.parametrize("family", get_args(ModelConfig.model_fields["family"].annotation))
+@pytest.mark.parametrize("kind", ["flux", "qwen"])
+def test_another_familys_vae_is_refused(
+    family: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    vae, folder = request.getfixturevalue(f"{kind}_vae")
+    name = type(vae).__name__
+    if FAMILY_VAES[family] == name:
+        assert _codec(family, folder).name == name
+        return
+    with pytest.raises(ValueError) as error:
+        _codec(family, folder)
+    assert f"model.family = {family} goes with a VAE of class {FAMILY_VAES[family]}, " in str(
+        error.value
+    )
+    assert f"{folder / 'vae'} holds a {name}" in str(error.value)
 
 
 def test_a_missing_vae_is_named(tmp_path: Path) -> None:
