@@ -96,13 +96,14 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
         WorkersFailedError: the workers failed more often than `runtime.max_failures` allows.
         StoppedError: a signal ended it before the last step.
     """
-    with owned(recipe.run_dir):
-        return _train(recipe, show_progress=show_progress)
-
-
-def _train(recipe: Recipe, *, show_progress: bool) -> int:
-    record = rundir.require_same_recipe(recipe)
+    rundir.require_same_recipe(recipe)  # a command that is refused leaves nothing behind
     manifest_hash = check_store(recipe).manifest_hash
+    with owned(recipe.run_dir):
+        return _train(recipe, manifest_hash, show_progress=show_progress)
+
+
+def _train(recipe: Recipe, manifest_hash: str, *, show_progress: bool) -> int:
+    record = rundir.require_same_recipe(recipe)  # others may have written it meanwhile
     rundir.require_same_store(recipe, record, manifest_hash)
     found = rundir.checkpoints(recipe.run_dir)
     if record is not None and found and max(found) >= recipe.training.steps:
