@@ -66,7 +66,7 @@ def fit_picture(content: bytes, height: int, width: int) -> Tensor:
     try:
         with Image.open(io.BytesIO(content)) as image:
             picture = _on_white(ImageOps.exif_transpose(image))
-    except MemoryError:
+    except (MemoryError, BadPictureError):
         raise
     except Exception as error:  # damaged bytes lead Pillow's plugins to all kinds of errors
         raise BadPictureError(f"not a readable image file ({error})") from error
@@ -79,6 +79,10 @@ def fit_picture(content: bytes, height: int, width: int) -> Tensor:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode[0] in "IF":  # Pillow would cut all numbers beyond 255 off
+        raise BadPictureError(
+            f"its numbers have more than 8 bits (Pillow's mode {image.mode}); convert it to 8"
+        )
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")

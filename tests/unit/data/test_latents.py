@@ -123,6 +123,13 @@ def test_bad_pictures_say_why(damaged: bytes, message: str) -> None:
         fit_picture(damaged, 16, 16)
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [(np.uint16, "PNG"), (np.float32, "TIFF")])
+def test_numbers_that_eight_bits_do_not_hold_are_refused(dtype: Any, kind: str) -> None:
+    deep = Image.fromarray(np.linspace(0, 1000, 256).reshape(16, 16).astype(dtype))
+    with pytest.raises(BadPictureError, match="more than 8 bits.*convert"):
+        fit_picture(content(deep, kind), 16, 16)
+
+
 # ----------------------------------------------------------------------------------- many pictures
 
 
