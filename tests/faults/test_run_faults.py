@@ -143,7 +143,9 @@ def test_twenty_kills_at_random_moments_change_nothing(folder: Path, address: st
                 wait_until(lambda known=seen: len(run.lines()) > known, "training", run, 400)
             time.sleep(generator.uniform(0, seconds))
             assert driver.poll() is None, f"it ended after {kinds.total()} kills: {run.log}"
-            workers = sorted(set(train_workers()) - dead)
+            workers = wait_until(  # they may be ending by themselves just now
+                lambda known=dead: sorted(set(train_workers()) - known), "there", run
+            )
             kind = generator.choice(("worker", "all workers", "driver"))
             targets = {"worker": [generator.choice(workers)], "all workers": workers}
             for pid in targets.get(kind, [driver.pid]):
