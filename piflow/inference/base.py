@@ -17,7 +17,7 @@ from piflow import storage
 from piflow.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from piflow.backbones.transformer import TransformerBackbone
 from piflow.heads import DXHead
-from piflow.inference.student import PipelineStudent
+from piflow.inference.student import PackedTokens, PipelineStudent
 from piflow.sampling import check_nfe
 from piflow.scheduler import FlowMapScheduler, TokenReader
 
@@ -35,6 +35,8 @@ class FewStepPipeline(DiffusionPipeline, ABC):
     backbone_class: ClassVar[type[TransformerBackbone]]
     scheduler: Any
     transformer: Any
+    default_sample_size: int  # of families whose samples are packed tokens
+    vae_scale_factor: int
 
     @classmethod
     def from_pretrained(
@@ -122,6 +124,22 @@ class FewStepPipeline(DiffusionPipeline, ABC):
     @abstractmethod
     def _reader(self, arguments: dict[str, Any]) -> TokenReader:
         """How this call's samples are read; refuses and completes the call's arguments."""
+
+    def _packed_tokens(self, arguments: dict[str, Any]) -> PackedTokens:
+        """The reader of a family whose samples are packed tokens, for a call's picture size."""
+        default = self.default_sample_size * self.vae_scale_factor
+        return PackedTokens.of_picture(
+            self._student.head,
+            arguments["height"] or default,
+            arguments["width"] or default,
+            self.vae_scale_factor,
+        )
+
+    def _fill_in_guidance(self, arguments: dict[str, Any], default: float) -> None:
+        """A call without embedded guidance gets what the student was trained with, or `default`."""
+        if arguments["guidance_scale"] is None:
+            trained = self._student.training.embedded_guidance
+            arguments["guidance_scale"] = default if trained is None else trained
 
     def _sampling_transformer(self) -> Any:
         """What the family's loop calls inside `_student.in_place`."""

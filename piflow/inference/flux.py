@@ -81,13 +81,5 @@ class PiFluxPipeline(FewStepPipeline, FluxPipeline):
     def _reader(self, arguments: dict[str, Any]) -> PackedTokens:
         refuse_guidance(arguments, "true_cfg_scale", NEGATIVE)
         refuse_sigmas(arguments)
-        if arguments["guidance_scale"] is None:
-            trained = self._student.training.embedded_guidance
-            arguments["guidance_scale"] = DEFAULT_GUIDANCE if trained is None else trained
-        default = self.default_sample_size * self.vae_scale_factor
-        return PackedTokens.of_picture(
-            self._student.head,
-            arguments["height"] or default,
-            arguments["width"] or default,
-            self.vae_scale_factor,
-        )
+        self._fill_in_guidance(arguments, DEFAULT_GUIDANCE)
+        return self._packed_tokens(arguments)

@@ -56,10 +56,4 @@ class PiQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
         refuse_sigmas(arguments)
         if all(arguments[name] is None for name in NEGATIVE):
             arguments["true_cfg_scale"] = 1.0  # else the family warns that it does nothing
-        default = self.default_sample_size * self.vae_scale_factor
-        return PackedTokens.of_picture(
-            self._student.head,
-            arguments["height"] or default,
-            arguments["width"] or default,
-            self.vae_scale_factor,
-        )
+        return self._packed_tokens(arguments)
