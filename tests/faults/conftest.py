@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.runs import cluster_environment, make_store
 from tests.servers import KEYS, S3Server
 
 REPOSITORY = Path(__file__).parents[2]
@@ -37,3 +38,24 @@ def s3_server(
         yield server
     finally:
         server.kill()
+
+
+@pytest.fixture(scope="module")
+def address(environment: dict[str, str]) -> Iterator[str]:
+    """A cluster of one node with room for two workers, which outlives the runs on it."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 2, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, address: str) -> Path:
+    """Inputs and embedding store of a module's small runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_store(folder, cluster_environment(address))
+    return folder

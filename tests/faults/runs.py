@@ -47,6 +47,18 @@ def write_inputs(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
 
 
+def make_store(folder: Path, environment: dict[str, str]) -> None:
+    """`write_inputs`, and the embedding store of all runs in the folder."""
+    write_inputs(folder)
+    run = SmallRun(folder, small_recipe(folder, "inputs"), environment)
+    run.write_recipe()
+    command = "from piflow.cli import main; main()"
+    subprocess.run(
+        [sys.executable, "-c", command, "embed", str(run.recipe_file), "--quiet"],
+        env=environment, check=True, timeout=240,
+    )  # fmt: skip
+
+
 @dataclass
 class SmallRun:
     """One run; each `start` is the same command again."""

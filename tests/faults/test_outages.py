@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,41 +21,13 @@ import torch
 from piflow import rundir, storage
 from piflow.checkpoint import load_tensors, verify_checkpoint
 from piflow.config import parse_recipe
-from tests.faults.runs import SmallRun, cluster_environment, small_recipe, wait_until, write_inputs
+from tests.faults.runs import SmallRun, cluster_environment, small_recipe, wait_until
 from tests.servers import MlflowServer, S3Server, s3_proxy, s3_uri
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 20
 MLFLOW_OUTAGE_SECONDS = 60.0
 PACE = 0.5
-EMBED = "from piflow.cli import main; main()"
-
-
-@pytest.fixture(scope="module")
-def address(environment: dict[str, str]) -> Iterator[str]:
-    """A cluster of one node with room for one worker."""
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 1, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        yield cluster.address
-    finally:
-        cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, address: str) -> Path:
-    """The inputs of all runs, and their store."""
-    folder = tmp_path_factory.mktemp("outages")
-    write_inputs(folder)
-    run = new_run(folder, address, "inputs")
-    run.write_recipe()
-    subprocess.run(
-        [sys.executable, "-c", EMBED, "embed", str(run.recipe_file), "--quiet"],
-        env=run.environment, check=True, timeout=300,
-    )  # fmt: skip
-    return folder
 
 
 def new_run(folder: Path, address: str, name: str, pace: float = 0.0, **changes: Any) -> SmallRun:

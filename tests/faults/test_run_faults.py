@@ -8,11 +8,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,42 +22,12 @@ from tests.faults.runs import (
     small_recipe,
     train_workers,
     wait_until,
-    write_inputs,
 )
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 40
 KILLS, KILL_STEPS = 20, 80
 START_SECONDS, TRAINING_SECONDS = 12.0, 6.0  # within which a kill comes
-EMBED = "from piflow.cli import main; main()"
-
-
-@pytest.fixture(scope="module")
-def address(environment: dict[str, str]) -> Iterator[str]:
-    """A cluster of one node with room for two workers."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
-    )
-    try:
-        yield cluster.address
-    finally:
-        cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, address: str) -> Path:
-    """The inputs of all runs."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_inputs(folder)
-    run = new_run(folder, address, "inputs")
-    run.write_recipe()
-    subprocess.run(
-        [sys.executable, "-c", EMBED, "embed", str(run.recipe_file), "--quiet"],
-        env=run.environment, check=True, timeout=120,
-    )  # fmt: skip
-    return folder
 
 
 def new_run(
