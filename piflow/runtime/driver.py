@@ -36,6 +36,14 @@ class WorkersFailedError(ChildProcessError):
     """The workers failed more often than `runtime.max_failures` allows; says why the last did."""
 
 
+class ControllerFailedError(RuntimeError):
+    """Ray Train gave up for something that it doesn't restart workers for; the driver does.
+
+    Such are a worker that dies before its train loop starts, and storage that Ray Train itself
+    could not write to.
+    """
+
+
 @contextmanager
 def ray_session(recipe: Recipe) -> Iterator[None]:
     """Use the running Ray, or the cluster in RAY_ADDRESS, or a local instance for this block."""
@@ -191,7 +199,7 @@ def _collectives(runtime: RuntimeConfig) -> str:
 
 def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> None:
     """Workers train until the last step; they start anew where they stopped for that."""
-    from piflow.runtime.board import StopReason, start_board
+    from piflow.runtime.board import start_board
     from piflow.runtime.progress import progress_bar
     from piflow.tracking import MlflowTracker
 
@@ -204,8 +212,7 @@ def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> No
             progress_bar(board, title, recipe.training.steps, show=show_progress),
             Signals() as signals,
         ):
-            while _attempt(recipe, record, board, signals, tracker) == StopReason.MOVE:
-                pass
+            _attempts(recipe, record, board, signals, tracker)
         status = "FINISHED"
     except StoppedError:
         status = "KILLED"
@@ -213,6 +220,24 @@ def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> No
     finally:
         tracker.close()
         _finish(recipe, record, status)
+
+
+def _attempts(
+    recipe: Recipe, record: rundir.RunRecord, board: Any, signals: Signals, tracker: Tracker
+) -> None:
+    """One after another, until the last step."""
+    from piflow.runtime.board import StopReason
+
+    failures = 0
+    while True:
+        try:
+            if _attempt(recipe, record, board, signals, tracker) != StopReason.MOVE:
+                return
+        except ControllerFailedError as error:
+            tracker.event("controller-failed", str(error))
+            failures += 1
+            if 0 <= recipe.runtime.max_failures < failures:
+                raise WorkersFailedError(str(error)) from error
 
 
 def _attempt(
@@ -245,6 +270,10 @@ def _attempt(
         from piflow.runtime.callbacks import first_failure
 
         raise WorkersFailedError(first_failure(error.worker_failures)) from error
+    except ray.train.ControllerError as error:
+        cause = error.controller_failure
+        text = next(iter(str(cause).splitlines()), "")
+        raise ControllerFailedError(f"{type(cause).__name__}: {text}") from error
     failure = rundir.take_failure(recipe.run_dir)
     if failure is not None:
         raise _FAILURES[failure.kind](failure.message)

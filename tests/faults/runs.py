@@ -183,7 +183,7 @@ def train_workers() -> list[int]:
 
 
 def wait_until(
-    condition: Callable[[], Any], what: str, run: SmallRun | None = None, seconds: float = 180
+    condition: Callable[[], Any], what: str, run: SmallRun | None = None, seconds: float = 300
 ) -> Any:
     """What the condition returns once it is true."""
     end = time.monotonic() + seconds

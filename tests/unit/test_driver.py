@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from piflow.config import Recipe, parse_recipe
 from piflow.runtime import driver
+from piflow.runtime.board import StopReason
 from piflow.runtime.callbacks import first_failure
+from piflow.tracking import Tracker
 
 
 def recipe(run_dir: str, **sections: Any) -> Recipe:
@@ -79,3 +83,30 @@ def test_another_familys_vae_is_refused_before_the_store_is_opened(tmp_path: Pat
     expected = "family = flux goes with a VAE of class AutoencoderKL, .*AutoencoderKLQwenImage"
     with pytest.raises(ValueError, match=expected):
         driver.check_store(recipe(str(tmp_path), model=model))
+
+
+@pytest.mark.parametrize(("max_failures", "attempts"), [(0, 1), (2, 3), (-1, 4)])
+def test_attempts_that_ray_train_gives_up_are_made_again(
+    max_failures: int, attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is told; the fourth attempt gets through."""
+    made = 0
+
+    def attempt(*_: object) -> StopReason:
+        nonlocal made
+        made += 1
+        if made < 4:
+            raise driver.ControllerFailedError(f"number {made}")
+        return StopReason.NONE
+
+    ours = recipe("run", runtime={"max_failures": max_failures})
+    monkeypatch.setattr(driver, "_attempt", attempt)
+    tracker = Mock(spec=Tracker)
+    refusal = pytest.raises(driver.WorkersFailedError, match=f"number {attempts}")
+    with refusal if attempts < 4 else nullcontext():
+        driver._attempts(ours, Mock(), Mock(), Mock(), tracker)
+    assert made == attempts
+    told = [call.args for call in tracker.event.call_args_list]
+    assert told == [
+        ("controller-failed", f"number {number}") for number in range(1, min(attempts, 3) + 1)
+    ]
