@@ -20,6 +20,7 @@ FAMILY_VAES = {  # by class; a family's members may differ in weights and normal
     "sd3": "AutoencoderKL",
     "dit": "AutoencoderKL",
 }
+_UNPACKED = ("sd3", "dit")  # the model cuts latents into patches; the others get tokens of 2×2
 
 
 class Codec(Protocol):
@@ -28,6 +29,11 @@ class Codec(Protocol):
     @property
     def name(self) -> str:
         """What kind of codec it is: a VAE's class."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """C, of the latents."""
         ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -74,6 +80,27 @@ def build_codec(model: ModelConfig) -> Codec:
             "teacher; set model.vae to the family's VAE, or correct model.family"
         )
     return codec
+
+
+def check_channels(model: ModelConfig) -> None:
+    """Refuses a codec whose latents have other channels than the model takes; by config.json alone.
+
+    Raises:
+        FileNotFoundError: there is no VAE, or no model.
+        ValueError: as `build_codec`, or other channels.
+    """
+    channels = build_codec(model).channels
+    config = json.loads(storage.read_bytes(storage.join(model.path, "config.json")))
+    taken = config.get("in_channels")
+    if taken is None:  # the class's own default, which the first step knows
+        return
+    expected = taken if model.family in _UNPACKED else taken // 4
+    if channels != expected:
+        source = f"the VAE {vae_uri(model)}" if model.codec == "vae" else "model.codec = pixels"
+        raise ValueError(
+            f"{source} makes latents of {channels} channels, and {model.path} takes {expected} "
+            f"(in_channels is {taken}): set model.vae to the VAE that the model was trained with"
+        )
 
 
 def vae_uri(model: ModelConfig) -> str:
@@ -181,6 +208,11 @@ class VAECodec:
     def name(self) -> str:
         """The VAE's class."""
         return self._class_name
+
+    @property
+    def channels(self) -> int:
+        """C, of the latents; from config.json alone."""
+        return self._space.channels
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H/factor, W/factor); from config.json alone.

@@ -135,14 +135,15 @@ def check_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
 
     Raises:
         ValueError: no store, a damaged one, one of another encoder, or one without the recipe's
-            negative prompt or, where it trains on them, latents of its VAE; another family's VAE.
+            negative prompt or, where it trains on them, latents of its VAE; another family's VAE,
+            or one that makes other latents than the model takes.
     """
-    from piflow.backbones.codec import build_codec
+    from piflow.backbones.codec import check_channels
     from piflow.data.encoders import encoder_identity
     from piflow.data.latents import codec_identity
     from piflow.data.online import open_store
 
-    build_codec(recipe.model)  # by config.json alone
+    check_channels(recipe.model)
     store = open_store(recipe, evaluation=evaluation)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)

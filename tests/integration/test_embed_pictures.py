@@ -12,7 +12,7 @@ from PIL import Image
 
 from piflow.backbones import build_codec
 from piflow.config import Recipe, parse_recipe
-from piflow.data.latents import fit_picture
+from piflow.data.latents import codec_identity, fit_picture
 from piflow.data.store import EmbeddingStore, StoreError, StoreManifest
 from piflow.runtime.driver import check_store
 from piflow.tiny import save_model
@@ -129,7 +129,7 @@ def test_another_vae_or_number_format_is_refused(folder: Path) -> None:
     other = _recipe(folder)
     pixels = other.model_copy(update={"model": other.model.model_copy(update={"codec": "pixels"})})
     with pytest.raises(StoreError, match="made by AutoencoderKL.*the recipe's model has pixels"):
-        check_store(pixels)
+        check_store(other).require_latents(codec_identity(pixels.model))
 
 
 def test_bad_pictures_stop_or_are_left_out_and_listed(

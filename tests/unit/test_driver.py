@@ -110,3 +110,28 @@ def test_attempts_that_ray_train_gives_up_are_made_again(
     assert told == [
         ("controller-failed", f"number {number}") for number in range(1, min(attempts, 3) + 1)
     ]
+
+
+@pytest.mark.parametrize(
+    ("family", "taken", "channels"), [("flux", 64, 16), ("flux2", 128, 32), ("sd3", 16, 16)]
+)
+def test_a_vae_of_other_channels_is_refused_before_the_store_is_opened(
+    family: str, taken: int, channels: int, tmp_path: Path
+) -> None:
+    """By two config.json: the store, which comes next, isn't there."""
+    for folder in ("vae", "transformer"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"in_channels": taken}))
+    model = {"family": family, "path": str(tmp_path / "transformer"), "codec": "vae"}
+    ours = recipe(str(tmp_path), model=model, encoder={"type": family, "path": "x"})
+    name = {"flux2": "AutoencoderKLFlux2"}.get(family, "AutoencoderKL")
+    problems = {}
+    for made in (channels, 4):
+        config = {"_class_name": name, "latent_channels": made, "block_out_channels": [8] * 4}
+        (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError) as error:
+            driver.check_store(ours)
+        problems[made] = str(error.value)
+    assert "no embedding store" in problems[channels]
+    assert "vae makes latents of 4 channels" in problems[4]
+    assert f"transformer takes {channels} (in_channels is {taken})" in problems[4]
