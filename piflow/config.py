@@ -183,6 +183,13 @@ class EmbedConfig(_Section):
         description="unreadable pictures, and those smaller than their size: stop, or leave the "
         "prompt out and list it in the manifest",
     )
+    max_bad_pictures: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="share of the prompts that skip may leave out; with more the job ends, since "
+        "something else than pictures may be wrong",
+    )
     buckets: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]] = Field(
         [],
         description="[height, width] sizes in pixels, one chosen for each prompt that has no size "
@@ -787,7 +794,7 @@ _NOT_IDENTITY: dict[str, Any] = {
     "runtime": True,
     "tracking": True,
     "evaluation": True,
-    "embed": {"mode", "store", "encoders", "gpus_per_encoder", "bad_pictures"},
+    "embed": {"mode", "store", "encoders", "gpus_per_encoder", "bad_pictures", "max_bad_pictures"},
     "training": {
         "steps",
         "checkpoint_every",

@@ -205,18 +205,30 @@ def _hub_errors(uri: str) -> Iterator[None]:
     except (errors.HfHubHTTPError, FileNotFoundError) as error:
         # the file system calls all of them "not found"
         cause = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__
+        code = errno.EACCES
         if isinstance(cause, errors.GatedRepoError):
             reason = (
                 "its licence must be accepted on its page first, and HF_TOKEN must be a token of "
                 "the account that did"
             )
         elif isinstance(cause, errors.RevisionNotFoundError):
-            reason = "the repository has no such revision"
+            code, reason = errno.ENOENT, "the repository has no such revision"
         elif isinstance(cause, errors.RepositoryNotFoundError):
             reason = "no such repository, or HF_TOKEN gives no access to it"
         else:
             raise
-        raise FileNotFoundError(errno.ENOENT, reason, uri) from error
+        raise OSError(code, reason, uri) from error  # Python makes it the code's own class
+
+
+def require_valid(uri: str) -> None:
+    """Check how a URI is written, without looking at what is there.
+
+    Raises:
+        ValueError: as `filesystem`.
+    """
+    kind = scheme(uri)
+    checks = {"s3": s3_place, "hf": _hub_place, "package": _package_path, "file": _local_path}
+    checks[kind](uri)
 
 
 def absolute(uri: str) -> str:

@@ -15,7 +15,8 @@ lacks the recipe's negative prompt gets it as one more file.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from piflow.backbones.codec import absolute_paths, build_codec
 from piflow.config import Flux2EncoderConfig, FluxEncoderConfig, Recipe, SD3EncoderConfig
 from piflow.data.encoders import absolute_path, check_prompts, encoder_identity
 from piflow.data.execution import quiet_context, remote_cause
-from piflow.data.latents import LatentEncoder, codec_identity
+from piflow.data.latents import BadPictureError, LatentEncoder, codec_identity
 from piflow.data.online import (
     Layout,
     encode_row_groups,
@@ -99,7 +100,8 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> StoreManifest:
 
     Raises:
         FileNotFoundError: no prompts file or no encoder folder.
-        ValueError: unusable prompts or encoder, or the store's folder belongs to other inputs.
+        ValueError: unusable prompts or encoder, bad pictures, or the store's folder belongs to
+            other inputs.
         OSError: the storage refused.
     """
     console = Console(stderr=True, quiet=not show_progress)
@@ -112,6 +114,7 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> StoreManifest:
     finished = _finished_store(job)
     if finished is None:
         return _make_store(recipe, job, console)
+    _require_wanted(recipe, finished)
     if job.negative is None or any(e.path == job.negative.path for e in finished.negative_prompts):
         _say(console, f"{job.store} is up to date, nothing to do")
         _tell_of_pictures(console, finished)
@@ -145,11 +148,12 @@ def verify(recipe: Recipe) -> None:
 
     Raises:
         StoreError: a file is missing, changed or damaged, another encoder or VAE wrote the store,
-            or the recipe's negative prompt isn't in it.
+            or the recipe's negative prompt isn't in it, or prompts whose pictures were bad.
     """
     if recipe.embed.mode == "online":
         recipe, _ = small_recipe(recipe, recipe_prompts(recipe), evaluation=False)
     store = EmbeddingStore.open(recipe.embed.store)
+    _require_wanted(recipe, store.manifest)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
     if recipe.embed.image_column is not None:
@@ -220,10 +224,14 @@ def _make_store(recipe: Recipe, job: _Job, console: Console) -> StoreManifest:
     storage.write_bytes(
         storage.join(job.store, JOB_FILE), job.inputs.model_dump_json(indent=1).encode()
     )
-    done = _reusable(job, may_skip=recipe.embed.bad_pictures == "skip")
+    done = _reusable(job, _bad_share(recipe))
     if done:
         _say(console, f"{len(done)} of {len(job.plans)} files are there already")
-    done |= _encode(recipe, job, [plan for plan in job.plans if plan.path not in done], console)
+    missing = [plan for plan in job.plans if plan.path not in done]
+    with closing(_encode(recipe, job, missing, console)) as shards:
+        for shard in shards:
+            done[shard.entry.path] = shard
+            _require_few_skipped(recipe, job, done)
     manifest = _to_manifest(job, done, _negative_prompts_of_others(job))
     write_manifest(job.store, manifest)
     storage.delete_file(storage.join(job.store, JOB_FILE))
@@ -240,31 +248,72 @@ def _make_store(recipe: Recipe, job: _Job, console: Console) -> StoreManifest:
 def _with_negative_prompt(
     recipe: Recipe, job: _Job, plan: ShardPlan, finished: StoreManifest, console: Console
 ) -> StoreManifest:
-    done = _encode(recipe, job, [plan], console)
-    _warn_of_truncation(console, list(done.values()), job.inputs.encoder.max_tokens)
-    entries = (*finished.negative_prompts, done[plan.path].entry)
+    [done] = _encode(recipe, job, [plan], console)
+    _warn_of_truncation(console, [done], job.inputs.encoder.max_tokens)
+    entries = (*finished.negative_prompts, done.entry)
     return finished.model_copy(update={"negative_prompts": entries})
 
 
-def _reusable(job: _Job, *, may_skip: bool) -> dict[str, _Finished]:
+def _reusable(job: _Job, bad_share: float) -> dict[str, _Finished]:
+    """Shards that an earlier job left, but those that left more out than is allowed on the whole.
+
+    What was wrong with so many pictures may have been put right since.
+    """
     found: dict[str, _Finished] = {}
     present = set(storage.list_files(job.store))
     for plan in job.plans:
         kept = reusable_shard(job.store, plan, job.inputs) if plan.path in present else None
-        if kept is not None and (may_skip or not kept[1].skipped):
+        if kept is not None and len(kept[1].skipped) <= bad_share * len(plan.prompts):
             found[plan.path] = _Finished(*kept)
     return found
 
 
+def _bad_share(recipe: Recipe) -> float:
+    """How many of the prompts may be left out for their pictures."""
+    return recipe.embed.max_bad_pictures if recipe.embed.bad_pictures == "skip" else 0.0
+
+
+def _require_few_skipped(recipe: Recipe, job: _Job, done: Mapping[str, _Finished]) -> None:
+    """Check the share of bad pictures as soon as they are known.
+
+    Raises:
+        BadPictureError: names one, and what to do.
+    """
+    skipped = [picture for shard in done.values() for picture in shard.report.skipped]
+    if len(skipped) > _bad_share(recipe) * job.inputs.num_prompts:
+        raise BadPictureError(
+            f"{len(skipped)} of {job.inputs.num_prompts} prompts' pictures can't be used so far, "
+            f"more than embed.max_bad_pictures = {recipe.embed.max_bad_pictures} allows, e.g. "
+            f"{skipped[0].picture!r}: {skipped[0].reason}; check embed.image_column and the "
+            "pictures' place, or raise embed.max_bad_pictures"
+        )
+
+
+def _require_wanted(recipe: Recipe, manifest: StoreManifest) -> None:
+    """Check that a finished store lacks no prompt, if bad pictures are to stop the job.
+
+    Raises:
+        StoreError: says how many it lacks, and why the first.
+    """
+    skipped = manifest.skipped_pictures
+    if skipped and recipe.embed.bad_pictures == "stop":
+        raise StoreError(
+            f"embedding store {recipe.embed.store} was made with embed.bad_pictures = skip and "
+            f"lacks {len(skipped)} prompt(s), the first for picture {skipped[0].picture!r}: "
+            f"{skipped[0].reason}; set embed.bad_pictures = skip to use it as it is. Or repair the "
+            f"pictures, delete {MANIFEST} there and run `piflow embed` again: only files that lack "
+            "prompts are made anew"
+        )
+
+
 def _encode(
     recipe: Recipe, job: _Job, missing: list[ShardPlan], console: Console
-) -> dict[str, _Finished]:
+) -> Generator[_Finished]:
     """Run the encoder actors over the missing shards, with a bar that counts prompts."""
     from piflow.runtime.driver import ray_session
 
-    finished: dict[str, _Finished] = {}
     if not missing:
-        return finished
+        return
     bar = Progress(
         TextColumn("embed: prompts"),
         BarColumn(),
@@ -278,9 +327,9 @@ def _encode(
         for row in _run(recipe, job, missing):
             bar.advance(task, row["prompts"])
             if row["entry"]:
-                entry = ShardEntry.model_validate_json(row["entry"])
-                finished[entry.path] = _Finished(entry, ShardReport.of_json(row["report"]))
-    return finished
+                yield _Finished(
+                    ShardEntry.model_validate_json(row["entry"]), ShardReport.of_json(row["report"])
+                )
 
 
 def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mapping[str, Any]]:
@@ -392,7 +441,7 @@ def _to_manifest(
     shards = [done[plan.path] for plan in job.shards]
     skipped = tuple(picture for shard in shards for picture in shard.report.skipped)
     if len(skipped) == job.inputs.num_prompts:
-        raise ValueError(
+        raise BadPictureError(
             f"not one of {len(skipped)} pictures can be used, e.g. {skipped[0].picture!r}: "
             f"{skipped[0].reason}; check embed.image_column and the pictures' place"
         )

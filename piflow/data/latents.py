@@ -11,6 +11,7 @@ mean, so nothing is drawn, and what else is in the job doesn't matter.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from piflow import storage
@@ -27,7 +28,7 @@ from piflow.backbones.codec import build_codec, vae_uri
 from piflow.config import EmbedConfig, ModelConfig
 from piflow.data.encoders.base import files_sha256
 from piflow.data.execution import ahead
-from piflow.data.prompts import Prompt
+from piflow.data.prompts import PictureSource, Prompt
 from piflow.data.store import CodecIdentity, SkippedPicture
 
 _READERS = 4  # threads
@@ -68,6 +69,10 @@ def fit_picture(content: bytes, height: int, width: int) -> Tensor:
             picture = _on_white(ImageOps.exif_transpose(image))
     except (MemoryError, BadPictureError):
         raise
+    except (
+        UnidentifiedImageError
+    ) as error:  # its message holds an address, ours are the same always
+        raise BadPictureError("no image file of a kind that Pillow knows") from error
     except Exception as error:  # damaged bytes lead Pillow's plugins to all kinds of errors
         raise BadPictureError(f"not a readable image file ({error})") from error
     if picture.width < width or picture.height < height:
@@ -114,8 +119,9 @@ class LatentEncoder:
         """For each prompt in order: ``(C, h, w)`` in the stored dtype, or why there is none.
 
         Raises:
-            BadPictureError: bad pictures stop the job, and this is one; names it and its prompt.
-            OSError: the storage refused.
+            BadPictureError: bad pictures stop the job, and this is one.
+            ValueError: a URI that means nothing, or a Parquet file that is damaged or was changed.
+            OSError: the storage refused or didn't answer. All of them name picture and prompt.
         """
         pictures = ahead(self._read, iter(prompts), threads=_READERS, depth=_READ_AHEAD)
         for prompt, picture in zip(prompts, pictures, strict=True):
@@ -126,28 +132,42 @@ class LatentEncoder:
                 yield latent.to("cpu", self._dtype)
 
     def _read(self, prompt: Prompt) -> Tensor | BadPictureError:
+        """Only a picture's own fault comes back: an outage would leave out all prompts."""
         source = prompt.picture
         if source is None or not source.key:
             return BadPictureError("the row names no picture")
         try:
-            if source.row is None:
-                content = storage.read_bytes(source.uri)
-            else:
-                content = self._embedded.read(source.uri, source.row)
-            return fit_picture(content, prompt.height, prompt.width)
+            return fit_picture(self._content(source), prompt.height, prompt.width)
         except BadPictureError as error:
             return error
-        except (FileNotFoundError, ValueError) as error:  # any other OSError is the storage's fault
-            return BadPictureError(str(error))
+        except OSError as error:
+            code = error.errno or errno.EIO
+            raise OSError(code, f"{_named(prompt)} can't be read: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{_named(prompt)} can't be read: {error}") from error
+
+    def _content(self, source: PictureSource) -> bytes:
+        if source.row is not None:
+            return self._embedded.read(source)
+        try:
+            return storage.read_bytes(source.uri)
+        except FileNotFoundError as error:
+            raise BadPictureError(str(error)) from error
 
     def _skipped(self, prompt: Prompt, error: BadPictureError) -> SkippedPicture:
-        name = "" if prompt.picture is None else prompt.picture.key
         if self._skip:
+            name = "" if prompt.picture is None else prompt.picture.key
             return SkippedPicture(prompt_id=prompt.prompt_id, picture=name, reason=str(error))
         raise BadPictureError(
-            f"picture {name!r} of prompt {prompt.text!r}: {error}; replace it or remove the row, "
+            f"{_named(prompt)}: {error}; replace it or remove the row, "
             "or set embed.bad_pictures = skip to leave out all such prompts"
         )
+
+
+def _named(prompt: Prompt) -> str:
+    """A prompt's picture as messages name it."""
+    name = "" if prompt.picture is None else prompt.picture.key
+    return f"picture {name!r} of prompt {prompt.text!r}"
 
 
 class _EmbeddedPictures:
@@ -165,18 +185,36 @@ class _EmbeddedPictures:
         self._group = -1
         self._values: Any = None
 
-    def read(self, uri: str, row: int) -> bytes:
-        """The content of the image file in a row, from 0."""
-        with self._lock:
-            if uri != self._uri:
-                self._open(uri)
-            group = int(np.searchsorted(self._ends, row, side="right"))
-            if group != self._group:
-                self._values = self._file.read_row_group(group, columns=[self._column])
-                self._group = group
-            start = self._ends[group] - self._values.num_rows
-            value = self._values[self._column][int(row - start)].as_py()
-        return bytes(value["bytes"] if isinstance(value, dict) else value)
+    def read(self, source: PictureSource) -> bytes:
+        """The content of the image file in a source's row.
+
+        Raises:
+            ValueError: the file isn't what it was when the prompts were read, or is damaged.
+            OSError: the storage refused or didn't answer.
+        """
+        with self._lock, storage.explained(source.uri):
+            content = self._value(source.uri, source.row or 0)
+        if f"sha256:{hashlib.sha256(content or b'').hexdigest()}" != source.key:
+            raise ValueError(
+                f"row {(source.row or 0) + 1} of {source.uri} holds another picture than when the "
+                "prompts were read; leave prompts files as they are while a job runs, and start it "
+                "again"
+            )
+        return content or b""
+
+    def _value(self, uri: str, row: int) -> bytes | None:
+        if uri != self._uri:
+            self._open(uri)
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        if group == len(self._ends) or self._column not in self._file.schema_arrow.names:
+            return None
+        if group != self._group:
+            self._values = self._file.read_row_group(group, columns=[self._column])
+            self._group = group
+        start = self._ends[group] - self._values.num_rows
+        value = self._values[self._column][int(row - start)].as_py()
+        content = value["bytes"] if isinstance(value, dict) else value
+        return content if isinstance(content, bytes) else None
 
     def _open(self, uri: str) -> None:
         import pyarrow.parquet as pq

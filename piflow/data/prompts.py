@@ -303,6 +303,8 @@ def _read_file(
 def _to_picture(row: _Row, uri: str, inside: str) -> PictureSource:
     value = row.picture
     if isinstance(value, dict):  # as the datasets library writes it
+        if not value.keys() & {"bytes", "path"}:
+            raise ValueError(f"the picture must have bytes or a path, got {', '.join(value)}")
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None or value == "":
         return PictureSource("", "")
@@ -311,6 +313,7 @@ def _to_picture(row: _Row, uri: str, inside: str) -> PictureSource:
     if not isinstance(value, str):
         raise ValueError(f"the picture must be a path, a URI or bytes, got {value!r}")
     if "://" in value or os.path.isabs(value):
+        storage.require_valid(value)
         return PictureSource(value, value)
     name = quote(value) if storage.scheme(uri) == "s3" else value
     place = storage.absolute(storage.sibling(uri, name))

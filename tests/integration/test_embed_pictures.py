@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -132,23 +134,31 @@ def test_another_vae_or_number_format_is_refused(folder: Path) -> None:
         check_store(other).require_latents(codec_identity(pixels.model))
 
 
+def _with_pictures(folder: Path, target: Path, replaced: Mapping[int, Path]) -> dict[str, str]:
+    """The thirteen prompts, those of some rows with other pictures; the recipe's places."""
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    rows = rows[: COUNT + 1]
+    for number, row in enumerate(rows):
+        row["image"] = str(replaced.get(number, folder / row["image"]))
+    prompts = target / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"prompts": str(prompts), "store": str(target / "store")}
+
+
 def test_bad_pictures_stop_or_are_left_out_and_listed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was encoded before the job stopped stays and is the same as in the whole store."""
-    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     bad = {"2": b"no picture", "7": (folder / _name(7)).read_bytes()[:300]}
-    for row in rows[: COUNT + 1]:
-        if row["prompt"] in bad:
-            (tmp_path / row["prompt"]).write_bytes(bad[row["prompt"]])
-            row["image"] = str(tmp_path / row["prompt"])
-        else:
-            row["image"] = str(folder / row["image"])
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows[: COUNT + 1]))
-    places = {"prompts": str(prompts), "store": str(tmp_path / "store")}
-    with pytest.raises(ValueError, match="of prompt '2': not a readable image.*bad_pictures"):
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    places = _with_pictures(folder, tmp_path, {int(name): tmp_path / name for name in bad})
+    with pytest.raises(ValueError, match="of prompt '2': no image file.*bad_pictures"):
         embed.main(_recipe(folder, **places), show_progress=False)
+    few = _recipe(folder, **places, bad_pictures="skip", max_bad_pictures=0.1)
+    told = "2 of 13 prompts' pictures can't be used so far.*max_bad_pictures = 0.1 .*/[27]': no"
+    with pytest.raises(ValueError, match=told):
+        embed.main(few, show_progress=False)
     manifest = embed.main(_recipe(folder, **places, bad_pictures="skip"))
     assert "2 prompt(s) were left out for their pictures" in capsys.readouterr().err
     assert [Path(item.picture).name for item in manifest.skipped_pictures] == ["2", "7"]
@@ -159,3 +169,39 @@ def test_bad_pictures_stop_or_are_left_out_and_listed(
     assert found.latents is not None and whole.latents is not None
     expected = [x for t, x in zip(whole.prompts, whole.latents, strict=True) if t not in bad]
     assert all(torch.equal(a, b) for a, b in zip(found.latents, expected, strict=True))
+    _require_stop_refuses_it_until_it_is_whole(folder, places)
+
+
+def _require_stop_refuses_it_until_it_is_whole(folder: Path, places: dict[str, str]) -> None:
+    """What the error advises works, and makes nothing anew but the files that lack a prompt."""
+    recipe, store = _recipe(folder, **places), Path(places["store"])
+    for check in (partial(embed.main, show_progress=False), embed.verify):
+        with pytest.raises(
+            StoreError, match="lacks 2 prompt.s., the first for picture '.*/2': no image file"
+        ):
+            check(recipe)
+    before = {path: path.stat().st_mtime_ns for path in store.glob("*.parquet")}
+    for name in ("2", "7"):
+        (store.parent / name).write_bytes((folder / _name(int(name))).read_bytes())
+    (store / "manifest.json").unlink()
+    manifest = embed.main(recipe, show_progress=False)
+    assert manifest.num_rows == COUNT + 1 and not manifest.skipped_pictures
+    kept = [path.name for path, time in before.items() if path.stat().st_mtime_ns == time]
+    assert sorted(kept) == ["empty-prompt.parquet", "shard-00001.parquet"]
+    embed.verify(recipe)
+
+
+def test_a_store_without_a_picture_is_refused(folder: Path, tmp_path: Path) -> None:
+    """A wrong place is no reason to leave everything out; put right, the same command goes on."""
+    pictures = tmp_path / "pictures"
+    away = {number: pictures / f"{number}.png" for number in range(COUNT + 1)}
+    places = _with_pictures(folder, tmp_path, away)
+    every = _recipe(folder, **places, bad_pictures="skip", max_bad_pictures=1.0)
+    with pytest.raises(ValueError, match="not one of 13 pictures can be used, e.g. .*no such file"):
+        embed.main(every, show_progress=False)
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    pictures.mkdir()
+    for picture in away.values():
+        picture.write_bytes((folder / _name(5)).read_bytes())
+    manifest = embed.main(_recipe(folder, **places, bad_pictures="skip"), show_progress=False)
+    assert manifest.num_rows == COUNT + 1 and not manifest.skipped_pictures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -112,9 +113,9 @@ def test_transparent_parts_show_white_and_not_what_lies_below() -> None:
 @pytest.mark.parametrize(
     ("damaged", "message"),
     [
-        (b"", "not a readable image"),
-        (b"<html>not found</html>", "not a readable image"),
-        (content(noise(32, 32))[:-700], "not a readable image"),
+        (b"", "^no image file of a kind that Pillow knows$"),
+        (b"<html>not found</html>", "^no image file of a kind that Pillow knows$"),
+        (content(noise(32, 32))[:-700], "^not a readable image file .image file is truncated"),
         (content(noise(32, 15)), "32x15 pixels are too few for 16x16"),
     ],
 )
@@ -174,7 +175,7 @@ def _spoilt(folder: Path) -> list[Prompt]:
 def test_bad_pictures_stop_the_job_by_default(tmp_path: Path) -> None:
     encoder = LatentEncoder(PIXELS, embed_config(tmp_path), "cpu")
     with pytest.raises(
-        BadPictureError, match="picture '1.png' of prompt 'prompt 1': not a.*bad_pictures = skip"
+        BadPictureError, match="picture '1.png' of prompt 'prompt 1': no image.*bad_pictures = skip"
     ):
         list(encoder.encode(_spoilt(tmp_path)))
 
@@ -201,8 +202,90 @@ def test_a_storage_that_fails_is_no_bad_picture(
     encoder = LatentEncoder(PIXELS, embed_config(tmp_path, bad_pictures="skip"), "cpu")
     prompts = on_disk(tmp_path, 2)
     monkeypatch.setattr("piflow.storage.read_bytes", fail)
-    with pytest.raises(OSError, match="no answer"):
+    told = "picture '0.png' of prompt 'prompt 0' can't be read: .*0.png: no answer"
+    with pytest.raises(OSError, match=told):
         list(encoder.encode(prompts))
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("nosuch://bucket/1.png", "has scheme 'nosuch'"),
+        ("s3://bucket/1.png?bad=1", "option.s. bad; supported"),
+        ("package://no.such.package/1.png", "is not installed here"),
+        ("hf://owner/1.png@", "names no repository"),
+    ],
+)
+def test_a_uri_that_means_nothing_is_no_bad_picture(tmp_path: Path, uri: str, reason: str) -> None:
+    """Otherwise a mistyped column would silently leave out all prompts."""
+    encoder = LatentEncoder(PIXELS, embed_config(tmp_path, bad_pictures="skip"), "cpu")
+    prompts = [*on_disk(tmp_path, 1), Prompt("mistyped", 8, 8, PictureSource(uri, uri))]
+    with pytest.raises(ValueError, match=f"picture .*1.png.* of prompt 'mistyped'.*{reason}"):
+        list(encoder.encode(prompts))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "mistyped", "image": uri}))
+    with pytest.raises(ValueError, match=f"p.jsonl, line 1: .*{reason}"):
+        read_prompts(str(tmp_path / "p.jsonl"), height=8, width=8, image_column="image")
+
+
+def in_parquet(path: Path, values: Any) -> list[Prompt]:
+    """Prompts "0", "1", … of the values of a column, two a row group."""
+    texts = [str(number) for number in range(len(values))]
+    pq.write_table(pa.table({"prompt": texts, "image": values}), path, row_group_size=2)
+    return list(read_prompts(str(path), height=8, width=8, image_column="image").prompts)
+
+
+@pytest.mark.parametrize("nothing", [None, {"bytes": None, "path": None}])
+def test_rows_without_a_picture_are_bad_pictures(tmp_path: Path, nothing: Any) -> None:
+    picture: Any = content(noise(8, 8))
+    if nothing is not None:
+        picture = {"bytes": picture, "path": "x.png"}
+    prompts = in_parquet(tmp_path / "p.parquet", [picture, nothing])
+    encoder = LatentEncoder(PIXELS, embed_config(tmp_path, bad_pictures="skip"), "cpu")
+    latent, skipped = encoder.encode(prompts)
+    assert isinstance(latent, torch.Tensor)
+    assert isinstance(skipped, SkippedPicture)
+    assert skipped.reason == "the row names no picture"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "must be a path, a URI or bytes, got 3"),
+        ([1, 2], "must be a path, a URI or bytes, got .1, 2."),
+        ({"url": "x.png"}, "must have bytes or a path, got url"),
+        ({"bytes": None, "path": 3}, "must be a path, a URI or bytes, got 3"),
+    ],
+)
+def test_columns_of_something_else_are_refused(tmp_path: Path, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"p.parquet, row 1: the picture {message}"):
+        in_parquet(tmp_path / "p.parquet", [value])
+
+
+def test_a_parquet_file_that_changes_meanwhile_is_no_bad_picture(tmp_path: Path) -> None:
+    """Latents are stored under the hash of the picture that was there when prompts were read."""
+    path = tmp_path / "p.parquet"
+    pictures: list[Any] = [content(noise(8, 8, number)) for number in range(3)]
+    prompts = in_parquet(path, pictures)
+
+    def latents() -> list[Any]:
+        encoder = LatentEncoder(PIXELS, embed_config(tmp_path, bad_pictures="skip"), "cpu")
+        return list(encoder.encode(prompts))
+
+    assert all(isinstance(latent, torch.Tensor) for latent in latents())
+    told = "of prompt '2' can't be read: row 3 of .*p.parquet holds another picture than when"
+    for changed in ([*pictures[:2], pictures[0]], [*pictures[:2], None], pictures[:2]):
+        in_parquet(path, changed)
+        with pytest.raises(ValueError, match=told):
+            latents()
+    pq.write_table(pa.table({"prompt": ["0", "1", "2"]}), path)
+    with pytest.raises(ValueError, match="of prompt '0' can't be read: row 1 of .*p.parquet holds"):
+        latents()
+    path.write_bytes(b"PAR1 is damaged")
+    with pytest.raises(ValueError, match="of prompt '0' can't be read"):
+        latents()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="of prompt '0' can't be read"):
+        latents()
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
