@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -47,13 +48,19 @@ def _damage(path: Path, position: int) -> None:
 # ---------------------------------------------------------------------------------- number format
 
 
+def _dequantized(content: bytes, scale: float, shape: tuple[int, int], dtype: str) -> torch.Tensor:
+    out = np.full(shape, np.nan, np.float32)
+    dequantize(np.frombuffer(content, np.uint8), scale, dtype, out.reshape(-1))
+    return torch.from_numpy(out)
+
+
 @pytest.mark.parametrize("magnitude", [1e-20, 1e-3, 1.0, 448.0, 3e4, 1e30])
 def test_fp8_keeps_its_error_bound(magnitude: float) -> None:
     tokens = magnitude * torch.randn(7, 64, generator=torch.Generator().manual_seed(0)) ** 3
     content, scale = quantize(tokens, "fp8")
     assert len(content) == tokens.numel()
     assert scale == pytest.approx(float(tokens.abs().max()) / 448, rel=1e-6)
-    error = (torch.from_numpy(dequantize(content, [scale], [7], "fp8")) - tokens).abs()
+    error = (_dequantized(content, scale, (7, 64), "fp8") - tokens).abs()
     bound = torch.maximum(tokens.abs() / 16, torch.tensor(scale / 1024))
     assert (error <= bound * (1 + 1e-5)).all()
     assert (error > bound / 4).any()  # the bound is not an idle one
@@ -63,23 +70,22 @@ def test_bf16_rounds_to_bfloat16() -> None:
     tokens = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     content, scale = quantize(tokens, "bf16")
     assert scale == 1.0 and len(content) == 2 * tokens.numel()
-    read = dequantize(content, [scale], [3], "bf16")
-    assert torch.equal(torch.from_numpy(read), tokens.bfloat16().float())
+    assert torch.equal(_dequantized(content, scale, (3, 16), "bf16"), tokens.bfloat16().float())
 
 
 def test_numbers_that_fp8_holds_survive_exactly() -> None:
     tokens = torch.tensor([[448.0, -1.5, 0.0, 0.25]])
-    zeros = torch.zeros(2, 4)
-    (first, scale), (second, of_zeros) = quantize(tokens, "fp8"), quantize(zeros, "fp8")
-    read = dequantize(first + second, [scale, of_zeros], [1, 2], "fp8")
-    assert torch.equal(torch.from_numpy(read), torch.cat([tokens, zeros]))
+    for numbers in (tokens, torch.zeros(2, 4), torch.zeros(0, 4)):
+        read = _dequantized(*quantize(numbers, "fp8"), numbers.shape, "fp8")
+        assert torch.equal(read, numbers)
 
 
 def test_every_fp8_number_is_read_as_torch_converts_it() -> None:
-    numbers = torch.arange(256, dtype=torch.uint8)
-    read = dequantize(numbers.numpy().tobytes(), [0.7], [4], "fp8")
-    expected = numbers.view(torch.float8_e4m3fn).float().mul(0.7).view(4, 64)
-    torch.testing.assert_close(torch.from_numpy(read), expected, rtol=0, atol=0, equal_nan=True)
+    """Of many pieces, the last one cut short."""
+    numbers = torch.arange(256, dtype=torch.uint8).repeat(400)
+    read = _dequantized(numbers.numpy().tobytes(), 0.7, (400, 256), "fp8")
+    expected = numbers.view(torch.float8_e4m3fn).float().mul(0.7).view(400, 256)
+    torch.testing.assert_close(read, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # ----------------------------------------------------------------------------------------- layout
@@ -125,6 +131,20 @@ def test_a_small_cache_changes_nothing(make_store: MakeStore) -> None:
     store = make_store({(32, 32): 25})
     rows = np.random.default_rng(0).permutation(25)
     assert RowReader(store, kept_groups=1).rows(rows).equals(RowReader(store).rows(rows))
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_rows_are_cut_out_of_row_groups_as_pyarrow_takes_them(
+    make_store: MakeStore, pooled: bool
+) -> None:
+    store = make_store({(32, 32): 25, (64, 32): 10}, pooled=pooled)
+    files = [pq.read_table(Path(store.uri) / shard.path) for shard in store.manifest.shards]
+    whole = pa.concat_tables(files).replace_schema_metadata(None).combine_chunks()
+    rows = np.random.default_rng(0).integers(0, 35, 60)
+    found = RowReader(store).rows(rows).replace_schema_metadata(None)
+    found.validate(full=True)
+    assert found.equals(whole.take(pa.array(rows)))
+    assert found.slice(20, 7).equals(whole.take(pa.array(rows[20:27])))
 
 
 def test_writing_is_deterministic(make_store: MakeStore) -> None:
