@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 
@@ -37,7 +36,6 @@ from piflow.data.store import (
     EmbeddingStore,
     EncodedPrompt,
     EncoderIdentity,
-    RowReader,
     StoreInputs,
     StoreManifest,
     empty_prompt_plan,
@@ -45,7 +43,7 @@ from piflow.data.store import (
     write_manifest,
     write_shard,
 )
-from piflow.data.stream import StreamOrder, TrainStream
+from piflow.data.stream import TrainStream
 
 ROWS_PER_SHARD, ROWS_PER_GROUP = 4096, 256  # a recipe's defaults
 BATCH = 64
@@ -104,9 +102,12 @@ def scan(store: EmbeddingStore) -> int:
 
 def read_in_order(store: EmbeddingStore) -> int:
     """One epoch in training order, as Arrow tables."""
-    reader, order = RowReader(store), StreamOrder(store.manifest, 0, BATCH)
-    steps = range(store.manifest.num_rows // BATCH)
-    return sum(reader.rows(np.asarray(order.step(step)[1])).num_rows for step in steps)
+    stream = TrainStream(
+        store.uri, seed=0, batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1,
+        reader="local",
+    )  # fmt: skip
+    steps = islice(stream.tables(), store.manifest.num_rows // BATCH)
+    return sum(table.num_rows for _, table in steps)
 
 
 def decode_in_order(store: EmbeddingStore) -> int:

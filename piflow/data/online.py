@@ -445,7 +445,9 @@ class EncodedRows(RowReader):
         self._closed = step.closed
         self._encoded = {visit.group: rows for visit, rows in self._open.items()}
 
-    def _row_groups(self, numbers: list[int]) -> dict[int, pa.RecordBatch]:
+    def _row_groups(
+        self, numbers: list[int], following: NDArray[np.int64] | None = None
+    ) -> dict[int, pa.RecordBatch]:
         return {number: self._encoded[number] for number in numbers}
 
 

@@ -32,10 +32,11 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, islice, pairwise
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -889,8 +890,10 @@ class RowReader:
         self._store = store
         self._columns = columns
         self._kept_groups = kept_groups
-        self._cache: dict[int, OrderedDict[int, pa.RecordBatch]] = {}  # by bucket, then row group
+        # by bucket, then row group
+        self._cache: dict[int, OrderedDict[int, Future[pa.RecordBatch]]] = {}
         self._metadata: dict[int, pq.FileMetaData] = {}  # of shards, as far as they were opened
+        self._opening: dict[int, Lock] = {}  # of shards
         self.damaged: set[int] = set()  # row groups, numbered through all shards
 
     @cached_property
@@ -934,37 +937,57 @@ class RowReader:
         self.damaged.add(group)
         return False
 
-    def rows(self, numbers: NDArray[np.int64]) -> pa.Table:
+    def rows(
+        self, numbers: NDArray[np.int64], following: NDArray[np.int64] | None = None
+    ) -> pa.Table:
         """The rows with these numbers as they lie on disk, in this order.
+
+        Args:
+            numbers: of the rows.
+            following: rows that will be asked for next; reading their row groups is begun.
 
         Raises:
             StoreError: a row group can't be read; names shard and row group.
         """
         owners = self.group_of(numbers)
-        # those used last come last: they stay in memory
-        groups = self._row_groups(list(dict.fromkeys(owners[::-1].tolist()))[::-1])
         found, indices = np.unique(owners, return_inverse=True)
+        groups = self._row_groups(found.tolist(), following)
         places = numbers - np.concatenate([[0], self._ends])[owners]
         return _cut([groups[group] for group in found.tolist()], indices, places)
 
-    def _row_groups(self, numbers: list[int]) -> dict[int, pa.RecordBatch]:
+    def _row_groups(
+        self, numbers: list[int], following: NDArray[np.int64] | None = None
+    ) -> dict[int, pa.RecordBatch]:
         """Row groups by number; those that aren't in memory are read side by side."""
-        missing = [number for number in numbers if number not in self._cache_of(number)]
-        found = {number: self._cache_of(number)[number] for number in set(numbers) - set(missing)}
-        if len(missing) > 1:
-            shards = {self._groups[number][0] for number in missing} - self._metadata.keys()
-            for _ in self._pool.map(self._file, shards):  # each file's end is read once
-                pass
-            found |= zip(missing, self._pool.map(self._read, missing), strict=True)
-        elif missing:
-            found[missing[0]] = self._read(missing[0])
+        started = self._start(numbers)
+        if following is not None:
+            upcoming = np.unique(self.group_of(following)).tolist()
+            self._start([group for group in upcoming if group not in self.damaged])
+        found = {}
+        for number, reading in started.items():
+            try:
+                found[number] = reading.result()
+            except BaseException:
+                self._cache_of(number).pop(number, None)  # whoever asks again has it read again
+                raise
+        return found
+
+    def _start(self, numbers: list[int]) -> dict[int, Future[pa.RecordBatch]]:
+        """Row groups that are in memory or on their way there; those started last stay longest."""
+        started = {}
         for number in numbers:
             kept = self._cache_of(number)
-            kept[number] = found[number]
+            if number not in kept:
+                kept[number] = self._pool.submit(self._read, number)
             kept.move_to_end(number)
-            if len(kept) > self._kept_groups:
+            started[number] = kept[number]
+            if len(kept) > max(self._kept_groups, len(numbers)):
                 kept.popitem(last=False)
-        return found
+        return started
+
+    def close(self) -> None:
+        """End what is read ahead; returns once no read is under way."""
+        self._pool.shutdown(cancel_futures=True)
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
@@ -975,19 +998,24 @@ class RowReader:
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(_READS, thread_name_prefix="row-groups")
 
-    def _cache_of(self, number: int) -> OrderedDict[int, pa.RecordBatch]:
-        """The row groups in memory of a row group's bucket."""
+    def _cache_of(self, number: int) -> OrderedDict[int, Future[pa.RecordBatch]]:
+        """The row groups in memory, or on their way there, of a row group's bucket."""
         shard, group = self._groups[number]
         bucket = self._store.manifest.shards[shard].row_groups[group].bucket
         return self._cache.setdefault(bucket, OrderedDict())
 
     def _file(self, shard: int) -> pq.ParquetFile:
+        if shard not in self._metadata:
+            with self._opening.setdefault(shard, Lock()):  # each file's end is read once
+                if shard not in self._metadata:
+                    self._metadata[shard] = self._opened(shard).metadata
+        return self._opened(shard)
+
+    def _opened(self, shard: int) -> pq.ParquetFile:
         path = self._store.manifest.shards[shard].path
         system, folder = self._place
         place = system, f"{folder}/{path}"
-        file = _open_shard(self._store.uri, path, self._metadata.get(shard), place)
-        self._metadata[shard] = file.metadata
-        return file
+        return _open_shard(self._store.uri, path, self._metadata.get(shard), place)
 
     def _read(self, number: int) -> pa.RecordBatch:
         shard, group = self._groups[number]

@@ -29,17 +29,19 @@ no other row moves: all ranks agree without talking, and so does a run that is r
 
 ::
 
-    rank's process: plan (step, row numbers) --> Ray Data: one actor reads row groups, picks rows
-                    tensors <-- decode thread <-- one Arrow block a step, in order, as on disk
+    rank's process: plan (steps, row numbers) --> Ray Data: one actor reads row groups, cuts rows
+                    tensors <-- decode thread <-- an Arrow block of up to 16 steps, in order, as on
+                                                  disk
 
-Every rank has its own dataset over the next 256 steps; the following one is started before it is
-used up. Without Ray (``reader="local"``) the same plan is read in the process.
+Every rank has its own dataset over the next 64 blocks; the following one is started before it is
+used up. Without Ray (``reader="local"``) the same plan is read in the process. Either way, one
+window of row groups is being read while the rows of another are cut.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,8 +70,10 @@ if TYPE_CHECKING:
     from piflow.data.online import EncodedRows
 
 _WINDOW_GROUPS = 8  # row groups that are shuffled together
-_DATASET_STEPS = 256  # optimiser steps of one Ray dataset
-_START_NEXT = 64  # steps before its end at which the next dataset is started
+_BLOCK_STEPS = 16  # optimiser steps whose rows are read together, at most
+_BLOCK_BYTES = 16 * 2**20  # that their rows take, if they are more than one step
+_DATASET_BLOCKS = 64  # blocks of one Ray dataset
+_START_NEXT = 16  # blocks before its end at which the next dataset is started
 _OBJECT_STORE_BYTES = 512 * 2**20  # what one rank's dataset may hold in Ray's object store
 _REPLACED = "replaced"  # column: the damaged row group in whose place a row came, or null
 _BATCH_ORDER = 0  # counter word of the generator that orders batches; bucket b has b + 1
@@ -219,7 +223,7 @@ def _permutation(generator: np.random.Philox, size: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class _PlannedStep:
+class PlannedStep:
     """One rank's part of a step: its micro-batches' rows, one after the other.
 
     `places` are the rows' places in the bucket's sequence.
@@ -229,6 +233,14 @@ class _PlannedStep:
     bucket: int
     places: NDArray[np.int64]
     rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Steps whose rows are read together; `following` are the rows that come next."""
+
+    steps: tuple[PlannedStep, ...]
+    following: NDArray[np.int64] | None
 
 
 class TrainStream:
@@ -280,6 +292,8 @@ class TrainStream:
         self._order = StreamOrder(self.store.manifest, seed, batch_size)
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
+        numbers = np.arange(batch_size).reshape(-1, micro_batch_size)
+        self._mine = numbers[rank::world_size].reshape(-1)  # this rank's part of a batch
         self._rank = rank
         self._world_size = world_size
         self._start_step = start_sample // batch_size
@@ -296,27 +310,51 @@ class TrainStream:
         Without end, or until the last of the steps that `encoded` is for.
         """
         if self._encoded is not None:
-            rows, picks = self._encoded, _StepReader(self.store, self._order, self._encoded)
+            rows, picks = self._encoded, _BlockReader(self.store, self._order, self._encoded)
 
-            def read(plan: _PlannedStep) -> StreamBatch:
+            def read(plan: PlannedStep) -> StreamBatch:
                 rows.advance()
-                return self._to_batch(plan, picks.read(plan))
+                return self._to_batch(plan, picks.read(_Block((plan,), None)))
 
             return ahead(read, islice(self._plan(), len(rows.steps)))
-        if self._reader == "local":
-            reader = _StepReader(self.store, self._order, RowReader(self.store, self._columns))
-            return ahead(lambda plan: self._to_batch(plan, reader.read(plan)), self._plan())
-        return ahead(lambda pair: self._to_batch(*pair), self._ray_tables())
+        return ahead(lambda pair: self._to_batch(*pair), self.tables())
 
-    def _plan(self) -> Iterator[_PlannedStep]:
+    def tables(self) -> Iterator[tuple[PlannedStep, pa.Table]]:
+        """This rank's rows of every step of a store, as they lie on disk."""
+        for block, table in self._local_tables() if self._reader == "local" else self._ray_tables():
+            start = 0
+            for plan in block.steps:
+                yield plan, table.slice(start, len(plan.rows))
+                start += len(plan.rows)
+
+    def _local_tables(self) -> Iterator[tuple[_Block, pa.Table]]:
+        rows = RowReader(self.store, self._columns)
+        reader = _BlockReader(self.store, self._order, rows)
+        try:
+            yield from ahead(lambda block: (block, reader.read(block)), self._blocks(), depth=1)
+        finally:
+            rows.close()
+
+    def _blocks(self) -> Iterator[_Block]:
+        """The plan in blocks; a window of row groups is read ahead of the one in use."""
+        manifest, size = self.store.manifest, self._batch_size
+        window = max(1, _WINDOW_GROUPS * manifest.inputs.rows_per_group // size)  # in steps
+        row_bytes = sum(shard.bytes for shard in manifest.shards) / manifest.num_rows
+        most = int(_BLOCK_BYTES / (row_bytes * len(self._mine)))
+        steps = max(1, min(_BLOCK_STEPS, window // 2, most))
+        plan, upcoming = self._plan(), deque[PlannedStep]()
+        while True:
+            upcoming.extend(islice(plan, steps + window - len(upcoming)))
+            block = tuple(upcoming.popleft() for _ in range(steps))
+            yield _Block(block, np.concatenate([step.rows for step in upcoming]))
+
+    def _plan(self) -> Iterator[PlannedStep]:
         for step in count(self._start_step):
             bucket, start = self._order.place(step)
             rows = self._order.rows(bucket, start, self._batch_size)
-            numbers = np.arange(self._batch_size).reshape(-1, self._micro_batch_size)
-            mine = numbers[self._rank :: self._world_size].reshape(-1)
-            yield _PlannedStep(step, bucket, start + mine, rows[mine])
+            yield PlannedStep(step, bucket, start + self._mine, rows[self._mine])
 
-    def _to_batch(self, plan: _PlannedStep, table: pa.Table) -> StreamBatch:
+    def _to_batch(self, plan: PlannedStep, table: pa.Table) -> StreamBatch:
         import torch
 
         batch = decode_rows(table, self.store.manifest.inputs)
@@ -341,25 +379,25 @@ class TrainStream:
         replaced = Counter(name for name in table[_REPLACED].to_pylist() if name is not None)
         return StreamBatch(plan.step, micro_batches, dict(replaced))
 
-    def _ray_tables(self) -> Iterator[tuple[_PlannedStep, pa.Table]]:
-        """Plan and Arrow rows of each step; datasets follow one another without a gap."""
-        plan = self._plan()
+    def _ray_tables(self) -> Iterator[tuple[_Block, pa.Table]]:
+        """Datasets follow one another without a gap."""
+        plan = self._blocks()
         pool = ThreadPoolExecutor(1, thread_name_prefix="next-dataset")
         try:
-            steps = list(islice(plan, _DATASET_STEPS))
-            tables = _start_dataset(self.store, self._order, steps, self._columns)
+            blocks = list(islice(plan, _DATASET_BLOCKS))
+            tables = _start_dataset(self.store, self._order, blocks, self._columns)
             while True:
-                upcoming = list(islice(plan, _DATASET_STEPS))
+                upcoming = list(islice(plan, _DATASET_BLOCKS))
                 following: Future[Iterator[pa.Table]] | None = None
-                for number, step in enumerate(steps):
-                    if following is None and number >= len(steps) - _START_NEXT:
+                for number, block in enumerate(blocks):
+                    if following is None and number >= len(blocks) - _START_NEXT:
                         following = pool.submit(
                             _start_dataset, self.store, self._order, upcoming, self._columns
                         )
-                    yield step, _require_step(next(tables, None), step)
+                    yield block, _require_block(next(tables, None), block)
                 if following is None:
                     raise RuntimeError("a dataset of the training stream held no step")
-                steps, tables = upcoming, following.result()
+                blocks, tables = upcoming, following.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -380,20 +418,28 @@ def _check_sizes(batch_size: int, micro_batch_size: int, rank: int, world_size: 
         )
 
 
-class _StepReader:
-    """Reads planned steps; the column ``replaced`` says which rows stand in for damaged ones."""
+class _BlockReader:
+    """Reads planned blocks; the column ``replaced`` says which rows stand in for damaged ones."""
 
     def __init__(self, store: EmbeddingStore, order: StreamOrder, reader: RowReader) -> None:
         self._store = store
         self._reader = reader
         self._order = order
 
-    def read(self, plan: _PlannedStep) -> pa.Table:
-        """A step's rows as they lie on disk.
+    def read(self, block: _Block) -> pa.Table:
+        """A block's rows as they lie on disk, step by step.
 
         Raises:
             StoreError: a damaged row group stops the stream; names it.
         """
+        chosen = [self._readable(plan) for plan in block.steps]
+        rows = np.concatenate([rows for rows, _ in chosen])
+        table = self._reader.rows(rows, block.following)
+        names = [name for _, names in chosen for name in names]
+        return table.append_column(_REPLACED, pa.array(names, pa.string()))
+
+    def _readable(self, plan: PlannedStep) -> tuple[NDArray[np.int64], list[str | None]]:
+        """A step's rows, and in place of which damaged row group each of them came."""
         rows = plan.rows.copy()
         names: list[str | None] = [None] * len(rows)
         if self._store.damaged_rows == "replace":
@@ -402,7 +448,7 @@ class _StepReader:
             for number in np.flatnonzero(np.isin(groups, damaged)):
                 rows[number] = self._stand_in(plan.bucket, int(plan.places[number]))
                 names[number] = self._reader.group_name(groups[number])
-        return self._reader.rows(rows).append_column(_REPLACED, pa.array(names, pa.string()))
+        return rows, names
 
     def _stand_in(self, bucket: int, place: int) -> int:
         """The first readable row at the same place of the bucket's later batches."""
@@ -420,7 +466,7 @@ class _StepReader:
 
 
 class ReadRows:
-    """Ray Data's reading actor: a planned step in, its rows as they lie on disk out."""
+    """Ray Data's reading actor: a block's plan in, its rows as they lie on disk out."""
 
     def __init__(
         self,
@@ -434,29 +480,45 @@ class ReadRows:
         manifest = StoreManifest.model_validate_json(manifest_json)
         store = EmbeddingStore(store_uri, manifest, damaged_rows)
         order = StreamOrder(manifest, seed, batch_size)
-        self._reader = _StepReader(store, order, RowReader(store, columns))
+        self._reader = _BlockReader(store, order, RowReader(store, columns))
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
-        """Read one item, a `_PlannedStep`'s fields."""
-        step, bucket = int(batch["step"][0]), int(batch["bucket"][0])
-        places, rows = (np.asarray(batch[key][0], dtype=np.int64) for key in ("places", "rows"))
-        table = self._reader.read(_PlannedStep(step, bucket, places, rows))
-        return table.append_column("step", pa.array([step] * len(rows)))
+        """Read one item, see `_item`."""
+        names = ("step", "bucket", "places", "rows", "following")
+        *plans, following = (np.asarray(batch[name][0], dtype=np.int64) for name in names)
+        steps = (
+            PlannedStep(int(step), int(bucket), places, rows)
+            for step, bucket, places, rows in zip(*plans, strict=True)
+        )
+        block = _Block(tuple(steps), following)
+        return self._reader.read(block).append_column("step", pa.array(_step_numbers(block)))
+
+
+def _step_numbers(block: _Block) -> NDArray[np.int64]:
+    """Each row's step."""
+    return np.repeat([plan.step for plan in block.steps], [len(plan.rows) for plan in block.steps])
+
+
+def _item(block: _Block) -> dict[str, Any]:
+    """A block as Ray Data takes it: the steps' fields stacked."""
+    fields = [vars(plan) for plan in block.steps]
+    stacked = {name: np.stack([field[name] for field in fields]) for name in fields[0]}
+    return stacked | {"following": block.following}
 
 
 def _start_dataset(
     store: EmbeddingStore,
     order: StreamOrder,
-    steps: list[_PlannedStep],
+    blocks: list[_Block],
     columns: list[str] | None,
 ) -> Iterator[pa.Table]:
-    """Start reading; returns when the first step's rows are there."""
+    """Start reading; returns when the first block's rows are there."""
     import ray
 
-    items = [vars(plan) for plan in steps]
+    items = [_item(block) for block in blocks]
     source = ray.data.from_items(items, override_num_blocks=len(items))
     context = quiet_context(source)
-    context.target_max_block_size = None  # one block a step, however large
+    context.target_max_block_size = None  # one block an item, however large
     options = context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(object_store_memory=_OBJECT_STORE_BYTES)
@@ -475,12 +537,12 @@ def _start_dataset(
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0,  # the ranks' own CPUs are all taken; reading mostly waits for storage
     )
-    tables = _blocks(dataset)
+    tables = _tables(dataset)
     first = next(tables)
     return chain([first], tables)
 
 
-def _blocks(dataset: Any) -> Iterator[pa.Table]:
+def _tables(dataset: Any) -> Iterator[pa.Table]:
     import ray
 
     try:
@@ -489,12 +551,13 @@ def _blocks(dataset: Any) -> Iterator[pa.Table]:
         raise remote_cause(error) from error
 
 
-def _require_step(table: pa.Table | None, plan: _PlannedStep) -> pa.Table:
-    """The rows that a block holds, after a check that they are the step's, in full."""
-    found = [] if table is None else table["step"].unique().to_pylist()
-    if table is None or found != [plan.step] or table.num_rows != len(plan.rows):
+def _require_block(table: pa.Table | None, block: _Block) -> pa.Table:
+    """The rows that Ray gave, after a check that they are the block's, in full."""
+    found = np.array([]) if table is None else table["step"].to_numpy()
+    expected = _step_numbers(block)
+    if table is None or not np.array_equal(found, expected):
         raise RuntimeError(
-            f"the training stream lost its order: expected {len(plan.rows)} rows of step "
-            f"{plan.step}, got {0 if table is None else table.num_rows} of steps {found}"
+            f"the training stream lost its order: expected {len(expected)} rows of steps "
+            f"{sorted(set(expected.tolist()))}, got {len(found)} of {sorted(set(found.tolist()))}"
         )
     return table.drop_columns(["step"])

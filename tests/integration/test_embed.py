@@ -247,8 +247,9 @@ def test_class_labels_in_place_of_texts(folder: Path, tmp_path: Path) -> None:
 def test_ray_reads_what_a_local_reader_reads(
     folder: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
-    monkeypatch.setattr(stream_module, "_DATASET_STEPS", 6)  # so that datasets follow one another
-    monkeypatch.setattr(stream_module, "_START_NEXT", 2)
+    monkeypatch.setattr(stream_module, "_BLOCK_STEPS", 2)
+    monkeypatch.setattr(stream_module, "_DATASET_BLOCKS", 3)  # so that datasets follow one another
+    monkeypatch.setattr(stream_module, "_START_NEXT", 1)
 
     def first(reader: str, rank: int) -> list[MicroBatch]:
         stream = TrainStream(
