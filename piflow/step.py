@@ -54,7 +54,8 @@ class SkippedSteps:
     """Counts the steps that were skipped since the last multiple of `checkpoint_every`.
 
     A resumed run computes exactly those steps again, so its count is the uninterrupted run's and
-    no checkpoint has to hold it. Every worker sees the same steps fail, and decides alike.
+    no checkpoint has to hold it; after a stop that saved in between, it counts from there. Every
+    worker sees the same steps fail, and decides alike.
     """
 
     def __init__(self, training: TrainingConfig) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tests.faults.runs import (
 pytestmark = pytest.mark.timeout(900)
 STEPS = 60
 PACE = 0.5
+NOTICE_SECONDS = 60
 TOLERANCE = 1e-5  # between numbers of workers
 
 
@@ -106,25 +108,44 @@ def test_a_node_that_joins_is_used_and_one_that_dies_is_done_without(
     require_equal(run, alone)
 
 
-def test_a_drained_node_is_left_in_time(folder: Path, cluster: Any) -> None:
-    """The notice (as a cloud's preemption gives it) is answered by a save and a move."""
+@pytest.mark.parametrize("num_workers", [1, [1, 2]], ids=["moves", "shrinks"])
+def test_a_drained_node_is_left_in_time(
+    num_workers: int | list[int], folder: Path, cluster: Any
+) -> None:
+    """The notice (as a cloud's preemption gives it) is answered by a save before the node goes.
+
+    The run goes on on the other node; with a range of workers it had a worker there already.
+    """
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    run = new_run(folder, cluster, "drained", num_workers=1)
+    most = num_workers if isinstance(num_workers, int) else num_workers[1]
+    run = new_run(folder, cluster, f"drained-{most}", num_workers=num_workers)
     with run.running() as driver:
         wait_until(lambda: run.last_step() >= 3, "training", run)
         used = wait_until(lambda: _node_of_worker(nodes), "a worker", run)
-        drain = [
-            sys.executable, "-m", "ray.scripts.scripts", "drain-node",
-            "--address", cluster.address, "--node-id", used.node_id,
-            "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
-            "--deadline-remaining-seconds", "60",
-        ]  # fmt: skip
-        subprocess.run(drain, env=run.environment, check=True, capture_output=True, timeout=120)
+        drain(cluster, used, NOTICE_SECONDS)
+        noticed = time.monotonic()
+        wait_until(lambda: "stop" in run.names(), "saved", run, NOTICE_SECONDS)
+        time.sleep(max(0.0, noticed + NOTICE_SECONDS - time.monotonic()))
+        cluster.remove_node(used, allow_graceful=False)
         run.finish(driver, 400)
     [stop] = [text for name, text in run.events() if name == "stop"]
     assert stop.startswith("a machine is going away")
-    assert len(run.lines()) == STEPS, "no step was repeated"
-    assert run.names().count("restart") == 1
+    steps = steps_with(run, 1) + sorted(steps_with(run, 2))[::2]
+    assert sorted(steps) == list(range(STEPS)), "no step was repeated"
+    after = "restart" if most == 1 else "resize"
+    assert [name for name in run.names() if name in ("restart", "resize")] == [after]
+
+
+def drain(cluster: Any, node: Any, seconds: int) -> None:
+    """Give notice that the node will be gone after so many seconds."""
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "drain-node",
+        "--address", cluster.address, "--node-id", node.node_id,
+        "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+        "--deadline-remaining-seconds", str(seconds),
+    ]  # fmt: skip
+    environment = cluster_environment(cluster.address)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
 
 
 def _node_of_worker(nodes: list[Any]) -> Any:

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.timeout(900)
 STEPS = 40
 KILLS, KILL_STEPS = 20, 80
 START_SECONDS, TRAINING_SECONDS = 12.0, 6.0  # within which a kill comes
+STALL_SECONDS = 60.0  # longer than a worker takes to its first step
 
 
 def new_run(
@@ -133,4 +134,43 @@ def test_twenty_kills_at_random_moments_change_nothing(folder: Path, address: st
     print(f"{dict(kinds)}, {training} of them between an attempt's first step and its end")
     assert kinds.total() == KILLS and min(kinds.values()) >= 3 and training >= KILLS // 2
     assert len(run.lines()) > len(straight.lines()), "no step was ever repeated"
+    require_equal(run, straight)
+
+
+def test_sigterm_to_a_worker_moves_the_run(folder: Path, address: str, straight: SmallRun) -> None:
+    """All workers save after the step and others go on; it counts as no failure."""
+    run = new_run(folder, address, "moved", pace=0.3, max_failures=0)
+    with run.running() as driver:
+        wait_until(lambda: run.last_step() >= 2, "at step 2", run)
+        os.kill(train_workers()[0], signal.SIGTERM)
+        run.finish(driver)
+    [(_, stop)] = [event for event in run.events() if event[0] == "stop"]
+    saved = int(stop.rpartition("; step ")[2].split()[0])
+    assert "a worker got SIGTERM" in stop and 3 <= saved < STEPS
+    assert run.names().count("restart") == 1 and ("resume", f"from step {saved}") in run.events()
+    assert len(run.lines()) == 2 * STEPS, "no step was repeated"
+    require_equal(run, straight)
+
+
+@pytest.mark.parametrize("kind", ["hang", "stopped"])
+def test_a_stalled_worker_is_found_and_replaced(
+    kind: str, folder: Path, address: str, straight: SmallRun
+) -> None:
+    """A train loop that hangs, and a process that the system stopped (SIGSTOP)."""
+    run = new_run(folder, address, f"stall-{kind}", max_failures=2, stall_timeout=STALL_SECONDS)
+    run.records.mkdir()
+    if kind == "hang":
+        (run.records / "hang").touch()
+    else:
+        run.pace = 0.3
+    with run.running() as driver:
+        wait_until(lambda: run.last_step() >= 0, "at the first step", run)
+        victims = train_workers()
+        if kind == "stopped":
+            os.kill(victims[-1], signal.SIGSTOP)
+        wait_until(lambda: not set(victims) & set(train_workers()), "ended", run, 400)
+        run.finish(driver)
+    [(_, text)] = [event for event in run.events() if event[0] == "stall"]
+    assert text.startswith("no step for ")
+    assert "restart" in run.names()
     require_equal(run, straight)
