@@ -8,10 +8,28 @@ from typing import Any
 
 import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.controller import TrainController
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
 from piflow.runtime.board import StopReason
 
 _POLL_SECONDS = 0.2
+
+
+class _TidyWorkerGroup(WorkerGroup):
+    """Gives back its places when a worker dies while the group starts.
+
+    Ray Train keeps them (its placement group) if that happens after the workers' processes are
+    there, and the next group then waits for places that nobody uses.
+    """
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception:
+            if self.has_started():
+                self.shutdown()
+            raise
 
 
 class LifecycleCallback(ControllerCallback, WorkerGroupCallback):
@@ -28,6 +46,10 @@ class LifecycleCallback(ControllerCallback, WorkerGroupCallback):
         self._stall_timeout = stall_timeout
         self._group: Any = None  # of workers that run
         self._told = False
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Have the controller make tidy groups."""
+        TrainController.worker_group_cls = _TidyWorkerGroup
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """See Ray Train."""

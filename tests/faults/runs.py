@@ -102,7 +102,7 @@ class SmallRun:
             process.kill()
             process.wait()
 
-    def finish(self, process: subprocess.Popen[bytes], seconds: float = 300) -> None:
+    def finish(self, process: subprocess.Popen[bytes], seconds: float = 600) -> None:
         assert process.wait(seconds) == 0, self.log
 
     def lines(self) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory, s3_keys: None) -> Iter
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.syspath_prepend(str(REPOSITORY))  # workers take over the driver's sys.path
         ray.init(
+            address="local",  # not a cluster that somebody else has started on this machine
             num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,
