@@ -23,7 +23,6 @@ from piflow.data.online import (
 from piflow.data.store import EmbeddingStore, RowReader, StoreError
 from piflow.data.stream import StreamBatch, StreamOrder, TrainStream
 from piflow.evaluation import evaluation_rows
-from piflow.runtime.driver import check_store
 from pipelines import embed
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
@@ -120,7 +119,7 @@ def test_online_batches_are_the_stores_to_the_bit(
 
 def test_what_is_embedded_ahead_serves_guidance_and_pictures(folder: Path) -> None:
     real = EmbeddingStore.open(str(folder / "store"))
-    online = check_store(_recipe(folder, "online"))
+    online = open_store(_recipe(folder, "online"))
     assert isinstance(online, OnlineStore)
     assert online.manifest.inputs == real.manifest.inputs
     assert online.index().to_pydict() == real.index().to_pydict()
@@ -140,7 +139,7 @@ def test_what_is_embedded_ahead_serves_guidance_and_pictures(folder: Path) -> No
 def test_evaluation_embeds_its_own_prompts(folder: Path) -> None:
     recipe = _recipe(folder, "online")
     embed.prepare_online(recipe, evaluation=True, show_progress=False)
-    store = check_store(recipe, evaluation=True)
+    store = open_store(recipe, evaluation=True)
     rows = evaluation_rows(recipe, store.index())
     real = EmbeddingStore.open(str(folder / "store"))
     assert store.read(rows).prompts == real.read(evaluation_rows(recipe, real.index())).prompts
