@@ -7,19 +7,24 @@
                         pictures first: prompts whose picture is bad are left out, or end the job
     driver: <-- progress, then each shard's entry --> manifest.json, last
 
-Prompts of one row group are encoded together, those of similar length in one call. An interrupted
+Prompts of one row group are encoded together, those of similar length in one call. While an
+encoder's finished shard is rounded and written, the actor encodes the next one. An interrupted
 job loses only unfinished shards: a file that is there and whole is kept. A finished store that
 lacks the recipe's negative prompt gets it as one more file.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -88,9 +93,20 @@ class _Job:
 
 
 @dataclass(frozen=True)
+class _Work:
+    """When an encoder actor was at a shard, by its clock, and for how many seconds it encoded."""
+
+    actor: str
+    begin: float
+    end: float
+    busy: float
+
+
+@dataclass(frozen=True)
 class _Finished:
     entry: ShardEntry
     report: ShardReport
+    work: _Work | None = None  # None: an earlier job made it
 
 
 def main(recipe: Recipe, *, show_progress: bool = True) -> StoreManifest:
@@ -237,6 +253,7 @@ def _make_store(recipe: Recipe, job: _Job, console: Console) -> StoreManifest:
     storage.delete_file(storage.join(job.store, JOB_FILE))
     _warn_of_truncation(console, list(done.values()), job.inputs.encoder.max_tokens)
     _tell_of_pictures(console, manifest)
+    _tell_of_idleness(console, list(done.values()))
     _say(
         console,
         f"{job.store}: the prompts' embeddings take {manifest.times_smaller:.1f} times less than "
@@ -328,7 +345,9 @@ def _encode(
             bar.advance(task, row["prompts"])
             if row["entry"]:
                 yield _Finished(
-                    ShardEntry.model_validate_json(row["entry"]), ShardReport.of_json(row["report"])
+                    ShardEntry.model_validate_json(row["entry"]),
+                    ShardReport.of_json(row["report"]),
+                    _Work(**json.loads(row["work"])),
                 )
 
 
@@ -361,6 +380,8 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
         compute=ray.data.ActorPoolStrategy(
             min_size=min(embed.encoders[0], len(missing)),
             max_size=min(embed.encoders[1], len(missing)),
+            max_concurrent_calls_per_actor=2,  # one encodes while the other one writes
+            enable_true_multi_threading=True,
         ),
         num_cpus=1,
         num_gpus=embed.gpus_per_encoder,
@@ -372,7 +393,10 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
 
 
 class EncodeShard:
-    """The encoder actor: encodes and writes whole shards, and tells how far it is."""
+    """The encoder actor: encodes and writes whole shards, and tells how far it is.
+
+    Two threads call it; one shard is encoded at a time.
+    """
 
     def __init__(self, recipe: Recipe, store: str, inputs: StoreInputs, plans: Any) -> None:
         import ray
@@ -392,10 +416,29 @@ class EncodeShard:
         self._store = store
         self._inputs = inputs
         self._plans: list[ShardPlan] = ray.get(plans)
+        self._turn = Lock()
+        self._name = uuid4().hex
+        self._busy = 0.0  # seconds that the text encoder has worked
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
-        """Encode one shard: progress rows on the way, then the shard's entry."""
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, Any]]:
+        """Encode and write one shard: progress rows on the way, then the shard's entry."""
         plan = self._plans[int(batch["shard"][0])]
+        with self._turn:
+            begin, busy = time.time(), self._seconds()
+            plan, encoded, skipped = yield from self._encode_shard(plan)
+            work = _Work(self._name, begin, time.time(), self._seconds() - busy)
+        entry, report = write_shard(self._store, plan, encoded, self._inputs, skipped)
+        yield _row(entry.model_dump_json(), report.to_json(), json.dumps(asdict(work)))
+
+    def _seconds(self) -> float:
+        return self._busy + (0.0 if self._latents is None else self._latents.busy)
+
+    def _encode_shard(
+        self, plan: ShardPlan
+    ) -> Generator[
+        dict[str, Any], None, tuple[ShardPlan, list[EncodedPrompt], list[SkippedPicture]]
+    ]:
+        """Progress rows; returns what is left of the plan, its embeddings, what was left out."""
         latents: list[Tensor | SkippedPicture | None] = [None] * len(plan.prompts)
         with_pictures = self._latents is not None and plan.prompts[0].picture is not None
         if self._latents is not None and with_pictures:
@@ -408,17 +451,27 @@ class EncodeShard:
         kept = [latent for latent in latents if not isinstance(latent, SkippedPicture)]
         plan = plan.without({row for row, x in enumerate(latents) if isinstance(x, SkippedPicture)})
         encoded: dict[int, EncodedPrompt] = {}
-        for rows, results in encode_row_groups(plan, self._encode):
+        calls = encode_row_groups(plan, self._encode)
+        while (call := self._timed(calls)) is not None:
+            rows, results = call
             encoded.update(zip(rows, results, strict=True))
             if not with_pictures:
                 yield _row(prompts=len(rows))
         ordered = [encoded[row]._replace(latent=latent) for row, latent in enumerate(kept)]
-        entry, report = write_shard(self._store, plan, ordered, self._inputs, skipped)
-        yield _row(entry=entry.model_dump_json(), report=report.to_json())
+        return plan, ordered, skipped
+
+    def _timed(
+        self, calls: Iterator[tuple[list[int], list[EncodedPrompt]]]
+    ) -> tuple[list[int], list[EncodedPrompt]] | None:
+        """The text encoder's next call; None after the last."""
+        begin = time.perf_counter()
+        call = next(calls, None)
+        self._busy += time.perf_counter() - begin
+        return call
 
 
-def _row(prompts: int = 0, entry: str = "", report: str = "") -> dict[str, list[Any]]:
-    return {"prompts": [prompts], "entry": [entry], "report": [report]}
+def _row(entry: str = "", report: str = "", work: str = "", prompts: int = 0) -> dict[str, Any]:
+    return {"prompts": [prompts], "entry": [entry], "report": [report], "work": [work]}
 
 
 def _negative_prompts_of_others(job: _Job) -> tuple[ShardEntry, ...]:
@@ -515,6 +568,25 @@ def _tell_of_pictures(console: Console, manifest: StoreManifest) -> None:
             f"{MANIFEST} lists them as skipped_pictures",
             style="yellow",
         )
+
+
+def encoder_idle_share(work: Iterable[_Work]) -> float:
+    """The part of the time that encoders didn't encode, from each one's first prompt to its last.
+
+    They wait for the next shard then, for a picture, or for a place to put a progress row.
+    """
+    by_actor: dict[str, list[_Work]] = {}
+    for item in work:
+        by_actor.setdefault(item.actor, []).append(item)
+    spans = [max(w.end for w in own) - min(w.begin for w in own) for own in by_actor.values()]
+    return 1 - sum(w.busy for own in by_actor.values() for w in own) / sum(spans)
+
+
+def _tell_of_idleness(console: Console, finished: list[_Finished]) -> None:
+    work = [shard.work for shard in finished if shard.work is not None]
+    if work:
+        share = encoder_idle_share(work)
+        _say(console, f"encoder_idle_share {share:.1%}: the rest of their time encoders encoded")
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import io
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -114,6 +115,7 @@ class LatentEncoder:
         self._skip = embed.bad_pictures == "skip"
         self._device = device
         self._embedded = _EmbeddedPictures(embed.image_column or "")
+        self.busy = 0.0  # seconds that the codec has worked
 
     def encode(self, prompts: Sequence[Prompt]) -> Iterator[Tensor | SkippedPicture]:
         """For each prompt in order: ``(C, h, w)`` in the stored dtype, or why there is none.
@@ -128,8 +130,11 @@ class LatentEncoder:
             if isinstance(picture, BadPictureError):
                 yield self._skipped(prompt, picture)
             else:
+                begin = time.perf_counter()
                 latent = self._codec.encode(picture[None].to(self._device))[0]
-                yield latent.to("cpu", self._dtype)
+                latent = latent.to("cpu", self._dtype)
+                self.busy += time.perf_counter() - begin
+                yield latent
 
     def _read(self, prompt: Prompt) -> Tensor | BadPictureError:
         """Only a picture's own fault comes back: an outage would leave out all prompts."""
