@@ -6,15 +6,16 @@ For each place a store of made-up embeddings is written, then read in turn, once
 
 * by pyarrow: every row group of every file in file order, page checksums compared, into Arrow
   tables, through the same `piflow.storage` client;
-* by `RowReader`: one epoch of the training order (shuffled row groups, rows shuffled in windows of
-  8), a batch at a time, which is what one rank's reader does;
-* the same with decoding to padded float32 tensors (`TrainStream`, its threads included);
-* with ``--ray`` also `TrainStream` through Ray Data, as training reads: the rows go from an actor's
+* by `TrainStream`: one epoch of the training order (shuffled row groups, rows shuffled in windows
+  of 8), a batch of 64 at a time, into Arrow tables of the same columns;
+* the same with decoding to padded float32 tensors, which pyarrow's scan doesn't do;
+* with ``--ray`` also both of these through Ray Data, as training reads: the rows go from an actor's
   process through Ray's object store. The time until the first step is there is left out.
 
-MB are 10^6 bytes of the files' content. The best of the rounds counts, ratios are to pyarrow's. The
-one by CPU time says less on a quiet machine, where row groups are read side by side, and more on a
-busy one.
+MB are 10^6 bytes of the files' content. A first round isn't counted; of the others the medians are
+given, and of the ratios to the same round's scan also the least and the largest. The ratio by CPU
+time says less on a quiet machine, where row groups are read beside other work, and more on a busy
+one.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
+from typing import Literal
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 
@@ -100,37 +103,24 @@ def scan(store: EmbeddingStore) -> int:
     return rows
 
 
+def stream(store: EmbeddingStore, reader: Literal["local", "ray"]) -> TrainStream:
+    """The only rank's stream."""
+    return TrainStream(
+        store.uri, seed=0, batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1,
+        reader=reader,
+    )  # fmt: skip
+
+
 def read_in_order(store: EmbeddingStore) -> int:
     """One epoch in training order, as Arrow tables."""
-    stream = TrainStream(
-        store.uri, seed=0, batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1,
-        reader="local",
-    )  # fmt: skip
-    steps = islice(stream.tables(), store.manifest.num_rows // BATCH)
+    steps = islice(stream(store, "local").tables(), store.manifest.num_rows // BATCH)
     return sum(table.num_rows for _, table in steps)
 
 
 def decode_in_order(store: EmbeddingStore) -> int:
     """One epoch in training order, as padded tensors."""
-    stream = TrainStream(
-        store.uri, seed=0, batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1,
-        reader="local",
-    )  # fmt: skip
-    steps = islice(stream.batches(), store.manifest.num_rows // BATCH)
+    steps = islice(stream(store, "local").batches(), store.manifest.num_rows // BATCH)
     return sum(len(micro.prompts) for batch in steps for micro in batch.micro_batches)
-
-
-def decode_through_ray(store: EmbeddingStore, seconds: list[float]) -> int:
-    """As `decode_in_order`, through Ray Data; appends the seconds from the second step on."""
-    stream = TrainStream(
-        store.uri, seed=0, batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1
-    )
-    steps = islice(stream.batches(), store.manifest.num_rows // BATCH)
-    rows = sum(len(micro.prompts) for micro in next(steps).micro_batches)
-    start = time.perf_counter()
-    rows += sum(len(micro.prompts) for batch in steps for micro in batch.micro_batches)
-    seconds.append(time.perf_counter() - start)
-    return rows
 
 
 METHODS: dict[str, Callable[[EmbeddingStore], int]] = {
@@ -141,42 +131,56 @@ METHODS: dict[str, Callable[[EmbeddingStore], int]] = {
 
 
 @dataclass
-class Best:
-    """The least seconds of the rounds: by the clock, and of this process's CPU time."""
+class Times:
+    """Seconds of each round: by the clock, and of this process's CPU time."""
 
-    clock: float = float("inf")
-    cpu: float = float("inf")
+    clock: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
 
 
-def measure(store: EmbeddingStore, rounds: int, *, with_ray: bool) -> dict[str, Best]:
-    """Each method's best; through Ray other processes work too, so without CPU time."""
-    best = {name: Best() for name in METHODS}
-    through_ray: list[float] = []
-    for _ in range(rounds):
+def measure(store: EmbeddingStore, rounds: int, *, with_ray: bool) -> dict[str, Times]:
+    """Each method's times; through Ray other processes work too, so without CPU time."""
+    times = {name: Times() for name in METHODS}
+    for number in range(rounds + 1):
         for name, method in METHODS.items():
             clock, cpu = time.perf_counter(), time.process_time()
             rows = method(store)
-            best[name].clock = min(best[name].clock, time.perf_counter() - clock)
-            best[name].cpu = min(best[name].cpu, time.process_time() - cpu)
+            if number:
+                times[name].clock.append(time.perf_counter() - clock)
+                times[name].cpu.append(time.process_time() - cpu)
             if rows != store.manifest.num_rows:
                 raise RuntimeError(f"{name} gave {rows} rows of {store.manifest.num_rows}")
-        if with_ray:
-            decode_through_ray(store, through_ray)
-    if with_ray:
-        best["training order, tensors, Ray Data"] = Best(min(through_ray))
-    return best
+        if with_ray and number:
+            for kind, steps in (
+                ("Arrow", stream(store, "ray").tables()),
+                ("tensors", stream(store, "ray").batches()),
+            ):
+                name = f"training order, {kind}, Ray Data"
+                times.setdefault(name, Times()).clock.append(_after_the_first(store, steps))
+    return times
 
 
-def report(place: str, store: EmbeddingStore, best: dict[str, Best]) -> None:
+def _after_the_first(store: EmbeddingStore, steps: Iterator[object]) -> float:
+    """Seconds from the second step of an epoch on."""
+    next(steps)
+    start = time.perf_counter()
+    for _ in islice(steps, store.manifest.num_rows // BATCH - 1):
+        pass
+    return time.perf_counter() - start
+
+
+def report(place: str, store: EmbeddingStore, times: dict[str, Times]) -> None:
     """Print the table's lines."""
     size = sum(entry.bytes for entry in store.manifest.shards) / 1e6
-    scanned = best["pyarrow scan"]
-    for name, ours in best.items():
-        rows = store.manifest.num_rows / ours.clock
-        cpu = "–" if ours.cpu == float("inf") else f"{scanned.cpu / ours.cpu:.0%}"
+    scanned = times["pyarrow scan"]
+    for name, ours in times.items():
+        seconds = float(np.median(ours.clock))
+        ratios = np.array(scanned.clock) / np.array(ours.clock)
+        cpu = "–" if not ours.cpu else f"{np.median(np.array(scanned.cpu) / ours.cpu):.0%}"
         print(
-            f"| {place} | {name} | {rows:,.0f} | {size / ours.clock:,.0f} | "
-            f"{scanned.clock / ours.clock:.0%} | {cpu} |"
+            f"| {place} | {name} | {store.manifest.num_rows / seconds:,.0f} | "
+            f"{size / seconds:,.0f} | {np.median(ratios):.0%} ({ratios.min():.0%} to "
+            f"{ratios.max():.0%}) | {cpu} |"
         )
 
 

@@ -1145,9 +1145,14 @@ def _read_row_group(
 
 
 def _read_again(uri: str, group: int, file: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
-    """A row group; if it can't be read, from the file opened anew: keys may have been renewed."""
+    """A row group; if it can't be read, from the file opened anew: keys may have been renewed.
+
+    Without Arrow's threads: row groups are read side by side, and Arrow has one where
+    `OMP_NUM_THREADS` is 1, as Ray sets it.
+    """
     try:
-        return file.read_row_group(group, columns=columns)
+        return file.read_row_group(group, columns=columns, use_threads=False)
     except OSError:
         with storage.explained(uri):
-            return _open_parquet(uri).read_row_group(group, columns=columns)
+            file = _open_parquet(uri)
+            return file.read_row_group(group, columns=columns, use_threads=False)
