@@ -29,6 +29,7 @@ from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FlowSchedule, segments
 from piflow.sharding.base import Strategy
 from piflow.sharding.blocks import prepare_blocks
+from piflow.sharding.context import split_tokens
 from piflow.step import Trainer
 from piflow.teacher import average_of, fresh_backbone
 from piflow.trio import GuidedTeacher, Trio, build_empty_trio, build_trio
@@ -100,6 +101,7 @@ def _distillation(
         strategy,
         recipe.training,
         recipe.seed,
+        context_parallel=recipe.runtime.context_parallel,
     )
     schedule = FlowSchedule(objective.shift)
     steps = segments(objective.nfe, objective.final_step_size_scale)
@@ -136,6 +138,7 @@ def prepared_trio(recipe: Recipe, strategy: Strategy) -> Trio:
         check_device(strategy.device)
         trio.use_fp8_teacher()
     prepare_blocks(recipe.runtime, trio.backbone, trio.modules)
+    split_tokens(trio.backbone, trio.modules, recipe.runtime.context_parallel, strategy.device)
     for module in trio.modules:
         strategy.prepare(module, trio.block_classes)
     if stored:
@@ -157,7 +160,9 @@ def _pretraining(
     negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
     backbone = fresh_backbone(recipe.model, recipe.seed)
     average = average_of(backbone)
-    prepare_blocks(recipe.runtime, backbone, (backbone.module, average.module))
+    modules = (backbone.module, average.module)
+    prepare_blocks(recipe.runtime, backbone, modules)
+    split_tokens(backbone, modules, recipe.runtime.context_parallel, device)
     for view in (backbone, average):
         strategy.prepare(view.module, view.block_classes)
     trainer = Trainer(
@@ -167,6 +172,7 @@ def _pretraining(
         strategy,
         recipe.training,
         recipe.seed,
+        context_parallel=recipe.runtime.context_parallel,
     )
     schedule = FlowSchedule(objective.shift)
 

@@ -480,6 +480,11 @@ class RuntimeConfig(_Section):
         description="fsdp: cpu keeps shards, their gradients, the optimiser's state and its step "
         "in host memory",
     )
+    context_parallel: Positive = Field(
+        1,
+        description="neighbouring workers that compute each micro-batch together, each a part of "
+        "its tokens: for large pictures; num_workers is a multiple",
+    )
     activation_checkpointing: Literal["none", "full", "selective"] = Field(
         "none",
         description="what the backward pass computes again, for less memory: full: each block from "
@@ -529,6 +534,17 @@ class RuntimeConfig(_Section):
             raise ValueError(
                 f"shard_size ({self.shard_size}) must divide num_workers ({self.num_workers}): "
                 "every group of shard_size workers holds one copy of the parameters"
+            )
+        if self.context_parallel > 1 and self.is_elastic:
+            raise ValueError(
+                f"context_parallel ({self.context_parallel}) must divide the number of workers, "
+                f"and num_workers = {list(self.worker_range)} may become any in between; leave "
+                "context_parallel out, or use a fixed number"
+            )
+        if self.max_workers % self.context_parallel:
+            raise ValueError(
+                f"context_parallel ({self.context_parallel}) must divide num_workers "
+                f"({self.num_workers}): so many compute a micro-batch together; use another number"
             )
         if self.strategy in ("ddp", "deepspeed", "single"):
             self._refuse_sharding_options()
@@ -695,11 +711,12 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         micro_batches = self.training.batch_size // self.training.micro_batch_size
-        if micro_batches < self.runtime.max_workers:
+        most = micro_batches * self.runtime.context_parallel
+        if most < self.runtime.max_workers:
             raise ValueError(
                 f"training.batch_size / training.micro_batch_size = {micro_batches} micro-batches "
                 f"a step are too few for runtime.num_workers = {self.runtime.num_workers}: every "
-                f"worker needs one; use at most {micro_batches} workers"
+                f"worker needs one; use at most {most} workers"
             )
         taken = _ENCODERS[self.model.family]
         if self.encoder.type not in taken:
@@ -762,6 +779,31 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tokens_can_be_split(self) -> Recipe:
+        size = self.runtime.context_parallel
+        if size == 1:
+            return self
+        if self.model.family not in _SPLITTABLE:
+            raise ValueError(
+                f"runtime.context_parallel = {size} follows diffusers' plan of where a model's "
+                f"tokens are split, and model.family = {self.model.family} has none "
+                f"({', '.join(_SPLITTABLE)} do); leave it out"
+            )
+        if self.objective.type == "pi_id" and self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout = {self.lora.dropout} draws for whole samples, and "
+                f"runtime.context_parallel = {size} workers have parts of one; use lora.dropout 0, "
+                "or leave context_parallel out"
+            )
+        tokens = 0 if isinstance(self.encoder, ClassLabelEncoderConfig) else self.encoder.max_tokens
+        if tokens % size:
+            raise ValueError(
+                f"encoder.max_tokens ({tokens}) must be a multiple of runtime.context_parallel "
+                f"({size}), which deals them out evenly; use another number"
+            )
+        return self
+
     def identity(self) -> dict[str, Any]:
         """What decides a run's results: the recipe less where, how fast and how long it runs."""
         tree = self.model_dump(mode="json", exclude=_NOT_IDENTITY)
@@ -788,6 +830,7 @@ _ENCODERS = {  # the family's own; bert is for models that were trained with it
     "sd3": ("sd3", "bert"),
     "dit": ("class_label",),
 }
+_SPLITTABLE = ("flux", "flux2", "qwen_image")  # families with a plan for context parallelism
 _NOT_IDENTITY: dict[str, Any] = {
     "model": {"fp8_teacher": {"check_every", "max_error"}},
     "run_dir": True,

@@ -5,9 +5,10 @@ All randomness of a micro-batch comes from one generator seeded by (seed, step, 
 So a run's results don't depend on the number of workers, and nothing about randomness has to be
 saved: resuming at a step repeats exactly what an uninterrupted run does there.
 
-Every forward pass may be a collective, so all workers make the same number of them. Where the
-workers don't divide the micro-batches of a step, those with one fewer repeat their last one with
-weight zero.
+Workers that compute a micro-batch together (`runtime.context_parallel`) form a group, which takes
+the same micro-batches; else each is a group of its own. Every forward pass may be a collective, so
+all workers make the same number of them. Where the groups don't divide the micro-batches of a step,
+those with one fewer repeat their last one with weight zero.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ class Trainer:
         strategy: how gradients are reduced over the workers.
         training: batch, optimiser and averaging.
         seed: of the micro-batches' generators.
+        context_parallel: neighbouring workers that form a group.
 
     Raises:
         ValueError: a parameter has no average, or an optimiser group fits no parameter.
@@ -135,6 +137,8 @@ class Trainer:
         strategy: Strategy,
         training: TrainingConfig,
         seed: int,
+        *,
+        context_parallel: int = 1,
     ) -> None:
         missing = [name for name in parameters if name not in ema_parameters]
         if missing:
@@ -148,6 +152,8 @@ class Trainer:
         self.strategy = strategy
         self.training = training
         self.seed = seed
+        self.context_parallel = context_parallel
+        self.groups = strategy.world_size // context_parallel
         self.optimizers = build_optimizers(parameters, training.optimizer)
         self._owners = {
             parameter: optimizer
@@ -166,12 +172,13 @@ class Trainer:
             ValueError: these aren't as many as this worker's share.
         """
         rank, world_size = self.strategy.rank, self.strategy.world_size
-        share = len(range(rank, self.num_micro_batches, world_size))
+        group = rank // self.context_parallel
+        share = len(range(group, self.num_micro_batches, self.groups))
         if not share or len(micro_batches) != share:
             raise ValueError(
                 f"step {step}: worker {rank} of {world_size} has {share} of the "
                 f"{self.num_micro_batches} micro-batches, got {len(micro_batches)}; use at most "
-                f"{self.num_micro_batches} workers"
+                f"{self.num_micro_batches * self.context_parallel} workers"
             )
         config = self.training.optimizer
         for parameter in self.parameters.values():
@@ -204,12 +211,13 @@ class Trainer:
             that loss, and the prompt ids of this worker's micro-batches whose loss is not finite.
         """
         losses = []
-        passes = math.ceil(self.num_micro_batches / self.strategy.world_size)
+        passes = math.ceil(self.num_micro_batches / self.groups)
         padded = [*micro_batches, *[micro_batches[-1]] * (passes - len(micro_batches))]
         for position, batch in enumerate(padded):
             final = position == passes - 1
             counts = position < len(micro_batches)
-            # of the sum over the workers, which the strategy divides by their number
+            # of the sum over the workers, which the strategy divides by their number; a group's
+            # workers have their own tokens' part of the gradient each
             weight = self.strategy.world_size / self.num_micro_batches if counts else 0.0
 
             def backward(
@@ -231,7 +239,7 @@ class Trainer:
         total = torch.stack(losses).double().sum()  # finite losses have a finite sum
         if dist.is_initialized():
             dist.all_reduce(total)
-        return float(total) / self.num_micro_batches, suspects
+        return float(total) / (self.num_micro_batches * self.context_parallel), suspects
 
     @torch.no_grad()
     def _update_ema(self, step: int) -> None:
@@ -254,7 +262,8 @@ def _what_is_not_finite(step: int, loss: float, grad_norm: float, suspects: list
     if dist.is_initialized():
         everyone = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, suspects)
-    prompt_ids = [prompt_id for part in everyone for prompt_id in part]
+    # a group's workers name the same ones
+    prompt_ids = dict.fromkeys(prompt_id for part in everyone for prompt_id in part)
     return (
         f"step {step}: loss {loss}, gradient norm {grad_norm}, expected finite numbers "
         f"(prompt ids: {', '.join(prompt_ids)})."

@@ -101,8 +101,8 @@ class Flux2Backbone(TransformerBackbone):
             timestep=sigma,  # the model multiplies by 1000, and the guidance too
             guidance=guidance,
             encoder_hidden_states=cond.tokens.to(self.dtype),
-            img_ids=nn.functional.pad(places, (0, 1)),
-            txt_ids=nn.functional.pad(numbers[:, None], (3, 0)),
+            img_ids=nn.functional.pad(places, (0, 1))[None],
+            txt_ids=nn.functional.pad(numbers[:, None], (3, 0))[None],
             return_dict=False,
         )[0]
         return tokens

@@ -138,10 +138,11 @@ def check_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
             negative prompt or, where it trains on them, latents of its VAE; another family's VAE,
             or one that makes other latents than the model takes.
     """
-    from piflow.backbones.codec import check_channels
+    from piflow.backbones.codec import build_codec, check_channels
     from piflow.data.encoders import encoder_identity
     from piflow.data.latents import codec_identity
     from piflow.data.online import open_store
+    from piflow.sharding.context import check_pictures
 
     check_channels(recipe.model)
     store = open_store(recipe, evaluation=evaluation)
@@ -149,6 +150,9 @@ def check_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
     store.require_negative_prompt(recipe.guidance.negative_prompt)
     if recipe.objective.pictures == "store":
         store.require_latents(codec_identity(recipe.model))
+    sizes = [(bucket.height, bucket.width) for bucket in store.manifest.buckets]
+    sizes.append((recipe.embed.height, recipe.embed.width))  # of samples
+    check_pictures(build_codec(recipe.model), sizes, recipe.runtime.context_parallel)
     return store
 
 

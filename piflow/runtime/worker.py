@@ -133,8 +133,8 @@ def _train(
         seed=recipe.seed,
         batch_size=recipe.training.batch_size,
         micro_batch_size=recipe.training.micro_batch_size,
-        rank=rank,
-        world_size=world_size,
+        rank=rank // recipe.runtime.context_parallel,
+        world_size=world_size // recipe.runtime.context_parallel,
         start_sample=start * recipe.training.batch_size,
         encoded=_encoded_rows(recipe, store, start),
         with_latents=recipe.objective.pictures == "store",
@@ -323,7 +323,8 @@ class _Loop:
 
     def _count_replaced(self, step: int, batch: StreamBatch) -> None:
         """Tell of damaged row groups, when metrics are due: all ranks together, rank 0 tells."""
-        self.replaced.update(batch.replaced)
+        if self.rank % self.recipe.runtime.context_parallel == 0:  # its group reads the same rows
+            self.replaced.update(batch.replaced)
         done = step + 1
         if self.training.damaged_rows == "stop" or not self._is_logged(done):
             return

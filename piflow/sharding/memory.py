@@ -98,7 +98,8 @@ class ShardBytes:
 def replica_bytes(recipe: Recipe, size: ModelSize) -> ReplicaBytes:
     """The estimate for a recipe and the size of its model."""
     training = recipe.training
-    layer = training.micro_batch_size * tokens_of(recipe) * size.width  # values
+    tokens = -(-tokens_of(recipe) // recipe.runtime.context_parallel)
+    layer = training.micro_batch_size * tokens * size.width  # values
     kept = size.blocks * layer * _BLOCK_ACTIVATIONS
     if recipe.runtime.activation_checkpointing == "full":
         kept = size.blocks * layer * _BLOCK_INPUT + layer * _BLOCK_ACTIVATIONS

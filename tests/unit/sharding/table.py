@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 from piflow.config import RecipeError
 from tests.unit.sharding import training
-from tests.unit.sharding.training import LORA, OPTIONS, RUNS, SCENARIOS, STRATEGIES, Run
+from tests.unit.sharding.training import (
+    OPTIONS,
+    RUNS,
+    SCENARIOS,
+    STRATEGIES,
+    Run,
+    option_run,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ def cells() -> dict[str, dict[str, Cell]]:
 
 
 def _cell(row: str, strategy: str) -> Cell:
-    run = Run(row, strategy) if row in SCENARIOS else Run(LORA, strategy, (row,))
+    run = Run(row, strategy) if row in SCENARIOS else option_run(row, strategy)
     try:
         training.recipe_of(run)
     except RecipeError as error:

@@ -32,6 +32,7 @@ from piflow.optimizers import build_optimizers
 from piflow.sharding import Strategy, local_shard
 from piflow.sharding.blocks import prepare_blocks
 from piflow.sharding.choice import strategy_for
+from piflow.sharding.context import split_tokens
 from piflow.sharding.ddp import average_gradients
 from piflow.trio import Trio
 
@@ -49,14 +50,15 @@ SCENARIOS: dict[str, dict[str, Any]] = {  # what is trained; decides the results
     "LoRA, bfloat16 base": {"model": {"dtype": "bfloat16"}},
     "all weights": {"lora": None, "model": {"dtype": "bfloat16"}, "policy": DX},
     "fp8 teacher": {"model": {"fp8_teacher": {}}},
+    "LoRA without dropout": {"lora": {"dropout": 0.0}},
     "pre-training": {"objective": {"type": "flow_matching"}},
     "Muon": {
         "objective": {"type": "flow_matching"},
         "training": {"optimizer": {"type": "muon"}},
     },
 }
-LORA, LORA_BF16, FULL, FP8, PRETRAINING, MUON = SCENARIOS
-DISTILLATIONS = (LORA, LORA_BF16, FULL, FP8)
+LORA, LORA_BF16, FULL, FP8, NO_DROPOUT, PRETRAINING, MUON = SCENARIOS
+DISTILLATIONS = (LORA, LORA_BF16, FULL, FP8, NO_DROPOUT)
 STRATEGIES: dict[str, dict[str, Any]] = {  # as the docs call them -> the runtime section
     "single": {"strategy": "single"},
     "ddp": {"strategy": "ddp"},
@@ -70,12 +72,13 @@ OPTIONS: dict[str, dict[str, Any]] = {  # how it is trained; never changes the r
     "activation_checkpointing: full": {"activation_checkpointing": "full"},
     "activation_checkpointing: selective": {"activation_checkpointing": "selective"},
     "compile: true": {"compile": True},
+    "context_parallel: 2": {"context_parallel": 2},
     "reshard_after_forward: false": {"reshard_after_forward": False},
     "offload: cpu": {"offload": "cpu"},
     "deepspeed.offload_optimizer: cpu": {"deepspeed": {"offload_optimizer": "cpu"}},
     "deepspeed.offload_parameters: cpu": {"deepspeed": {"offload_parameters": "cpu"}},
 }
-AGAIN, SOME_AGAIN, COMPILE, WHOLE, OFFLOAD, OFFLOAD_STATE, OFFLOAD_WEIGHTS = OPTIONS
+AGAIN, SOME_AGAIN, COMPILE, TOGETHER, WHOLE, OFFLOAD, OFFLOAD_STATE, OFFLOAD_WEIGHTS = OPTIONS
 OFFLOAD_ALL = (OFFLOAD_STATE, OFFLOAD_WEIGHTS)
 
 
@@ -85,6 +88,11 @@ class Run(NamedTuple):
     scenario: str
     strategy: str
     options: tuple[str, ...] = ()
+
+
+def option_run(option: str, strategy: str) -> Run:
+    """A run that shows an option: most go with everything that LORA has."""
+    return Run(NO_DROPOUT if option == TOGETHER else LORA, strategy, (option,))
 
 
 RUNS = {  # by number of processes
@@ -111,6 +119,11 @@ RUNS = {  # by number of processes
         *(Run(PRETRAINING, name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
         *(Run(FP8, name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
         Run(MUON, "ddp"),
+        *(Run(NO_DROPOUT, name, (TOGETHER,)) for name in ("zero1", "zero3")),
+        *(Run(NO_DROPOUT, name, (TOGETHER, AGAIN)) for name in ("ddp", "zero2")),
+        Run(NO_DROPOUT, "fsdp", (TOGETHER, SOME_AGAIN)),
+        Run(FULL, "ddp", (TOGETHER,)),
+        Run(PRETRAINING, "fsdp", (TOGETHER,)),
     ],
     4: [
         Run(LORA, "hsdp"),
@@ -120,6 +133,8 @@ RUNS = {  # by number of processes
         Run(FULL, "hsdp", (WHOLE,)),
         Run(PRETRAINING, "hsdp"),
         Run(FP8, "hsdp"),
+        Run(NO_DROPOUT, "hsdp", (TOGETHER,)),
+        Run(NO_DROPOUT, "ddp", (TOGETHER,)),
     ],
 }
 
@@ -204,8 +219,8 @@ def inputs(step: int, index: int) -> tuple[Tensor, Tensor, Conditioning]:
     x = torch.randn(1, 12, HEIGHT, WIDTH, generator=generator)
     sigma = 0.5 + 0.5 * torch.rand(1, generator=generator)
     cond = Conditioning(
-        torch.randn(1, 5, 6, generator=generator),
-        torch.tensor([5]),
+        torch.randn(1, 6, 6, generator=generator),
+        torch.tensor([6]),
         torch.randn(1, 6, generator=generator),
     )
     return x, sigma, cond
@@ -239,23 +254,24 @@ def train(run: Run, folder: Path) -> Result:
         prepare_blocks(
             recipe.runtime, backbone, [backbone.module], backend=COMPILERS[strategy.world_size]
         )
+        split_tokens(backbone, [backbone.module], recipe.runtime.context_parallel, CPU)
         strategy.prepare(backbone.module, backbone.block_classes)
         config = OptimizerConfig(type=recipe.training.optimizer.type, lr=1e-3)
-        run_steps(
-            result, strategy, dict(backbone.module.named_parameters()), config, backbone, None
-        )
+        parameters = dict(backbone.module.named_parameters())
+        run_steps(result, strategy, recipe, parameters, config, backbone)
         result.trained = strategy.gather(dict(backbone.module.named_parameters()))
         return result
     trio = build(recipe)
     prepare_blocks(
         recipe.runtime, trio.backbone, trio.modules, backend=COMPILERS[strategy.world_size]
     )
+    split_tokens(trio.backbone, trio.modules, recipe.runtime.context_parallel, CPU)
     base = {name: p.detach().clone() for name, p in frozen(trio).items()}
     for module in trio.modules:
         strategy.prepare(module, trio.block_classes)
     weights = [p for module in trio.modules for p in module.parameters()]
     result.held = sum(local_shard(weight).nbytes for weight in weights)
-    run_steps(result, strategy, trio.trainable_parameters(), OptimizerConfig(lr=1e-3), None, trio)
+    run_steps(result, strategy, recipe, trio.trainable_parameters(), OptimizerConfig(lr=1e-3), trio)
     result.trained = strategy.gather(trio.trainable_parameters())
     result.ema = strategy.gather(trio.ema_parameters())
     after = strategy.gather(frozen(trio))
@@ -268,8 +284,11 @@ def train(run: Run, folder: Path) -> Result:
     untouched = (loaded, FluxBackbone(copy.deepcopy(loaded.module)))
     with trio.exact_teacher():
         velocity = trio.teacher_velocity(x, sigma, cond)
+    # attention over tokens in another order is another sum
+    atol = 1e-6 if recipe.runtime.context_parallel > 1 else 0.0
     result.teacher_unchanged = any(
-        torch.equal(velocity, backbone.teacher_velocity(x, sigma, cond)) for backbone in untouched
+        torch.allclose(velocity, backbone.teacher_velocity(x, sigma, cond), rtol=0, atol=atol)
+        for backbone in untouched
     )
     return result
 
@@ -308,10 +327,10 @@ def digest(parameters: Iterable[nn.Parameter]) -> str:
 def run_steps(
     result: Result,
     strategy: Strategy,
+    recipe: Recipe,
     parameters: dict[str, nn.Parameter],
     config: OptimizerConfig,
-    backbone: FluxBackbone | None,
-    trio: Trio | None,
+    model: FluxBackbone | Trio,
 ) -> None:
     optimizers = build_optimizers(parameters, config)
     for optimizer in optimizers:
@@ -321,23 +340,23 @@ def run_steps(
                     1e-6  # else noise in gradients of nearly 0 is scaled up to full steps
                 )
     strategy.adopt(optimizers)
-    mine = range(strategy.rank, MICRO_BATCHES, strategy.world_size)
+    together = recipe.runtime.context_parallel  # workers of one micro-batch
+    mine = range(strategy.rank // together, MICRO_BATCHES, strategy.world_size // together)
     for step in range(STEPS):
         for parameter in parameters.values():
             parameter.grad = None
         for index in mine:
             torch.manual_seed(1000 * step + index)  # LoRA dropout
             arguments = inputs(step, index)
-            if trio is not None:
-                loss = student_loss(trio, *arguments)
+            if isinstance(model, Trio):
+                loss = student_loss(model, *arguments)
             else:
-                assert backbone is not None
-                loss = pretraining_loss(backbone, *arguments)
-            strategy.backward(loss / len(mine), last=index == mine[-1])
+                loss = pretraining_loss(model, *arguments)
+            strategy.backward(loss * together / len(mine), last=index == mine[-1])
             result.losses[step, index] = float(loss.detach())
         result.norms.append(strategy.update(parameters.values(), optimizers, 0.05))
-        if trio is not None:
-            trio.update_ema(0.5)
+        if isinstance(model, Trio):
+            model.update_ema(0.5)
     result.digest = digest(parameters.values())
 
 
