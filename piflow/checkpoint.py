@@ -48,6 +48,7 @@ class RunState:
     recipe_hash: str
     mlflow_run_id: str | None
     recipe: dict[str, Any]  # the whole resolved recipe
+    loss: float | None = None  # mean over the steps since the checkpoint before, but skipped ones
 
 
 class CheckpointError(ValueError):

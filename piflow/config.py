@@ -386,6 +386,11 @@ class TrainingConfig(_Section):
     keep_every: Positive | None = Field(
         None, description="checkpoints of these optimiser steps are kept for good; null: none"
     )
+    keep_best: NonNegative = Field(
+        0,
+        description="so many checkpoints with the lowest loss are kept as well, by the mean over "
+        "the steps since the checkpoint before; 0: none",
+    )
     max_skipped_steps: NonNegative = Field(
         0,
         description="steps with a non-finite loss or gradient that are skipped between two "
@@ -843,6 +848,7 @@ _NOT_IDENTITY: dict[str, Any] = {
         "checkpoint_every",
         "keep_last",
         "keep_every",
+        "keep_best",
         "max_skipped_steps",
         "damaged_rows",
         "log_every",

@@ -22,7 +22,6 @@ FAILURE_FILE = "failure.json"
 CHECKPOINTS = "checkpoints"
 _STATE_FILE = "state.json"  # see piflow.checkpoint, which this module doesn't import for torch
 _CHECKPOINT_NAME = re.compile(r"step_\d+")
-_REPORTED_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of what was reported
 
 
 class RunDirectoryError(ValueError):
@@ -152,29 +151,41 @@ def delete_checkpoint(uri: str) -> None:
     storage.delete_folder(uri)
 
 
-def delete_old_checkpoints(run_dir: str, keep_last: int, keep_every: int | None) -> list[int]:
+def delete_old_checkpoints(
+    run_dir: str, keep_last: int, keep_every: int | None = None, keep_best: int = 0
+) -> list[int]:
     """Delete finished checkpoints that retention doesn't keep; returns their steps.
 
     Args:
         keep_last: how many of the newest stay.
         keep_every: those of steps that it divides stay for good; None: no others stay.
+        keep_best: how many of those with the lowest loss stay.
     """
     found = checkpoints(run_dir)
+    best = _best(found, keep_best)
     old = [
-        step for step in sorted(found)[:-keep_last] if keep_every is None or step % keep_every != 0
+        step
+        for step in sorted(found)[:-keep_last]
+        if step not in best and (keep_every is None or step % keep_every != 0)
     ]
     for step in old:
         delete_checkpoint(found[step])
     return old
 
 
-def forget_reported(run_dir: str) -> None:
-    """Delete Ray Train's own list of checkpoints, before a `fit`.
+def _best(found: dict[int, str], count: int) -> set[int]:
+    """Steps of the checkpoints with the lowest loss, as their `state.json` says; the earlier first.
 
-    It names deleted ones, which Ray Train then refuses to start over, and lags behind the folder
-    when a driver was killed: the folder alone says what there is.
+    So a run that was started again, elsewhere or by another driver, goes on with the same choice.
     """
-    storage.delete_file(storage.join(run_dir, CHECKPOINTS, _REPORTED_FILE))
+    if not count:
+        return set()
+    states = (
+        (step, json.loads(storage.read_bytes(storage.join(uri, _STATE_FILE))))
+        for step, uri in found.items()
+    )
+    losses = [(state["loss"], step) for step, state in states if state.get("loss") is not None]
+    return {step for _, step in sorted(losses)[:count]}
 
 
 def _folders(run_dir: str) -> dict[int, tuple[str, dict[str, int]]]:

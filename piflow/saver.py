@@ -147,14 +147,16 @@ class CheckpointSaver:
             problem = _upload(folder, uri)
         files = gather_files(mine, problem, self._group)
         if self._rank == 0:
-            self._before_seal()
+            _tried(uri, self._before_seal)
             _tried(uri, lambda: _seal(uri, state, files))
             self._delete_old()
 
     def _delete_old(self) -> None:
-        keep_last, keep_every = self.training.keep_last, self.training.keep_every
+        kept = self.training
         try:
-            rundir.delete_old_checkpoints(self.run_dir, keep_last, keep_every)
+            rundir.delete_old_checkpoints(
+                self.run_dir, kept.keep_last, kept.keep_every, kept.keep_best
+            )
         except OSError:
             pass  # the new checkpoint is good: the next save deletes what is left over
 

@@ -22,6 +22,7 @@ Without a server the store is a SQLite file in the run's folder, artifacts besid
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import io
 import logging
@@ -83,7 +84,12 @@ class Tracker(Protocol):
         """Something that happened once: a restart, a resize, a refused batch."""
 
     def keep(self) -> None:
-        """Waits (10 s at most) until all of this can't get lost; before a checkpoint counts."""
+        """Waits (10 s at most) until all of this can't get lost; before a checkpoint counts.
+
+        Raises:
+            OSError: neither the server nor the run's folder takes it: the checkpoint can't count,
+                since nobody would do its steps, and log them, again.
+        """
 
     def close(self) -> str | None:
         """The process ends: delivers what is left, 30 s long. Returns why something was not."""
@@ -117,7 +123,8 @@ class NullTracker:
 class MlflowTracker:
     """Continues the MLflow run `run_id` at the tracking server `uri`, in a thread.
 
-    Nothing here waits for the server or fails by it, but `keep` and `close` within their limits.
+    Nothing here waits for the server or fails by it, but `keep` and `close` within their limits;
+    `keep` fails if the folder refuses as well.
 
     Args:
         run_dir: URI of the run's folder, for what can't be delivered.
@@ -159,7 +166,10 @@ class MlflowTracker:
         self._outbox.put(_event(name, text))
 
     def keep(self) -> None:
-        self._outbox.keep(_KEEP_SECONDS)
+        if not self._outbox.keep(_KEEP_SECONDS):
+            raise OSError(
+                errno.EIO, "MLflow is away, and what it lacks can't be kept in the run's folder"
+            )
 
     def close(self) -> str | None:
         return self._outbox.close(_CLOSE_SECONDS)

@@ -139,7 +139,16 @@ class S3Server(Server):
         return [_command("weed"), *arguments, *ports]
 
     def environment(self) -> dict[str, str]:
-        return KEYS
+        scratch = self.folder / "tmp"  # it leaves sockets and folders there
+        scratch.mkdir(exist_ok=True)
+        return {**KEYS, "TMPDIR": str(scratch)}
+
+    def kill(self) -> None:
+        super().kill()
+        for port in self.ports.values():  # sockets that it leaves in spite of TMPDIR
+            for number in (port, port + _GRPC):
+                for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                    left.unlink(missing_ok=True)
 
     def answers(self) -> bool:
         try:

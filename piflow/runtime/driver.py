@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -39,8 +40,7 @@ class WorkersFailedError(ChildProcessError):
 class ControllerFailedError(RuntimeError):
     """Ray Train gave up for something that it doesn't restart workers for; the driver does.
 
-    Such are a worker that dies before its train loop starts, and storage that Ray Train itself
-    could not write to.
+    Such is a worker that dies before its train loop starts.
     """
 
 
@@ -252,13 +252,15 @@ def _attempt(
     import ray
 
     rundir.take_failure(recipe.run_dir)  # of an attempt whose driver died before it looked
-    rundir.forget_reported(recipe.run_dir)
-    trainer = _trainer(recipe, record, board)
     fit: Future[Any] = Future()
 
     def run() -> None:
         try:
-            fit.set_result(trainer.fit())
+            with tempfile.TemporaryDirectory(
+                prefix="piflow-ray-train-", ignore_cleanup_errors=True
+            ) as notes:
+                result = _trainer(recipe, record, board, notes).fit()
+            fit.set_result(result)
         except BaseException as error:
             fit.set_exception(error)
 
@@ -288,7 +290,14 @@ def _attempt(
     return int(reason)
 
 
-def _trainer(recipe: Recipe, record: rundir.RunRecord, board: Any) -> Any:
+def _trainer(recipe: Recipe, record: rundir.RunRecord, board: Any, notes: str) -> Any:
+    """Ray Train's part of the run.
+
+    Args:
+        notes: a fresh local folder for Ray Train's own list of checkpoints, which nobody reads. It
+            isn't on the run's storage: an outage while the controller writes it would end the
+            attempt, and one of an earlier attempt names checkpoints that are gone.
+    """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -296,7 +305,6 @@ def _trainer(recipe: Recipe, record: rundir.RunRecord, board: Any) -> Any:
     from piflow.runtime.worker import train_worker
 
     runtime = recipe.runtime
-    system, path = storage.filesystem(recipe.run_dir)
     # a pair makes Ray Train elastic, which its declared types don't know
     workers: Any = runtime.worker_range if runtime.is_elastic else runtime.max_workers
     callbacks: list[Any] = [LifecycleCallback(board, runtime.stall_timeout)]
@@ -324,8 +332,7 @@ def _trainer(recipe: Recipe, record: rundir.RunRecord, board: Any) -> Any:
         ),
         run_config=ray.train.RunConfig(
             name=rundir.CHECKPOINTS,
-            storage_path=path,
-            storage_filesystem=system,
+            storage_path=notes,
             failure_config=ray.train.FailureConfig(max_failures=runtime.max_failures),
             callbacks=callbacks,
         ),

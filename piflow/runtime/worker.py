@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 import ray
@@ -223,6 +224,7 @@ class _Loop:
         self.skipped = SkippedSteps(recipe.training)
         self.waits: list[float] = []  # of each step since the last metric point
         self.seconds: list[float] = []
+        self.losses: list[float] = []  # of each step since the last checkpoint
         self.replaced: Counter[str] = Counter()  # this rank's rows, by damaged row group
         self.told: set[str] = set()  # damaged row groups of which MLflow knows
         self.owner = config["owner"]
@@ -236,8 +238,8 @@ class _Loop:
     def resume(self) -> int:
         """Restore the newest good checkpoint, if there is one; returns the steps that are done.
 
-        The run's folder says which: Ray Train's own list lags behind it when a driver was killed,
-        and knows nothing of damage.
+        The run's folder alone says which: Ray Train's list ends with the driver's process, and
+        knows nothing of damage.
         """
         state = restore_newest(
             self.recipe.run_dir,
@@ -271,6 +273,7 @@ class _Loop:
                 seconds = time.perf_counter() - began
                 self.waits.append(waited)
                 self.seconds.append(seconds)
+                self.losses.append(metrics.loss)
                 flops = self.assembly.flops(batch.micro_batches[0])
                 self._report(metrics, seconds, waited, stream.epoch_of(step), flops)
             done = step + 1
@@ -379,16 +382,11 @@ class _Loop:
         """Start to write a checkpoint; the step waits only for the copy to host memory.
 
         `ray.train.report` is a barrier that all ranks come to here, in the train thread; Ray's own
-        upload thread then waits for the writer, so the report counts when the files are there.
+        upload thread then waits for the writer, so the report counts when the files are there. Ray
+        Train gets the checkpoint's name and URI only: it keeps its notes apart from the run's
+        storage, and must not depend on it.
         """
-        state = RunState(
-            step=step,
-            samples=step * self.training.batch_size,
-            recipe_hash=self.recipe_hash,
-            mlflow_run_id=self.run_id,
-            recipe=self.recipe.model_dump(mode="json"),
-        )
-        written = self.saver.save(self.assembly.trainer, state)
+        written = self.saver.save(self.assembly.trainer, self._state(step))
         files = ray.train.get_context().get_storage()
         name = rundir.checkpoint_name(step)
         checkpoint = ray.train.Checkpoint(
@@ -400,12 +398,24 @@ class _Loop:
             return checkpoint
 
         ray.train.report(
-            {"step": step},
+            {"step": step, "uri": rundir.checkpoint_uri(self.recipe.run_dir, step)},
             checkpoint=checkpoint,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=when_written,
             delete_local_checkpoint_after_upload=False,  # it lies where it shall stay
+        )
+
+    def _state(self, step: int) -> RunState:
+        """What the checkpoint after `step` steps says of the run; a new mean begins."""
+        losses, self.losses = self.losses, []
+        return RunState(
+            step=step,
+            samples=step * self.training.batch_size,
+            recipe_hash=self.recipe_hash,
+            mlflow_run_id=self.run_id,
+            recipe=self.recipe.model_dump(mode="json"),
+            loss=mean(losses) if losses else None,
         )
 
     def _log_saves(self) -> None:

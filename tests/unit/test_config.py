@@ -276,7 +276,7 @@ def test_shard_size_must_divide_the_workers() -> None:
         {"tracking": {"uri": "http://host"}},
         {"evaluation": {"prompts": 3}},
         {"training": {"steps": 9, "checkpoint_every": 2, "keep_last": 9, "log_every": 1}},
-        {"training": {"checkpoint_every": 2, "keep_every": 8}},
+        {"training": {"checkpoint_every": 2, "keep_every": 8, "keep_best": 3}},
         {"embed": {**MINIMAL["embed"], "store": "/elsewhere/store", "encoders": [2, 4]}},
     ],
 )

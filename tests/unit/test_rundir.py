@@ -144,6 +144,29 @@ def test_retention(keep_last: int, keep_every: int | None, kept: list[int], tmp_
     assert sorted(kept + deleted) == [1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "keep_best", "kept"),
+    [
+        (1, None, 1, [3, 7]),
+        (2, None, 2, [3, 5, 6, 7]),
+        (1, None, 3, [2, 3, 5, 7]),  # of equal ones the earlier
+        (1, 4, 1, [3, 4, 7]),
+        (1, None, 9, [2, 3, 5, 6, 7]),
+    ],
+)
+def test_the_best_are_kept_as_well(
+    keep_last: int, keep_every: int | None, keep_best: int, kept: list[int], tmp_path: Path
+) -> None:
+    """Some know no loss: those of before there was one, and those of skipped steps only."""
+    losses = {2: 0.5, 3: 0.1, 5: 0.2, 6: 0.5, 7: 9.0}
+    for step in range(1, 8):
+        file = checkpoint(tmp_path, step) / "state.json"
+        known = {"loss": losses.get(step)} if step > 1 else {}
+        file.write_text(json.dumps(json.loads(file.read_text()) | known))
+    rundir.delete_old_checkpoints(str(tmp_path), keep_last, keep_every, keep_best)
+    assert list(rundir.checkpoints(str(tmp_path))) == kept
+
+
 def test_a_deletion_that_is_killed_leaves_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,14 +183,6 @@ def test_a_deletion_that_is_killed_leaves_no_checkpoint(
     rundir.delete_checkpoint(str(folder))
     assert not folder.exists()
     rundir.delete_checkpoint(str(folder))
-
-
-def test_the_folder_alone_says_what_there_is(tmp_path: Path) -> None:
-    reported = checkpoint(tmp_path, 200).with_name("checkpoint_manager_snapshot.json")
-    reported.write_text("{}")
-    for _ in range(2):
-        rundir.forget_reported(str(tmp_path))
-    assert not reported.exists() and list(rundir.checkpoints(str(tmp_path))) == [200]
 
 
 def test_a_checkpoints_place_is_where_it_is_found(tmp_path: Path) -> None:

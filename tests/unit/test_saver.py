@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from pyarrow import fs
 from torch import Tensor
 
 from piflow import rundir, saver, storage
-from piflow.checkpoint import CheckpointError, FileRecord, RunState, load_tensors, write_shards
+from piflow.checkpoint import (
+    CheckpointError,
+    FileRecord,
+    RunState,
+    load_state,
+    load_tensors,
+    write_shards,
+)
 from piflow.config import TrainingConfig
 from piflow.saver import CheckpointSaver, restore_newest
 from piflow.sharding.single import SingleStrategy
@@ -337,6 +345,31 @@ def test_retention(keep: dict[str, int], kept: list[int], tmp_path: Path) -> Non
         assert max(rundir.checkpoints(str(tmp_path))) == step
     assert list(rundir.checkpoints(str(tmp_path))) == kept
     assert folders(tmp_path) == [rundir.checkpoint_name(step) for step in kept]
+
+
+def test_no_checkpoint_counts_before_what_goes_with_it_is_safe(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise OSError("can't be kept")
+
+    saves = CheckpointSaver(str(tmp_path), TrainingConfig(checkpoint_every=1), refuse)
+    saves.save(trainer(), state(1))
+    with pytest.raises(CheckpointError, match="can't be kept"):
+        saves.wait()
+    assert rundir.checkpoints(str(tmp_path)) == {}
+
+
+def test_the_best_are_kept_across_restarts(tmp_path: Path) -> None:
+    """Each save by a saver of its own: the choice lies in the checkpoints alone."""
+    losses = [3.0, 1.0, 2.0, 5.0, 0.5, 4.0]
+    kept = []
+    for step, loss in enumerate(losses, 1):
+        saves = saves_into(tmp_path, keep_last=1, keep_best=2)
+        saves.save(trainer(), replace(state(step), loss=loss))
+        saves.wait()
+        kept.append(list(rundir.checkpoints(str(tmp_path))))
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 5], [2, 5, 6]]
+    newest = rundir.checkpoints(str(tmp_path))[6]
+    assert load_state(Path(newest)) == replace(state(6), loss=4.0)
 
 
 @pytest.mark.parametrize("failures", [0, 2, 9])

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from piflow import storage
 from piflow.tracking import (
     MlflowTracker,
     NullTracker,
@@ -253,6 +254,29 @@ def test_a_run_that_is_deleted_under_way_is_told_once(
     assert deliver_kept(uri, run_id, str(tmp_path)) is None
     assert [step for step, _ in _points(client, run_id, "loss")] == list(range(1, 50))
     assert not list((tmp_path / "tracking-buffer").iterdir())
+
+
+def test_what_nobody_takes_holds_the_checkpoint_up(
+    uri: str, run_id: str, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's keys have expired while MLflow is away: nothing is lost, but nothing counts."""
+    tracker = MlflowTracker(uri, run_id, str(tmp_path))
+    client.delete_run(run_id)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", _refuse)
+        tracker.log_metrics({"loss": 1.0}, 1)
+        with pytest.raises(OSError, match="MLflow is away, and what it lacks can't be kept"):
+            tracker.keep()
+    tracker.keep()
+    assert len(list((tmp_path / "tracking-buffer").iterdir())) == 1
+    client.restore_run(run_id)
+    tracker.close()
+    assert deliver_kept(uri, run_id, str(tmp_path)) is None
+    assert _points(client, run_id, "loss") == [(1, 1.0)]
+
+
+def _refuse(uri: str, content: bytes) -> None:
+    raise PermissionError(f"ExpiredToken: {uri}")
 
 
 def test_a_metric_that_the_server_refuses_holds_up_no_other(

@@ -30,7 +30,7 @@ def _loop(
     def step(step: int, micro_batches: Any) -> StepMetrics:
         if step in bad:
             raise NonFiniteError(f"step {step}: loss nan (prompt ids: a).", "Try this")
-        return StepMetrics(step, 1.0, 1.0, 0.1)
+        return StepMetrics(step, float(step), 1.0, 0.1)
 
     recipe: Recipe = load_recipe(
         Path(__file__).parents[2] / "pipelines/recipes/emoji-flux.yaml",
@@ -86,6 +86,21 @@ def test_skipped_steps_are_told_and_checkpoints_are_still_due() -> None:
         for call in tracker.log_metrics.call_args_list
     }
     assert points == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+
+
+@pytest.mark.parametrize(
+    ("start", "bad", "means"),
+    [(0, set(), {3: 1.0, 6: 4.0}), (0, {2, 3}, {3: 0.5, 6: 4.5}), (3, {3, 4, 5}, {6: None})],
+)
+def test_a_checkpoint_knows_the_mean_loss_since_the_one_before(
+    start: int, bad: set[int], means: dict[int, float | None]
+) -> None:
+    """Of the steps that were not skipped; a resumed run starts at a checkpoint."""
+    found: dict[int, float | None] = {}
+    loop, _ = _loop(bad, 3, [])
+    loop._save = lambda step: found.update({step: loop._state(step).loss})  # type: ignore[method-assign]
+    loop.run(start, _stream())
+    assert found == means
 
 
 def test_replaced_rows_are_counted_and_each_row_group_is_told_once() -> None:
