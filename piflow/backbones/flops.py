@@ -65,7 +65,8 @@ def dit(config: Mapping[str, Any], picture: int) -> int:
     """DiT: each block embeds the time anew."""
     d, blocks = _width(config), config["num_layers"]
     weights = _patch_ends(config, d, picture)
-    weights += blocks * (12 * d * d * picture + 6 * d * d + _mlp(TIME_FEATURES, d))
+    per_token = 16 if config["activation_fn"].endswith("glu") else 12  # gates are 4·d² more
+    weights += blocks * (per_token * d * d * picture + 6 * d * d + _mlp(TIME_FEATURES, d))
     return 2 * weights + blocks * _attention(d, picture)
 
 

@@ -103,7 +103,10 @@ def test_flux_and_qwen_train_on_pictures_unless_their_name_says_otherwise(path: 
     assert (recipe.embed.image_column is None) == free
 
 
-@pytest.mark.parametrize("name", ["flux1-dev-gm-4nfe", "qwen-image-gm-4nfe"])
+@pytest.mark.parametrize("name", [
+    "flux1-dev-gm-4nfe", "flux1-dev-gm-8nfe", "flux1-dev-dx-4nfe",
+    "qwen-image-gm-4nfe", "qwen-image-dx-4nfe",
+])  # fmt: skip
 def test_datafree_variants_differ_in_nothing_but_data(name: str) -> None:
     one, other = (load_recipe(DEFAULT.with_name(f"{n}.yaml")) for n in (name, f"{name}-datafree"))
     changed = {line.partition(":")[0] for line in differences(one.identity(), other.identity())}

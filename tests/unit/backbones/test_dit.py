@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from piflow.backbones import Conditioning, DiTBackbone
 
@@ -136,3 +138,17 @@ def test_other_models(field: str, value: Any, message: str) -> None:
 def test_embedded_guidance_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="takes none"):
         DiTBackbone(model, embedded_guidance=2.7)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu-approximate", "geglu", "swiglu"])
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_flops_of_gated_and_plain_activations(activation: str, num_layers: int) -> None:
+    """A gate is another matrix product of the block's first linear layer."""
+    config = {**CONFIG, "activation_fn": activation, "num_layers": num_layers}
+    backbone = DiTBackbone(DiTTransformer2DModel(**config).eval())
+    size = 8
+    x = torch.zeros(1, 4, size, size)
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        backbone.teacher_velocity(x, torch.ones(1), classes(3))
+    assert counter.get_total_flops() == backbone.flops(size, size, 1)
