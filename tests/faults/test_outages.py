@@ -1,4 +1,4 @@
-"""Whole runs whose storage or tracking fails: servers that die, a full disk, damaged bytes.
+"""Whole runs whose surroundings fail: servers that die, a full disk, damage.
 
 All share a cluster of one node and one embedding store; each has one worker. What a run came to is
 compared with one that nothing happened to.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from tests.servers import MlflowServer, S3Server, s3_proxy, s3_uri
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 20
+OUTAGE_SECONDS = 20.0
 MLFLOW_OUTAGE_SECONDS = 60.0
 PACE = 0.5
 
@@ -142,6 +144,33 @@ def s3_run(folder: Path, address: str, name: str, root: str, straight: SmallRun)
 
 def is_save(method: str, path: str) -> bool:
     return method in ("PUT", "POST") and "/step_00000010/" in path
+
+
+def test_an_s3_server_that_dies_in_a_read_and_in_a_save(
+    folder: Path, address: str, straight: SmallRun, s3_server: S3Server
+) -> None:
+    """Promise: back after 20 s, it cost time only; without a restart of the workers."""
+    timers: dict[str, threading.Timer] = {}
+
+    def kill_at(method: str, path: str, headers: object) -> None:
+        moments = {
+            "read": method == "GET" and "-store/shard" in path,
+            "save": is_save(method, path),
+        }
+        for name, now in moments.items():
+            if now and name not in timers and not any(t.is_alive() for t in timers.values()):
+                timers[name] = threading.Timer(OUTAGE_SECONDS, s3_server.start)
+                s3_server.kill()
+                timers[name].start()
+
+    with s3_proxy(s3_server) as proxy:
+        run = s3_run(folder, address, "s3", s3_uri(proxy.address), straight)
+        proxy.answer = kill_at
+        complete(run)
+        assert set(timers) == {"read", "save"}
+        require_equal(run, straight)
+        assert list(rundir.checkpoints(run.recipe.run_dir)) == [STEPS - 5, STEPS]
+        assert not {"restart", "controller-failed"} & set(run.names())
 
 
 def test_keys_that_expire_in_a_run(
