@@ -27,15 +27,22 @@ from tests.faults.runs import (
 pytestmark = pytest.mark.timeout(900)
 STEPS = 40
 KILLS, KILL_STEPS = 20, 80
-START_SECONDS, TRAINING_SECONDS = 12.0, 6.0  # within which a kill comes
+START_SECONDS = 12.0  # of an attempt, within which a kill comes
+TRAINING_STEPS, STEP_SECONDS = 8, 1.5  # after at most so many steps, and within the next one
 STALL_SECONDS = 60.0  # longer than a worker takes to its first step
 
 
 def new_run(
-    folder: Path, address: str, name: str, pace: float = 0.0, steps: int = STEPS, **runtime: object
+    folder: Path,
+    address: str,
+    name: str,
+    pace: float = 0.0,
+    steps: int = STEPS,
+    checkpoint_every: int = 5,
+    **runtime: object,
 ) -> SmallRun:
-    """A run that checkpoints every fifth step and keeps the last two."""
-    training = {"steps": steps, "checkpoint_every": 5, "keep_last": 2}
+    """A run that keeps the last two checkpoints."""
+    training = {"steps": steps, "checkpoint_every": checkpoint_every, "keep_last": 2}
     recipe = small_recipe(folder, name, training=training, runtime=runtime)
     return SmallRun(folder, recipe, cluster_environment(address), pace)
 
@@ -89,17 +96,17 @@ def test_twenty_kills_at_random_moments_change_nothing(folder: Path, address: st
     """SIGKILL of a worker, of all workers or of the driver, at seeded random moments of its life.
 
     Half of the moments count from when the workers' processes are there (start-up, restoring),
-    half from their first step (steps, saves). After the driver's death the same command is started
-    again.
+    half come after a number of steps (steps, saves). After the driver's death the same command is
+    started again.
     """
     straight = new_run(folder, address, "long", steps=KILL_STEPS)
     with straight.running() as driver:
         straight.finish(driver)
-    run = new_run(folder, address, "kills", pace=0.3, steps=KILL_STEPS, max_failures=-1)
+    run = new_run(folder, address, "kills", 0.3, KILL_STEPS, checkpoint_every=2, max_failures=-1)
     generator = random.Random(2026)
     kinds: Counter[str] = Counter()
     training = 0  # kills after the first step of an attempt
-    phases = [START_SECONDS, TRAINING_SECONDS] * (KILLS // 2)
+    phases = ["start", "training"] * (KILLS // 2)
     generator.shuffle(phases)
     dead: set[int] = set()
     driver = run.start()
@@ -110,12 +117,13 @@ def test_twenty_kills_at_random_moments_change_nothing(folder: Path, address: st
         return sorted(set(train_workers()) - dead)
 
     try:
-        for seconds in phases:
+        for phase in phases:
             wait_until(alive, "started again", run)
             seen = len(run.lines())
-            if seconds == TRAINING_SECONDS:
-                wait_until(lambda known=seen: alive() and len(run.lines()) > known, "on", run, 400)
-            time.sleep(generator.uniform(0, seconds))
+            if phase == "training":
+                lines = seen + 2 * generator.randint(1, TRAINING_STEPS)  # of two workers
+                wait_until(lambda known=lines: alive() and len(run.lines()) >= known, "on", run)
+            time.sleep(generator.uniform(0, START_SECONDS if phase == "start" else STEP_SECONDS))
             workers = wait_until(alive, "there", run)
             kind = generator.choice(("worker", "all workers", "driver"))
             targets = {"worker": [generator.choice(workers)], "all workers": workers}
@@ -131,9 +139,12 @@ def test_twenty_kills_at_random_moments_change_nothing(folder: Path, address: st
     finally:
         driver.kill()
         driver.wait()
+    resumed = [text for name, text in run.events() if name == "resume"]
     print(f"{dict(kinds)}, {training} of them between an attempt's first step and its end")
+    print(f"resumed {resumed}; {len(run.lines())} steps of a worker for {2 * KILL_STEPS}")
     assert kinds.total() == KILLS and min(kinds.values()) >= 3 and training >= KILLS // 2
     assert len(run.lines()) > len(straight.lines()), "no step was ever repeated"
+    assert len(set(resumed)) >= 5, "the kills must be spread over the run"
     require_equal(run, straight)
 
 
