@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+REPOSITORY = Path(__file__).parents[2]  # scripts of ranks import tests
+
 
 @pytest.fixture(scope="session")
 def flux_config() -> dict[str, Any]:
@@ -186,7 +188,7 @@ def run_ranks() -> Callable[..., None]:
     """(script, folder, world_size) -> runs `script folder RANK WORLD_SIZE`; all must succeed."""
 
     def run(script: Path, folder: Path, world_size: int = 2) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         processes = [
             subprocess.Popen(
                 [sys.executable, str(script), str(folder), str(rank), str(world_size)],

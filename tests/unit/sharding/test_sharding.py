@@ -85,7 +85,7 @@ def test_any_run_equals_one_plain_process(
     scenario = run.scenario
     one, several = one_process(scenario), several_processes[tuple(run)]
     # a last-bit difference in a LoRA weight may flip a rounding in a bfloat16 forward pass
-    tolerance = {TRAINING.LORA_BF16: 2e-4, TRAINING.MUON: 1e-5}.get(scenario, 1e-6)
+    tolerance = {TRAINING.LORA_BF16: 5e-4, TRAINING.MUON: 1e-5}.get(scenario, 1e-6)
     # Muon makes all of a gradient's directions equally long, in bfloat16; of a gradient of low rank
     # some are mere rounding, and another order of the same sum already moves weights by 3e-4
     apart = 1e-3 if scenario == TRAINING.MUON else tolerance
