@@ -2,7 +2,8 @@
 
 `recorded_distill.py RECIPE FOLDER PACE` takes at least PACE seconds a step. Every worker appends a
 line a step to FOLDER/steps-PID.jsonl before it trains on it. A file FOLDER/hang makes the worker
-that finds it first hang in that step.
+that finds it first hang in that step. What is in FOLDER/clock (seconds) is added to the wall clock
+of driver and workers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,20 @@ from piflow import cli
 from piflow.runtime import worker
 
 
+def shift_clock(folder: str) -> None:
+    """Add what FOLDER/clock says, looked up at every call, to this process's wall clock."""
+    real_time, real_time_ns = time.time, time.time_ns
+
+    def offset() -> int:
+        try:
+            return int((Path(folder) / "clock").read_text() or 0)
+        except FileNotFoundError:
+            return 0
+
+    time.time = lambda: real_time() + offset()
+    time.time_ns = lambda: real_time_ns() + offset() * 10**9
+
+
 def recorded(folder: str, pace: float) -> Callable[[dict[str, Any]], None]:
     """`train_worker` that notes its steps; goes to the workers as it is, by value."""
     train_worker = worker.train_worker
@@ -26,6 +41,7 @@ def recorded(folder: str, pace: float) -> Callable[[dict[str, Any]], None]:
     def train(config: dict[str, Any]) -> None:
         from piflow.step import Trainer
 
+        shift_clock(folder)
         original = Trainer.step
 
         def step(self: Any, number: int, micro_batches: Any) -> Any:
@@ -48,6 +64,7 @@ def recorded(folder: str, pace: float) -> Callable[[dict[str, Any]], None]:
 
 if __name__ == "__main__":
     recipe, records, seconds = sys.argv[1:]
+    shift_clock(records)
     worker.train_worker = recorded(records, float(seconds))
     sys.argv = ["piflow", "distill", recipe, "--quiet"]
     cli.main()

@@ -1,4 +1,4 @@
-"""Whole runs whose surroundings fail: servers that die, a full disk, damage.
+"""Whole runs whose surroundings fail: servers that die, a clock that jumps, a full disk, damage.
 
 All share a cluster of one node and one embedding store; each has one worker. What a run came to is
 compared with one that nothing happened to.
@@ -30,6 +30,8 @@ STEPS = 20
 OUTAGE_SECONDS = 20.0
 MLFLOW_OUTAGE_SECONDS = 60.0
 PACE = 0.5
+HOUR = 3600
+JUMPS = {5: HOUR, 12: -HOUR}  # when that step (from 0) has begun
 
 
 def new_run(folder: Path, address: str, name: str, pace: float = 0.0, **changes: Any) -> SmallRun:
@@ -132,14 +134,16 @@ def test_an_mlflow_server_that_comes_late_and_dies_for_a_minute(
 # -------------------------------------------------------------------------------- the object store
 
 
-def s3_run(folder: Path, address: str, name: str, root: str, straight: SmallRun) -> SmallRun:
+def s3_run(
+    folder: Path, address: str, name: str, root: str, straight: SmallRun, pace: float = 0.0
+) -> SmallRun:
     """A run below `root`, where it finds the same store."""
     store = storage.join(root, f"{name}-store")
     for file in storage.list_files(straight.recipe.embed.store):
         content = storage.read_bytes(storage.join(straight.recipe.embed.store, file))
         storage.write_bytes(storage.join(store, file), content)
     run_dir = storage.join(root, name)
-    return new_run(folder, address, name, run_dir=run_dir, embed={"store": store})
+    return new_run(folder, address, name, pace, run_dir=run_dir, embed={"store": store})
 
 
 def is_save(method: str, path: str) -> bool:
@@ -195,6 +199,45 @@ def test_keys_that_expire_in_a_run(
         complete(run)
         require_equal(run, straight)
         assert ("resume", "from step 5") in run.events()
+
+
+# ----------------------------------------------------------------------------- a clock that jumps
+
+
+def points(run: SmallRun, metric: str) -> dict[int, tuple[float, float]]:
+    """Step -> value and time (s) of each point."""
+    client, run_id = run._client()
+    found = client.get_metric_history(run_id, metric)
+    return {point.step: (point.value, point.timestamp / 1000) for point in found}
+
+
+def test_a_clock_that_jumps_while_a_run_trains(
+    folder: Path, address: str, straight: SmallRun, s3_server: S3Server
+) -> None:
+    """Promise: forward and back by an hour, of driver and worker, and nothing but times shows it.
+
+    The lease on S3 stays its driver's, the watchdog sees no stall, all durations are true, and
+    every point has the time that the clock showed.
+    """
+    run = s3_run(folder, address, "jumps", s3_server.uri, straight, 2 * PACE)
+    began = time.time()
+    with run.running() as driver:
+        for step, offset in JUMPS.items():
+            wait_until(lambda step=step: run.last_step() >= step, f"at step {step}", run)
+            (run.records / "clock").write_text(str(offset))
+        run.finish(driver)
+    ended = time.time()
+    require_equal(run, straight)
+    assert sorted(run.names()) == sorted(["start", "strategy", *["checkpoint"] * (STEPS // 5)])
+    shown = {step: moment for step, (_, moment) in points(run, "loss").items()}
+    first, second = JUMPS
+    phases = {0: range(1, first + 1), HOUR: range(first + 3, second + 1)}
+    for offset, steps in (phases | {-HOUR: range(second + 3, STEPS + 1)}).items():
+        assert all(began <= shown[step] - offset <= ended for step in steps), (offset, shown)
+    values = [value for value, _ in points(run, "step_seconds").values()]
+    assert len(values) == STEPS
+    values += [value for value, _ in points(run, "checkpoint_write_seconds").values()]
+    assert all(0 < value < 120 for value in values)
 
 
 # -------------------------------------------------------------------------- a full disk and damage
