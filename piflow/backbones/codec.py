@@ -82,14 +82,14 @@ def build_codec(model: ModelConfig) -> Codec:
     return codec
 
 
-def check_channels(model: ModelConfig) -> None:
+def check_channels(model: ModelConfig, codec: Codec) -> None:
     """Refuses a codec whose latents have other channels than the model takes; by config.json alone.
 
     Raises:
-        FileNotFoundError: there is no VAE, or no model.
-        ValueError: as `build_codec`, or other channels.
+        FileNotFoundError: there is no model.
+        ValueError: other channels.
     """
-    channels = build_codec(model).channels
+    channels = codec.channels
     config = json.loads(storage.read_bytes(storage.join(model.path, "config.json")))
     taken = config.get("in_channels")
     if taken is None:  # the class's own default, which the first step knows

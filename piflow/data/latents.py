@@ -70,9 +70,8 @@ def fit_picture(content: bytes, height: int, width: int) -> Tensor:
             picture = _on_white(ImageOps.exif_transpose(image))
     except (MemoryError, BadPictureError):
         raise
-    except (
-        UnidentifiedImageError
-    ) as error:  # its message holds an address, ours are the same always
+    except UnidentifiedImageError as error:
+        # its message holds an address in memory; ours are the same always
         raise BadPictureError("no image file of a kind that Pillow knows") from error
     except Exception as error:  # damaged bytes lead Pillow's plugins to all kinds of errors
         raise BadPictureError(f"not a readable image file ({error})") from error

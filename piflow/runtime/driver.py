@@ -144,7 +144,8 @@ def check_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
     from piflow.data.online import open_store
     from piflow.sharding.context import check_pictures
 
-    check_channels(recipe.model)
+    codec = build_codec(recipe.model)
+    check_channels(recipe.model, codec)
     store = open_store(recipe, evaluation=evaluation)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
@@ -152,7 +153,7 @@ def check_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
         store.require_latents(codec_identity(recipe.model))
     sizes = [(bucket.height, bucket.width) for bucket in store.manifest.buckets]
     sizes.append((recipe.embed.height, recipe.embed.width))  # of samples
-    check_pictures(build_codec(recipe.model), sizes, recipe.runtime.context_parallel)
+    check_pictures(codec, sizes, recipe.runtime.context_parallel)
     return store
 
 

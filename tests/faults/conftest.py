@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import cluster_environment, make_store
+from tests.faults.runs import cluster_environment, cluster_of, make_store
 from tests.servers import KEYS, S3Server
 
 REPOSITORY = Path(__file__).parents[2]
@@ -43,14 +43,8 @@ def s3_server(
 @pytest.fixture(scope="module")
 def address(environment: dict[str, str]) -> Iterator[str]:
     """A cluster of one node with room for two workers, which outlives the runs on it."""
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 2, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
+    with cluster_of(num_cpus=2) as cluster:
         yield cluster.address
-    finally:
-        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

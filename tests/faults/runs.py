@@ -198,3 +198,16 @@ def wait_until(
 def cluster_environment(address: str) -> dict[str, str]:
     """Variables of a driver on the cluster."""
     return {**os.environ, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def cluster_of(num_cpus: int) -> Iterator[Any]:
+    """A Ray cluster of a head with so many logical CPUs; its `address` is what drivers need."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": num_cpus, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()

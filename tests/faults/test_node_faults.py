@@ -19,6 +19,7 @@ import torch
 from tests.faults.runs import (
     SmallRun,
     cluster_environment,
+    cluster_of,
     make_store,
     small_recipe,
     train_workers,
@@ -34,15 +35,9 @@ TOLERANCE = 1e-5  # between numbers of workers
 
 @pytest.fixture
 def cluster(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    head = {"num_cpus": 0, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
+    with cluster_of(num_cpus=0) as cluster:
         yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from tests.faults.runs import (
     PROMPTS,
     SmallRun,
     cluster_environment,
+    cluster_of,
     small_recipe,
     train_workers,
     wait_until,
@@ -33,14 +34,8 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def address(environment: dict[str, str]) -> Iterator[str]:
     """A cluster of one node with room for two workers and an encoder."""
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 3, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
+    with cluster_of(num_cpus=3) as cluster:
         yield cluster.address
-    finally:
-        cluster.shutdown()
 
 
 def _online_run(folder: Path, address: str, name: str, pace: float = 0.0) -> SmallRun:
