@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
-PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
+PARALLEL := --numprocesses logical --maxprocesses 4
 FAKETIME := /usr/bin/faketime
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 

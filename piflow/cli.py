@@ -162,13 +162,16 @@ def smoke(
         Path | None,
         typer.Option(help="new or empty folder for all files; default: a temporary one"),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="also stop and resume the run; a third of the time")
+    ] = True,
     quiet: QuietOption = False,
 ) -> None:
     """Try a recipe and a cluster: every part, with a tiny random model and no downloads."""
     config = _load(recipe, overrides)
     from pipelines import smoke as pipeline
 
-    pipeline.main(config, keep=keep, show_progress=not quiet)
+    pipeline.main(config, keep=keep, resume=resume, show_progress=not quiet)
 
 
 @app.command(name="recipe", epilog=f"Example: `piflow recipe {DEFAULT_RECIPE}`")

@@ -46,7 +46,7 @@ class PartResult:
 
 
 def main(
-    recipe: Recipe, *, keep: Path | None = None, show_progress: bool = True
+    recipe: Recipe, *, keep: Path | None = None, resume: bool = True, show_progress: bool = True
 ) -> list[PartResult]:
     """Run a shrunken recipe, and print a table of its parts, also when one fails.
 
@@ -58,6 +58,7 @@ def main(
         recipe: of a distillation; none of its paths is read or written.
         keep: a new or empty local folder for all files; default: a temporary one. Workers on other
             machines must see the same folder under this path.
+        resume: with the part of this name, which takes a third of the time.
 
     Raises:
         ValueError: the recipe distils nothing, or `keep` isn't empty.
@@ -70,9 +71,11 @@ def main(
     with _working_folder(keep) as folder, ray_session(shrink(recipe, folder, gpus=0)):
         gpus = _cluster_gpus()
         small = shrink(recipe, folder, gpus=gpus)
-        resumed = shrink(recipe, folder, gpus=gpus, steps=STEPS + 1, workers=1)
+        last = small
+        if resume:
+            last = shrink(recipe, folder, gpus=gpus, steps=STEPS + 1, workers=1)
         _quiet()
-        parts = _parts(small, resumed, folder, show_progress)
+        parts = _parts(small, last, folder, show_progress)
         try:
             for name, part in parts.items():
                 print(f"\n== {name}", flush=True)
@@ -231,23 +234,29 @@ def _write_picture(folder: Path, number: int) -> str:
 
 
 def _parts(
-    small: Recipe, resumed: Recipe, folder: Path, show_progress: bool
+    small: Recipe, last: Recipe, folder: Path, show_progress: bool
 ) -> dict[str, Callable[[], object]]:
-    """Name -> what it does, in order; each finds what those before it wrote."""
+    """Name -> what it does, in order; each finds what those before it wrote.
+
+    `last` is `small` itself, or the recipe that its run is resumed with.
+    """
     from pipelines import distill, embed, evaluate, export, sample
 
     adapter = str(folder / "adapter")
     pictures = folder / "samples"
-    return {
+    parts: dict[str, Callable[[], object]] = {
         "model": lambda: write_inputs(small, folder),
         "embed": lambda: embed.main(small, show_progress=show_progress),
         "distill": lambda: distill.main(small, show_progress=show_progress),
-        "resume": lambda: _resume(resumed, show_progress),
-        "evaluate": lambda: evaluate.main(resumed, show_progress=show_progress),
-        "export": lambda: export.main(resumed, out=adapter),
+        "resume": lambda: _resume(last, show_progress),
+        "evaluate": lambda: evaluate.main(last, show_progress=show_progress),
+        "export": lambda: export.main(last, out=adapter),
         "load": lambda: _load(small, folder / _MODEL, adapter),
         "sample": lambda: sample.main(adapter, _some_prompts(small), out=pictures, count=SEEDS),
     }
+    if last is small:
+        del parts["resume"]
+    return parts
 
 
 def _resume(recipe: Recipe, show_progress: bool) -> None:

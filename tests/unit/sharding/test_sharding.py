@@ -87,8 +87,9 @@ def test_any_run_equals_one_plain_process(
     # a last-bit difference in a LoRA weight may flip a rounding in a bfloat16 forward pass
     tolerance = {TRAINING.LORA_BF16: 5e-4, TRAINING.MUON: 1e-5}.get(scenario, 1e-6)
     # Muon makes all of a gradient's directions equally long, in bfloat16; of a gradient of low rank
-    # some are mere rounding, and another order of the same sum already moves weights by 3e-4
-    apart = 1e-3 if scenario == TRAINING.MUON else tolerance
+    # some are mere rounding, and another order of the same sum already moves weights by 3e-4;
+    # a last-bit difference in a moment may flip its 8-bit code
+    apart = {TRAINING.MUON: 1e-3, TRAINING.EIGHT_BITS: 1e-4}.get(scenario, tolerance)
     assert one.losses.keys() == several["losses"].keys()
     for key, loss in one.losses.items():
         assert several["losses"][key] == pytest.approx(loss, rel=tolerance)

@@ -51,14 +51,19 @@ SCENARIOS: dict[str, dict[str, Any]] = {  # what is trained; decides the results
     "all weights": {"lora": None, "model": {"dtype": "bfloat16"}, "policy": DX},
     "fp8 teacher": {"model": {"fp8_teacher": {}}},
     "LoRA without dropout": {"lora": {"dropout": 0.0}},
+    "8-bit AdamW": {  # of matrices large enough for it
+        "lora": {"rank": 64},
+        "policy": {"num_gaussians": 3, "logstd_inner_dim": 512},
+        "training": {"optimizer": {"type": "adamw8bit"}},
+    },
     "pre-training": {"objective": {"type": "flow_matching"}},
     "Muon": {
         "objective": {"type": "flow_matching"},
         "training": {"optimizer": {"type": "muon"}},
     },
 }
-LORA, LORA_BF16, FULL, FP8, NO_DROPOUT, PRETRAINING, MUON = SCENARIOS
-DISTILLATIONS = (LORA, LORA_BF16, FULL, FP8, NO_DROPOUT)
+LORA, LORA_BF16, FULL, FP8, NO_DROPOUT, EIGHT_BITS, PRETRAINING, MUON = SCENARIOS
+DISTILLATIONS = (LORA, LORA_BF16, FULL, FP8, NO_DROPOUT, EIGHT_BITS)
 STRATEGIES: dict[str, dict[str, Any]] = {  # as the docs call them -> the runtime section
     "single": {"strategy": "single"},
     "ddp": {"strategy": "ddp"},
@@ -119,6 +124,7 @@ RUNS = {  # by number of processes
         *(Run(PRETRAINING, name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
         *(Run(FP8, name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
         Run(MUON, "ddp"),
+        *(Run(EIGHT_BITS, name) for name in ("ddp", "fsdp")),
         *(Run(NO_DROPOUT, name, (TOGETHER,)) for name in ("zero1", "zero3")),
         *(Run(NO_DROPOUT, name, (TOGETHER, AGAIN)) for name in ("ddp", "zero2")),
         Run(NO_DROPOUT, "fsdp", (TOGETHER, SOME_AGAIN)),
@@ -133,6 +139,7 @@ RUNS = {  # by number of processes
         Run(FULL, "hsdp", (WHOLE,)),
         Run(PRETRAINING, "hsdp"),
         Run(FP8, "hsdp"),
+        Run(EIGHT_BITS, "hsdp"),
         Run(NO_DROPOUT, "hsdp", (TOGETHER,)),
         Run(NO_DROPOUT, "ddp", (TOGETHER,)),
     ],
@@ -271,7 +278,8 @@ def train(run: Run, folder: Path) -> Result:
         strategy.prepare(module, trio.block_classes)
     weights = [p for module in trio.modules for p in module.parameters()]
     result.held = sum(local_shard(weight).nbytes for weight in weights)
-    run_steps(result, strategy, recipe, trio.trainable_parameters(), OptimizerConfig(lr=1e-3), trio)
+    config = OptimizerConfig(type=recipe.training.optimizer.type, lr=1e-3)
+    run_steps(result, strategy, recipe, trio.trainable_parameters(), config, trio)
     result.trained = strategy.gather(trio.trainable_parameters())
     result.ema = strategy.gather(trio.ema_parameters())
     after = strategy.gather(frozen(trio))
@@ -335,7 +343,7 @@ def run_steps(
     optimizers = build_optimizers(parameters, config)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            if "eps" in group and config.type == "adamw":
+            if "eps" in group and config.type != "muon":
                 group["eps"] = (
                     1e-6  # else noise in gradients of nearly 0 is scaled up to full steps
                 )
