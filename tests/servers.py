@@ -22,6 +22,7 @@ from email.message import Message
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -91,6 +92,16 @@ class Server:
                 return
             time.sleep(0.5)
         pytest.fail(f"{type(self).__name__} did not start:\n{self.log.read_text()[-2000:]}")
+
+    @contextmanager
+    def running(self) -> Iterator[Self]:
+        """Started, and killed at the block's end."""
+        self.start()
+        try:
+            self.wait()
+            yield self
+        finally:
+            self.kill()
 
     def kill(self) -> None:
         """SIGKILL, to it and its children."""

@@ -31,13 +31,8 @@ def s3_server(
     tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
 ) -> Iterator[S3Server]:
     """A running server."""
-    server = S3Server(tmp_path_factory.mktemp("s3"))
-    server.start()
-    try:
-        server.wait()
+    with S3Server(tmp_path_factory.mktemp("s3")).running() as server:
         yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -64,13 +64,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory, s3_keys: None) -> Iter
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory, s3_keys: None) -> Iterator[S3Server]:
     """A running server that lives for the session: don't kill it."""
-    server = S3Server(tmp_path_factory.mktemp("s3"))
-    server.start()
-    try:
-        server.wait()
+    with S3Server(tmp_path_factory.mktemp("s3")).running() as server:
         yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture(scope="session")

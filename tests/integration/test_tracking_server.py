@@ -20,13 +20,8 @@ RECIPE = {"name": "small", "training": {"steps": 100}}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"), s3=s3_server)
-    server.start()
-    try:
-        server.wait()
+    with MlflowServer(tmp_path_factory.mktemp("mlflow"), s3=s3_server).running() as server:
         yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture

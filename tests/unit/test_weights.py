@@ -12,13 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    Flux2Transformer2DModel,
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-)
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 
@@ -28,45 +22,9 @@ from piflow.config import parse_recipe
 from piflow.sharding import SingleStrategy
 from piflow.trio import Trio, build_empty_trio, build_trio
 from piflow.weights import WEIGHTS_FILE, fill, missing, stored_tensors
+from tests.unit.models import MODELS
 
 SCRIPT = Path(__file__).with_name("weights_ranks.py")
-HEADS = {"attention_head_dim": 8, "num_attention_heads": 2, "num_layers": 2}
-TEXT = {"in_channels": 16, "joint_attention_dim": 6, "axes_dims_rope": [2, 2, 4]}
-MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "flux": (
-        FluxTransformer2DModel,
-        {"num_single_layers": 1, "pooled_projection_dim": 5, **TEXT, **HEADS},
-    ),
-    "flux2": (
-        Flux2Transformer2DModel,
-        {
-            "in_channels": 16,
-            "num_single_layers": 1,
-            "joint_attention_dim": 6,
-            "axes_dims_rope": [2, 2, 2, 2],
-            "guidance_embeds": False,
-            **HEADS,
-        },
-    ),  # fmt: skip
-    "qwen_image": (QwenImageTransformer2DModel, {"out_channels": 4, **TEXT, **HEADS}),
-    "sd3": (
-        SD3Transformer2DModel,
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "sample_size": 8,
-            "joint_attention_dim": 6,
-            "caption_projection_dim": 16,
-            "pooled_projection_dim": 5,
-            "pos_embed_max_size": 8,
-            **HEADS,
-        },
-    ),
-    "dit": (
-        DiTTransformer2DModel,
-        {"in_channels": 4, "sample_size": 8, "num_embeds_ada_norm": 3, **HEADS},
-    ),
-}
 LARGE = {  # 74 million parameters, 297 MB
     "in_channels": 16,
     "num_layers": 1,

@@ -8,58 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    Flux2Transformer2DModel,
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-)
 from safetensors.torch import load_file, save_file
 
 from piflow.backbones import load_backbone
 from piflow.config import ModelConfig
+from tests.unit.models import MODELS
 
-HEADS = {"attention_head_dim": 8, "num_attention_heads": 2, "num_layers": 1}
-TEXT = {"joint_attention_dim": 6, "axes_dims_rope": [2, 2, 4]}
-MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "flux": (
-        FluxTransformer2DModel,
-        {"in_channels": 16, "num_single_layers": 1, "pooled_projection_dim": 5, **TEXT, **HEADS},
-    ),
-    "flux2": (
-        Flux2Transformer2DModel,
-        {
-            "in_channels": 16,
-            "num_single_layers": 1,
-            "joint_attention_dim": 6,
-            "axes_dims_rope": [2, 2, 2, 2],
-            "guidance_embeds": False,
-            **HEADS,
-        },
-    ),  # fmt: skip
-    "qwen_image": (
-        QwenImageTransformer2DModel,
-        {"in_channels": 16, "out_channels": 4, **TEXT, **HEADS},
-    ),
-    "sd3": (
-        SD3Transformer2DModel,
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "sample_size": 8,
-            "joint_attention_dim": 6,
-            "caption_projection_dim": 16,
-            "pooled_projection_dim": 5,
-            "pos_embed_max_size": 8,
-            **HEADS,
-        },
-    ),
-    "dit": (
-        DiTTransformer2DModel,
-        {"in_channels": 4, "sample_size": 8, "num_embeds_ada_norm": 3, **HEADS},
-    ),
-}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -92,7 +46,7 @@ def test_round_trip(family: str, dtype: str, tmp_path: Path) -> None:
     assert {p.dtype for p in backbone.module.parameters()} == {backbone.dtype}
     assert (backbone.width, backbone.latent_channels) == (16, 4)
     assert not backbone.module.training
-    assert backbone.config["num_layers"] == 1
+    assert backbone.config["num_layers"] == 2
     loaded = backbone.module.state_dict()
     kept = [name for name in model.state_dict() if name in loaded and "proj_out" not in name]
     assert len(kept) > 10
