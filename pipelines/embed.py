@@ -532,9 +532,10 @@ def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
     if not pads:
         return
     prompt = 4 * encoder.max_tokens * encoder.hidden_size
-    largest = prompt * max(len(plan.prompts) for plan in job.plans)
+    shards = min(2, len(job.plans))  # one is written while the next is encoded
+    largest = shards * prompt * max(len(plan.prompts) for plan in job.plans)
     if largest > _MUCH_MEMORY:
-        fitting = 1 << (int(_MUCH_MEMORY // prompt).bit_length() - 1)
+        fitting = 1 << (int(_MUCH_MEMORY / 2 / prompt).bit_length() - 1)
         _say(
             console,
             f"warning: each encoder actor holds up to {largest / 1e9:.0f} GB of float32 states "

@@ -122,7 +122,7 @@ def shrink(
         tree["training"]["keep_every"] = STEPS
     # a rate that decays over the run's length would forbid the resumed run its greater length
     tree["training"]["optimizer"] |= {"warmup_steps": 1, "decay_fraction": 0.0}
-    tree["training"]["ema"]["start"] = 1
+    tree["training"]["ema"]["start"] = 0
     tree["runtime"] |= _small_runtime(recipe, gpus, workers)
     tree["tracking"] |= {"uri": None, "model_name": None}
     tree["evaluation"] |= {
