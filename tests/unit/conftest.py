@@ -61,73 +61,8 @@ def flux_inputs() -> tuple[Any, Any, Any]:
 
 @pytest.fixture(scope="session")
 def make_case() -> Callable[[str], tuple[Any, tuple[Any, Any, Any]]]:
-    """A family's name -> a fresh tiny backbone, the same at every call, and its inputs.
-
-    Inputs: latents (3, C, H, W), sigma (3,), Conditioning of three prompts.
-    """
-    import torch
-    from diffusers import (
-        DiTTransformer2DModel,
-        Flux2Transformer2DModel,
-        FluxTransformer2DModel,
-        QwenImageTransformer2DModel,
-        SD3Transformer2DModel,
-    )
-
-    from piflow.backbones import (
-        Conditioning,
-        DiTBackbone,
-        Flux2Backbone,
-        FluxBackbone,
-        QwenImageBackbone,
-        SD3Backbone,
-    )
-
-    size: dict[str, Any] = {"attention_head_dim": 8, "num_attention_heads": 2}
-    text: dict[str, Any] = {"joint_attention_dim": 6, "axes_dims_rope": (2, 2, 4)}
-
-    def build(family: str) -> tuple[Any, Any, tuple[int, int]]:
-        if family == "flux":
-            flux = FluxTransformer2DModel(
-                in_channels=16, num_layers=1, num_single_layers=1, pooled_projection_dim=5,
-                **size, **text,
-            )  # fmt: skip
-            cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), torch.randn(3, 5))
-            return FluxBackbone(flux.eval()), cond, (4, 8)
-        if family == "qwen_image":
-            qwen = QwenImageTransformer2DModel(
-                in_channels=16, out_channels=4, num_layers=2, **size, **text
-            )
-            cond = Conditioning(torch.randn(3, 5, 6), torch.tensor([5, 1, 3]))
-            return QwenImageBackbone(qwen.eval()), cond, (4, 8)
-        if family == "flux2":
-            flux2 = Flux2Transformer2DModel(
-                in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=6,
-                timestep_guidance_channels=8, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False,
-                **size,
-            )  # fmt: skip
-            cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4))
-            return Flux2Backbone(flux2.eval()), cond, (4, 8)
-        if family == "sd3":
-            sd3 = SD3Transformer2DModel(
-                in_channels=4, out_channels=4, num_layers=2, sample_size=8, joint_attention_dim=6,
-                caption_projection_dim=16, pooled_projection_dim=5, pos_embed_max_size=8, **size,
-            )  # fmt: skip
-            cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), torch.randn(3, 5))
-            return SD3Backbone(sd3.eval()), cond, (4, 8)
-        dit = DiTTransformer2DModel(
-            in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=10, **size
-        )
-        classes = torch.tensor([[0.0], [7.0], [10.0]])
-        cond = Conditioning(torch.zeros(3, 1, 1), torch.ones(3, dtype=torch.long), classes)
-        return DiTBackbone(dit.eval()), cond, (8, 8)
-
-    def case(family: str) -> tuple[Any, tuple[Any, Any, Any]]:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            backbone, cond, (height, width) = build(family)
-            x = torch.randn(3, backbone.latent_channels, height, width)
-        return backbone, (x, torch.tensor([1.0, 0.6, 0.2]), cond)
+    """`case`; a fixture, so that torch is imported by the tests that need it."""
+    from tests.unit.models import case
 
     return case
 

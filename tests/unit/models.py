@@ -1,15 +1,27 @@
-"""A tiny transformer of every family: class and configuration."""
+"""A tiny transformer of every family: class and configuration, and one with inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers import (
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+)
+
+from piflow.backbones import (
+    Backbone,
+    Conditioning,
+    DiTBackbone,
+    Flux2Backbone,
+    FluxBackbone,
+    QwenImageBackbone,
+    SD3Backbone,
 )
 
 HEADS = {"attention_head_dim": 8, "num_attention_heads": 2, "num_layers": 2}
@@ -24,6 +36,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {
             "in_channels": 16,
             "num_single_layers": 1,
+            "timestep_guidance_channels": 8,
             "joint_attention_dim": 6,
             "axes_dims_rope": [2, 2, 2, 2],
             "guidance_embeds": False,
@@ -46,6 +59,37 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "dit": (
         DiTTransformer2DModel,
-        {"in_channels": 4, "sample_size": 8, "num_embeds_ada_norm": 3, **HEADS},
+        {"in_channels": 4, "sample_size": 8, "num_embeds_ada_norm": 10, **HEADS},
     ),
 }
+BACKBONES: dict[str, Callable[[Any], Backbone]] = {
+    "flux": FluxBackbone,
+    "flux2": Flux2Backbone,
+    "qwen_image": QwenImageBackbone,
+    "sd3": SD3Backbone,
+    "dit": DiTBackbone,
+}
+
+
+def case(family: str) -> tuple[Any, tuple[torch.Tensor, torch.Tensor, Conditioning]]:
+    """A fresh tiny backbone, the same at every call, and its inputs.
+
+    Inputs: latents (3, C, H, W), sigma (3,), Conditioning of three prompts.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model_class, config = MODELS[family]
+        backbone = BACKBONES[family](model_class(**config).eval())
+        size = (8, 8) if family == "dit" else (4, 8)
+        x = torch.randn(3, backbone.latent_channels, *size)
+        return backbone, (x, torch.tensor([1.0, 0.6, 0.2]), _conditioning(family))
+
+
+def _conditioning(family: str) -> Conditioning:
+    if family == "dit":
+        classes = torch.tensor([[0.0], [7.0], [10.0]])  # 10 is the null class
+        return Conditioning(torch.zeros(3, 1, 1), torch.ones(3, dtype=torch.long), classes)
+    if family == "qwen_image":
+        return Conditioning(torch.randn(3, 5, 6), torch.tensor([5, 1, 3]))
+    pooled = None if family == "flux2" else torch.randn(3, 5)
+    return Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), pooled)
