@@ -19,7 +19,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from threading import Lock
@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from piflow import storage
-from piflow.backbones.codec import absolute_paths, build_codec
+from piflow.backbones.codec import absolute_paths, build_codec, check_channels
 from piflow.config import Flux2EncoderConfig, FluxEncoderConfig, Recipe, SD3EncoderConfig
 from piflow.data.encoders import absolute_path, check_prompts, encoder_identity
 from piflow.data.execution import quiet_context, remote_cause
@@ -205,9 +205,12 @@ def _with_latents(recipe: Recipe, layout: Layout) -> Layout:
     """The same prompts in the same places, with their pictures' latents.
 
     Raises:
-        ValueError: no VAE, or picture sizes that it doesn't take.
+        ValueError: no VAE, one whose latents the model doesn't take, or picture sizes that it
+            doesn't take.
     """
     codec = build_codec(recipe.model)
+    with suppress(FileNotFoundError):  # encoder and VAE may be all that this machine has
+        check_channels(recipe.model, codec)
     latents = LatentInputs(codec=codec_identity(recipe.model), dtype=recipe.embed.latent_dtype)
     update = {"schema_version": SCHEMA_VERSION_WITH_LATENTS, "latents": latents}
     shapes = [codec.latent_shape(bucket.height, bucket.width) for bucket in layout.buckets]

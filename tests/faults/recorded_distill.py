@@ -2,8 +2,8 @@
 
 `recorded_distill.py RECIPE FOLDER PACE` takes at least PACE seconds a step. Every worker appends a
 line a step to FOLDER/steps-PID.jsonl before it trains on it. A file FOLDER/hang makes the worker
-that finds it first hang in that step. What is in FOLDER/clock (seconds) is added to the wall clock
-of driver and workers.
+that finds it first hang in that step. If there is a file FOLDER/clock at the start, what it says
+(seconds) is added to the wall clock of driver and workers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from piflow.runtime import worker
 
 def shift_clock(folder: str) -> None:
     """Add what FOLDER/clock says, looked up at every call, to this process's wall clock."""
-    real_time, real_time_ns = time.time, time.time_ns
+    real_time, real_time_ns, clock = time.time, time.time_ns, Path(folder) / "clock"
+    if not clock.exists():
+        return
 
     def offset() -> int:
-        try:
-            return int((Path(folder) / "clock").read_text() or 0)
-        except FileNotFoundError:
-            return 0
+        return int(clock.read_text() or 0)
 
     time.time = lambda: real_time() + offset()
     time.time_ns = lambda: real_time_ns() + offset() * 10**9

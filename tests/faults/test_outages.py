@@ -223,6 +223,8 @@ def test_a_clock_that_jumps_while_a_run_trains(
     """
     run = s3_run(folder, address, "jumps", s3_server.uri, straight, 2 * PACE)
     began = time.time()
+    run.records.mkdir()
+    (run.records / "clock").write_text("0")
     with run.running() as driver:
         for step, offset in JUMPS.items():
             wait_until(lambda step=step: run.last_step() >= step, f"at step {step}", run)

@@ -93,6 +93,18 @@ def test_latents_are_those_of_the_recipes_vae(folder: Path) -> None:
         assert torch.equal(latent, codec.encode(picture[None])[0])
 
 
+def test_a_vae_of_other_channels_is_refused_before_a_picture_is_encoded(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"in_channels": 16}')
+    recipe = _recipe(folder, store=str(tmp_path / "store"))
+    places = {"path": str(tmp_path), "vae": str(folder / "model" / "vae")}
+    other = recipe.model_copy(update={"model": recipe.model.model_copy(update=places)})
+    with pytest.raises(ValueError, match=r"latents of 4 channels, and .* takes 16"):
+        embed.main(other, show_progress=False)
+    assert not (tmp_path / "store").exists()
+
+
 def test_an_interrupted_job_ends_in_the_same_bytes(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
