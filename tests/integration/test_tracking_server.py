@@ -119,12 +119,12 @@ def test_a_server_that_is_killed_and_comes_back_lacks_nothing(
             replayed.log_image(Image.new("RGB", (8, 8)), "samples", step)
     server.wait()
     assert replayed.close() is None
-    assert longest < 5, "a step waited for the server"
+    assert longest < 1, "a step waited for the server"
 
     points = sorted(client.get_metric_history(run_id, "loss"), key=lambda point: point.step)
     assert [(point.step, point.value) for point in points] == [(s, float(s)) for s in logged]
     for point in points:
-        assert abs(point.timestamp / 1000 - logged[point.step]) < longest + 1, point
+        assert abs(point.timestamp / 1000 - logged[point.step]) < 0.5, point
     pictures = [path for path in _files(client, run_id, "images") if path.endswith(".png")]
     assert sorted(int(path.split("+")[2]) for path in pictures) == [20, 40, 60, 80, 100, 120]
     tags = client.get_run(run_id).data.tags
