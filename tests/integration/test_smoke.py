@@ -7,6 +7,7 @@ Every test session runs all of them, two with a resumed run; the others' resumed
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def _works(
     assert (store.manifest.inputs.latents is not None) == (recipe.objective.pictures == "store")
     found = rundir.checkpoints(str(tmp_path / "run"))
     assert set(found) == ({2, 3} if resume else {2})
-    _student_has_learnt(found[max(found)])
+    _student_has_learnt([found[step] for step in sorted(found)])
     adapter = load_adapter(str(tmp_path / "adapter"))
     assert adapter.is_full_model == (recipe.lora is None)
     assert settings_of(adapter, "adapter").nfe == recipe.objective.model_dump()["nfe"]
@@ -170,11 +171,14 @@ def _works(
     assert len(pictures) == 4 and len({Image.open(path).tobytes() for path in pictures}) == 4
 
 
-def _student_has_learnt(checkpoint: str) -> None:
-    """Its weights are finite, and have left the average behind."""
-    student, average = (load_tensors(Path(checkpoint), name) for name in ("trainable", "ema"))
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in (student | average).values())
-    assert any(not torch.equal(student[name], average[name]) for name in student)
+def _student_has_learnt(checkpoints: list[str]) -> None:
+    """Its weights are finite, have left the average behind, and moved in a resumed step."""
+    students = [load_tensors(Path(checkpoint), "trainable") for checkpoint in checkpoints]
+    average = load_tensors(Path(checkpoints[-1]), "ema")
+    for tensors in (*students, average):
+        assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    for one, other in pairwise([*students, average]):
+        assert any(not torch.equal(one[name], other[name]) for name in other)
 
 
 @pytest.mark.usefixtures("ray_cluster")
