@@ -34,8 +34,11 @@ _BATCH = 100  # MLflow's limits of parameters and metrics a request
 _METRIC_BATCH = 1000
 _REQUEST_SECONDS = 20  # until a request without an answer counts as failed; it is tried again here
 START_SECONDS = 20.0  # a server must answer within this when a run starts
-_OWN_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"} - os.environ.keys()
 _Answer = TypeVar("_Answer")
+
+# MLflow reads it when it is imported. It is set here and not there: a process's environment must
+# not change while threads of torch or Arrow read it in C, which ends in a segmentation fault.
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
 def flatten_params(params: Mapping[str, Any]) -> dict[str, str]:
@@ -305,8 +308,7 @@ def answered(question: Callable[[], _Answer], uri: str) -> _Answer:
 
 
 def _import_mlflow() -> None:
-    """The first import, with what must be set before it."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
+    """The first import, which is slow."""
     import mlflow  # noqa: F401
 
     # creating a SQLite store logs every schema migration
@@ -320,13 +322,10 @@ def connect(uri: str, request_seconds: int = _REQUEST_SECONDS) -> MlflowClient:
     MLflow's defaults, 120 s a request and 7 tries with growing waits, block for half an hour.
     """
     _import_mlflow()
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient, environment_variables
 
-    limits = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(request_seconds),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    }
-    os.environ.update({name: limits[name] for name in _OWN_LIMITS})
+    environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT.default = request_seconds
+    environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.default = 0
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from piflow import storage
+from piflow.mlflow_delivery import connect
 from piflow.tracking import (
     MlflowTracker,
     NullTracker,
@@ -348,6 +349,29 @@ def test_system_metrics_have_the_names_that_mlflow_shows() -> None:
 def test_telemetry_is_off(uri: str, run_id: str, tmp_path: Path) -> None:
     MlflowTracker(uri, run_id, str(tmp_path)).close()
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_a_connection_changes_mlflows_limits_but_not_the_environment(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`setenv` in the writer's thread crashed workers whose train loop was in C's `getenv`."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES as RETRIES
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
+
+    def refuse(*args: object) -> None:
+        raise AssertionError(f"the environment was changed: {args}")
+
+    for name in (RETRIES.name, TIMEOUT.name):
+        monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "putenv", refuse)
+        connect(uri, request_seconds=7)
+        assert (TIMEOUT.get(), RETRIES.get()) == (7, 0)
+        connect(uri)
+        assert (TIMEOUT.get(), RETRIES.get()) == (20, 0)
+    monkeypatch.setenv(TIMEOUT.name, "99")  # a user's own
+    connect(uri)
+    assert TIMEOUT.get() == 99
 
 
 def test_the_null_tracker_takes_every_call(tmp_path: Path) -> None:
