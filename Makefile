@@ -61,7 +61,7 @@ integration: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/integration
 
 test-recipes: install-dev
-	$(BIN)/python -m pytest tests/integration/test_smoke.py -m smoke_all
+	$(BIN)/python -m pytest tests/integration -m smoke_all
 
 test-faults: install-dev $(FAKETIME)
 	$(BIN)/python -m pytest tests/faults

@@ -23,7 +23,6 @@ from tests.faults.runs import (
     small_recipe,
     train_workers,
     wait_until,
-    write_inputs,
 )
 from tests.faults.test_run_faults import require_equal
 
@@ -38,33 +37,54 @@ def address(environment: dict[str, str]) -> Iterator[str]:
         yield cluster.address
 
 
-def _online_run(folder: Path, address: str, name: str, pace: float = 0.0) -> SmallRun:
+@pytest.fixture(scope="module")
+def stored(folder: Path, address: str) -> SmallRun:
+    """The run on a store, which nothing happens to."""
+    return _finished(_run(folder, address, "stored"))
+
+
+@pytest.fixture(scope="module")
+def online(folder: Path, address: str) -> SmallRun:
+    """The run without a store, which nothing happens to."""
+    return _finished(_run(folder, address, "online", mode="online"))
+
+
+def _finished(run: SmallRun) -> SmallRun:
+    with run.running() as driver:
+        run.finish(driver)
+    return run
+
+
+def _run(
+    folder: Path, address: str, name: str, *, mode: str = "store", pace: float = 0.0
+) -> SmallRun:
+    store = folder / ("store" if mode == "store" else "online-store")
     recipe = small_recipe(
         folder,
         name,
-        embed={"mode": "online", "store": str(folder / "online")},
+        embed={"mode": mode, "store": str(store)},
         training={"steps": STEPS, "checkpoint_every": 4},
         runtime={"max_failures": -1},
     )
     return SmallRun(folder, recipe, cluster_environment(address), pace)
 
 
+def test_an_online_run_is_the_stored_one(stored: SmallRun, online: SmallRun) -> None:
+    """The same prompts, losses and weights; two epochs."""
+    assert not storage.exists(str(Path(online.recipe.embed.store) / "manifest.json"))
+    ids = [prompt for step in online.sequence() for prompt in step]
+    assert set(Counter(ids).values()) == {STEPS * MICRO_BATCHES // PROMPTS}
+    require_equal(online, stored, tolerance=1e-6)
+
+
 def test_killed_workers_change_nothing_where_prompts_are_encoded_meanwhile(
-    tmp_path: Path, address: str
+    folder: Path, address: str, online: SmallRun
 ) -> None:
     """One worker dies in the first epoch, the other one in the second.
 
     One of them is rank 0, whose end is the encoding actor's end too.
     """
-    write_inputs(tmp_path)
-    straight = _online_run(tmp_path, address, "straight")
-    with straight.running() as driver:
-        straight.finish(driver)
-    assert not storage.exists(str(tmp_path / "online" / "manifest.json"))
-    ids = [prompt for step in straight.sequence() for prompt in step]
-    assert set(Counter(ids).values()) == {STEPS * MICRO_BATCHES // PROMPTS}
-
-    run = _online_run(tmp_path, address, "killed", pace=0.5)
+    run = _run(folder, address, "killed", mode="online", pace=0.5)
     dead: set[int] = set()
     with run.running() as driver:
         for place, step in ((0, 5), (-1, 9)):
@@ -73,6 +93,6 @@ def test_killed_workers_change_nothing_where_prompts_are_encoded_meanwhile(
             os.kill(workers[place], signal.SIGKILL)
             dead |= set(workers)
         run.finish(driver, 400)
-    assert len(run.lines()) > len(straight.lines()), "no step was ever repeated"
+    assert len(run.lines()) > len(online.lines()), "no step was ever repeated"
     assert STEPS in rundir.checkpoints(run.recipe.run_dir)
-    require_equal(run, straight)
+    require_equal(run, online)

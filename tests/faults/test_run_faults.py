@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from piflow import rundir
+from piflow.checkpoint import load_tensors
+from piflow.student import student_of_checkpoint
 from tests.faults.runs import (
     SmallRun,
     cluster_environment,
@@ -185,3 +187,25 @@ def test_a_stalled_worker_is_found_and_replaced(
     assert text.startswith("no step for ")
     assert "restart" in run.names()
     require_equal(run, straight)
+
+
+def test_a_non_finite_loss_stops_the_run_and_loses_nothing(folder: Path, address: str) -> None:
+    """A rate of 1e30: the first step's weights are the last finite ones."""
+    training = {"steps": 4, "checkpoint_every": 1, "optimizer": {"lr": 1e30, "warmup_steps": 0}}
+    recipe = small_recipe(folder, "non-finite", training=training)
+    run = SmallRun(folder, recipe, cluster_environment(address))
+    with run.running() as driver:
+        assert driver.wait(300) == 1
+    ((_, message),) = [event for event in run.events() if event[0] == "non-finite"]
+    assert message.startswith("step 1: loss nan") and "last checkpoint is good" in message
+    assert message.split("(")[0] in run.log, "the command's own error"
+    named = message.partition("prompt ids: ")[2].partition(")")[0].split(", ")
+    assert 1 <= len(set(named)) <= 4 and set(named) <= set(run.sequence()[1])
+    assert run.status() == "FAILED"
+    assert [step for step, _ in run.losses()] == [1]
+    assert list(rundir.checkpoints(recipe.run_dir)) == [1]
+    checkpoint = rundir.newest_checkpoint(recipe.run_dir)
+    student_of_checkpoint(recipe, checkpoint, "student")  # which loads
+    for section in ("trainable", "ema"):
+        for tensor in load_tensors(Path(checkpoint), section).values():
+            assert bool(tensor.isfinite().all())
