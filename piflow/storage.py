@@ -271,9 +271,14 @@ def member(folder: str, name: str) -> str:
     return join(folder, quote(name) if scheme(folder) == "s3" else name)
 
 
+def base_name(uri: str) -> str:
+    """The last part of the path: of ``s3://bucket/folder/file.csv?region=x`` it is ``file.csv``."""
+    return Path(urlsplit(uri).path if scheme(uri) == "s3" else uri).name
+
+
 def suffix(uri: str) -> str:
     """The file name's ending with its dots, lower case: ``.csv``, ``.csv.gz``; '' if none."""
-    name = Path((urlsplit(uri).path if scheme(uri) == "s3" else uri).lower())
+    name = Path(base_name(uri).lower())
     return Path(name.stem).suffix + name.suffix if name.suffix == ".gz" else name.suffix
 
 

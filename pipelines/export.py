@@ -40,7 +40,7 @@ def main(
         "piflow.run_id": record.mlflow_run_id,
         "piflow.recipe_hash": recipe.hash(),
         "piflow.manifest_hash": record.manifest_hash,
-        "piflow.checkpoint": checkpoint.rstrip("/").rsplit("/", 1)[-1],
+        "piflow.checkpoint": storage.base_name(checkpoint),
         "piflow.weights": weights,
     }
     export_adapter(recipe, checkpoint, folder, weights=weights, dtype=dtype, lineage=lineage)

@@ -54,6 +54,12 @@ def test_roots_have_no_siblings(uri: str) -> None:
         storage.sibling(uri, "vae")
 
 
+def test_base_name_ignores_an_s3_query_and_a_slash_at_the_end() -> None:
+    assert storage.base_name("s3://bucket/run/step_1?endpoint_override=host.name:80") == "step_1"
+    assert storage.base_name("s3://bucket/run/step_1/") == "step_1"
+    assert storage.base_name("runs/a?b/step_1/") == "step_1"
+
+
 def test_suffix_ignores_an_s3_query() -> None:
     assert storage.suffix("s3://bucket/a.CSV?endpoint_override=host.name:80") == ".csv"
     assert storage.suffix("folder.d/file") == ""
