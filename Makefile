@@ -16,7 +16,7 @@ help:
 	@echo "make demo         the whole pipeline on the embedded default (about 15 minutes on 2 cores)"
 	@echo "make test         linters, type checker and the test suite"
 	@echo "make unit         the unit tests alone (seconds)"
-	@echo "make test-recipes every recipe stopped and resumed on a tiny model, DeepSpeed too (minutes)"
+	@echo "make test-recipes every recipe stopped and resumed on a tiny model, slow strategies (an hour)"
 	@echo "make test-faults  killed processes, damaged files, servers that go away, clocks that jump (minutes)"
 	@echo "make pretrain     train the default teacher again (hours on a CPU)"
 	@echo "make clean        remove the environment and the runs"
@@ -62,6 +62,7 @@ integration: install-dev
 
 test-recipes: install-dev
 	$(BIN)/python -m pytest tests/integration -m smoke_all
+	$(BIN)/python -m pytest tests/unit/sharding -m slow_runs
 
 test-faults: install-dev $(FAKETIME)
 	$(BIN)/python -m pytest tests/faults

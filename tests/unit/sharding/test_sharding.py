@@ -24,8 +24,41 @@ from tests.unit.sharding.training import Run
 
 SCRIPT = Path(__file__).with_name("training.py")
 ALL_RUNS = [run for runs in TRAINING.RUNS.values() for run in runs]
-DISTILLATIONS = [run for run in ALL_RUNS if run.scenario in TRAINING.DISTILLATIONS]
-Results = dict[Any, Any]
+
+
+def every_run(condition: Callable[[Run], bool]) -> pytest.MarkDecorator:
+    """Parametrises `run`; slow ones are for `-m slow_runs`."""
+    marks = {run: [pytest.mark.slow_runs] for run in TRAINING.SLOW}
+    chosen = [run for run in ALL_RUNS if condition(run)]
+    parameters = [pytest.param(run, marks=marks.get(run, []), id=name_of(run)) for run in chosen]
+    return pytest.mark.parametrize("run", parameters)
+
+
+def name_of(run: Run) -> str:
+    return ", ".join([run.scenario, run.strategy, *run.options])
+
+
+def is_distillation(run: Run) -> bool:
+    return run.scenario in TRAINING.DISTILLATIONS
+
+
+class Results(dict[Any, Any]):
+    """What every run left, by its tuple, and `replica_gradients` and `automatic`.
+
+    All runs of as many processes are done when the first of them is asked for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, key: Any) -> Any:
+        run = None if isinstance(key, str) else Run(*key)
+        world_size = 2 if run is None else TRAINING.world_size(run)
+        name = "slow" if run in TRAINING.SLOW else "quick"
+        launch(self._folder, world_size, name)
+        self.update(torch.load(self._folder / f"{name}-{world_size}.pt"))
+        return dict(self)[key]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,19 +72,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def several_processes(folder: Path) -> Results:
-    """What every run of RUNS left, and `replica_gradients` and `automatic`."""
-    results: Results = {}
-    for world_size in TRAINING.RUNS:
-        launch(folder, world_size)
-        results |= torch.load(folder / f"results-{world_size}.pt")
-    return results
+    return Results(folder)
 
 
-def launch(folder: Path, world_size: int) -> None:
+def launch(folder: Path, world_size: int, name: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), str(rank), str(world_size)],
+            [sys.executable, str(SCRIPT), str(folder), str(rank), str(world_size), name],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -73,11 +101,7 @@ def one_process(folder: Path) -> Callable[[str], Any]:
     return cache(lambda scenario: TRAINING.train(TRAINING.Run(scenario, "single"), folder))
 
 
-def name_of(run: Run) -> str:
-    return ", ".join([run.scenario, run.strategy, *run.options])
-
-
-@pytest.mark.parametrize("run", ALL_RUNS, ids=name_of)
+@every_run(lambda run: True)
 def test_any_run_equals_one_plain_process(
     run: Run, one_process: Callable[[str], Any], several_processes: Results
 ) -> None:
@@ -126,7 +150,7 @@ def test_golden_files_are_of_these_trainings(
         assert np.array(fresh[key]) == pytest.approx(np.array(kept[key]), rel=tolerance)
 
 
-@pytest.mark.parametrize("run", ALL_RUNS, ids=name_of)
+@every_run(lambda run: True)
 def test_any_run_gives_the_golden_losses(run: Run, several_processes: Results) -> None:
     kept = json.loads(golden.path_of(run.scenario).read_text())
     got = several_processes[tuple(run)]
@@ -136,7 +160,7 @@ def test_any_run_gives_the_golden_losses(run: Run, several_processes: Results) -
     assert got["norms"] == pytest.approx(kept["grad_norms"], rel=tolerance)
 
 
-@pytest.mark.parametrize("run", DISTILLATIONS, ids=name_of)
+@every_run(is_distillation)
 def test_training_leaves_the_base_alone(run: Run, several_processes: Results) -> None:
     result = several_processes[tuple(run)]
     assert result["base_unchanged"]
@@ -144,9 +168,7 @@ def test_training_leaves_the_base_alone(run: Run, several_processes: Results) ->
     assert all(tensor.dtype == torch.float32 for tensor in result["trained"].values())
 
 
-@pytest.mark.parametrize(
-    "run", [run for run in ALL_RUNS if run.scenario == TRAINING.LORA], ids=name_of
-)
+@every_run(lambda run: run.scenario == TRAINING.LORA)
 def test_gradients_reach_every_layer(run: Run, several_processes: Results) -> None:
     """LoRA's B starts at 0 and the EMA lags behind: guards against a training that does nothing."""
     result = several_processes[tuple(run)]
@@ -157,13 +179,13 @@ def test_gradients_reach_every_layer(run: Run, several_processes: Results) -> No
         assert not torch.equal(average, result["trained"][name]), name
 
 
-@pytest.mark.parametrize("run", [run for run in ALL_RUNS if run.strategy == "ddp"], ids=name_of)
+@every_run(lambda run: run.strategy == "ddp")
 def test_replicas_stay_equal(run: Run, several_processes: Results) -> None:
     """To the bit: nothing but gradients is ever sent."""
     assert several_processes[tuple(run)]["replicas_equal"]
 
 
-@pytest.mark.parametrize("run", [run for run in DISTILLATIONS if run.strategy != "single"])
+@every_run(lambda run: is_distillation(run) and run.strategy != "single")
 def test_workers_hold_what_the_estimate_counts(
     run: Run, folder: Path, several_processes: Results
 ) -> None:

@@ -1,8 +1,8 @@
 """Short trainings that must not depend on the number of processes.
 
 Imported by the test for one process, and run as a script, once a rank, for several:
-`training.py FOLDER RANK WORLD_SIZE` does RUNS[WORLD_SIZE]; rank 0 writes
-FOLDER/results-WORLD_SIZE.pt.
+`training.py FOLDER RANK WORLD_SIZE NAME` does those of RUNS[WORLD_SIZE] that are in SLOW (NAME is
+slow) or aren't (quick); rank 0 writes FOLDER/NAME-WORLD_SIZE.pt.
 """
 
 from __future__ import annotations
@@ -144,6 +144,14 @@ RUNS = {  # by number of processes
         Run(NO_DROPOUT, "ddp", (TOGETHER,)),
     ],
 }
+
+SLOW = [  # minutes of them all, and each has a quick one that is much alike
+    Run(LORA_BF16, "zero3", (AGAIN,)),
+    Run(PRETRAINING, "zero3"),
+    Run(FP8, "zero3"),
+    Run(NO_DROPOUT, "zero3", (TOGETHER,)),
+    Run(LORA, "hsdp", (COMPILE,)),
+]
 
 
 TINY_FLUX = {
@@ -396,12 +404,12 @@ def automatic(folder: Path) -> dict[str, list[tuple[str, str]]]:
     return chosen
 
 
-def main(folder: Path, rank: int, processes: int) -> None:
+def main(folder: Path, rank: int, processes: int, name: str) -> None:
     torch.set_num_threads(1)
-    init_method = f"file://{folder}/rendezvous-{processes}"
+    init_method = f"file://{folder}/rendezvous-{name}-{processes}"
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=processes)
     results: dict[Any, object] = {}
-    for run in RUNS[processes]:
+    for run in (run for run in RUNS[processes] if (run in SLOW) == (name == "slow")):
         began = time.perf_counter()
         result = train(run, folder)
         if rank == 0:
@@ -414,13 +422,13 @@ def main(folder: Path, rank: int, processes: int) -> None:
             result.base_unchanged &= other.base_unchanged
             result.teacher_unchanged &= other.teacher_unchanged
         results[tuple(run)] = vars(result)
-    if processes == 2:
+    if (name, processes) == ("quick", 2):
         results["gradients"] = replica_gradients(rank)
         results["choice"] = automatic(folder)
     if rank == 0:
-        torch.save(results, folder / f"results-{processes}.pt")
+        torch.save(results, folder / f"{name}-{processes}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
