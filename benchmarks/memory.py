@@ -24,9 +24,10 @@ from torch import Tensor
 
 from piflow.backbones import Conditioning, build_codec
 from piflow.config import load_recipe
-from piflow.objective import PiIDObjective
-from piflow.step import micro_batch_generator
-from piflow.trio import Trio, build_trio
+from piflow.roles.trio import Trio
+from piflow.training.build import build_trio
+from piflow.training.objective import PiIDObjective
+from piflow.training.step import micro_batch_generator
 
 RECIPE = Path(__file__).parent.parent / "pipelines" / "recipes" / "emoji-flux.yaml"
 TOKENS = 12  # of a prompt, the recipe's encoder.max_tokens

@@ -302,8 +302,9 @@ def print_share(device: torch.device, repeats: int, batch: int) -> None:
     from piflow.backbones import Conditioning
     from piflow.config import load_recipe
     from piflow.imitation import ImitationSettings, run_data_free
+    from piflow.roles.guided import GuidedTeacher
     from piflow.schedule import segments
-    from piflow.trio import GuidedTeacher, build_trio
+    from piflow.training.build import build_trio
 
     recipe = load_recipe(RECIPE)
     trio = build_trio(recipe, device=device)

@@ -5,7 +5,7 @@
 For each place a store of made-up embeddings is written, then read in turn, once each round:
 
 * by pyarrow: every row group of every file in file order, page checksums compared, into Arrow
-  tables, through the same `piflow.storage` client;
+  tables, through the same `piflow.storage.files` client;
 * by `TrainStream`: one epoch of the training order (shuffled row groups, rows shuffled in windows
   of 8), a batch of 64 at a time, into Arrow tables of the same columns;
 * the same with decoding to padded float32 tensors, which pyarrow's scan doesn't do;
@@ -34,20 +34,14 @@ import pyarrow.parquet as pq
 import torch
 
 from piflow import storage
+from piflow.backbones.text import EncodedPrompt
+from piflow.data.layout import empty_prompt_plan, plan_store
+from piflow.data.manifest import SCHEMA_VERSION, StoreInputs, StoreManifest, write_manifest
 from piflow.data.prompts import Prompt, PromptSet
-from piflow.data.store import (
-    SCHEMA_VERSION,
-    EmbeddingStore,
-    EncodedPrompt,
-    EncoderIdentity,
-    StoreInputs,
-    StoreManifest,
-    empty_prompt_plan,
-    plan_store,
-    write_manifest,
-    write_shard,
-)
+from piflow.data.reader import EmbeddingStore
 from piflow.data.stream import TrainStream
+from piflow.data.writer import write_shard
+from piflow.storage.fingerprint import EncoderIdentity
 
 ROWS_PER_SHARD, ROWS_PER_GROUP = 4096, 256  # a recipe's defaults
 BATCH = 64

@@ -46,7 +46,7 @@ def embed(
 ) -> None:
     """Encode prompts into an embedding store (Ray Data)."""
     config = _load(recipe, overrides)
-    from pipelines import embed as pipeline
+    from piflow.commands import embed as pipeline
 
     if verify:
         pipeline.verify(config)
@@ -60,7 +60,7 @@ def pretrain(
 ) -> None:
     """Train a small teacher by flow matching (Ray Train)."""
     config = _load(recipe, overrides)
-    from pipelines import pretrain as pipeline
+    from piflow.commands import pretrain as pipeline
 
     pipeline.main(config, show_progress=not quiet)
 
@@ -74,7 +74,7 @@ def distill(
 ) -> None:
     """Distil the teacher into a few-step student (Ray Train), or resume that."""
     config = _load(recipe, overrides)
-    from pipelines import distill as pipeline
+    from piflow.commands import distill as pipeline
 
     pipeline.main(config, show_progress=not quiet)
 
@@ -88,7 +88,7 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint against its teacher; write a report and picture grids."""
     config = _load(recipe, overrides)
-    from pipelines import evaluate as pipeline
+    from piflow.commands import evaluate as pipeline
 
     pipeline.main(config, checkpoint=checkpoint, show_progress=not quiet)
 
@@ -110,7 +110,7 @@ def export(
 ) -> None:
     """Write a checkpoint as an adapter folder and register it as an MLflow model version."""
     config = _load(recipe, overrides)
-    from pipelines import export as pipeline
+    from piflow.commands import export as pipeline
 
     pipeline.main(config, checkpoint=checkpoint, out=out, weights=weights, dtype=dtype)
 
@@ -132,7 +132,7 @@ def sample(
     ] = None,
 ) -> None:
     """Draw pictures from an exported adapter."""
-    from pipelines import sample as pipeline
+    from piflow.commands import sample as pipeline
 
     pipeline.main(adapter, prompt, out=out, count=count, seed=seed, nfe=nfe, base=base)
 
@@ -145,7 +145,7 @@ def demo(
 ) -> None:
     """Run embed, distill, evaluate, export and sample on the embedded default."""
     config = _load(recipe, overrides)
-    from pipelines import demo as pipeline
+    from piflow.commands import demo as pipeline
 
     pipeline.main(config, show_progress=not quiet)
 
@@ -169,7 +169,7 @@ def smoke(
 ) -> None:
     """Try a recipe and a cluster: every part, with a tiny random model and no downloads."""
     config = _load(recipe, overrides)
-    from pipelines import smoke as pipeline
+    from piflow.commands import smoke as pipeline
 
     pipeline.main(config, keep=keep, resume=resume, show_progress=not quiet)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from piflow.config import EMAConfig
-from piflow.sharding.base import local_shard
+from piflow.sharding.tensors import local_shard
 
 
 def karras_beta(step: int, gamma: float = 7.0) -> float:

@@ -207,7 +207,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 "FlowMapScheduler: expected a policy, got a tensor: a velocity is not enough for "
                 "this scheduler. Call the student through a pipeline of piflow.inference, or make "
-                "the policy yourself (piflow.trio.Trio.student)"
+                "the policy yourself (piflow.roles.trio.Trio.student)"
             )
         latents = self._reader.latents(sample)
         level = self.schedule.sigma(self.segments[index].tau_src)

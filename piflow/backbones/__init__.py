@@ -14,14 +14,14 @@ from torch import nn
 from piflow.backbones.base import Backbone, Conditioning, OutputLayer
 from piflow.backbones.codec import Codec, PixelCodec, VAECodec, build_codec
 from piflow.config import ModelConfig
-from piflow.weights import StoredTensor
+from piflow.sharding.weights import StoredTensor
 
 if TYPE_CHECKING:
-    from piflow.backbones.dit import DiTBackbone
-    from piflow.backbones.flux import FluxBackbone
-    from piflow.backbones.flux2 import Flux2Backbone
-    from piflow.backbones.qwen_image import QwenImageBackbone
-    from piflow.backbones.sd3 import SD3Backbone
+    from piflow.backbones.dit.backbone import DiTBackbone
+    from piflow.backbones.flux.backbone import FluxBackbone
+    from piflow.backbones.flux2.backbone import Flux2Backbone
+    from piflow.backbones.qwen_image.backbone import QwenImageBackbone
+    from piflow.backbones.sd3.backbone import SD3Backbone
 
 __all__ = [
     "Backbone",
@@ -53,7 +53,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def family_class(family: str) -> type[Backbone]:
     """The backbone class of `model.family`."""
-    module = importlib.import_module(f"piflow.backbones.{family}")
+    module = importlib.import_module(f"piflow.backbones.{family}.backbone")
     backbone_class: type[Backbone] = getattr(module, FAMILIES[family])
     return backbone_class
 

@@ -10,7 +10,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from piflow.weights import StoredTensor
+from piflow.sharding.weights import StoredTensor
 
 PATCH = 2  # a token is a 2×2 patch
 
@@ -227,7 +227,7 @@ class Backbone(Protocol):
         dtype: torch.dtype = torch.float32,
         embedded_guidance: float | None = None,
     ) -> tuple[Self, dict[nn.Parameter, StoredTensor]]:
-        """`load`, less the weights, which `piflow.weights.fill` reads once they are sharded."""
+        """`load`, less the weights: `piflow.sharding.weights.fill` reads them once sharded."""
         ...
 
     @property

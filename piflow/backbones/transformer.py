@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from piflow import storage
 from piflow.backbones.base import PATCH, Conditioning, OutputLayer, unpack
 from piflow.backbones.recompute import block_checkpoint
-from piflow.weights import StoredTensor, fill, parameters_on_meta, stored_tensors
+from piflow.sharding.weights import StoredTensor, fill, parameters_on_meta, stored_tensors
 
 SHOWN = 3  # differing tensors that an error names
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,121 +28,24 @@ import numpy as np
 import pyarrow as pa
 
 from piflow import storage
+from piflow.backbones.encoders import absolute_path
 from piflow.config import Recipe
-from piflow.data.encoders import TextEncoder, absolute_path, build_encoder
-from piflow.data.execution import quiet_context, remote_cause
-from piflow.data.prompts import Prompt, PromptSet, read_prompts
-from piflow.data.store import (
-    SCHEMA_VERSION,
-    Bucket,
-    EmbeddingBatch,
-    EmbeddingStore,
-    EncodedPrompt,
-    EncoderIdentity,
-    RowReader,
-    ShardEntry,
-    ShardPlan,
-    StoreError,
-    StoreInputs,
-    StoreManifest,
-    encoded_table,
-    plan_store,
-)
-from piflow.data.stream import StreamOrder
+from piflow.data.background import quiet_context, remote_cause
+from piflow.data.encode import load_encoder
+from piflow.data.layout import Layout, ShardPlan, recipe_prompts, store_layout
+from piflow.data.manifest import ShardEntry, StoreError, StoreInputs, StoreManifest
+from piflow.data.order import StreamOrder
+from piflow.data.prompts import Prompt, PromptSet
+from piflow.data.reader import EmbeddingStore, RowReader
+from piflow.data.rows import EmbeddingBatch, encoded_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+
 SAMPLE_PROMPTS = 4  # of the pictures drawn along a run, those with the smallest ids
+
 _OBJECT_STORE_BYTES = 1024 * 2**20  # encoded row groups that wait in Ray's object store
-
-
-# ----------------------------------------------------------------------------------------- layout
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a store of a recipe's prompts holds, before anything is encoded."""
-
-    inputs: StoreInputs
-    buckets: tuple[Bucket, ...]
-    shards: list[ShardPlan]
-
-
-def recipe_prompts(recipe: Recipe) -> PromptSet:
-    """The recipe's distinct prompts.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: as `read_prompts`.
-    """
-    embed = recipe.embed
-    return read_prompts(
-        embed.prompts,
-        column=embed.prompt_column,
-        height=embed.height,
-        width=embed.width,
-        height_column=embed.height_column,
-        width_column=embed.width_column,
-        image_column=embed.image_column,
-        buckets=embed.buckets,
-        seed=embed.seed,
-    )
-
-
-def store_layout(recipe: Recipe, prompts: PromptSet, encoder: EncoderIdentity) -> Layout:
-    """Lay the prompts out in shards and row groups."""
-    embed = recipe.embed
-    inputs = StoreInputs(
-        schema_version=SCHEMA_VERSION,
-        encoder=encoder,
-        dtype=embed.dtype,
-        rows_per_shard=embed.rows_per_shard,
-        rows_per_group=embed.rows_per_group,
-        num_prompts=len(prompts.prompts),
-        prompts_sha256=prompts.digest,
-    )
-    buckets, shards = plan_store(prompts.prompts, embed.rows_per_shard, embed.rows_per_group)
-    return Layout(inputs, buckets, shards)
-
-
-def encode_row_groups(
-    plan: ShardPlan, encode: Callable[[Sequence[str]], Iterator[tuple[list[int], list[Any]]]]
-) -> Iterator[tuple[list[int], list[EncodedPrompt]]]:
-    """Encoder calls of one file: (indices of prompts, their results), row group by row group.
-
-    Prompts of two row groups never share a call, so a row group's content depends on its own
-    prompts alone.
-
-    Args:
-        encode: prompts -> encoder calls, as `TextEncoder.encode_by_length`.
-    """
-    start = 0
-    for prompts in plan.prompts_by_group():
-        for rows, results in encode([prompt.text for prompt in prompts]):
-            yield [start + row for row in rows], results
-        start += len(prompts)
-
-
-def load_encoder(recipe: Recipe, inputs: StoreInputs) -> TextEncoder:
-    """The recipe's encoder, in an encoder actor.
-
-    Raises:
-        ValueError: it isn't the one that the driver found.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    encoder = build_encoder(recipe.encoder, "cuda" if recipe.embed.gpus_per_encoder else "cpu")
-    if encoder.identity != inputs.encoder:
-        raise ValueError(
-            f"the recipe's encoder is {encoder.identity} on this node, but {inputs.encoder} on the "
-            "driver's; put the same files on all nodes"
-        )
-    return encoder
-
-
-# ------------------------------------------------------------------------------------------ store
 
 
 def open_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
@@ -232,7 +135,7 @@ def small_recipe(recipe: Recipe, prompts: PromptSet, *, evaluation: bool) -> tup
     Its folder, in `embed.store`, is named by the prompts.
     """
     if evaluation:
-        from piflow.evaluation import evaluation_rows
+        from piflow.data.select import evaluation_rows
 
         index = _index(prompts.prompts)
         chosen = [prompts.prompts[row] for row in evaluation_rows(recipe, index)]
@@ -255,9 +158,6 @@ def small_recipe(recipe: Recipe, prompts: PromptSet, *, evaluation: bool) -> tup
     ]
     embed = recipe.embed.model_copy(update=changes)
     return recipe.model_copy(update={"embed": embed}), ("\n".join(lines) + "\n").encode()
-
-
-# ----------------------------------------------------------------------------------- order of need
 
 
 class Visit(NamedTuple):
@@ -307,9 +207,6 @@ def _rows_from(order: StreamOrder, reader: RowReader, bucket: int, place: int, v
         return total
     before = reader.group_of(order.rows(bucket, begin, place - begin))
     return total - int((before == visit.group).sum())
-
-
-# --------------------------------------------------------------------------------------- encoding
 
 
 class RowGroupEncoder:

@@ -6,7 +6,7 @@
                                                              │ checked, sized
                                                  distinct prompts in order of appearance
 
-Files are streamed through `piflow.storage`, line by line or in Parquet batches of the wanted
+Files are streamed through `piflow.storage.files`, line by line or in Parquet batches of the wanted
 columns only: what stays in memory is the distinct prompts. Pictures are named here, not opened;
 those that lie in a Parquet file as bytes are read once, for their hash.
 """

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Self
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from piflow import storage
-from piflow.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from piflow.backbones.transformer import TransformerBackbone
-from piflow.heads import DXHead
-from piflow.inference.student import PackedTokens, PipelineStudent
+from piflow.inference.in_place import PackedTokens, PipelineStudent
+from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from piflow.roles.heads import DXHead
 from piflow.sampling import check_nfe
 from piflow.scheduler import FlowMapScheduler, TokenReader
 

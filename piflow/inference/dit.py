@@ -13,9 +13,9 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 from torch import Tensor, nn
 
-from piflow.backbones.dit import DiTBackbone
+from piflow.backbones.dit.backbone import DiTBackbone
 from piflow.inference.base import FewStepPipeline, few_step_call, refuse_guidance
-from piflow.inference.student import PlainLatents
+from piflow.inference.in_place import PlainLatents
 
 
 class PiDiTPipeline(FewStepPipeline, DiTPipeline):

@@ -16,14 +16,9 @@ from transformers import (
     T5Tokenizer,
 )
 
-from piflow.backbones.flux import FluxBackbone
-from piflow.inference.base import (
-    FewStepPipeline,
-    few_step_call,
-    refuse_guidance,
-    refuse_sigmas,
-)
-from piflow.inference.student import PackedTokens
+from piflow.backbones.flux.backbone import FluxBackbone
+from piflow.inference.base import FewStepPipeline, few_step_call, refuse_guidance, refuse_sigmas
+from piflow.inference.in_place import PackedTokens
 
 NEGATIVE = (
     "negative_prompt",

@@ -9,9 +9,9 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from transformers import AutoProcessor, Mistral3ForConditionalGeneration
 
-from piflow.backbones.flux2 import Flux2Backbone
+from piflow.backbones.flux2.backbone import Flux2Backbone
 from piflow.inference.base import FewStepPipeline, few_step_call, refuse_sigmas
-from piflow.inference.student import PackedTokens
+from piflow.inference.in_place import PackedTokens
 
 DEFAULT_GUIDANCE = 4.0  # FLUX.2-dev's, where the adapter doesn't say
 

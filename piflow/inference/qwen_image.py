@@ -9,14 +9,9 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from piflow.backbones.qwen_image import QwenImageBackbone
-from piflow.inference.base import (
-    FewStepPipeline,
-    few_step_call,
-    refuse_guidance,
-    refuse_sigmas,
-)
-from piflow.inference.student import PackedTokens
+from piflow.backbones.qwen_image.backbone import QwenImageBackbone
+from piflow.inference.base import FewStepPipeline, few_step_call, refuse_guidance, refuse_sigmas
+from piflow.inference.in_place import PackedTokens
 
 NEGATIVE = ("negative_prompt", "negative_prompt_embeds")
 

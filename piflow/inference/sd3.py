@@ -20,14 +20,9 @@ from transformers import (
     T5Tokenizer,
 )
 
-from piflow.backbones.sd3 import SD3Backbone
-from piflow.inference.base import (
-    FewStepPipeline,
-    few_step_call,
-    refuse_guidance,
-    refuse_sigmas,
-)
-from piflow.inference.student import PlainLatents
+from piflow.backbones.sd3.backbone import SD3Backbone
+from piflow.inference.base import FewStepPipeline, few_step_call, refuse_guidance, refuse_sigmas
+from piflow.inference.in_place import PlainLatents
 
 
 class PiSD3Pipeline(FewStepPipeline, StableDiffusion3Pipeline):

@@ -11,11 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from piflow.policies.base import (
-    SIGMA_MIN,
-    per_sample,
-    working_dtype,
-)
+from piflow.policies.base import SIGMA_MIN, per_sample, working_dtype
 from piflow.policies.mixture import CenteredMixture, Mixture
 
 FUSED_LIMIT = 64

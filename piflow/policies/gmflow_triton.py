@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from piflow.policies.base import SIGMA_MIN
-from piflow.policies.displacement import DENOMINATOR_MIN
+from piflow.policies.euler import DENOMINATOR_MIN
 
 LANES = 32
 """Threads a warp, and pixels a program unless K C is very large."""

@@ -31,7 +31,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from piflow.policies.displacement import Gram, displace, displace_in_span, step_table
+from piflow.policies.euler import Gram, displace, displace_in_span, step_table
 
 _SPAN_SUBSTEPS = 6
 """Rollouts of fewer substeps don't earn back what the Gram matrix costs (benchmarks/policy.py)."""

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import tempfile
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from typing import Any
 
-from piflow import rundir, storage
-from piflow.checkpoint import load_state
+from piflow import storage
 from piflow.config import Recipe, RuntimeConfig
-from piflow.data.store import EmbeddingStore
-from piflow.fp8 import TeacherPrecisionError
-from piflow.ownership import PROCESS, owned
+from piflow.roles.fp8 import TeacherPrecisionError
+from piflow.runs import folder as run_folder
+from piflow.runs.lease import PROCESS, owned
+from piflow.runs.tracking import RunStatus, Tracker, deliver_kept, finish
+from piflow.runtime.session import ray_session
 from piflow.runtime.signals import Signals, StoppedError
-from piflow.step import NonFiniteError
-from piflow.tracking import RunStatus, Tracker, deliver_kept, finish
+from piflow.training.checkpoint import load_state
+from piflow.training.preflight import absolute_recipe, check_store
+from piflow.training.step import NonFiniteError
 
 _POLL_SECONDS = 0.5
-_ELASTIC_START_SECONDS = 30.0  # until workers have their places, on machines that are there
-_DATA_CPUS = 2  # logical CPUs for Ray Data's reading beside the workers, on a local instance
-
 
 _FAILURES: dict[str, type[Exception]] = {
     "recipe": ValueError,
@@ -44,53 +39,6 @@ class ControllerFailedError(RuntimeError):
     """
 
 
-@contextmanager
-def ray_session(recipe: Recipe) -> Iterator[None]:
-    """Use the running Ray, or the cluster in RAY_ADDRESS, or a local instance for this block."""
-    import ray
-
-    with _train_settings(recipe.runtime):
-        if ray.is_initialized():
-            yield
-            return
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False)
-        else:
-            workers = int(recipe.runtime.max_workers * recipe.runtime.cpus_per_worker)
-            encoders = recipe.embed.encoders[1] if recipe.embed.mode == "online" else 0
-            ray.init(
-                address="local",  # not a cluster that somebody else has started on this machine
-                num_cpus=max(os.cpu_count() or 1, workers + encoders + _DATA_CPUS),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _train_settings(runtime: RuntimeConfig) -> Iterator[None]:
-    """Ray Train's settings that it reads from the environment; a user's own come first."""
-    start = runtime.worker_start_timeout
-    if runtime.is_elastic:  # it counts machines that are going away, and looks again afterwards
-        start = min(start, _ELASTIC_START_SECONDS)
-    settings = {
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start),
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(runtime.stall_timeout),
-    }
-    absent = {name: value for name, value in settings.items() if name not in os.environ}
-    os.environ.update(absent)
-    try:
-        yield
-    finally:
-        for name in absent:
-            del os.environ[name]
-
-
 def train(recipe: Recipe, *, show_progress: bool = True) -> int:
     """Start the recipe's run, or go on with it from its newest checkpoint.
 
@@ -104,16 +52,16 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
         WorkersFailedError: the workers failed more often than `runtime.max_failures` allows.
         StoppedError: a signal ended it before the last step.
     """
-    rundir.require_same_recipe(recipe)  # a command that is refused leaves nothing behind
+    run_folder.require_same_recipe(recipe)  # a command that is refused leaves nothing behind
     manifest_hash = check_store(recipe).manifest_hash
     with owned(recipe.run_dir):
         return _train(recipe, manifest_hash, show_progress=show_progress)
 
 
 def _train(recipe: Recipe, manifest_hash: str, *, show_progress: bool) -> int:
-    record = rundir.require_same_recipe(recipe)  # others may have written it meanwhile
-    rundir.require_same_store(recipe, record, manifest_hash)
-    found = rundir.checkpoints(recipe.run_dir)
+    record = run_folder.require_same_recipe(recipe)  # others may have written it meanwhile
+    run_folder.require_same_store(recipe, record, manifest_hash)
+    found = run_folder.checkpoints(recipe.run_dir)
     if record is not None and found and max(found) >= recipe.training.steps:
         _tell_undelivered(deliver_kept(record.tracking_uri, record.mlflow_run_id, recipe.run_dir))
         print(
@@ -123,62 +71,15 @@ def _train(recipe: Recipe, manifest_hash: str, *, show_progress: bool) -> int:
         return max(found)
     record = _tracked(recipe, record, manifest_hash)
     with ray_session(recipe):
-        _fit(_absolute(recipe), record, show_progress=show_progress)
-    return load_state(storage.local_folder(rundir.newest_checkpoint(recipe.run_dir))).step
-
-
-def check_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
-    """Open the recipe's store and make sure that it, encoder and VAE go with the recipe's model.
-
-    Args:
-        evaluation: see `open_store`.
-
-    Raises:
-        ValueError: no store, a damaged one, one of another encoder, or one without the recipe's
-            negative prompt or, where it trains on them, latents of its VAE; another family's VAE,
-            or one that makes other latents than the model takes.
-    """
-    from piflow.backbones.codec import build_codec, check_channels
-    from piflow.data.encoders import encoder_identity
-    from piflow.data.latents import codec_identity
-    from piflow.data.online import open_store
-    from piflow.sharding.context import check_pictures
-
-    codec = build_codec(recipe.model)
-    check_channels(recipe.model, codec)
-    store = open_store(recipe, evaluation=evaluation)
-    store.require_encoder(encoder_identity(recipe.encoder))
-    store.require_negative_prompt(recipe.guidance.negative_prompt)
-    if recipe.objective.pictures == "store":
-        store.require_latents(codec_identity(recipe.model))
-    sizes = [(bucket.height, bucket.width) for bucket in store.manifest.buckets]
-    sizes.append((recipe.embed.height, recipe.embed.width))  # of samples
-    check_pictures(codec, sizes, recipe.runtime.context_parallel)
-    return store
-
-
-def _absolute(recipe: Recipe) -> Recipe:
-    """Workers have other working directories: make local paths absolute."""
-    from piflow.backbones.codec import absolute_paths
-    from piflow.data.encoders import absolute_path
-
-    uris = {key: storage.absolute(getattr(recipe.embed, key)) for key in ("store", "prompts")}
-    embed = recipe.embed.model_copy(update=uris)
-    return recipe.model_copy(
-        update={
-            "run_dir": storage.absolute(recipe.run_dir),
-            "embed": embed,
-            "encoder": absolute_path(recipe.encoder),
-            "model": absolute_paths(recipe.model),
-        }
-    )
+        _fit(absolute_recipe(recipe), record, show_progress=show_progress)
+    return load_state(storage.local_folder(run_folder.newest_checkpoint(recipe.run_dir))).step
 
 
 def _tracked(
-    recipe: Recipe, record: rundir.RunRecord | None, manifest_hash: str
-) -> rundir.RunRecord:
+    recipe: Recipe, record: run_folder.RunRecord | None, manifest_hash: str
+) -> run_folder.RunRecord:
     """The run's record, with an MLflow run that was started or is to be resumed."""
-    from piflow import tracking
+    from piflow.runs import tracking
 
     uri = recipe.tracking.uri or tracking.default_tracking_uri(recipe.run_dir)
     params = recipe.model_dump(mode="json")
@@ -190,8 +91,8 @@ def _tracked(
         run_id = record.mlflow_run_id
         must_answer = uri != record.tracking_uri
         tracking.resume(uri, run_id, run_dir, params, tags, must_answer=must_answer)
-    record = rundir.RunRecord(recipe.hash(), recipe.identity(), uri, run_id, manifest_hash)
-    rundir.write_record(recipe.run_dir, record)
+    record = run_folder.RunRecord(recipe.hash(), recipe.identity(), uri, run_id, manifest_hash)
+    run_folder.write_record(recipe.run_dir, record)
     return record
 
 
@@ -203,11 +104,11 @@ def _collectives(runtime: RuntimeConfig) -> str:
     return "cpu:gloo,cuda:nccl" if runtime.offload == "cpu" else "nccl"
 
 
-def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> None:
+def _fit(recipe: Recipe, record: run_folder.RunRecord, *, show_progress: bool) -> None:
     """Workers train until the last step; they start anew where they stopped for that."""
-    from piflow.runtime.board import start_board
+    from piflow.runs.tracking import MlflowTracker
+    from piflow.runtime.mailbox import start_board
     from piflow.runtime.progress import progress_bar
-    from piflow.tracking import MlflowTracker
 
     board = start_board()
     title = f"{recipe.name}: steps"
@@ -229,10 +130,10 @@ def _fit(recipe: Recipe, record: rundir.RunRecord, *, show_progress: bool) -> No
 
 
 def _attempts(
-    recipe: Recipe, record: rundir.RunRecord, board: Any, signals: Signals, tracker: Tracker
+    recipe: Recipe, record: run_folder.RunRecord, board: Any, signals: Signals, tracker: Tracker
 ) -> None:
     """One after another, until the last step."""
-    from piflow.runtime.board import StopReason
+    from piflow.runtime.mailbox import StopReason
 
     failures = 0
     while True:
@@ -247,12 +148,12 @@ def _attempts(
 
 
 def _attempt(
-    recipe: Recipe, record: rundir.RunRecord, board: Any, signals: Signals, tracker: Tracker
+    recipe: Recipe, record: run_folder.RunRecord, board: Any, signals: Signals, tracker: Tracker
 ) -> int:
     """Workers from the newest checkpoint on, restarted when they fail; returns why they ended."""
     import ray
 
-    rundir.take_failure(recipe.run_dir)  # of an attempt whose driver died before it looked
+    run_folder.take_failure(recipe.run_dir)  # of an attempt whose driver died before it looked
     fit: Future[Any] = Future()
 
     def run() -> None:
@@ -275,14 +176,14 @@ def _attempt(
     try:
         fit.result()
     except ray.train.WorkerGroupError as error:
-        from piflow.runtime.callbacks import first_failure
+        from piflow.runtime.ray_private import first_failure
 
         raise WorkersFailedError(first_failure(error.worker_failures)) from error
     except ray.train.ControllerError as error:
         cause = error.controller_failure
         text = next(iter(str(cause).splitlines()), "")
         raise ControllerFailedError(f"{type(cause).__name__}: {text}") from error
-    failure = rundir.take_failure(recipe.run_dir)
+    failure = run_folder.take_failure(recipe.run_dir)
     if failure is not None:
         raise _FAILURES[failure.kind](failure.message)
     reason, step = ray.get(board.left.remote())
@@ -291,7 +192,7 @@ def _attempt(
     return int(reason)
 
 
-def _trainer(recipe: Recipe, record: rundir.RunRecord, board: Any, notes: str) -> Any:
+def _trainer(recipe: Recipe, record: run_folder.RunRecord, board: Any, notes: str) -> Any:
     """Ray Train's part of the run.
 
     Args:
@@ -302,7 +203,7 @@ def _trainer(recipe: Recipe, record: rundir.RunRecord, board: Any, notes: str) -
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from piflow.runtime.callbacks import LifecycleCallback
+    from piflow.runtime.ray_private import LifecycleCallback
     from piflow.runtime.worker import train_worker
 
     runtime = recipe.runtime
@@ -332,7 +233,7 @@ def _trainer(recipe: Recipe, record: rundir.RunRecord, board: Any, notes: str) -
             **scaling,
         ),
         run_config=ray.train.RunConfig(
-            name=rundir.CHECKPOINTS,
+            name=run_folder.CHECKPOINTS,
             storage_path=notes,
             failure_config=ray.train.FailureConfig(max_failures=runtime.max_failures),
             callbacks=callbacks,
@@ -340,7 +241,7 @@ def _trainer(recipe: Recipe, record: rundir.RunRecord, board: Any, notes: str) -
     )
 
 
-def _finish(recipe: Recipe, record: rundir.RunRecord, status: RunStatus) -> None:
+def _finish(recipe: Recipe, record: run_folder.RunRecord, status: RunStatus) -> None:
     """Tell MLflow how the run ended; if it is away, whoever comes next does."""
     run_id = record.mlflow_run_id
     _tell_undelivered(finish(record.tracking_uri, run_id, recipe.run_dir, status))

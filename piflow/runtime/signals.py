@@ -50,7 +50,7 @@ class Signals:
         """
         import ray
 
-        from piflow.runtime.board import StopReason
+        from piflow.runtime.mailbox import StopReason
 
         if self.number is None or self._passed_on:
             return

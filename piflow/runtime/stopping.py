@@ -13,7 +13,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from piflow.runtime.board import StopReason
+from piflow.runtime.mailbox import StopReason
 
 
 class Stops:

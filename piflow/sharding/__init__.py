@@ -1,4 +1,4 @@
-"""Sharding strategies by name; `piflow.sharding.choice` picks one for a recipe."""
+"""Sharding strategies by name; `piflow.training.placement` picks one for a recipe."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 
 from piflow.config import DeepSpeedConfig
-from piflow.sharding.base import Strategy, local_shard
+from piflow.sharding.base import Strategy
 from piflow.sharding.ddp import DDPStrategy
 from piflow.sharding.deepspeed import DeepSpeedStrategy
 from piflow.sharding.fsdp import FSDPStrategy
 from piflow.sharding.single import SingleStrategy
+from piflow.sharding.tensors import local_shard
 
 __all__ = [
     "DDPStrategy",

@@ -28,14 +28,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from piflow.config import DeepSpeedConfig
-from piflow.optimizers import allocate_state
-from piflow.sharding.base import (
-    SplitTensor,
-    first_value,
-    is_partitioned,
-    require_process_group,
-    whole_shape,
-)
+from piflow.sharding.base import require_process_group
+from piflow.sharding.tensors import SplitTensor, first_value, is_partitioned, whole_shape
+from piflow.training.optimizer_state import allocate_state
 
 _STEP = "step"  # AdamW's count, one a flat tensor
 _STATE = (_STEP, "exp_avg", "exp_avg_sq")

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from piflow import lora
 from piflow.backbones import Backbone, Conditioning, OutputLayer
 from piflow.backbones.base import pack
+from piflow.roles import lora
 from piflow.sharding import FSDPStrategy
 
 Make = Callable[[], tuple[Backbone, Conditioning, tuple[int, int]]]

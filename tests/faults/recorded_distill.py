@@ -38,7 +38,7 @@ def recorded(folder: str, pace: float) -> Callable[[dict[str, Any]], None]:
     train_worker = worker.train_worker
 
     def train(config: dict[str, Any]) -> None:
-        from piflow.step import Trainer
+        from piflow.training.step import Trainer
 
         shift_clock(folder)
         original = Trainer.step

@@ -16,10 +16,11 @@ from typing import Any
 import psutil
 from torch import Tensor
 
-from piflow import rundir
-from piflow.checkpoint import load_tensors
+from piflow.commands import smoke
 from piflow.config import Recipe, load_recipe, parse_recipe
-from pipelines import smoke
+from piflow.runs import folder as run_folder
+from piflow.testing import shrink
+from piflow.training.checkpoint import load_tensors
 
 SCRIPT = Path(__file__).parent / "recorded_distill.py"
 REPOSITORY = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ MICRO_BATCHES = 4  # a step, of one prompt each
 def small_recipe(folder: Path, name: str, **sections: dict[str, Any]) -> Recipe:
     """A tiny random FLUX on two workers; `sections` replace keys of the recipe's sections."""
     base = load_recipe(REPOSITORY / "pipelines" / "recipes" / "emoji-flux.yaml")
-    tree = smoke.shrink(base, folder, gpus=0).model_dump(mode="json")
+    tree = shrink.shrink(base, folder, gpus=0).model_dump(mode="json")
     tree |= {"name": name, "run_dir": str(folder / name)}
     tree["training"] |= {"batch_size": MICRO_BATCHES, "micro_batch_size": 1, "sample_every": 0}
     tree["embed"] |= {"rows_per_shard": 8, "rows_per_group": 4}
@@ -131,7 +132,7 @@ class SmallRun:
 
     def weights(self) -> dict[str, Tensor]:
         """Trained weights and averages of the last step's checkpoint."""
-        uri = rundir.checkpoints(self.recipe.run_dir)[self.recipe.training.steps]
+        uri = run_folder.checkpoints(self.recipe.run_dir)[self.recipe.training.steps]
         sections = {name: load_tensors(Path(uri), name) for name in ("trainable", "ema")}
         return {
             f"{name} {key}": value for name, part in sections.items() for key, value in part.items()
@@ -165,7 +166,7 @@ class SmallRun:
     def _client(self) -> tuple[Any, str]:
         from mlflow import MlflowClient
 
-        record = rundir.read_record(self.recipe.run_dir)
+        record = run_folder.read_record(self.recipe.run_dir)
         assert record is not None
         return MlflowClient(tracking_uri=record.tracking_uri), record.mlflow_run_id
 

@@ -45,7 +45,7 @@ def test_a_wrong_clock_and_s3(offset: str, clock: Path, s3_server: S3Server) -> 
 from piflow import objects, storage
 storage.write_bytes({uri!r}, b'1')
 assert storage.read_bytes({uri!r}) == b'1'
-objects.read({uri!r})
+conditional.read({uri!r})
 """
     clock.write_text(f"{offset}\n")
     began = time.monotonic()

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from piflow import storage
+from piflow.commands import embed
 from piflow.config import parse_recipe
-from piflow.data.store import EmbeddingStore
-from pipelines import embed
+from piflow.data.reader import EmbeddingStore
 
 pytestmark = pytest.mark.timeout(400)
 PROMPTS = 600
@@ -29,7 +29,7 @@ PICTURES = 50  # which the prompts take in turns
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from piflow.config import load_recipe; from pipelines import embed; "
+    "import sys; from piflow.config.recipe import load_recipe; from pipelines import embed; "
     "embed.main(load_recipe(sys.argv[1]), show_progress=False)",
 ]
 

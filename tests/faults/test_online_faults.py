@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from piflow import rundir, storage
+from piflow import storage
+from piflow.runs import folder as run_folder
 from tests.faults.runs import (
     MICRO_BATCHES,
     PROMPTS,
@@ -94,5 +95,5 @@ def test_killed_workers_change_nothing_where_prompts_are_encoded_meanwhile(
             dead |= set(workers)
         run.finish(driver, 400)
     assert len(run.lines()) > len(online.lines()), "no step was ever repeated"
-    assert STEPS in rundir.checkpoints(run.recipe.run_dir)
+    assert STEPS in run_folder.checkpoints(run.recipe.run_dir)
     require_equal(run, online)

@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from piflow import rundir, storage
-from piflow.checkpoint import load_tensors, verify_checkpoint
+from piflow import storage
 from piflow.config import parse_recipe
+from piflow.runs import folder as run_folder
+from piflow.training.checkpoint import load_tensors, verify_checkpoint
 from tests.faults.runs import SmallRun, cluster_environment, small_recipe, wait_until
 from tests.servers import MlflowServer, S3Server, s3_proxy, s3_uri
 
@@ -66,7 +67,7 @@ def fail(run: SmallRun) -> str:
 
 
 def weights(run: SmallRun) -> dict[str, torch.Tensor]:
-    uri = rundir.checkpoints(run.recipe.run_dir)[STEPS]
+    uri = run_folder.checkpoints(run.recipe.run_dir)[STEPS]
     return load_tensors(storage.local_folder(uri, run.folder / "downloads"), "trainable")
 
 
@@ -84,7 +85,7 @@ def require_equal(run: SmallRun, straight: SmallRun, *, clock_jumps: bool = Fals
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     half = set(storage.list_files(storage.join(run.recipe.run_dir, "checkpoints")))
     assert {name.partition("/")[0] for name in half if name.startswith("step_")} == {
-        rundir.checkpoint_name(step) for step in rundir.checkpoints(run.recipe.run_dir)
+        run_folder.checkpoint_name(step) for step in run_folder.checkpoints(run.recipe.run_dir)
     }, "half checkpoints are left"
 
 
@@ -102,7 +103,7 @@ def test_an_mlflow_server_that_comes_late_and_dies_for_a_minute(
     run = new_run(folder, address, "mlflow", PACE, training=training, tracking=tracking)
     text = fail(run)
     assert "didn't answer for 20 s: start it, or check tracking.uri" in text
-    assert rundir.read_record(run.recipe.run_dir) is None and not run.lines()
+    assert run_folder.read_record(run.recipe.run_dir) is None and not run.lines()
     server.start()
     try:
         server.wait()
@@ -175,7 +176,7 @@ def test_an_s3_server_that_dies_in_a_read_and_in_a_save(
         complete(run)
         assert set(timers) == {"read", "save"}
         require_equal(run, straight)
-        assert list(rundir.checkpoints(run.recipe.run_dir)) == [STEPS - 5, STEPS]
+        assert list(run_folder.checkpoints(run.recipe.run_dir)) == [STEPS - 5, STEPS]
         assert not {"restart", "controller-failed"} & set(run.names())
 
 
@@ -197,7 +198,7 @@ def test_keys_that_expire_in_a_run(
         assert time.monotonic() - expired[0] < 120
         assert "ExpiredToken: the keys have expired: renew them" in text, text
         proxy.answer = lambda *request: None
-        assert list(rundir.checkpoints(run.recipe.run_dir)) == [5]
+        assert list(run_folder.checkpoints(run.recipe.run_dir)) == [5]
         complete(run)
         require_equal(run, straight)
         assert ("resume", "from step 5") in run.events()
@@ -282,13 +283,13 @@ def test_a_full_disk_and_then_a_flipped_byte(
     with small_disk(tmp_path / "disk", 64) as disk:
         run = new_run(folder, address, "full-disk", PACE, run_dir=str(disk / "run"))
         with run.running() as driver:
-            wait_until(lambda: 10 in rundir.checkpoints(run.recipe.run_dir), "saved", run)
+            wait_until(lambda: 10 in run_folder.checkpoints(run.recipe.run_dir), "saved", run)
             ballast = fill(disk)
             assert driver.wait(300) == 1, run.log
         text = " ".join(run.log.split())
         assert "could not save checkpoint" in text and "free some space" in text, text
         assert "Earlier checkpoints are as they were" in text
-        saved = rundir.checkpoints(run.recipe.run_dir)
+        saved = run_folder.checkpoints(run.recipe.run_dir)
         assert list(saved) == [5, 10]
         assert [verify_checkpoint(Path(uri)).step for uri in saved.values()] == [5, 10]
         ballast.unlink()
@@ -319,4 +320,4 @@ def test_a_flipped_byte_in_a_shard_stops_the_run(
     again = new_run(folder, address, "cut-shard", embed={"store": str(store)})
     text = fail(again)
     assert str(shard.relative_to(store)) in text and "piflow embed" in text, text
-    assert rundir.read_record(again.recipe.run_dir) is None, "refused before anything started"
+    assert run_folder.read_record(again.recipe.run_dir) is None, "refused before anything started"

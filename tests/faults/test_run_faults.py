@@ -15,16 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from piflow import rundir
-from piflow.checkpoint import load_tensors
-from piflow.student import student_of_checkpoint
-from tests.faults.runs import (
-    SmallRun,
-    cluster_environment,
-    small_recipe,
-    train_workers,
-    wait_until,
-)
+from piflow.runs import folder as run_folder
+from piflow.training.checkpoint import load_tensors
+from piflow.training.export import student_of_checkpoint
+from tests.faults.runs import SmallRun, cluster_environment, small_recipe, train_workers, wait_until
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 40
@@ -83,7 +77,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
         driver.send_signal(signal.SIGTERM)
         assert driver.wait(120) == 128 + signal.SIGTERM, run.log
     assert run.status() == "KILLED"
-    [saved] = rundir.checkpoints(run.recipe.run_dir)
+    [saved] = run_folder.checkpoints(run.recipe.run_dir)
     assert saved % 5 and saved == run.last_step() + 1, "no step is lost"
     assert f"stopped by SIGTERM: step {saved} is saved. The same command goes on" in run.log
     assert run.names()[2:] == ["checkpoint", "stop"]
@@ -203,8 +197,8 @@ def test_a_non_finite_loss_stops_the_run_and_loses_nothing(folder: Path, address
     assert 1 <= len(set(named)) <= 4 and set(named) <= set(run.sequence()[1])
     assert run.status() == "FAILED"
     assert [step for step, _ in run.losses()] == [1]
-    assert list(rundir.checkpoints(recipe.run_dir)) == [1]
-    checkpoint = rundir.newest_checkpoint(recipe.run_dir)
+    assert list(run_folder.checkpoints(recipe.run_dir)) == [1]
+    checkpoint = run_folder.newest_checkpoint(recipe.run_dir)
     student_of_checkpoint(recipe, checkpoint, "student")  # which loads
     for section in ("trainable", "ema"):
         for tensor in load_tensors(Path(checkpoint), section).values():

@@ -11,20 +11,15 @@ import pytest
 import torch
 
 from piflow import storage
+from piflow.backbones.text import EncodedPrompt
+from piflow.data.batch import StreamBatch
+from piflow.data.layout import empty_prompt_plan, plan_store
+from piflow.data.manifest import SCHEMA_VERSION, StoreInputs, StoreManifest, write_manifest
 from piflow.data.prompts import Prompt, PromptSet
-from piflow.data.store import (
-    SCHEMA_VERSION,
-    EmbeddingStore,
-    EncodedPrompt,
-    EncoderIdentity,
-    StoreInputs,
-    StoreManifest,
-    empty_prompt_plan,
-    plan_store,
-    write_manifest,
-    write_shard,
-)
-from piflow.data.stream import StreamBatch, TrainStream
+from piflow.data.reader import EmbeddingStore
+from piflow.data.stream import TrainStream
+from piflow.data.writer import write_shard
+from piflow.storage.fingerprint import EncoderIdentity
 
 pytestmark = pytest.mark.timeout(240)
 

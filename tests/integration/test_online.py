@@ -11,19 +11,15 @@ import pytest
 import ray
 import torch
 
+from piflow.commands import embed
 from piflow.config import Recipe, parse_recipe
-from piflow.data.online import (
-    EncodedRows,
-    OnlineStore,
-    Visit,
-    needs,
-    open_store,
-    start_encoder,
-)
-from piflow.data.store import EmbeddingStore, RowReader, StoreError
-from piflow.data.stream import StreamBatch, StreamOrder, TrainStream
-from piflow.evaluation import evaluation_rows
-from pipelines import embed
+from piflow.data.batch import StreamBatch
+from piflow.data.manifest import StoreError
+from piflow.data.online import EncodedRows, OnlineStore, Visit, needs, open_store, start_encoder
+from piflow.data.order import StreamOrder
+from piflow.data.reader import EmbeddingStore, RowReader
+from piflow.data.select import evaluation_rows
+from piflow.data.stream import TrainStream
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
 STEPS, BATCH = 14, 8  # 40 prompts: five steps an epoch

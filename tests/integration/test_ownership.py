@@ -16,17 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from piflow import objects, ownership, storage
-from piflow.ownership import Owner, RunTakenError, _Lease, owned, require_owner
+from piflow import storage
+from piflow.runs import lease
+from piflow.runs.lease import Owner, RunTakenError, _Lease, owned, require_owner
+from piflow.storage import conditional
 
 pytestmark = pytest.mark.timeout(120)
 REPOSITORY = Path(__file__).parents[2]
 DRIVER = """
 import sys, time
 from piflow import ownership
-ownership.RENEW_SECONDS = 0.2
-with ownership.owned(sys.argv[1]):
-    print(ownership.PROCESS, flush=True)
+lease.RENEW_SECONDS = 0.2
+with lease.owned(sys.argv[1]):
+    print(lease.PROCESS, flush=True)
     time.sleep(60)
 """
 
@@ -40,8 +42,8 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership, "RENEW_SECONDS", 0.2)
-    monkeypatch.setattr(ownership, "LEASE_SECONDS", 6.0)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 6.0)
 
 
 @contextmanager
@@ -75,8 +77,8 @@ def test_a_second_driver_is_refused_and_takes_over_from_a_killed_one(run_dir: st
         process.wait(20)
         began = time.monotonic()
         with owned(run_dir):
-            assert time.monotonic() - began < ownership.LEASE_SECONDS, "it died on this machine"
-            require_owner(run_dir, ownership.PROCESS)
+            assert time.monotonic() - began < lease.LEASE_SECONDS, "it died on this machine"
+            require_owner(run_dir, lease.PROCESS)
             with pytest.raises(RunTakenError, match=f"belongs to process {os.getpid()}"):
                 require_owner(run_dir, name)
     with owned(run_dir):  # given back, and taken again
@@ -88,16 +90,16 @@ def test_a_driver_of_another_machine_has_a_lease(
 ) -> None:
     """Nobody can see whether it is alive, so it is watched until its lease has run out."""
     run_dir = storage.join(bucket, tmp_path.name)
-    uri = storage.join(run_dir, ownership.OWNER_FILE)
+    uri = storage.join(run_dir, lease.OWNER_FILE)
     theirs = Owner("theirs", "another-machine", 1, "2026-01-01 00:00:00 UTC")
-    assert objects.write_if(uri, theirs.to_json(), None)
+    assert conditional.write_if(uri, theirs.to_json(), None)
     began = time.monotonic()
     with owned(run_dir):
-        assert time.monotonic() - began > ownership.LEASE_SECONDS
+        assert time.monotonic() - began > lease.LEASE_SECONDS
         assert "process 1 on another-machine" in capsys.readouterr().out
         with pytest.raises(RunTakenError, match=f"belongs to process {os.getpid()}"):
             require_owner(run_dir, "theirs")
-    assert objects.read(uri) is None, "given back"
+    assert conditional.read(uri) is None, "given back"
 
 
 def test_a_driver_that_was_cut_off_is_told_and_ends(
@@ -105,51 +107,51 @@ def test_a_driver_that_was_cut_off_is_told_and_ends(
 ) -> None:
     """Another driver took over meanwhile; its file stays as it is."""
     run_dir = storage.join(bucket, tmp_path.name)
-    uri = storage.join(run_dir, ownership.OWNER_FILE)
+    uri = storage.join(run_dir, lease.OWNER_FILE)
     theirs = Owner("theirs", "another-machine", 1, "2026-01-01 00:00:00 UTC")
     with pytest.raises(RunTakenError, match="belongs to process 1 on another-machine"):
         with owned(run_dir):
             while True:  # it renews its lease all the time
-                found = objects.read(uri)
-                if found is not None and objects.write_if(uri, theirs.to_json(), found[1]):
+                found = conditional.read(uri)
+                if found is not None and conditional.write_if(uri, theirs.to_json(), found[1]):
                     break
             with pytest.raises(KeyboardInterrupt):
                 time.sleep(30)
             with pytest.raises(RunTakenError, match="process 1"):
-                require_owner(run_dir, ownership.PROCESS)
+                require_owner(run_dir, lease.PROCESS)
             raise KeyboardInterrupt
     assert "piflow: s3://" in capsys.readouterr().err
-    found = objects.read(uri)
+    found = conditional.read(uri)
     assert found is not None and found[0] == theirs.to_json()
-    objects.delete_if(uri, found[1])
+    conditional.delete_if(uri, found[1])
 
 
 def test_of_many_drivers_at_once_one_remains(bucket: str, tmp_path: Path) -> None:
     """At the latest when leases are renewed: a store may let two writes of a moment pass."""
-    uri = storage.join(bucket, tmp_path.name, ownership.OWNER_FILE)
+    uri = storage.join(bucket, tmp_path.name, lease.OWNER_FILE)
     start = threading.Barrier(6)
 
     def take(number: int) -> _Lease | None:
         owner = Owner(f"process {number}", "another-machine", number, "")
         start.wait(20)
         try:
-            return _Lease(uri, owner, ownership._take(uri, owner))
+            return _Lease(uri, owner, lease._take(uri, owner))
         except RunTakenError:
             return None
 
     with ThreadPoolExecutor(6) as pool:
-        leases = [lease for lease in pool.map(take, range(6)) if lease is not None]
+        leases = [taken for taken in pool.map(take, range(6)) if taken is not None]
     remaining = []
-    for lease in leases:
+    for taken in leases:
         try:
-            lease._write()
+            taken._write()
         except RunTakenError:
             continue
-        remaining.append(lease)
+        remaining.append(taken)
     [winner] = remaining
-    found = objects.read(uri)
+    found = conditional.read(uri)
     assert found == (winner.owner.to_json(), winner.version)
-    objects.delete_if(uri, winner.version)
+    conditional.delete_if(uri, winner.version)
 
 
 def test_a_lost_answer_is_no_lost_lease(
@@ -157,22 +159,22 @@ def test_a_lost_answer_is_no_lost_lease(
 ) -> None:
     """A write whose answer is lost is tried again, and meets its own object."""
     run_dir = storage.join(bucket, tmp_path.name)
-    write = objects.write_if
+    write = conditional.write_if
 
     def lossy(uri: str, content: bytes, version: str | None) -> None:
         write(uri, content, version)
 
-    monkeypatch.setattr(objects, "write_if", lossy)
+    monkeypatch.setattr(conditional, "write_if", lossy)
     with owned(run_dir):
         time.sleep(1.5)
-        require_owner(run_dir, ownership.PROCESS)
-    assert not storage.exists(storage.join(run_dir, ownership.OWNER_FILE))
+        require_owner(run_dir, lease.PROCESS)
+    assert not storage.exists(storage.join(run_dir, lease.OWNER_FILE))
 
 
 def test_who_is_dead_for_certain() -> None:
     here = Owner("x", os.uname().nodename, os.getpid(), "")
     assert here.was_killed_here, "this process has another name: the machine restarted"
-    assert not replace(here, process=ownership.PROCESS).was_killed_here
+    assert not replace(here, process=lease.PROCESS).was_killed_here
     assert not replace(here, pid=1).was_killed_here
     assert not replace(here, host="elsewhere").was_killed_here
     child = subprocess.Popen([sys.executable, "-c", ""])

@@ -27,16 +27,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from piflow import rundir, storage
-from piflow.adapter import load_adapter
+from piflow import storage
 from piflow.backbones import load_backbone
-from piflow.checkpoint import load_tensors
+from piflow.commands import distill, embed, evaluate, export, pretrain, sample
 from piflow.config import ModelConfig, Recipe, parse_recipe
-from piflow.data.store import EmbeddingStore, StoreError
-from piflow.evaluation import Evaluation
-from piflow.rundir import RunDirectoryError
-from piflow.student import student_of_checkpoint
-from pipelines import distill, embed, evaluate, export, pretrain, sample
+from piflow.data.manifest import StoreError
+from piflow.data.reader import EmbeddingStore
+from piflow.evaluation.compare import Evaluation
+from piflow.roles.adapter import load_adapter
+from piflow.runs import folder as run_folder
+from piflow.runs.folder import RunDirectoryError
+from piflow.training.checkpoint import load_tensors
+from piflow.training.export import student_of_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 PROMPTS = 24
@@ -77,7 +79,7 @@ def recipe(run_dir: str, **changes: Any) -> Recipe:
 
 
 def weights(run: Recipe, section: str, step: int = STEPS) -> dict[str, Tensor]:
-    return load_tensors(storage.local_folder(rundir.checkpoints(run.run_dir)[step]), section)
+    return load_tensors(storage.local_folder(run_folder.checkpoints(run.run_dir)[step]), section)
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -92,8 +94,8 @@ class Tracked:
     run_dir: str
 
     @property
-    def record(self) -> rundir.RunRecord:
-        record = rundir.read_record(self.run_dir)
+    def record(self) -> run_folder.RunRecord:
+        record = run_folder.read_record(self.run_dir)
         assert record is not None
         return record
 
@@ -216,7 +218,7 @@ class _KillOneWorker(threading.Thread):
         self.killed = 0
 
     def run(self) -> None:
-        while self.after_checkpoint not in rundir.checkpoints(self.run_dir):
+        while self.after_checkpoint not in run_folder.checkpoints(self.run_dir):
             time.sleep(0.05)
         self.killed = _train_workers()[-1]
         os.kill(self.killed, signal.SIGKILL)
@@ -251,8 +253,8 @@ def test_training_moves_the_student_and_its_average(straight: Recipe) -> None:
 
 
 def test_only_the_last_checkpoints_are_kept(straight: Recipe) -> None:
-    assert list(rundir.checkpoints("straight")) == [6, 8]
-    trio, state = student_of_checkpoint(straight, rundir.newest_checkpoint("straight"), "ema")
+    assert list(run_folder.checkpoints("straight")) == [6, 8]
+    trio, state = student_of_checkpoint(straight, run_folder.newest_checkpoint("straight"), "ema")
     assert (state.step, state.samples) == (STEPS, 4 * STEPS)
     assert state.mlflow_run_id == Tracked("straight").record.mlflow_run_id
 
@@ -397,8 +399,8 @@ def test_model_version_carries_its_lineage(
         "piflow.run_id": tracked.record.mlflow_run_id,
         "piflow.recipe_hash": interrupted.recipe.hash(),
         "piflow.manifest_hash": store.manifest_hash,
-        "piflow.checkpoint": "step_00000008",
-        "piflow.weights": "ema",
+        "piflow.training.checkpoint": "step_00000008",
+        "piflow.sharding.weights": "ema",
     }
     assert model.run_id == tracked.record.mlflow_run_id
     assert lineage.items() <= dict(model.tags).items()
@@ -509,7 +511,7 @@ def test_another_recipes_run_directory_is_refused(straight: Recipe, pipeline: An
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(straight: Recipe) -> None:
-    checkpoint = rundir.newest_checkpoint("straight")
+    checkpoint = run_folder.newest_checkpoint("straight")
     with pytest.raises(ValueError, match=f"written by recipe {straight.hash()}, this one is"):
         student_of_checkpoint(recipe("elsewhere", seed=5), checkpoint, "ema")
 

@@ -47,8 +47,8 @@ def test_a_worker_that_dies_while_starting_leaves_its_places(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from piflow.runtime.board import start_board
-    from piflow.runtime.callbacks import LifecycleCallback
+    from piflow.runtime.mailbox import start_board
+    from piflow.runtime.ray_private import LifecycleCallback
 
     def attempt() -> None:
         TorchTrainer(

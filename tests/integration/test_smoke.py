@@ -15,17 +15,18 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from piflow import rundir
-from piflow.adapter import load_adapter
 from piflow.backbones import build_codec
-from piflow.checkpoint import load_tensors
+from piflow.commands import smoke
 from piflow.config import PiIDConfig, Recipe, differences, load_recipe, parse_recipe
-from piflow.data.latents import LatentEncoder
-from piflow.data.online import recipe_prompts
-from piflow.data.store import EmbeddingStore
-from piflow.student import SamplingSettings, encode_prompts, settings_of
-from piflow.trio import build_trio
-from pipelines import smoke
+from piflow.data.layout import recipe_prompts
+from piflow.data.pictures import LatentEncoder
+from piflow.data.reader import EmbeddingStore
+from piflow.inference.settings import SamplingSettings, encode_prompts, settings_of
+from piflow.roles.adapter import load_adapter
+from piflow.runs import folder as run_folder
+from piflow.testing import shrink
+from piflow.training.build import build_trio
+from piflow.training.checkpoint import load_tensors
 
 RECIPES = {
     path.stem: path
@@ -53,11 +54,11 @@ pytestmark = pytest.mark.timeout(600)
 def test_only_sizes_and_places_change(name: str, tmp_path: Path) -> None:
     """Policy, objective, guidance, codec, LoRA targets and encoder are the recipe's own."""
     recipe = load_recipe(RECIPES[name])
-    small = smoke.shrink(recipe, tmp_path, gpus=0)
+    small = shrink.shrink(recipe, tmp_path, gpus=0)
     changed = {line.partition(":")[0] for line in differences(small.identity(), recipe.identity())}
     assert changed <= SIZES
     assert small.tracking.uri is None and not small.runtime.use_gpu
-    resumed = smoke.shrink(recipe, tmp_path, gpus=8, steps=3, workers=1)
+    resumed = shrink.shrink(recipe, tmp_path, gpus=8, steps=3, workers=1)
     assert resumed.hash() == small.hash() and resumed.run_dir == small.run_dir
     assert resumed.runtime.use_gpu == recipe.runtime.use_gpu
 
@@ -66,7 +67,7 @@ def test_only_sizes_and_places_change(name: str, tmp_path: Path) -> None:
     ("gpus", "used", "workers"), [(0, False, 2), (1, True, 1), (2, True, 2), (64, True, 2)]
 )
 def test_workers_go_with_the_cluster(gpus: int, used: bool, workers: int, tmp_path: Path) -> None:
-    small = smoke.shrink(load_recipe(RECIPES["flux1-dev-gm-4nfe"]), tmp_path, gpus=gpus)
+    small = shrink.shrink(load_recipe(RECIPES["flux1-dev-gm-4nfe"]), tmp_path, gpus=gpus)
     assert (small.runtime.use_gpu, small.runtime.num_workers) == (used, workers)
     assert small.embed.gpus_per_encoder == (1 if gpus else 0)
 
@@ -77,7 +78,7 @@ def test_columns_and_buckets_stay_in_use(tmp_path: Path) -> None:
         "prompt_column": "text", "height_column": "h", "width_column": "w",
         "height": 768, "buckets": [[1024, 1024], [512, 1024]],
     }  # fmt: skip
-    small = smoke.shrink(parse_recipe(tree), tmp_path, gpus=0)
+    small = shrink.shrink(parse_recipe(tree), tmp_path, gpus=0)
     assert (small.embed.height, small.embed.width) == (12, 16)
     assert small.embed.buckets == [[16, 16], [8, 16]]
     assert (small.embed.prompt_column, small.embed.height_column) == ("text", "h")
@@ -86,7 +87,7 @@ def test_columns_and_buckets_stay_in_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_tiny_model_fits_the_recipe(name: str, tmp_path: Path) -> None:
     """A fresh student agrees with its teacher on the recipe's own prompts, and starts from it."""
-    small = smoke.shrink(load_recipe(RECIPES[name]), tmp_path, gpus=0)
+    small = shrink.shrink(load_recipe(RECIPES[name]), tmp_path, gpus=0)
     smoke.write_inputs(small, tmp_path)
     rows = (tmp_path / "prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(row)["prompt"] for row in rows]
@@ -105,7 +106,7 @@ def test_tiny_model_fits_the_recipe(name: str, tmp_path: Path) -> None:
 
 def test_data_dependent_recipes_get_pictures(tmp_path: Path) -> None:
     """Their latents follow from prompts.jsonl, by the tiny VAE of the family's class."""
-    small = smoke.shrink(load_recipe(RECIPES["qwen-image-gm-4nfe"]), tmp_path, gpus=0)
+    small = shrink.shrink(load_recipe(RECIPES["qwen-image-gm-4nfe"]), tmp_path, gpus=0)
     assert (small.objective.pictures, small.embed.image_column) == ("store", "image")
     smoke.write_inputs(small, tmp_path)
     prompts = recipe_prompts(small).prompts
@@ -141,7 +142,7 @@ def test_deepspeed_works_from_prompts_to_pictures(
     changes = ["runtime.strategy=deepspeed", f"runtime.deepspeed.stage={stage}"]
     recipe = load_recipe(RECIPES["flux1-dev-gm-4nfe"], changes)
     _works(recipe, tmp_path, capsys, resume=True)
-    record = rundir.read_record(str(tmp_path / "run"))
+    record = run_folder.read_record(str(tmp_path / "run"))
     assert record is not None
     client = MlflowClient(tracking_uri=record.tracking_uri)
     paths = [item.path for item in client.list_artifacts(record.mlflow_run_id, "events")]
@@ -165,7 +166,7 @@ def _works(
     store = EmbeddingStore.open(str(tmp_path / "store"))
     assert store.manifest.num_rows == 8
     assert (store.manifest.inputs.latents is not None) == (recipe.objective.pictures == "store")
-    found = rundir.checkpoints(str(tmp_path / "run"))
+    found = run_folder.checkpoints(str(tmp_path / "run"))
     assert set(found) == ({2, 3} if resume else {2})
     _student_has_learnt([found[step] for step in sorted(found)])
     adapter = load_adapter(str(tmp_path / "adapter"))
@@ -192,7 +193,7 @@ def test_a_part_that_fails_is_named(
     def refuse(*arguments: object, **named: object) -> None:
         raise ValueError("made to fail")
 
-    monkeypatch.setattr("pipelines.embed.main", refuse)
+    monkeypatch.setattr("piflow.commands.embed.main", refuse)
     with pytest.raises(ValueError, match="made to fail"):
         smoke.main(load_recipe(RECIPES["imagenet-dit-gm-2nfe"]), keep=tmp_path)
     lines = capsys.readouterr().out.splitlines()

@@ -15,22 +15,21 @@ from PIL import Image
 from pyarrow import fs
 
 from piflow import storage
+from piflow.backbones.text import EncodedPrompt
 from piflow.config import EmbedConfig, ModelConfig
-from piflow.data.latents import LatentEncoder
-from piflow.data.prompts import Prompt, read_prompts
-from piflow.data.store import (
+from piflow.data.layout import empty_prompt_plan, plan_store
+from piflow.data.manifest import (
     SCHEMA_VERSION,
-    EmbeddingStore,
-    EncodedPrompt,
-    EncoderIdentity,
     SkippedPicture,
     StoreInputs,
     StoreManifest,
-    empty_prompt_plan,
-    plan_store,
     write_manifest,
-    write_shard,
 )
+from piflow.data.pictures import LatentEncoder
+from piflow.data.prompts import Prompt, read_prompts
+from piflow.data.reader import EmbeddingStore
+from piflow.data.writer import write_shard
+from piflow.storage.fingerprint import EncoderIdentity
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from piflow import mlflow_delivery, storage
-from piflow.tracking import MlflowTracker, finish, register_adapter, resume, start
+from piflow import storage
+from piflow.runs import mlflow
+from piflow.runs.tracking import MlflowTracker, finish, register_adapter, resume, start
 from tests.servers import MlflowServer, S3Server, free_ports
 
 pytestmark = pytest.mark.timeout(300)
@@ -136,9 +137,9 @@ def test_a_server_that_is_away_is_an_error_at_the_start_only(
     server: MlflowServer, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = start(server.uri, "away", "small", RECIPE, {})
-    monkeypatch.setattr("piflow.mlflow_delivery.START_SECONDS", 1.5)
-    monkeypatch.setattr("piflow.tracking.START_SECONDS", 1.5)
-    monkeypatch.setattr("piflow.tracking._CLOSE_SECONDS", 1.5)
+    monkeypatch.setattr("piflow.runs.mlflow.START_SECONDS", 1.5)
+    monkeypatch.setattr("piflow.runs.tracking.START_SECONDS", 1.5)
+    monkeypatch.setattr("piflow.runs.tracking._CLOSE_SECONDS", 1.5)
     nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(ConnectionError, match="didn't answer for 2 s: start it, or check"):
         start(nobody, "away", "small", RECIPE, {})
@@ -153,7 +154,7 @@ def test_a_server_that_is_away_is_an_error_at_the_start_only(
 
     resume(nobody, run_id, str(tmp_path / "b"), RECIPE, {"attempt": "2"}, must_answer=False)
     assert "refused" in str(finish(nobody, run_id, str(tmp_path / "b"), "FAILED"))
-    assert mlflow_delivery.get_run(client, server.uri, run_id).info.status == "RUNNING"
+    assert mlflow.get_run(client, server.uri, run_id).info.status == "RUNNING"
     monkeypatch.undo()  # a server that is there gets its time, on a loaded machine too
     resume(server.uri, run_id, str(tmp_path / "b"), RECIPE, {"attempt": "3"}, must_answer=True)
     run = client.get_run(run_id)

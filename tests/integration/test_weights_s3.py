@@ -13,7 +13,7 @@ from diffusers import FluxTransformer2DModel
 from piflow import storage
 from piflow.backbones import load_backbone, load_empty_backbone
 from piflow.config import ModelConfig
-from piflow.weights import fill, missing
+from piflow.sharding.weights import fill, missing
 
 
 def test_a_base_on_s3_is_read_without_a_copy(

@@ -1,4 +1,4 @@
-"""Tiny backbones with inputs, and an embedding store, shared by the model tests."""
+"""Tiny backbones with inputs, and an embedding reader, shared by the model tests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,34 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]  # scripts of ranks import tests
+
+
+ON_REQUEST = {
+    "inductor": "compiles C++; only with -m inductor",
+    "slow_runs": "trainings that take minutes; only with -m slow_runs",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in ON_REQUEST.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    names = [name for name in ON_REQUEST if name not in config.option.markexpr]
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in names)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX folder for training on one and several processes."""
+    from tests.unit.sharding.training import save_model
+
+    folder = tmp_path_factory.mktemp("sharding")
+    save_model(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -72,21 +100,23 @@ def make_flux_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., A
     """(prompts, height, width, negative prompts) -> a store that fits the tiny FLUX."""
     import torch
 
-    from piflow.data import store
+    from piflow.backbones import text
+    from piflow.data import layout, manifest, reader, writer
     from piflow.data.prompts import Prompt, PromptSet
+    from piflow.storage import fingerprint
 
-    def encoded(generator: torch.Generator) -> store.EncodedPrompt:
+    def encoded(generator: torch.Generator) -> text.EncodedPrompt:
         tokens = torch.randn(3, 6, generator=generator)
-        return store.EncodedPrompt(tokens, torch.randn(5, generator=generator), False)
+        return text.EncodedPrompt(tokens, torch.randn(5, generator=generator), False)
 
     def build(
         names: Sequence[str], height: int, width: int, negatives: Sequence[str] = ()
-    ) -> store.EmbeddingStore:
+    ) -> reader.EmbeddingStore:
         uri = str(tmp_path_factory.mktemp("store"))
         prompts = tuple(Prompt(name, height, width) for name in names)
-        inputs = store.StoreInputs(
-            schema_version=store.SCHEMA_VERSION,
-            encoder=store.EncoderIdentity(
+        inputs = manifest.StoreInputs(
+            schema_version=manifest.SCHEMA_VERSION,
+            encoder=fingerprint.EncoderIdentity(
                 name="made-up", weights_sha256="0" * 64, max_tokens=4, hidden_size=6
             ),
             dtype="bf16",
@@ -95,15 +125,15 @@ def make_flux_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., A
             num_prompts=len(prompts),
             prompts_sha256=PromptSet(prompts, 0).digest,
         )
-        buckets, plans = store.plan_store(prompts, 5, 2)
+        buckets, plans = layout.plan_store(prompts, 5, 2)
         generator = torch.Generator().manual_seed(0)
-        extra = [store.empty_prompt_plan(), *map(store.negative_prompt_plan, negatives)]
+        extra = [layout.empty_prompt_plan(), *map(layout.negative_prompt_plan, negatives)]
         entries = [
-            store.write_shard(uri, plan, [encoded(generator) for _ in plan.prompts], inputs)[0]
+            writer.write_shard(uri, plan, [encoded(generator) for _ in plan.prompts], inputs)[0]
             for plan in [*plans, *extra]
         ]
         shards, (empty, *negative) = entries[: len(plans)], entries[len(plans) :]
-        manifest = store.StoreManifest(
+        made = manifest.StoreManifest(
             inputs=inputs,
             inputs_sha256=inputs.digest,
             buckets=buckets,
@@ -112,8 +142,8 @@ def make_flux_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., A
             negative_prompts=tuple(negative),
             truncated_prompts=0,
         )
-        store.write_manifest(uri, manifest)
-        return store.EmbeddingStore.open(uri)
+        manifest.write_manifest(uri, made)
+        return reader.EmbeddingStore.open(uri)
 
     return build
 

@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from piflow.policies import DXPolicy, GMFlowPolicy, rollout
-from piflow.sampling import (
-    check_nfe,
-    flow_map_step,
-    follow,
-    sample_euler,
-    sample_few_step,
-)
+from piflow.sampling import check_nfe, flow_map_step, follow, sample_euler, sample_few_step
 from piflow.schedule import FlowSchedule, segments
 
 F64 = torch.float64

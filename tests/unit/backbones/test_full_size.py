@@ -13,8 +13,8 @@ from diffusers import (
     SD3Transformer2DModel,
 )
 
-from piflow import lora
 from piflow.backbones import family_class
+from piflow.roles import lora
 
 SD35_LARGE: dict[str, Any] = {
     "num_layers": 38,

@@ -8,20 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from piflow.backbones.text import EncodedPrompt
+from piflow.data.layout import empty_prompt_plan, negative_prompt_plan, plan_store
+from piflow.data.manifest import SCHEMA_VERSION, StoreInputs, StoreManifest, write_manifest
 from piflow.data.prompts import Prompt, PromptSet
-from piflow.data.store import (
-    SCHEMA_VERSION,
-    EmbeddingStore,
-    EncodedPrompt,
-    EncoderIdentity,
-    StoreInputs,
-    StoreManifest,
-    empty_prompt_plan,
-    negative_prompt_plan,
-    plan_store,
-    write_manifest,
-    write_shard,
-)
+from piflow.data.reader import EmbeddingStore
+from piflow.data.writer import write_shard
+from piflow.storage.fingerprint import EncoderIdentity
 
 IDENTITY = EncoderIdentity(name="test-2x8", weights_sha256="ab" * 32, max_tokens=5, hidden_size=8)
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from piflow.config import RecipeError, load_recipe
-from piflow.data.online import Needs, Visit, encode_row_groups, needs
+from piflow.data.encode import encode_row_groups
+from piflow.data.layout import plan_store
+from piflow.data.online import Needs, Visit, needs
+from piflow.data.order import StreamOrder
 from piflow.data.prompts import Prompt
-from piflow.data.store import EmbeddingStore, RowReader, plan_store
-from piflow.data.stream import StreamOrder
+from piflow.data.reader import EmbeddingStore, RowReader
 
 MakeStore = Callable[..., EmbeddingStore]
 ONE_SIZE = {(32, 32): 103}

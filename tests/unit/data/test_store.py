@@ -10,23 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from piflow.backbones.text import EncodedPrompt
+from piflow.data.layout import ShardPlan, plan_store
+from piflow.data.manifest import StoreError, StoreInputs, read_manifest, require_same_inputs
 from piflow.data.prompts import Prompt
-from piflow.data.store import (
-    EmbeddingStore,
-    EncodedPrompt,
-    EncoderIdentity,
-    RowReader,
-    ShardPlan,
-    StoreError,
-    StoreInputs,
-    dequantize,
-    plan_store,
-    quantize,
-    read_manifest,
-    require_same_inputs,
-    reusable_shard,
-    write_shard,
-)
+from piflow.data.reader import EmbeddingStore, RowReader
+from piflow.data.rows import dequantize, quantize
+from piflow.data.writer import reusable_shard, write_shard
+from piflow.storage.fingerprint import EncoderIdentity
 
 MakeStore = Callable[..., EmbeddingStore]
 

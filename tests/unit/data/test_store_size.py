@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from piflow.backbones.encoders import build_encoder
 from piflow.config import load_recipe
-from piflow.data.encoders import build_encoder
-from piflow.data.online import recipe_prompts, store_layout
+from piflow.data.layout import empty_prompt_plan, recipe_prompts, store_layout
+from piflow.data.manifest import StoreManifest
 from piflow.data.prompts import PromptSet
-from piflow.data.store import StoreManifest, empty_prompt_plan, write_shard
+from piflow.data.writer import write_shard
 
 RECIPE = Path(__file__).parents[3] / "pipelines" / "recipes" / "emoji-flux.yaml"
 EVERY = 32  # prompts of which one is encoded: what a file has of its own then weighs more, not less

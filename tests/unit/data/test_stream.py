@@ -13,17 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from piflow.data import store as store_module
+from piflow.backbones.text import EncodedPrompt
+from piflow.data import reader as store_module
+from piflow.data.batch import MicroBatch, StreamBatch
+from piflow.data.manifest import DamagedRows, StoreError
+from piflow.data.order import StreamOrder, epoch_rows
 from piflow.data.prompts import Prompt
-from piflow.data.store import (
-    DamagedRows,
-    EmbeddingStore,
-    EncodedPrompt,
-    EncoderIdentity,
-    RowReader,
-    StoreError,
-)
-from piflow.data.stream import MicroBatch, StreamBatch, StreamOrder, TrainStream, epoch_rows
+from piflow.data.reader import EmbeddingStore, RowReader
+from piflow.data.stream import TrainStream
+from piflow.storage.fingerprint import EncoderIdentity
 
 MakeStore = Callable[..., EmbeddingStore]
 ONE_SIZE = {(32, 32): 103}
@@ -252,7 +250,7 @@ def test_the_bytes_that_a_resumed_run_reads_are_its_row_groups(
         return pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
 
     files = [pq.ParquetFile(Path(store.uri) / entry.path) for entry in store.manifest.shards]
-    monkeypatch.setattr(store_module, "_open_parquet", opened)
+    monkeypatch.setattr(store_module, "open_parquet", opened)
     rows = epoch_rows(store.manifest, 5, 0, 0)
     for start in (0, 8, 16):
         sizes.clear()

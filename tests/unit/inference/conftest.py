@@ -23,11 +23,11 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     """
     import torch
 
-    from piflow.adapter import save_adapter
     from piflow.config import ClassLabelEncoderConfig, LoRAConfig, ModelConfig
-    from piflow.heads import PolicyClock
-    from piflow.student import SETTINGS_KEY, SamplingSettings
-    from piflow.trio import Trio
+    from piflow.inference.settings import SETTINGS_KEY, SamplingSettings
+    from piflow.roles.adapter import save_adapter
+    from piflow.roles.heads import PolicyClock
+    from piflow.roles.trio import Trio
 
     def build(
         backbone_class: Any, base: Path, policy: Any, full: bool = False, noted: bool = True
@@ -207,9 +207,9 @@ def flux2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _tiny(family: Any, encoder_config: Any, folder: Path) -> Path:
-    """`piflow.tiny`'s pipeline."""
+    """`piflow.testing.models`'s pipeline."""
     from piflow.config import ModelConfig
-    from piflow.tiny import save_model
+    from piflow.testing.models import save_model
 
     model = ModelConfig(family=family, path=str(folder / "transformer"), codec="vae")
     encoder = encoder_config(path=str(folder))

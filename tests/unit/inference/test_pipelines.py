@@ -21,7 +21,6 @@ from diffusers import (
 )
 from torch import Tensor
 
-from piflow.adapter import WEIGHTS_FILE, load_adapter
 from piflow.backbones import (
     Conditioning,
     DiTBackbone,
@@ -39,10 +38,11 @@ from piflow.inference import (
     PiQwenImagePipeline,
     PiSD3Pipeline,
 )
+from piflow.roles.adapter import WEIGHTS_FILE, load_adapter
+from piflow.roles.trio import Trio
 from piflow.sampling import sample_few_step
 from piflow.schedule import FlowSchedule, segments
 from piflow.scheduler import FlowMapScheduler
-from piflow.trio import Trio
 
 NFE, SHIFT, SUBSTEPS, GUIDANCE = 3, 2.0, 24, 2.5  # as conftest's adapters note
 PROMPTS = ["a red heart", "two blue stars on a hill"]

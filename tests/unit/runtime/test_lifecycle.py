@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from piflow import cli
-from piflow.runtime import board as board_module
-from piflow.runtime.board import Board, StopReason
+from piflow.runtime import mailbox as board_module
+from piflow.runtime.mailbox import Board, StopReason
 from piflow.runtime.signals import Signals, StoppedError
 
 REPOSITORY = Path(__file__).parents[3]

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from piflow.backbones import Conditioning
 from piflow.config import GMFlowPolicyConfig, LoRAConfig
+from piflow.roles.trio import Trio
 from piflow.sharding import FSDPStrategy
-from piflow.sharding.context import split_tokens
-from piflow.trio import Trio
+from piflow.training.context_parallel import split_tokens
 from tests.conformance import conftest as families
 from tests.unit.sharding.training import CPU, student_loss
 

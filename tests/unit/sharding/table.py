@@ -11,14 +11,7 @@ from dataclasses import dataclass
 
 from piflow.config import RecipeError
 from tests.unit.sharding import training
-from tests.unit.sharding.training import (
-    OPTIONS,
-    RUNS,
-    SCENARIOS,
-    STRATEGIES,
-    Run,
-    option_run,
-)
+from tests.unit.sharding.training import OPTIONS, RUNS, SCENARIOS, STRATEGIES, Run, option_run
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from piflow.sharding import DDPStrategy, FSDPStrategy, SingleStrategy, build_strategy
-from piflow.sharding.choice import measure
+from piflow.training.placement import measure
 from tests.unit.sharding import golden
 from tests.unit.sharding import training as TRAINING
 from tests.unit.sharding.training import Run

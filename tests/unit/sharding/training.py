@@ -22,19 +22,15 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from piflow.backbones import Conditioning, FluxBackbone
-from piflow.config import (
-    OptimizerConfig,
-    Recipe,
-    parse_recipe,
-)
-from piflow.heads import PolicyClock
-from piflow.optimizers import build_optimizers
+from piflow.config import OptimizerConfig, Recipe, parse_recipe
+from piflow.roles.heads import PolicyClock
+from piflow.roles.trio import Trio
 from piflow.sharding import Strategy, local_shard
-from piflow.sharding.blocks import prepare_blocks
-from piflow.sharding.choice import strategy_for
-from piflow.sharding.context import split_tokens
 from piflow.sharding.ddp import average_gradients
-from piflow.trio import Trio
+from piflow.training.blocks import prepare_blocks
+from piflow.training.context_parallel import split_tokens
+from piflow.training.optimizers import build_optimizers
+from piflow.training.placement import strategy_for
 
 CPU = torch.device("cpu")
 # traces and differentiates as the default does, whose C++ takes minutes; for four processes

@@ -1,0 +1,59 @@
+"""checkpoint -> adapter folder, and an MLflow model version with its lineage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from piflow.config import Recipe
+
+ALIAS = "newest"
+
+
+def main(
+    recipe: Recipe,
+    *,
+    checkpoint: str | None = None,
+    out: str | None = None,
+    weights: Literal["ema", "student"] = "ema",
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16",
+) -> tuple[str, str]:
+    """Export and register a checkpoint.
+
+    Args:
+        checkpoint: URI; default: the run's newest.
+        out: adapter folder; default: RUN_DIR/adapter.
+
+    Returns:
+        The adapter folder and the model version.
+
+    Raises:
+        ValueError: no run or checkpoint, or they belong to another recipe.
+    """
+    from piflow import storage
+    from piflow.runs import folder as run_folder
+    from piflow.runs.tracking import deliver_kept, register_adapter
+    from piflow.training.export import export_adapter
+
+    record = run_folder.require_run(recipe)
+    checkpoint = checkpoint or run_folder.newest_checkpoint(recipe.run_dir)
+    folder = out or storage.join(recipe.run_dir, "adapter")
+    lineage = {
+        "piflow.run_id": record.mlflow_run_id,
+        "piflow.recipe_hash": recipe.hash(),
+        "piflow.manifest_hash": record.manifest_hash,
+        "piflow.training.checkpoint": storage.base_name(checkpoint),
+        "piflow.sharding.weights": weights,
+    }
+    export_adapter(recipe, checkpoint, folder, weights=weights, dtype=dtype, lineage=lineage)
+    name = recipe.tracking.model_name or recipe.name
+    deliver_kept(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
+    version = register_adapter(
+        record.tracking_uri,
+        record.mlflow_run_id,
+        storage.local_folder(folder),
+        name,
+        lineage,
+        ALIAS,
+    )
+    print(f"adapter written to {folder}; MLflow model {name}, version {version} ({ALIAS})")
+    return folder, version

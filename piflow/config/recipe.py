@@ -1,0 +1,226 @@
+"""The whole recipe, and what makes two recipes the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from piflow.config.data import EmbedConfig
+from piflow.config.model import (
+    BertEncoderConfig,
+    ClassLabelEncoderConfig,
+    Flux2EncoderConfig,
+    FluxEncoderConfig,
+    LoRAConfig,
+    ModelConfig,
+    QwenImageEncoderConfig,
+    SD3EncoderConfig,
+)
+from piflow.config.objective import (
+    DXPolicyConfig,
+    FlowMatchingConfig,
+    GMFlowPolicyConfig,
+    GuidanceConfig,
+    PiIDConfig,
+)
+from piflow.config.runtime import RuntimeConfig
+from piflow.config.section import NonNegative, Section, Variant
+from piflow.config.tracking import EvaluationConfig, TrackingConfig
+from piflow.config.training import TrainingConfig
+
+
+def _by_type(default: str) -> Discriminator:
+    """Chooses a union's variant by its `type` key; without one it is `default`."""
+
+    def tag(value: Any) -> Any:
+        if isinstance(value, dict):
+            return value.get("type", default)
+        return value.type if isinstance(value, Variant) else default
+
+    return Discriminator(tag)
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = Field(
+        description="of the run and, unless tracking says otherwise, the registered model"
+    )
+    seed: NonNegative = Field(0, description="of weights, noise and the order of prompts")
+    run_dir: str = Field(description="URI of the run's folder: checkpoints, samples, state")
+    model: ModelConfig
+    encoder: Annotated[
+        Annotated[BertEncoderConfig, Tag("bert")]
+        | Annotated[FluxEncoderConfig, Tag("flux")]
+        | Annotated[Flux2EncoderConfig, Tag("flux2")]
+        | Annotated[QwenImageEncoderConfig, Tag("qwen_image")]
+        | Annotated[SD3EncoderConfig, Tag("sd3")]
+        | Annotated[ClassLabelEncoderConfig, Tag("class_label")],
+        _by_type("bert"),
+    ]
+    embed: EmbedConfig
+    policy: Annotated[
+        Annotated[GMFlowPolicyConfig, Tag("gmflow")] | Annotated[DXPolicyConfig, Tag("dx")],
+        _by_type("gmflow"),
+    ] = GMFlowPolicyConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    objective: Annotated[
+        Annotated[PiIDConfig, Tag("pi_id")] | Annotated[FlowMatchingConfig, Tag("flow_matching")],
+        _by_type("pi_id"),
+    ] = PiIDConfig()
+    lora: LoRAConfig | None = Field(
+        LoRAConfig(), description="null: all of the student's weights are trained, not an adapter"
+    )
+    training: TrainingConfig = TrainingConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        micro_batches = self.training.batch_size // self.training.micro_batch_size
+        most = micro_batches * self.runtime.context_parallel
+        if most < self.runtime.max_workers:
+            raise ValueError(
+                f"training.batch_size / training.micro_batch_size = {micro_batches} micro-batches "
+                f"a step are too few for runtime.num_workers = {self.runtime.num_workers}: every "
+                f"worker needs one; use at most {most} workers"
+            )
+        taken = _ENCODERS[self.model.family]
+        if self.encoder.type not in taken:
+            raise ValueError(
+                f"model.family = {self.model.family} doesn't go with encoder.type = "
+                f"{self.encoder.type}; it takes {' or '.join(taken)}"
+            )
+        if self.embed.mode == "online" and self.training.damaged_rows == "replace":
+            raise ValueError(
+                "training.damaged_rows = replace is about a store's files, and embed.mode = online "
+                "has none; leave one of them out"
+            )
+        if self.embed.mode == "online" and self.embed.image_column is not None:
+            raise ValueError(
+                "embed.mode = online encodes texts only, embed.image_column asks for pictures too; "
+                "use embed.mode = store, or leave image_column empty"
+            )
+        if self.objective.pictures == "store" and self.embed.image_column is None:
+            raise ValueError(
+                "objective.pictures = store trains on pictures' latents in the embedding store, "
+                "which has none without embed.image_column; name the column of the prompts file "
+                "that holds the pictures"
+            )
+        if self.objective.pictures == "emoji" and self.embed.has_several_sizes:
+            raise ValueError(
+                "objective.pictures = emoji draws square pictures of one size; leave out "
+                "embed.buckets, embed.height_column and embed.width_column"
+            )
+        if self.objective.pictures == "emoji" and self.embed.height != self.embed.width:
+            raise ValueError(
+                f"objective.pictures = emoji draws square pictures, embed is "
+                f"{self.embed.height}x{self.embed.width}; set embed.height = embed.width"
+            )
+        if self.runtime.uses_deepspeed and self.training.optimizer.type != "adamw":
+            raise ValueError(
+                f"training.optimizer.type = {self.training.optimizer.type} needs each parameter's "
+                "shape, and runtime.strategy = deepspeed lays them end to end and cuts anywhere; "
+                "use adamw, or runtime.strategy fsdp or ddp"
+            )
+        replicated = self.runtime.max_workers == 1 or self.runtime.strategy == "ddp"
+        if self.training.optimizer.type == "muon" and not replicated:
+            raise ValueError(
+                "training.optimizer.type = muon needs whole matrices, which strategy = "
+                f"{self.runtime.strategy} may split over runtime.num_workers = "
+                f"{self.runtime.num_workers}; use runtime.strategy ddp, adamw or one worker"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_has_a_teacher(self) -> Recipe:
+        if self.model.fp8_teacher is not None and self.objective.type != "pi_id":
+            raise ValueError(
+                f"model.fp8_teacher is about a distillation's teacher and objective.type = "
+                f"{self.objective.type} has none; leave it out"
+            )
+        if self.model.fp8_teacher is not None and self.runtime.compile:
+            raise ValueError(
+                "runtime.compile can't trace how model.fp8_teacher quantises a weight; leave out "
+                "one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_can_be_split(self) -> Recipe:
+        size = self.runtime.context_parallel
+        if size == 1:
+            return self
+        if self.model.family not in _SPLITTABLE:
+            raise ValueError(
+                f"runtime.context_parallel = {size} follows diffusers' plan of where a model's "
+                f"tokens are split, and model.family = {self.model.family} has none "
+                f"({', '.join(_SPLITTABLE)} do); leave it out"
+            )
+        if self.objective.type == "pi_id" and self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout = {self.lora.dropout} draws for whole samples, and "
+                f"runtime.context_parallel = {size} workers have parts of one; use lora.dropout 0, "
+                "or leave context_parallel out"
+            )
+        tokens = 0 if isinstance(self.encoder, ClassLabelEncoderConfig) else self.encoder.max_tokens
+        if tokens % size:
+            raise ValueError(
+                f"encoder.max_tokens ({tokens}) must be a multiple of runtime.context_parallel "
+                f"({size}), which deals them out evenly; use another number"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a run's results: the recipe less where, how fast and how long it runs."""
+        tree = self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+        if self.embed.image_column is None:  # how pictures are stored then decides nothing
+            del tree["embed"]["image_column"], tree["embed"]["latent_dtype"]
+        if self.training.optimizer.decay_fraction:  # the learning rate then depends on the length
+            tree["training"]["steps"] = self.training.steps
+        return tree
+
+    def hash(self) -> str:
+        """sha256 (16 hex digits) of `identity()`."""
+        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+_ENCODERS = {  # the family's own; bert is for models that were trained with it
+    "flux": ("flux", "bert"),
+    "flux2": ("flux2", "bert"),
+    "qwen_image": ("qwen_image", "bert"),
+    "sd3": ("sd3", "bert"),
+    "dit": ("class_label",),
+}
+
+_SPLITTABLE = ("flux", "flux2", "qwen_image")  # families with a plan for context parallelism
+
+_NOT_IDENTITY: dict[str, Any] = {
+    "model": {"fp8_teacher": {"check_every", "max_error"}},
+    "run_dir": True,
+    "runtime": True,
+    "tracking": True,
+    "evaluation": True,
+    "embed": {"mode", "store", "encoders", "gpus_per_encoder", "bad_pictures", "max_bad_pictures"},
+    "training": {
+        "steps",
+        "checkpoint_every",
+        "keep_last",
+        "keep_every",
+        "keep_best",
+        "max_skipped_steps",
+        "damaged_rows",
+        "log_every",
+        "sample_every",
+    },
+}

@@ -1,0 +1,208 @@
+"""Ray Train's workers and how the model is spread over them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from piflow.config.section import Positive, PositiveFloat, Section
+
+
+class DeepSpeedConfig(Section):
+    """What ZeRO splits over the workers, and what lies in host memory."""
+
+    stage: Literal[1, 2, 3] = Field(
+        2, description="1: optimiser state; 2: and gradients; 3: and all weights, the base's too"
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none", description="cpu: optimiser state and its step in host memory"
+    )
+    offload_parameters: Literal["none", "cpu"] = Field(
+        "none", description="cpu: split weights in host memory; stage 3"
+    )
+    bucket_values: Positive = Field(
+        50_000_000, description="values that are reduced or gathered at once; a buffer of them"
+    )
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything lies in host memory."""
+        return "cpu" in (self.offload_optimizer, self.offload_parameters)
+
+    @model_validator(mode="after")
+    def _offloads_what_is_split(self) -> DeepSpeedConfig:
+        if self.offload_parameters == "cpu" and self.stage < 3:
+            raise ValueError(
+                f"offload_parameters = cpu is about split weights and stage {self.stage} keeps "
+                "them whole; use stage 3, or leave it out"
+            )
+        return self
+
+
+class RuntimeConfig(Section):
+    """Ray Train's workers. Changing any of these never changes a run's results."""
+
+    num_workers: Annotated[
+        Positive | tuple[Positive, Positive], Field(union_mode="left_to_right")
+    ] = Field(
+        1,
+        description="training processes; or [fewest, most]: as many as the cluster has room "
+        "for, also when it grows or shrinks",
+    )
+    use_gpu: bool = Field(False, description="one GPU a worker, and nccl instead of gloo")
+    cpus_per_worker: PositiveFloat = Field(1.0, description="logical CPUs that Ray reserves")
+    strategy: Literal["auto", "fsdp", "ddp", "deepspeed", "single"] = Field(
+        "auto",
+        description="fsdp: FSDP2 shards parameters over the workers; ddp: every worker has them "
+        "all; deepspeed: ZeRO; auto: ddp if that is estimated to fit, else fsdp",
+    )
+    deepspeed: DeepSpeedConfig | None = Field(
+        None, description="options of strategy = deepspeed; default: stage 2, nothing offloaded"
+    )
+    shard_size: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="workers that share one copy of the parameters under fsdp, e.g. a node's GPUs "
+        "(HSDP); default: all",
+    )
+    reshard_after_forward: bool = Field(
+        True,
+        description="fsdp: false keeps the student's blocks whole until their backward pass: one "
+        "all-gather less, more memory",
+    )
+    offload: Literal["none", "cpu"] = Field(
+        "none",
+        description="fsdp: cpu keeps shards, their gradients, the optimiser's state and its step "
+        "in host memory",
+    )
+    context_parallel: Positive = Field(
+        1,
+        description="neighbouring workers that compute each micro-batch together, each a part of "
+        "its tokens: for large pictures; num_workers is a multiple",
+    )
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        "none",
+        description="what the backward pass computes again, for less memory: full: each block from "
+        "its input; selective: all of a block but its matrix products and attention",
+    )
+    compile: bool = Field(
+        False, description="torch.compile of each block; seconds to minutes at the start"
+    )
+    max_failures: int = Field(
+        3, ge=-1, description="restarts from the last checkpoint; -1 = always"
+    )
+    worker_start_timeout: PositiveFloat = Field(
+        1800.0, description="seconds until the workers must be up (GPU nodes take minutes)"
+    )
+    resize_interval: PositiveFloat = Field(
+        60.0, description="seconds between looks whether a range of workers has room for more"
+    )
+    stall_timeout: PositiveFloat = Field(
+        1800.0,
+        description="seconds that a step may take, or the start before the first one (loading, "
+        "compiling) or the last upload, before a worker counts as hanging and is restarted",
+    )
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _is_a_number_or_a_range(cls, value: Any) -> Any:
+        ends = value if isinstance(value, list | tuple) else [value]
+        numbers = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+        if not numbers or len(ends) not in (1, 2) or not 1 <= ends[0] <= ends[-1]:
+            raise ValueError("expected a positive number of workers, or [fewest, most]")
+        return value
+
+    @model_validator(mode="after")
+    def _options_fit_strategy(self) -> RuntimeConfig:
+        if self.strategy == "single" and self.max_workers > 1:
+            raise ValueError(
+                f"strategy = single runs on one worker, num_workers is {self.num_workers}; use "
+                "strategy auto, fsdp or ddp, or one worker"
+            )
+        if self.shard_size is not None and self.is_elastic:
+            raise ValueError(
+                f"shard_size ({self.shard_size}) must divide the number of workers, and "
+                f"num_workers = {list(self.worker_range)} may become any in between; leave "
+                "shard_size out, or use a fixed number"
+            )
+        if self.shard_size is not None and self.max_workers % self.shard_size:
+            raise ValueError(
+                f"shard_size ({self.shard_size}) must divide num_workers ({self.num_workers}): "
+                "every group of shard_size workers holds one copy of the parameters"
+            )
+        if self.context_parallel > 1 and self.is_elastic:
+            raise ValueError(
+                f"context_parallel ({self.context_parallel}) must divide the number of workers, "
+                f"and num_workers = {list(self.worker_range)} may become any in between; leave "
+                "context_parallel out, or use a fixed number"
+            )
+        if self.max_workers % self.context_parallel:
+            raise ValueError(
+                f"context_parallel ({self.context_parallel}) must divide num_workers "
+                f"({self.num_workers}): so many compute a micro-batch together; use another number"
+            )
+        if self.strategy in ("ddp", "deepspeed", "single"):
+            self._refuse_sharding_options()
+        if self.deepspeed is not None and self.strategy != "deepspeed":
+            raise ValueError(
+                f"deepspeed has options, but strategy is {self.strategy}; leave them out, or use "
+                "strategy deepspeed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_stay_whole(self) -> RuntimeConfig:
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "activation_checkpointing = selective picks operations of a block, and compile "
+                "makes one of them all; use activation_checkpointing full or none, or don't compile"
+            )
+        if self.deepspeed is None or self.deepspeed.stage < 3:
+            return self
+        if self.compile:
+            raise ValueError(
+                "compile makes one piece of a block, and DeepSpeed's stage 3 gathers weights "
+                "between its layers; use strategy fsdp, or don't compile"
+            )
+        if self.activation_checkpointing == "selective":
+            raise ValueError(
+                "activation_checkpointing = selective computes part of a block again, and "
+                "DeepSpeed's stage 3 gathers weights in between, not as in the forward pass; use "
+                "full, or strategy fsdp"
+            )
+        return self
+
+    def _refuse_sharding_options(self) -> None:
+        options = {
+            "shard_size": self.shard_size is not None,
+            "reshard_after_forward": not self.reshard_after_forward,
+            "offload": self.offload != "none",
+        }
+        for option in (name for name, changed in options.items() if changed):
+            raise ValueError(
+                f"{option} is about FSDP's shards and strategy = {self.strategy} has none; leave "
+                "it out, or use strategy fsdp or auto"
+            )
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        if isinstance(self.num_workers, int):
+            return self.num_workers, self.num_workers
+        return self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that a run may have."""
+        return self.worker_range[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.worker_range[0] != self.worker_range[1]
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether its engine runs; for one worker only if it has something to offload."""
+        offloads = self.deepspeed is not None and self.deepspeed.offloads
+        return self.strategy == "deepspeed" and (self.max_workers > 1 or offloads)

@@ -1,0 +1,29 @@
+"""What the sections of a recipe have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+
+NonNegative = Annotated[int, Field(ge=0)]
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be used; the message names the key, the value and what is allowed."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Variant(Section):
+    """One choice of several; `type` says which."""
+
+    type: str

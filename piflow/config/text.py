@@ -1,0 +1,161 @@
+"""Recipes from YAML text, with errors that name the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from piflow.config.model import (
+    BertEncoderConfig,
+    ClassLabelEncoderConfig,
+    Flux2EncoderConfig,
+    FluxEncoderConfig,
+    QwenImageEncoderConfig,
+    SD3EncoderConfig,
+)
+from piflow.config.objective import (
+    DXPolicyConfig,
+    FlowMatchingConfig,
+    GMFlowPolicyConfig,
+    PiIDConfig,
+)
+from piflow.config.recipe import Recipe
+from piflow.config.section import RecipeError, Section
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file, apply `key.sub=value` overrides, validate.
+
+    Args:
+        path: a YAML file.
+        overrides: dotted keys with YAML values, e.g. ``training.optimizer.lr=1e-4``.
+
+    Raises:
+        RecipeError: the file is missing or isn't a YAML mapping, or a key or value is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"recipe not found: {path}; recipes shipped with piflow: {_shipped()}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Validate a recipe's tree of plain values.
+
+    Raises:
+        RecipeError: names each wrong key, the value that came and what is allowed.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = "\n".join(f"  - {_explain(problem)}" for problem in error.errors())
+        raise RecipeError(f"{source} has {error.error_count()} problem(s):\n{problems}") from error
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two identities, with both values."""
+    mine, other = flatten(ours), flatten(theirs)
+    return [
+        f"{key}: {mine.get(key, '(absent)')!r} here, {other.get(key, '(absent)')!r} there"
+        for key in sorted(mine.keys() | other.keys())
+        if mine.get(key) != other.get(key)
+    ]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(
+            f"--set expects key=value, got {override!r}; example: --set training.steps=500"
+        )
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:  # absent, or a section's bare name
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise RecipeError(f"--set {override}: {parent!r} is a value, not a section")
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not valid YAML: {error}") from error
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(part for part in location if part not in _VARIANTS) or "(whole recipe)"
+    if problem["type"] == "extra_forbidden":
+        return (
+            f"unknown key {key!r}; allowed here: {', '.join(_section(location[:-1]).model_fields)}"
+        )
+    if problem["type"] == "missing":
+        return f"missing key {key!r}"
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"{key}.type: expected one of {context['expected_tags']}; got {context['tag']!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not isinstance(problem["input"], dict):
+        message = f"{message}; got {problem['input']!r}"
+    return f"{key}: {message}"
+
+
+_VARIANTS: dict[str, type[Section]] = {
+    "bert": BertEncoderConfig,
+    "flux": FluxEncoderConfig,
+    "flux2": Flux2EncoderConfig,
+    "qwen_image": QwenImageEncoderConfig,
+    "sd3": SD3EncoderConfig,
+    "class_label": ClassLabelEncoderConfig,
+    "gmflow": GMFlowPolicyConfig,
+    "dx": DXPolicyConfig,
+    "pi_id": PiIDConfig,
+    "flow_matching": FlowMatchingConfig,
+}
+
+
+def _section(location: list[str]) -> type[BaseModel]:
+    """The section at `location`; a variant's tag stands in it after the union's key."""
+    section: Any = Recipe
+    for part in location:
+        if part in _VARIANTS:
+            section = _VARIANTS[part]
+        elif not part.isdigit():  # a number is a place in a list
+            annotation = section.model_fields[part].annotation
+            members = [item for item in get_args(annotation) if item is not type(None)]
+            section = members[0] if members else annotation  # of a list or an optional section
+    return section
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie: in the checkout, or where the wheel was installed."""
+    checkout = Path(__file__).parents[2] / "pipelines" / "recipes"
+    installed = Path(sysconfig.get_path("data")) / "share" / "piflow" / "recipes"
+    return checkout if checkout.is_dir() else installed
+
+
+def _shipped() -> str:
+    folder = recipes_folder()
+    return ", ".join(sorted(str(item) for item in folder.glob("*.yaml"))) or "none"

@@ -1,0 +1,231 @@
+"""Prompts' pictures -> latents: read, turned upright, fitted to their size, encoded.
+
+::
+
+    threads: read the file --> decode, turn by EXIF, scale, crop     a few pictures ahead
+    caller:                                     --> the recipe's codec, one picture at a time
+
+Latents are a function of the image file, the size and the codec alone: a VAE gives its posterior's
+mean, so nothing is drawn, and what else is in the job doesn't matter.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from piflow import storage
+from piflow.backbones.codec import build_codec, vae_uri
+from piflow.config import EmbedConfig, ModelConfig
+from piflow.data.background import ahead
+from piflow.data.manifest import SkippedPicture
+from piflow.data.prompts import PictureSource, Prompt
+from piflow.storage.fingerprint import CodecIdentity, files_sha256
+
+_READERS = 4  # threads
+_READ_AHEAD = 16  # pictures, decoded and fitted
+
+
+class BadPictureError(ValueError):
+    """A picture that no latents can be made of; the message says why."""
+
+
+def codec_identity(model: ModelConfig) -> CodecIdentity:
+    """What the recipe's codec is; a VAE's files are read once for their hash.
+
+    Raises:
+        FileNotFoundError: there is no VAE.
+        ValueError: its folder holds no weights.
+    """
+    if model.codec == "pixels":
+        name = "pixels, unshuffled by 2"
+        return CodecIdentity(name=name, weights_sha256=hashlib.sha256(name.encode()).hexdigest())
+    uri = vae_uri(model)
+    name = f"{build_codec(model).name}, posterior mean"
+    digest = files_sha256({uri: storage.local_folder(uri)}, {})
+    return CodecIdentity(name=name, weights_sha256=digest)
+
+
+def fit_picture(content: bytes, height: int, width: int) -> Tensor:
+    """An image file's content as ``(3, height, width)`` float32 in [-1, 1].
+
+    The picture is turned as its EXIF data says, laid on white where it is transparent, scaled down
+    (Lanczos) until it just covers the size, and cropped around its centre. It is never enlarged.
+
+    Raises:
+        BadPictureError: no image file that Pillow reads, or it is too small.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            picture = _on_white(ImageOps.exif_transpose(image))
+    except (MemoryError, BadPictureError):
+        raise
+    except UnidentifiedImageError as error:
+        # its message holds an address in memory; ours are the same always
+        raise BadPictureError("no image file of a kind that Pillow knows") from error
+    except Exception as error:  # damaged bytes lead Pillow's plugins to all kinds of errors
+        raise BadPictureError(f"not a readable image file ({error})") from error
+    if picture.width < width or picture.height < height:
+        raise BadPictureError(
+            f"{picture.height}x{picture.width} pixels are too few for {height}x{width}"
+        )
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode[0] in "IF":  # Pillow would cut all numbers beyond 255 off
+        raise BadPictureError(
+            f"its numbers have more than 8 bits (Pillow's mode {image.mode}); convert it to 8"
+        )
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    ground = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(ground, layer).convert("RGB")
+
+
+class LatentEncoder:
+    """Makes latents of prompts' pictures.
+
+    Args:
+        model: its codec is used.
+        embed: image column, stored dtype, and what to do about bad pictures.
+        device: where the codec runs; results come back to the CPU.
+
+    Raises:
+        FileNotFoundError: there is no VAE.
+        ValueError: its folder holds something else.
+    """
+
+    def __init__(self, model: ModelConfig, embed: EmbedConfig, device: str) -> None:
+        self._codec = build_codec(model)
+        self._dtype = torch.bfloat16 if embed.latent_dtype == "bf16" else torch.float32
+        self._skip = embed.bad_pictures == "skip"
+        self._device = device
+        self._embedded = _EmbeddedPictures(embed.image_column or "")
+        self.busy = 0.0  # seconds that the codec has worked
+
+    def encode(self, prompts: Sequence[Prompt]) -> Iterator[Tensor | SkippedPicture]:
+        """For each prompt in order: ``(C, h, w)`` in the stored dtype, or why there is none.
+
+        Raises:
+            BadPictureError: bad pictures stop the job, and this is one.
+            ValueError: a URI that means nothing, or a Parquet file that is damaged or was changed.
+            OSError: the storage refused or didn't answer. All of them name picture and prompt.
+        """
+        pictures = ahead(self._read, iter(prompts), threads=_READERS, depth=_READ_AHEAD)
+        for prompt, picture in zip(prompts, pictures, strict=True):
+            if isinstance(picture, BadPictureError):
+                yield self._skipped(prompt, picture)
+            else:
+                begin = time.perf_counter()
+                latent = self._codec.encode(picture[None].to(self._device))[0]
+                latent = latent.to("cpu", self._dtype)
+                self.busy += time.perf_counter() - begin
+                yield latent
+
+    def _read(self, prompt: Prompt) -> Tensor | BadPictureError:
+        """Only a picture's own fault comes back: an outage would leave out all prompts."""
+        source = prompt.picture
+        if source is None or not source.key:
+            return BadPictureError("the row names no picture")
+        try:
+            return fit_picture(self._content(source), prompt.height, prompt.width)
+        except BadPictureError as error:
+            return error
+        except OSError as error:
+            code = error.errno or errno.EIO
+            raise OSError(code, f"{_named(prompt)} can't be read: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{_named(prompt)} can't be read: {error}") from error
+
+    def _content(self, source: PictureSource) -> bytes:
+        if source.row is not None:
+            return self._embedded.read(source)
+        try:
+            return storage.read_bytes(source.uri)
+        except FileNotFoundError as error:
+            raise BadPictureError(str(error)) from error
+
+    def _skipped(self, prompt: Prompt, error: BadPictureError) -> SkippedPicture:
+        if self._skip:
+            name = "" if prompt.picture is None else prompt.picture.key
+            return SkippedPicture(prompt_id=prompt.prompt_id, picture=name, reason=str(error))
+        raise BadPictureError(
+            f"{_named(prompt)}: {error}; replace it or remove the row, "
+            "or set embed.bad_pictures = skip to leave out all such prompts"
+        )
+
+
+def _named(prompt: Prompt) -> str:
+    """A prompt's picture as messages name it."""
+    name = "" if prompt.picture is None else prompt.picture.key
+    return f"picture {name!r} of prompt {prompt.text!r}"
+
+
+class _EmbeddedPictures:
+    """Pictures that lie in Parquet files as bytes; keeps the row group used last.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, column: str) -> None:
+        self._column = column
+        self._lock = threading.Lock()
+        self._uri = ""
+        self._file: Any = None
+        self._ends: Any = None
+        self._group = -1
+        self._values: Any = None
+
+    def read(self, source: PictureSource) -> bytes:
+        """The content of the image file in a source's row.
+
+        Raises:
+            ValueError: the file isn't what it was when the prompts were read, or is damaged.
+            OSError: the storage refused or didn't answer.
+        """
+        with self._lock, storage.explained(source.uri):
+            content = self._value(source.uri, source.row or 0)
+        if f"sha256:{hashlib.sha256(content or b'').hexdigest()}" != source.key:
+            raise ValueError(
+                f"row {(source.row or 0) + 1} of {source.uri} holds another picture than when the "
+                "prompts were read; leave prompts files as they are while a job runs, and start it "
+                "again"
+            )
+        return content or b""
+
+    def _value(self, uri: str, row: int) -> bytes | None:
+        if uri != self._uri:
+            self._open(uri)
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        if group == len(self._ends) or self._column not in self._file.schema_arrow.names:
+            return None
+        if group != self._group:
+            self._values = self._file.read_row_group(group, columns=[self._column])
+            self._group = group
+        start = self._ends[group] - self._values.num_rows
+        value = self._values[self._column][int(row - start)].as_py()
+        content = value["bytes"] if isinstance(value, dict) else value
+        return content if isinstance(content, bytes) else None
+
+    def _open(self, uri: str) -> None:
+        import pyarrow.parquet as pq
+
+        system, path = storage.filesystem(uri)
+        self._file = pq.ParquetFile(system.open_input_file(path), pre_buffer=True)
+        metadata = self._file.metadata
+        groups = range(metadata.num_row_groups)
+        self._ends = np.cumsum([metadata.row_group(group).num_rows for group in groups])
+        self._uri, self._group = uri, -1

@@ -1,0 +1,139 @@
+"""Writes the shards of an embedding store, and finds those that an earlier job wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from piflow import storage
+from piflow.backbones.text import EncodedPrompt
+from piflow.data.layout import ShardPlan
+from piflow.data.manifest import ShardEntry, SkippedPicture, StoreInputs
+from piflow.data.parquet import open_parquet
+from piflow.data.rows import SCHEMA, encoded_table
+
+_COMPRESSION = {name: "zstd" for name in SCHEMA.names} | {"tokens": "none", "pooled": "none"}
+
+_LATENT_COMPRESSION = {"picture": "zstd", "latent": "none", "latent_shape.list.element": "zstd"}
+
+_METADATA_KEY = b"piflow"
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What wasn't as it should be in a shard's inputs.
+
+    ``truncated`` prompts were longer than the encoder takes, ``examples`` are a few of them.
+    """
+
+    truncated: int
+    examples: tuple[str, ...]
+    skipped: tuple[SkippedPicture, ...] = ()
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        skipped = [picture.model_dump(mode="json") for picture in self.skipped]
+        tree = {"truncated": self.truncated, "truncated_examples": self.examples}
+        return json.dumps(tree | ({"skipped": skipped} if skipped else {}), sort_keys=True)
+
+    @staticmethod
+    def of_json(content: str | bytes) -> ShardReport:
+        """The inverse of `to_json`."""
+        tree = json.loads(content)
+        skipped = tuple(SkippedPicture(**picture) for picture in tree.get("skipped", ()))
+        return ShardReport(tree["truncated"], tuple(tree["truncated_examples"]), skipped)
+
+
+def write_shard(
+    store_uri: str,
+    plan: ShardPlan,
+    encoded: Sequence[EncodedPrompt],
+    inputs: StoreInputs,
+    skipped: Sequence[SkippedPicture] = (),
+) -> tuple[ShardEntry, ShardReport]:
+    """Write one shard, whole or not at all. The file is built in memory first.
+
+    Args:
+        store_uri: the store.
+        plan: what goes into the file, without the skipped prompts.
+        encoded: an embedding for each prompt, with latents if the prompt has a picture.
+        inputs: the store's.
+        skipped: prompts that were left out, for the record.
+
+    Raises:
+        ValueError: an embedding or a latent isn't finite (names the prompt), the counts differ, or
+            only some embeddings have a pooled vector.
+        OSError: the storage refused.
+    """
+    if len(encoded) != len(plan.prompts):
+        raise ValueError(f"{plan.path} expects {len(plan.prompts)} embeddings, got {len(encoded)}")
+    cut = [p.text for p, e in zip(plan.prompts, encoded, strict=True) if e.truncated]
+    report = ShardReport(len(cut), tuple(cut[:3]), tuple(skipped))
+    facts = {"inputs_sha256": inputs.digest} | json.loads(report.to_json())
+    table = encoded_table(
+        plan.prompts, encoded, inputs.dtype, inputs.latents
+    ).replace_schema_metadata({_METADATA_KEY: json.dumps(facts, sort_keys=True).encode()})
+    compression = _COMPRESSION | ({} if inputs.latents is None else _LATENT_COMPRESSION)
+    sink = pa.BufferOutputStream()
+    writer = pq.ParquetWriter(
+        sink,
+        table.schema,
+        compression=compression,
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    with writer:
+        start = 0
+        for group in plan.row_groups:
+            writer.write_table(table.slice(start, group.rows), row_group_size=group.rows)
+            start += group.rows
+    content = memoryview(sink.getvalue())
+    storage.write_bytes(storage.join(store_uri, plan.path), content)
+    return _entry(plan, len(content), hashlib.sha256(content).hexdigest()), report
+
+
+def reusable_shard(
+    store_uri: str, plan: ShardPlan, inputs: StoreInputs
+) -> tuple[ShardEntry, ShardReport] | None:
+    """The entry of a shard that an earlier, interrupted job left behind; None if it must be made.
+
+    The file is read whole, so that page checksums are compared.
+    """
+    uri = storage.join(store_uri, plan.path)
+    system, path = storage.filesystem(uri)
+    try:
+        with open_parquet(uri) as file:
+            facts = (file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"{}")
+            if json.loads(facts).get("inputs_sha256") != inputs.digest:
+                return None
+            ids = [i for g in range(file.num_row_groups) for i in _read_ids(file, g)]
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    report = ShardReport.of_json(facts)
+    skipped = {picture.prompt_id for picture in report.skipped}
+    numbers = {row for row, prompt in enumerate(plan.prompts) if prompt.prompt_id in skipped}
+    plan = plan.without(numbers)
+    if ids != [prompt.prompt_id for prompt in plan.prompts]:
+        return None
+    size = int(system.get_file_info(path).size)
+    return _entry(plan, size, storage.sha256(uri)), report
+
+
+def _read_ids(file: pq.ParquetFile, group: int) -> list[str]:
+    return file.read_row_group(group)["prompt_id"].to_pylist()
+
+
+def _entry(plan: ShardPlan, size: int, sha256: str) -> ShardEntry:
+    return ShardEntry(
+        path=plan.path,
+        rows=len(plan.prompts),
+        bytes=size,
+        sha256=sha256,
+        row_groups=plan.row_groups,
+    )

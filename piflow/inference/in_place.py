@@ -1,0 +1,233 @@
+"""A student beside a pipeline's transformer: in its place while the pipeline samples, not else.
+
+A LoRA student shares the transformer's weights. Its adapted layers and its output layer are
+exchanged with the transformer's own for the length of a call, so that between calls the transformer
+is the teacher, bit by bit: other pipelines may share it, and `save_pretrained` writes the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from piflow.backbones.base import pack, unpack
+from piflow.backbones.transformer import TransformerBackbone
+from piflow.inference.settings import SETTINGS_KEY, settings_of
+from piflow.policies import DXPolicy, GMFlowPolicy
+from piflow.roles import lora
+from piflow.roles.adapter import Adapter
+from piflow.roles.heads import GMHead, PolicyHead
+from piflow.roles.trio import Trio
+
+PUBLISHED_NFE = 4  # what is taken of adapters that don't say how they are sampled
+PUBLISHED_SHIFT = 3.2
+PUBLISHED_FINAL_STEP_SIZE_SCALE = 0.5
+PUBLISHED_SUBSTEPS = 128
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a student was trained for, as far as sampling needs it.
+
+    Attributes:
+        nfe: network evaluations.
+        final_step_size_scale: size of the last segment relative to the others.
+        shift: time shift of the noise schedule.
+        total_substeps: policy substeps over tau in [0, 1].
+        embedded_guidance: FLUX.1-dev's guidance input; None if it isn't known or not there.
+    """
+
+    nfe: int
+    final_step_size_scale: float
+    shift: float
+    total_substeps: int
+    embedded_guidance: float | None
+
+    @classmethod
+    def of(cls, adapter: Adapter, where: str) -> Training:
+        """What the exporter noted; else what the published adapters were trained for.
+
+        Raises:
+            ValueError: the notes are another version's.
+        """
+        if SETTINGS_KEY in adapter.metadata:
+            settings = settings_of(adapter, where)
+            return cls(
+                settings.nfe,
+                settings.final_step_size_scale,
+                settings.shift,
+                settings.total_substeps,
+                settings.embedded_guidance,
+            )
+        clock, scale = adapter.config.clock(), PUBLISHED_FINAL_STEP_SIZE_SCALE
+        return cls(
+            nfe=PUBLISHED_NFE if clock is None else round(1 / clock.segment_size + 1 - scale),
+            final_step_size_scale=scale,
+            shift=PUBLISHED_SHIFT if clock is None else clock.shift,
+            total_substeps=PUBLISHED_SUBSTEPS,
+            embedded_guidance=None,
+        )
+
+
+class PipelineStudent:
+    """The student that an adapter makes of a pipeline's transformer.
+
+    Args:
+        transformer: the pipeline's, usable as before once this returns.
+        backbone: over the transformer, its parts, or a copy of it. A LoRA student shares its
+            weights; a fully trained one has a copy of its own.
+        adapter: what makes the student.
+        where: the adapter's place, for messages.
+
+    Attributes:
+        head: reads policies from the tokens that `module` returns inside `in_place`.
+        training: what the student was trained for.
+        module: the student's transformer: the pipeline's with other parts, or one of its own.
+        is_shared: whether its weights are the pipeline's, but for LoRA and head.
+
+    Raises:
+        ValueError: the transformer carries LoRA already, or the adapter doesn't fit it.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, backbone: TransformerBackbone, adapter: Adapter, where: str
+    ) -> None:
+        self.training = Training.of(adapter, where)
+        _check_no_lora(dict(transformer.named_modules()))
+        module = backbone.module
+        own = dict(module.named_modules())
+        shares = not set(transformer.modules()).isdisjoint(own.values())
+        parts: dict[str, nn.Module] = {}
+        try:
+            trio = Trio.from_adapter(backbone, adapter)
+        finally:
+            if shares:
+                parts = _student_parts(module, backbone.output_names)
+                _exchange(module, {name: own[name] for name in parts})
+                vars(module).pop("peft_config", None)
+        self.head: PolicyHead = trio.head
+        self.module: nn.Module = trio.backbone.module
+        self.is_shared = shares and self.module is module
+        self._parts = parts if self.is_shared else {}
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether it runs at more evaluations than it was trained for."""
+        return isinstance(self.head, GMHead)
+
+    @torch.no_grad()
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Moves the student's own weights; the policy head stays in float32, as it was trained."""
+        self.head.to(device, torch.float32)
+        head = {id(tensor) for tensor in self.head.parameters()}
+        for tensor in self._own_tensors():
+            if id(tensor) not in head:
+                tensor.data = tensor.to(device, dtype)
+
+    def _own_tensors(self) -> Iterator[Tensor]:
+        """LoRA on the pipeline's transformer, or all of a transformer of its own."""
+        if self.is_shared:
+            for layer in lora.layers(nn.ModuleList(self._parts.values())):
+                yield from (*layer.lora_A.parameters(), *layer.lora_B.parameters())
+        else:
+            yield from (*self.module.parameters(), *self.module.buffers())
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, `module` is the student's and returns raw tokens.
+
+        Raises:
+            ValueError: the transformer's owner put LoRA onto layers that the student adapts.
+        """
+        teacher = {name: self.module.get_submodule(name) for name in self._parts}
+        _check_no_lora(teacher)
+        _exchange(self.module, self._parts)
+        try:
+            yield
+        finally:
+            _exchange(self.module, teacher)
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Samples are packed, as in FLUX and Qwen-Image: (B, HW/4, 4C), channel-major.
+
+    Attributes:
+        head: the student's.
+        height, width: of the latents.
+    """
+
+    head: PolicyHead
+    height: int
+    width: int
+
+    @classmethod
+    def of_picture(
+        cls, head: PolicyHead, height: int, width: int, vae_scale_factor: int
+    ) -> PackedTokens:
+        """For a picture's pixels, rounded down to whole patches as the families do."""
+        patch = 2 * vae_scale_factor
+        return cls(head, 2 * (height // patch), 2 * (width // patch))
+
+    def latents(self, sample: Tensor) -> Tensor:
+        """(B, HW/4, 4C) -> (B, C, H, W)."""
+        return unpack(sample, self.height, self.width)
+
+    def sample(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, HW/4, 4C)."""
+        return pack(latents)
+
+    def policy(self, tokens: Tensor, latents: Tensor, sigma: Tensor) -> GMFlowPolicy | DXPolicy:
+        """From the student's tokens at (latents, sigma (B,))."""
+        return self.head.policy(tokens, unpack, latents, sigma)
+
+
+@dataclass(frozen=True)
+class PlainLatents:
+    """Samples are latents (B, C, H, W) already, as in DiT.
+
+    Attributes:
+        head: the student's.
+    """
+
+    head: PolicyHead
+
+    def latents(self, sample: Tensor) -> Tensor:
+        """The same."""
+        return sample
+
+    def sample(self, latents: Tensor) -> Tensor:
+        """The same."""
+        return latents
+
+    def policy(self, tokens: Tensor, latents: Tensor, sigma: Tensor) -> GMFlowPolicy | DXPolicy:
+        """From the student's tokens at (latents, sigma (B,))."""
+        return self.head.policy(tokens, unpack, latents, sigma)
+
+
+def _check_no_lora(layers: Mapping[str, nn.Module]) -> None:
+    """Refuses layers that other LoRA is on."""
+    for name, layer in layers.items():
+        if isinstance(layer, BaseTunerLayer):
+            raise ValueError(
+                f"the pipeline's transformer carries LoRA on {name}, where the student needs the "
+                "layer itself: call unload_lora_weights(), after fuse_lora() if it is to stay"
+            )
+
+
+def _student_parts(module: nn.Module, output_names: Sequence[str]) -> dict[str, nn.Module]:
+    """The module's LoRA layers and output layer, by name."""
+    names = [name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return {name: module.get_submodule(name) for name in (*names, *output_names)}
+
+
+def _exchange(module: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+    """Puts each part in the place that its name says."""
+    for name, part in parts.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, part)

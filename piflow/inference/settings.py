@@ -1,0 +1,136 @@
+"""Students as files: from a checkpoint, to and from an exported adapter."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from piflow import storage
+from piflow.backbones import Conditioning, load_backbone
+from piflow.backbones.encoders import absolute_path, build_encoder
+from piflow.config import EncoderConfig, ModelConfig, PiIDConfig, Recipe
+from piflow.roles.adapter import Adapter, load_adapter
+from piflow.roles.trio import Trio
+
+SETTINGS_KEY = "piflow_settings"
+
+Weights = Literal["ema", "student"]
+
+SECTIONS = {"ema": "ema", "student": "trainable"}
+
+
+class SamplingSettings(BaseModel):
+    """What sampling needs beside the weights; kept in the safetensors metadata as JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ModelConfig  # the base and its codec, with absolute URIs
+    encoder: Annotated[EncoderConfig, Field(discriminator="type")]  # with an absolute URI
+    height: int  # pixels
+    width: int
+    nfe: int
+    final_step_size_scale: float
+    shift: float
+    total_substeps: int
+    embedded_guidance: float | None  # FLUX.1-dev's guidance input
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> SamplingSettings:
+        """The recipe's.
+
+        Raises:
+            ValueError: the recipe distils nothing.
+        """
+        objective = distillation_of(recipe)
+        return cls(
+            model=_absolute_model(recipe.model),
+            encoder=absolute_path(recipe.encoder),
+            height=recipe.embed.height,
+            width=recipe.embed.width,
+            nfe=objective.nfe,
+            final_step_size_scale=objective.final_step_size_scale,
+            shift=objective.shift,
+            total_substeps=objective.total_substeps,
+            embedded_guidance=recipe.guidance.embedded,
+        )
+
+
+def settings_of(adapter: Adapter, where: str) -> SamplingSettings:
+    """The sampling settings in an adapter's metadata.
+
+    Raises:
+        ValueError: the file was not written by piflow, or by another version.
+    """
+    text = adapter.metadata.get(SETTINGS_KEY)
+    if text is None:
+        raise ValueError(
+            f"{where} carries no {SETTINGS_KEY}: it was not exported by piflow, which notes the "
+            "encoder, picture size and schedule there"
+        )
+    try:
+        return SamplingSettings.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "JSON"
+        raise ValueError(
+            f"{where}: {SETTINGS_KEY} are not those of this piflow ({place}: {first['msg']}): "
+            "export it again"
+        ) from error
+
+
+def load_student(folder: str, base: str | None = None) -> tuple[Trio, SamplingSettings]:
+    """Teacher and student from an adapter folder, on the CPU, ready to sample.
+
+    Args:
+        base: URI of the base model; default: the one that the student was made from.
+
+    Returns:
+        The trio, and the settings with the base that was loaded.
+
+    Raises:
+        ValueError: not an adapter folder, or one of another base.
+    """
+    adapter = load_adapter(folder)
+    settings = settings_of(adapter, folder)
+    if base is not None:
+        model = settings.model.model_copy(update={"path": base})
+        settings = settings.model_copy(update={"model": model})
+    backbone = load_backbone(settings.model, embedded_guidance=settings.embedded_guidance)
+    return Trio.from_adapter(backbone, adapter), settings
+
+
+def encode_prompts(settings: SamplingSettings, prompts: list[str]) -> Conditioning:
+    """Conditioning of free prompts by the student's own text encoder.
+
+    Raises:
+        ValueError: the encoder doesn't load, or can't take a prompt.
+    """
+    encoder = build_encoder(settings.encoder)
+    encoded = encoder.encode(prompts)
+    identity = encoder.identity
+    tokens = torch.zeros(len(prompts), identity.max_tokens, identity.hidden_size)
+    for row, prompt in zip(tokens, encoded, strict=True):
+        row[: len(prompt.tokens)] = prompt.tokens
+    pooled = [prompt.pooled for prompt in encoded if prompt.pooled is not None]
+    return Conditioning(
+        tokens,
+        torch.tensor([len(prompt.tokens) for prompt in encoded]),
+        torch.stack(pooled) if pooled else None,
+    )
+
+
+def distillation_of(recipe: Recipe) -> PiIDConfig:
+    """The recipe's objective, refused unless there is a student in it."""
+    if not isinstance(recipe.objective, PiIDConfig):
+        raise ValueError(
+            f"expected a recipe with objective.type pi_id, got {recipe.objective.type}"
+        )
+    return recipe.objective
+
+
+def _absolute_model(model: ModelConfig) -> ModelConfig:
+    """The same, wherever it is read; a VAE beside the transformer stays where the base is."""
+    vae = None if model.vae is None else storage.absolute(model.vae)
+    return model.model_copy(update={"path": storage.absolute(model.path), "vae": vae})

@@ -1,0 +1,372 @@
+"""The published adapter format: what a few-step student is as files.
+
+A folder with `config.json` (the student's architecture, diffusers style) and
+`diffusion_pytorch_model.safetensors` (LoRA and the policy's output layer, or all weights of a fully
+trained student; metadata).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import torch
+from diffusers import __version__ as diffusers_version
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise_tensors
+from torch import Tensor, nn
+
+from piflow import storage
+from piflow.backbones.base import Backbone
+from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
+from piflow.roles.heads import PATCH_POSITIONS, PolicyClock
+from piflow.roles.lora import ranks_of
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+PREFIX = "transformer."  # some published files have it
+POLICY_KEY = "policy_config"  # in the safetensors metadata
+GM_PREFIX = "GM"  # of a GM student's class name; a DX student has the base's own class
+
+GM_FIXED = {
+    "constant_logstd": None,
+    "gm_num_logstd_layers": 2,
+    "logweights_channels": PATCH_POSITIONS,
+}
+GM_OWN = ("num_gaussians", "logstd_inner_dim", *GM_FIXED)
+DX_OWN = ("segment_size", "shift", "mode")  # in the metadata
+HEAD_LAYERS = {  # beside `norm_out`; the values' projection first
+    "gmflow": ("proj_out_means", "proj_out_logweights", "proj_out_logstds.1", "proj_out_logstds.3"),
+    "dx": ("proj_out",),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `config.json` and the metadata's `policy_config` say of a student.
+
+    Attributes:
+        class_name: `_class_name`, one of the backbone's `adapter_class_names`.
+        fields: the rest of `config.json`: of a GM head, then the base class's. `in_channels` is a
+            token's features where patches are packed before the model (FLUX, Qwen-Image), the
+            latent's channels where the model does it (DiT); `out_channels` is the same, times N_g
+            for DX.
+        policy_fields: `policy_config`.
+    """
+
+    class_name: str
+    fields: dict[str, Any]
+    policy_fields: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, backbone: Backbone, policy: PolicyConfig, clock: PolicyClock | None
+    ) -> AdapterConfig:
+        """The config of a student on this backbone; `clock` is DX's.
+
+        Raises:
+            ValueError: a DX policy without a clock.
+        """
+        base: dict[str, Any] = {field: backbone.config[field] for field in backbone.adapter_fields}
+        base = json.loads(json.dumps(base))
+        features = base["in_channels"]
+        gm_class, dx_class = backbone.adapter_class_names
+        if isinstance(policy, GMFlowPolicyConfig):
+            own = {
+                "num_gaussians": policy.num_gaussians,
+                "logstd_inner_dim": policy.logstd_inner_dim,
+                **GM_FIXED,
+            }
+            return cls(gm_class, {**own, **base, "out_channels": features}, {"type": "GMFlow"})
+        if clock is None:
+            raise ValueError("a DX student needs its segment_size and shift: pass its PolicyClock")
+        patch = math.isqrt(PATCH_POSITIONS * backbone.latent_channels // features)
+        outputs = {"patch_size": patch, "out_channels": policy.num_points * features}
+        described = {"type": "DX", **asdict(clock), "mode": policy.mode}
+        return cls(dx_class, {**base, **outputs}, described)
+
+    def policy(self) -> PolicyConfig:
+        """The policy head's shape (training-only fields are the defaults)."""
+        if self.policy_fields["type"] == "GMFlow":
+            return GMFlowPolicyConfig(
+                num_gaussians=self.fields["num_gaussians"],
+                logstd_inner_dim=self.fields["logstd_inner_dim"],
+            )
+        points = self.fields["out_channels"] // self.fields["in_channels"]
+        return DXPolicyConfig(mode=self.policy_fields["mode"], num_points=points)
+
+    def clock(self) -> PolicyClock | None:
+        """What a DX policy was trained with; None for GM."""
+        if self.policy_fields["type"] == "GMFlow":
+            return None
+        return PolicyClock(self.policy_fields["segment_size"], self.policy_fields["shift"])
+
+    def to_json(self) -> str:
+        """`config.json`, in the published layout."""
+        own = {"_class_name": self.class_name, "_diffusers_version": diffusers_version}
+        return json.dumps(own | self.fields, indent=2) + "\n"
+
+    @classmethod
+    def parse(cls, text: str, policy_json: str | None, where: str) -> AdapterConfig:
+        """Reads `config.json` and the metadata's `policy_config` (None: the file has none).
+
+        Raises:
+            ValueError: no JSON, a field that is missing, or a head of another kind.
+        """
+        fields = _parse_object(text, where)
+        class_name = str(fields.get("_class_name"))
+        is_gm = class_name.startswith(GM_PREFIX)
+        kind = "GMFlow" if is_gm else "DX"
+        described = _parse_object(policy_json or '{"type": "GMFlow"}', f"{where}'s {POLICY_KEY}")
+        if described.get("type") != kind:
+            raise ValueError(
+                f"{where}: _class_name {class_name} would be a {kind} student's, but {POLICY_KEY} "
+                f"in the safetensors metadata is {policy_json}: config and weights don't belong "
+                "together, or this is a base model and not an adapter"
+            )
+        needed = ["in_channels", "out_channels", *(GM_OWN[:2] if is_gm else ())]
+        missing = [field for field in needed if field not in fields]
+        missing += [field for field in DX_OWN if not is_gm and field not in described]
+        if missing:
+            raise ValueError(f"{where} lacks {', '.join(missing)}: export it again")
+        _check_outputs(fields, is_gm, where)
+        config = {key: value for key, value in fields.items() if not key.startswith("_")}
+        return cls(class_name, config, described)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A loaded adapter.
+
+    Attributes:
+        config: the student's architecture.
+        tensors: by published name without prefix, in the file's dtype, on the CPU.
+        metadata: the file's: `policy_config` (JSON), `base_model`, and what the exporter added.
+    """
+
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    @property
+    def is_full_model(self) -> bool:
+        """Whether all weights were trained: there are others than LoRA and output layer."""
+        return bool(_base_tensors(self.tensors, self.config.policy()))
+
+    def check_fits(self, backbone: Backbone) -> None:
+        """Refuses a base of another architecture, and LoRA that doesn't go onto it.
+
+        Raises:
+            ValueError: names the field or tensor, what the adapter has and what the base has.
+        """
+        config, policy = self.config, self.config.policy()
+        expected = AdapterConfig.of(backbone, policy, config.clock())
+        if config.class_name != expected.class_name:
+            raise ValueError(
+                f"expected _class_name {expected.class_name} for a student on a "
+                f"{backbone.class_name}, got {config.class_name!r}: load the base model that the "
+                "adapter was made from"
+            )
+        base = [field for field in expected.fields if field not in GM_OWN]
+        missing = [field for field in base if field not in config.fields]
+        if missing:
+            raise ValueError(f"the adapter's config lacks {', '.join(missing)}: export it again")
+        wrong = [field for field in base if not _same(field, config.fields, expected.fields)]
+        if wrong:
+            differences = ", ".join(
+                f"{field} {config.fields[field]} (base: {expected.fields[field]})"
+                for field in wrong
+            )
+            raise ValueError(
+                f"the adapter was made for another architecture: {differences}. "
+                "Load the base model that it was made from"
+            )
+        _check_complete(self.tensors, policy)
+        _check_values(self.tensors, policy, backbone)
+        layers = dict(backbone.module.named_modules())
+        for name, tensor in self.tensors.items():
+            if ".lora_" in name:
+                _check_lora(name, tensor, layers, backbone.output_names)
+
+
+def save_adapter(
+    folder: str | Path,
+    backbone: Backbone,
+    tensors: Mapping[str, Tensor],
+    policy: PolicyConfig,
+    clock: PolicyClock | None,
+    *,
+    base_model: str,
+    metadata: Mapping[str, str] | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+) -> None:
+    """Writes an adapter folder; weights first, so that a folder with a config is complete.
+
+    Args:
+        folder: URI or path.
+        tensors: whole tensors by published name, such as a strategy gathers from
+            `Trio.ema_parameters()`.
+        clock: DX's segment size and shift; not used for GM.
+        base_model: name or URI of the base, for the metadata.
+        metadata: further strings for the safetensors header (lineage, sampling settings).
+        dtype: of all tensors in the file.
+
+    Raises:
+        ValueError: output-layer tensors that are missing, LoRA that doesn't fit the backbone, a DX
+            policy without a clock, values that `dtype` can't hold, or metadata that would overwrite
+            the format's own.
+    """
+    config = AdapterConfig.of(backbone, policy, clock)
+    Adapter(config, dict(tensors), {}).check_fits(backbone)
+    own = {"format": "pt", POLICY_KEY: json.dumps(config.policy_fields), "base_model": base_model}
+    extra = dict(metadata or {})
+    clash = sorted(own.keys() & extra.keys())
+    if clash:
+        raise ValueError(f"metadata {', '.join(clash)} belongs to the format: use another key")
+    converted = {name: _convert(name, tensor, dtype) for name, tensor in tensors.items()}
+    content = serialise_tensors(converted, metadata={**own, **extra})
+    storage.write_bytes(storage.join(str(folder), WEIGHTS_FILE), content)
+    storage.write_bytes(storage.join(str(folder), CONFIG_FILE), config.to_json().encode())
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """Reads an adapter folder from a URI or path.
+
+    Raises:
+        ValueError: a file that is missing or damaged, another class, or missing tensors.
+    """
+    content = {}
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        uri = storage.join(str(folder), name)
+        if not storage.exists(uri):
+            raise ValueError(
+                f"{folder} is not an adapter folder: it has no {name}. "
+                "Give the folder that `piflow export` wrote"
+            )
+        content[name] = storage.read_bytes(uri)
+    weights_uri = storage.join(str(folder), WEIGHTS_FILE)
+    try:
+        stored = parse_tensors(content[WEIGHTS_FILE])
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{weights_uri} is damaged ({error}): export it again") from error
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
+    metadata = _header_metadata(content[WEIGHTS_FILE])
+    config = AdapterConfig.parse(
+        content[CONFIG_FILE].decode(),
+        metadata.get(POLICY_KEY),
+        storage.join(str(folder), CONFIG_FILE),
+    )
+    _check_complete(tensors, config.policy())
+    ranks_of(tensors)
+    return Adapter(config, tensors, metadata)
+
+
+def _header_metadata(content: bytes) -> dict[str, str]:
+    """The safetensors file's string metadata: 8 bytes of header length, then JSON."""
+    length = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return metadata
+
+
+def _parse_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON ({error}): export it again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} must hold an object, got {text[:40]!r}: export it again")
+    return fields
+
+
+def _check_outputs(fields: Mapping[str, Any], is_gm: bool, where: str) -> None:
+    """Refuses heads of a kind that isn't read here."""
+    for field, value in GM_FIXED.items() if is_gm else ():
+        if fields.get(field, value) != value:
+            raise ValueError(f"{where}: {field} {fields[field]!r} isn't supported, only {value!r}")
+    features, outputs = fields["in_channels"], fields["out_channels"]
+    if not is_gm and (not outputs or outputs % features):
+        raise ValueError(
+            f"{where}: expected out_channels to be N_g times in_channels = {features} for a DX "
+            f"student, got {outputs}: export it again"
+        )
+
+
+def _base_tensors(tensors: Mapping[str, Tensor], policy: PolicyConfig) -> list[str]:
+    """Names of tensors that are neither LoRA nor output layer."""
+    layers = ("norm_out", *HEAD_LAYERS[policy.type])
+    head = tuple(f"{layer}." for layer in layers)
+    return [name for name in tensors if ".lora_" not in name and not name.startswith(head)]
+
+
+def _check_complete(tensors: Mapping[str, Tensor], policy: PolicyConfig) -> None:
+    """Refuses a file that lacks a part of its output layer, or has LoRA and base weights."""
+    expected = [f"{n}.{kind}" for n in HEAD_LAYERS[policy.type] for kind in ("weight", "bias")]
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"the adapter lacks {len(missing)} of {len(expected)} output-layer tensors "
+            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): export it again"
+        )
+    changed = _base_tensors(tensors, policy)
+    if changed and any(".lora_" in name for name in tensors):
+        raise ValueError(
+            f"the adapter has LoRA and {len(changed)} tensors that are neither LoRA nor output "
+            f"layer ({', '.join(changed[:3])}): it changes the base itself, which the teacher "
+            "shares"
+        )
+
+
+def _check_values(tensors: Mapping[str, Tensor], policy: PolicyConfig, backbone: Backbone) -> None:
+    """Refuses a projection of another shape than policy and base ask for."""
+    values = policy.num_points if isinstance(policy, DXPolicyConfig) else policy.num_gaussians
+    name = f"{HEAD_LAYERS[policy.type][0]}.weight"
+    expected = (values * PATCH_POSITIONS * backbone.latent_channels, backbone.width)
+    if tuple(tensors[name].shape) != expected:
+        raise ValueError(
+            f"{name}: expected {expected} from the config, got {tuple(tensors[name].shape)}"
+        )
+
+
+def _check_lora(
+    name: str, tensor: Tensor, layers: Mapping[str, nn.Module], output_names: Sequence[str]
+) -> None:
+    """Refuses a LoRA tensor whose layer the base lacks or has in another shape."""
+    layer, _, kind = name.removesuffix(".weight").rpartition(".")
+    module = layers.get(layer)
+    adaptable = isinstance(module, nn.Linear | LoraLayer) and layer not in output_names
+    if module is None or not adaptable or kind not in ("lora_A", "lora_B"):
+        raise ValueError(
+            f"the adapter's {name} belongs to no linear layer that can be adapted in the base: "
+            "load the base model that it was made from"
+        )
+    axis, expected = (1, module.in_features) if kind == "lora_A" else (0, module.out_features)
+    if tensor.ndim != 2 or tensor.shape[axis] != expected:
+        raise ValueError(
+            f"{name}: expected size {expected} in dimension {axis}, as the base's layer has it, "
+            f"got shape {tuple(tensor.shape)}"
+        )
+
+
+def _same(field: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two configs agree; `out_channels: null` means `in_channels`."""
+    if field == "out_channels":
+        return bool((one[field] or one["in_channels"]) == (other[field] or other["in_channels"]))
+    return bool(one[field] == other[field])
+
+
+def _convert(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """A contiguous CPU copy in the file's dtype."""
+    converted = tensor.detach().to(device="cpu", dtype=DTYPES[dtype]).contiguous()
+    if not converted.isfinite().all():
+        raise ValueError(
+            f"{name} has values that {dtype} can't hold: export as bfloat16 or float32, or check "
+            "that training stayed finite"
+        )
+    return converted

@@ -1,0 +1,71 @@
+"""A teacher under classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from piflow.backbones import Conditioning
+from piflow.config import GuidanceConfig
+from piflow.guidance import guided_teacher
+
+
+class TeacherVelocity(Protocol):
+    """What can be guided: a `Trio`, or a bare `Backbone`."""
+
+    def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor: ...
+
+
+class GuidedTeacher:
+    """A teacher under classifier-free guidance, as a function (x, sigma) -> velocity.
+
+    Positive and negative prompt go through the model as one doubled batch. The call is the same on
+    all workers whatever sigma is, since every forward pass is a collective.
+
+    Args:
+        teacher: a trio or a bare backbone.
+        cond: B prompts.
+        negative: the negative prompt, one or B; not used when `guidance.scale` is 1.
+        guidance: scale, sigma interval and orthogonal share.
+
+    Raises:
+        ValueError: guidance without a negative prompt.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherVelocity,
+        cond: Conditioning,
+        negative: Conditioning | None,
+        guidance: GuidanceConfig,
+    ) -> None:
+        if guidance.scale == 1.0:
+            self._velocity = _velocity_of(teacher, cond)
+            return
+        if negative is None:
+            raise ValueError(
+                f"guidance.scale {guidance.scale} needs the negative prompt's conditioning, got "
+                "none: pass it, or set guidance.scale to 1"
+            )
+        both = Conditioning.cat([cond, negative.expand(cond.batch_size)])
+        self._velocity = guided_teacher(
+            _velocity_of(teacher, both),
+            guidance.scale,
+            guidance.interval,
+            guidance.orthogonal,
+        )
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """`(B, C, H, W)`, `(B,)` -> guided velocity `(B, C, H, W)`, float32, without gradient."""
+        return self._velocity(x, sigma)
+
+
+def _velocity_of(
+    teacher: TeacherVelocity, cond: Conditioning
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The teacher as a function of (x, sigma)."""
+    return lambda x, sigma: teacher.teacher_velocity(x, sigma, cond)

@@ -1,0 +1,257 @@
+"""The run's folder: which recipe it belongs to, its MLflow run, its checkpoints.
+
+RUN_DIR/run.json              recipe identity, MLflow run id
+RUN_DIR/driver.json           the driver that writes here, see `piflow.runs.lease`
+RUN_DIR/checkpoints/step_*    checkpoints; one without state.json is half written
+RUN_DIR/failure.json          why the last attempt stopped by itself, if it did
+RUN_DIR/adapter, report       what export and evaluate write
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from piflow import storage
+from piflow.config import Recipe, differences
+from piflow.storage import conditional
+
+RECORD_FILE = "run.json"
+FAILURE_FILE = "failure.json"
+CHECKPOINTS = "checkpoints"
+_STATE_FILE = (
+    "state.json"  # see piflow.training.checkpoint, which this module doesn't import for torch
+)
+_CHECKPOINT_NAME = re.compile(r"step_\d+")
+
+
+class RunDirectoryError(ValueError):
+    """The run directory can't be used for this recipe."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `run.json` says."""
+
+    recipe_hash: str
+    identity: dict[str, Any]
+    tracking_uri: str
+    mlflow_run_id: str
+    manifest_hash: str  # of the embedding store: the order of prompts depends on it
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the workers stopped by themselves, where another try would end the same way."""
+
+    kind: Literal["recipe", "non-finite", "fp8-teacher"]
+    message: str
+
+
+def read_record(run_dir: str) -> RunRecord | None:
+    """The run's record, or None if no run was started here.
+
+    Raises:
+        RunDirectoryError: `run.json` is damaged.
+    """
+    uri = storage.join(run_dir, RECORD_FILE)
+    if not storage.exists(uri):
+        return None
+    try:
+        return RunRecord(**json.loads(storage.read_bytes(uri)))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{uri} is damaged ({error}); restore it, or start afresh with another run_dir"
+        ) from error
+
+
+def write_record(run_dir: str, record: RunRecord) -> None:
+    """Write `run.json` whole."""
+    content = json.dumps(asdict(record), indent=1)
+    storage.write_bytes(storage.join(run_dir, RECORD_FILE), content.encode())
+
+
+def require_same_recipe(recipe: Recipe) -> RunRecord | None:
+    """The record of the run to resume, or None for a new run.
+
+    Raises:
+        RunDirectoryError: the folder belongs to another recipe; names the keys that differ.
+    """
+    record = read_record(recipe.run_dir)
+    if record is None or record.recipe_hash == recipe.hash():
+        return record
+    changes = differences(recipe.identity(), record.identity)
+    raise RunDirectoryError(
+        f"run directory {recipe.run_dir} belongs to another recipe "
+        f"({record.recipe_hash}, this one is {recipe.hash()}):\n  "
+        + "\n  ".join(changes[:10])
+        + "\nGo on with the old values, or set another run_dir"
+    )
+
+
+def require_same_store(recipe: Recipe, record: RunRecord | None, manifest_hash: str) -> None:
+    """Make sure that a run goes on with the store it was started on.
+
+    Raises:
+        RunDirectoryError: the store's content changed, and with it the order of prompts.
+    """
+    if record is not None and record.manifest_hash != manifest_hash:
+        raise RunDirectoryError(
+            f"run {recipe.run_dir} was started on store {record.manifest_hash[:16]}, "
+            f"{recipe.embed.store} is {manifest_hash[:16]}: prompts would come in another order. "
+            "Restore the store, or set another run_dir"
+        )
+
+
+def require_run(recipe: Recipe) -> RunRecord:
+    """The record of a run that was started.
+
+    Raises:
+        RunDirectoryError: there is none, or it belongs to another recipe.
+    """
+    record = require_same_recipe(recipe)
+    if record is None:
+        raise RunDirectoryError(
+            f"no run in {recipe.run_dir}; start it with `piflow distill`, or set run_dir"
+        )
+    return record
+
+
+def checkpoints(run_dir: str) -> dict[int, str]:
+    """Step -> URI of every finished checkpoint, oldest first."""
+    return {
+        step: uri for step, (uri, files) in _folders(run_dir).items() if _is_finished(uri, files)
+    }
+
+
+def sealed_checkpoints(run_dir: str) -> dict[int, str]:
+    """Step -> URI of every checkpoint that was finished once, damaged ones too, oldest first."""
+    return {step: uri for step, (uri, files) in _folders(run_dir).items() if _STATE_FILE in files}
+
+
+def delete_half_written(run_dir: str) -> list[int]:
+    """Delete what a killed save or a killed deletion left; returns the steps.
+
+    No save may be running. Checkpoints that were finished once are left alone. On an object store
+    uploads that were not finished go as well.
+    """
+    root = storage.join(run_dir, CHECKPOINTS)
+    if storage.scheme(root) == "s3":
+        conditional.abort_uploads(root)
+    left = {
+        step: uri for step, (uri, files) in _folders(run_dir).items() if _STATE_FILE not in files
+    }
+    for uri in left.values():
+        storage.delete_folder(uri)
+    return list(left)
+
+
+def delete_checkpoint(uri: str) -> None:
+    """Delete a checkpoint, if it is there: first it stops being one, then its files go."""
+    storage.delete_file(storage.join(uri, _STATE_FILE))
+    storage.delete_folder(uri)
+
+
+def delete_old_checkpoints(
+    run_dir: str, keep_last: int, keep_every: int | None = None, keep_best: int = 0
+) -> list[int]:
+    """Delete finished checkpoints that retention doesn't keep; returns their steps.
+
+    Args:
+        keep_last: how many of the newest stay.
+        keep_every: those of steps that it divides stay for good; None: no others stay.
+        keep_best: how many of those with the lowest loss stay.
+    """
+    found = checkpoints(run_dir)
+    best = _best(found, keep_best)
+    old = [
+        step
+        for step in sorted(found)[:-keep_last]
+        if step not in best and (keep_every is None or step % keep_every != 0)
+    ]
+    for step in old:
+        delete_checkpoint(found[step])
+    return old
+
+
+def _best(found: dict[int, str], count: int) -> set[int]:
+    """Steps of the checkpoints with the lowest loss, as their `state.json` says; the earlier first.
+
+    So a run that was started again, elsewhere or by another driver, goes on with the same choice.
+    """
+    if not count:
+        return set()
+    states = (
+        (step, json.loads(storage.read_bytes(storage.join(uri, _STATE_FILE))))
+        for step, uri in found.items()
+    )
+    losses = [(state["loss"], step) for step, state in states if state.get("loss") is not None]
+    return {step for _, step in sorted(losses)[:count]}
+
+
+def _folders(run_dir: str) -> dict[int, tuple[str, dict[str, int]]]:
+    """Step -> URI of the folder and its files' bytes by name, oldest first."""
+    root = storage.join(run_dir, CHECKPOINTS)
+    folders: dict[str, dict[str, int]] = {}
+    for path, size in storage.file_sizes(root).items():
+        name, _, file = path.partition("/")
+        if _CHECKPOINT_NAME.fullmatch(name) and file:
+            folders.setdefault(name, {})[file] = size
+    return {
+        int(name.removeprefix("step_")): (storage.join(root, name), files)
+        for name, files in sorted(folders.items())
+    }
+
+
+def _is_finished(uri: str, files: dict[str, int]) -> bool:
+    """Whether the checkpoint's own list of files, written by rank 0, is there in full."""
+    if _STATE_FILE not in files:
+        return False
+    try:
+        expected = json.loads(storage.read_bytes(storage.join(uri, _STATE_FILE)))["files"]
+    except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError):
+        return False  # half written, or deleted meanwhile
+    return all(files.get(name) == size for name, size in expected.items())
+
+
+def newest_checkpoint(run_dir: str) -> str:
+    """URI of the newest finished checkpoint.
+
+    Raises:
+        RunDirectoryError: there is none.
+    """
+    found = checkpoints(run_dir)
+    if not found:
+        raise RunDirectoryError(
+            f"no finished checkpoint in {run_dir}; run `piflow distill` first, or name one with "
+            "--checkpoint"
+        )
+    return found[max(found)]
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimiser steps."""
+    return f"step_{step:08d}"
+
+
+def checkpoint_uri(run_dir: str, step: int) -> str:
+    """Where the checkpoint after `step` optimiser steps is, or will be."""
+    return storage.join(run_dir, CHECKPOINTS, checkpoint_name(step))
+
+
+def write_failure(run_dir: str, failure: Failure) -> None:
+    """Leave word for the driver why the run stopped by itself."""
+    uri = storage.join(run_dir, FAILURE_FILE)
+    storage.write_bytes(uri, json.dumps(asdict(failure)).encode())
+
+
+def take_failure(run_dir: str) -> Failure | None:
+    """What the workers left, if anything; it is removed."""
+    uri = storage.join(run_dir, FAILURE_FILE)
+    if not storage.exists(uri):
+        return None
+    failure = Failure(**json.loads(storage.read_bytes(uri)))
+    storage.delete_file(uri)
+    return failure

@@ -1,0 +1,382 @@
+"""Bringing a run's entries to an MLflow server, and what its client's errors mean.
+
+An `Outbox` may show an entry more than once. Metrics are left out up to the last step that the
+server holds, pictures by their series and step; the names of files come from the entry; and MLflow
+takes a metric's point with the same time, step and value once.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from piflow.runs.outbox import Entry, EntryRefusedError, RunRefusedError, ServerAwayError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+_PICTURES = uuid.UUID("6f1f7f43-54d2-4b43-9d28-7a0c9a4d7f10")  # of this project's picture names
+_PARAM_LENGTH = 6000  # MLflow's limits, in characters
+TAG_LENGTH = 8000
+_BATCH = 100  # MLflow's limits of parameters and metrics a request
+_METRIC_BATCH = 1000
+_REQUEST_SECONDS = 20  # until a request without an answer counts as failed; it is tried again here
+START_SECONDS = 20.0  # a server must answer within this when a run starts
+_Answer = TypeVar("_Answer")
+
+# MLflow reads it when it is imported. It is set here and not there: a process's environment must
+# not change while threads of torch or Arrow read it in C, which ends in a segmentation fault.
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+
+def flatten_params(params: Mapping[str, Any]) -> dict[str, str]:
+    """Nested mappings to dotted keys and texts; values over MLflow's 6,000 characters are cut.
+
+    Lists are one value, as YAML writes them in a line; None is "null". An empty mapping leaves
+    nothing. Example: ``{"training": {"lr": 1e-4}}`` -> ``{"training.lr": "0.0001"}``.
+    """
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}.{inner}": text for inner, text in flatten_params(value).items()})
+        elif isinstance(value, str):
+            flat[key] = cut(value, _PARAM_LENGTH)
+        else:
+            line = yaml.safe_dump(plain(value), default_flow_style=True, width=10**9)
+            flat[key] = cut(line.removesuffix("...\n").strip(), _PARAM_LENGTH)
+    return flat
+
+
+class Delivery:
+    """Brings entries to the server, each once, however often it is asked to."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        _import_mlflow()  # here, not in the writer thread, beside other imports
+        self._uri = uri
+        self._run_id = run_id
+        self._client: MlflowClient | None = None
+        self._last_steps: dict[str, int] = {}
+        self._images: set[str] | None = None
+
+    def __call__(self, entries: Sequence[Entry]) -> int:
+        """Deliver the first entry, and more metrics that follow it; returns how many.
+
+        Raises:
+            ServerAwayError: try again.
+            RunRefusedError: the run is gone, or the server lets nobody in.
+            EntryRefusedError: the first entry is wrong.
+        """
+        try:
+            return self._deliver(entries)
+        except Exception as error:  # whatever it is, it must not end the thread
+            self._last_steps, self._images = {}, None  # the server may have got it nevertheless
+            problem = _classified(error, self._uri)
+            if not isinstance(problem, EntryRefusedError):
+                raise problem from error
+            self._require_run()
+            if len(entries) > 1:  # one of them is wrong
+                return self(entries[:1])
+            raise problem from error
+
+    def _deliver(self, entries: Sequence[Entry]) -> int:
+        client, run_id = self._connected(), self._run_id
+        entry = entries[0]
+        data = entry.data
+        if entry.kind == "metrics":
+            return self._log_metrics(client, entries)
+        if entry.kind == "picture":
+            self._log_picture(client, entry)
+        elif entry.kind == "file":
+            *folder, name = data["path"].split("/")
+            _log_file(client, run_id, name, _from_text(data["content"]), "/".join(folder))
+        elif entry.kind == "event":
+            name = f"{_clock(entry)}-{data['name']}.txt"
+            _log_file(client, run_id, name, data["text"].encode(), "events")
+            client.set_tag(run_id, f"event.{data['name']}", cut(data["text"], TAG_LENGTH))
+        elif entry.kind == "resume":
+            _resume(client, run_id, entry)
+        elif entry.kind == "status":
+            client.set_terminated(run_id, data["status"], end_time=entry.time_us // 1000)
+        else:
+            raise EntryRefusedError(f"unknown kind {entry.kind!r}")
+        return 1
+
+    def _connected(self) -> MlflowClient:
+        """A client, and the certainty that the run is there."""
+        if self._client is None:
+            client = connect(self._uri)
+            get_run(client, self._uri, self._run_id)
+            self._client = client
+        return self._client
+
+    def _require_run(self) -> None:
+        """Raise RunRefusedError or ServerAwayError unless the run is there."""
+        try:
+            get_run(self._connected(), self._uri, self._run_id)
+        except Exception as error:
+            problem = _classified(error, self._uri)
+            raise (
+                RunRefusedError(str(problem)) if isinstance(problem, EntryRefusedError) else problem
+            ) from error
+
+    def _log_metrics(self, client: MlflowClient, entries: Sequence[Entry]) -> int:
+        """As many entries as go into one request, at least one; points it has are left out."""
+        from mlflow.entities import Metric
+
+        points: list[Metric] = []
+        last = dict(self._last_steps)
+        count = 0
+        for entry in entries:
+            values = entry.data["values"] if entry.kind == "metrics" else {}
+            if not values or (points and len(points) + len(values) > _METRIC_BATCH):
+                break
+            for key, value in values.items():
+                if key not in last:
+                    last[key] = _last_step(client, self._run_id, key)
+                if entry.step > last[key] or entry.data["replace"]:
+                    points.append(Metric(key, value, entry.time_us // 1000, entry.step))
+                    last[key] = max(last[key], entry.step)
+            count += 1
+        for start in range(0, len(points), _METRIC_BATCH):
+            batch = points[start : start + _METRIC_BATCH]
+            client.log_batch(self._run_id, metrics=batch, synchronous=True)
+        self._last_steps = last
+        return max(count, 1)  # one without values
+
+    def _log_picture(self, client: MlflowClient, entry: Entry) -> None:
+        """As MLflow's own `log_image` does, under a name that doesn't change between tries."""
+        from mlflow.tracking.multimedia import compress_image_size
+        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
+        from PIL import Image
+
+        if self._images is None:
+            found = client.list_artifacts(self._run_id, "images")
+            self._images = {item.path.removeprefix("images/") for item in found}
+        series = f"{entry.data['key'].replace('/', '~')}+step+{entry.step}+"
+        done = {name for name in self._images if name.startswith(series)}
+        if not any(name.endswith("+compressed.webp") for name in done):
+            png = _from_text(entry.data["png"])
+            stem = next((name.removesuffix(".png") for name in done), None) or (
+                f"{series}timestamp+{entry.time_us // 1000}+{uuid.uuid5(_PICTURES, series)}"
+            )
+            small = io.BytesIO()
+            compress_image_size(Image.open(io.BytesIO(png))).save(small, format="WEBP")
+            _log_file(client, self._run_id, f"{stem}.png", png, "images")
+            _log_file(client, self._run_id, f"{stem}+compressed.webp", small.getvalue(), "images")
+            self._images |= {f"{stem}.png", f"{stem}+compressed.webp"}
+        client.set_tag(self._run_id, MLFLOW_LOGGED_IMAGES, "True")
+
+
+def _last_step(client: MlflowClient, run_id: str, key: str) -> int:
+    history = client.get_metric_history(run_id, key)
+    return max((point.step for point in history), default=-1)
+
+
+def _resume(client: MlflowClient, run_id: str, entry: Entry) -> None:
+    """Running again; parameters that are new are added, those that changed are told."""
+    params = entry.data["params"]
+    flat = flatten_params(params)
+    known = client.get_run(run_id).data.params
+    client.update_run(run_id, status="RUNNING")
+    log_params(client, run_id, {key: flat[key] for key in flat.keys() - known.keys()})
+    changed = sorted(key for key in known if known[key] != flat.get(key, "(absent)"))
+    if changed:
+        stamp = _clock(entry)
+        text = "\n".join(f"{key}: {known[key]} -> {flat.get(key, '(absent)')}" for key in changed)
+        name = f"{stamp}-resumed-with-changes.txt"
+        _log_file(client, run_id, name, text.encode(), "events")
+        client.set_tag(run_id, "event.resumed-with-changes", cut(text, TAG_LENGTH))
+        client.log_text(run_id, to_yaml(params), f"resumed/{stamp}-recipe.yaml")
+    set_tags(client, run_id, entry.data["tags"])
+
+
+def _log_file(client: MlflowClient, run_id: str, name: str, content: bytes, folder: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / name
+        path.write_bytes(content)
+        client.log_artifact(run_id, str(path), folder or None)
+
+
+def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        client.set_tag(run_id, key, cut(value, TAG_LENGTH))
+
+
+def _clock(entry: Entry) -> str:
+    """Its time to the microsecond, as it stands in file names."""
+    clock = time.strftime("%Y-%m-%dT%H%M%S", time.gmtime(entry.time_us // 1_000_000))
+    return f"{clock}.{entry.time_us % 1_000_000:06d}Z"
+
+
+def _classified(
+    error: Exception, uri: str
+) -> ServerAwayError | RunRefusedError | EntryRefusedError:
+    """What an error of MLflow's client means for what should happen next."""
+    if isinstance(error, ServerAwayError | RunRefusedError | EntryRefusedError):
+        return error
+    status = _http_status(error)
+    text = f"MLflow server {uri}: {_first_line(error)}"
+    if status in (401, 403, 404):
+        return RunRefusedError(
+            f"{text}. Check tracking.uri, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+            "(or MLFLOW_TRACKING_TOKEN)"
+        )
+    if status is not None and 400 <= status < 500 and status not in (408, 429):
+        return EntryRefusedError(text)
+    if status is not None or isinstance(error, OSError):
+        return ServerAwayError(text)
+    return EntryRefusedError(f"{text} ({type(error).__name__})")
+
+
+def _http_status(error: Exception) -> int | None:
+    """The status of a refusal; 503 without an answer; None: it isn't about a request."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code())
+    if isinstance(error, RequestException):
+        return error.response.status_code if error.response is not None else 503
+    if type(error).__module__.startswith(("boto3.", "botocore.")):  # artifacts on S3, from here
+        return _s3_status(error)
+    return None
+
+
+def _s3_status(error: Exception) -> int:
+    from botocore.exceptions import ClientError, NoCredentialsError
+
+    if isinstance(error, NoCredentialsError):
+        return 400
+    if not isinstance(error, ClientError):
+        return 503
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 503))
+    return 400 if status in (401, 403, 404) else status  # this file is refused, not the run
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Errors of MLflow's client as ConnectionError or ValueError, with the server's address."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        problem = _classified(error, uri)
+        if isinstance(problem, ServerAwayError):
+            raise problem from error
+        raise ValueError(str(problem)) from error
+
+
+def answered(question: Callable[[], _Answer], uri: str) -> _Answer:
+    """The first answer of a server that may be starting; asked again for 20 s.
+
+    Raises:
+        ServerAwayError: there was none.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with explained(uri):
+                return question()
+        except ServerAwayError as error:
+            if _unknown_name(str(error)):
+                raise ServerAwayError(
+                    f"{error}. There is no such host: check tracking.uri"
+                ) from error
+            if time.monotonic() > deadline:
+                raise ServerAwayError(
+                    f"{error}. It didn't answer for {START_SECONDS:.0f} s: start it, or check "
+                    "tracking.uri"
+                ) from error
+            time.sleep(1)
+
+
+def _import_mlflow() -> None:
+    """The first import, which is slow."""
+    import mlflow  # noqa: F401
+
+    # creating a SQLite store logs every schema migration
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def connect(uri: str, request_seconds: int = _REQUEST_SECONDS) -> MlflowClient:
+    """A client whose requests fail in time, unless the environment sets MLflow's own limits.
+
+    MLflow's defaults, 120 s a request and 7 tries with growing waits, block for half an hour.
+    """
+    _import_mlflow()
+    from mlflow import MlflowClient, environment_variables
+
+    environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT.default = request_seconds
+    environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.default = 0
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def get_run(client: MlflowClient, uri: str, run_id: str) -> Run:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise RunRefusedError(
+            f"MLflow run {run_id} is not in {uri}; set tracking.uri to the server on which the "
+            "run was started, or start in a new run_dir"
+        ) from error
+    if run.info.lifecycle_stage == "deleted":
+        raise RunRefusedError(
+            f"MLflow run {run_id} in {uri} was deleted; restore it (`mlflow runs restore "
+            f"--run-id {run_id}`) or start in a new run_dir"
+        )
+    return run
+
+
+def log_params(client: MlflowClient, run_id: str, flat: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(key, value) for key, value in sorted(flat.items())]
+    for start in range(0, len(params), _BATCH):
+        client.log_batch(run_id, params=params[start : start + _BATCH])
+
+
+def to_yaml(params: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(plain(params), sort_keys=False, allow_unicode=True)
+
+
+def plain(value: Any) -> Any:
+    """Mappings and tuples to what YAML writes without type tags."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def _from_text(text: str) -> bytes:
+    return base64.b64decode(text)
+
+
+def _unknown_name(message: str) -> bool:
+    return "NameResolutionError" in message or "Name or service not known" in message
+
+
+def cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,406 @@
+"""Experiment tracking: a thin layer over MLflow.
+
+    driver          start(...) -> run_id               parameters, tags, resolved recipe
+                    resume(...), finish(...)           an earlier run goes on; how it ended
+    rank 0          MlflowTracker(uri, run_id, dir)    metrics, pictures, events, files
+    other ranks     NullTracker()                      the same calls, nothing happens
+    export          register_adapter(...)              adapter folder -> registered model version
+
+A run outlives processes: it is created once, and whoever comes later continues it by its id. After
+a restart the steps since the last checkpoint are computed again; they are not logged again, because
+the server is asked once for the last step it holds of a metric or picture, and all up to it is
+skipped.
+
+Training never waits for the server. What is logged goes through an `Outbox`, with the time when it
+happened; while the server is away it is kept in memory and in `RUN_DIR/tracking-buffer`, and
+whoever comes next to the run (`piflow distill`, `evaluate`, `export`) delivers what lies there. At
+the start of a run the server must answer: a wrong address should not be found out hours later.
+
+Without a server the store is a SQLite file in the run's folder, artifacts beside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import io
+import logging
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from urllib.parse import unquote, urlparse
+
+from piflow import storage
+from piflow.runs.mlflow import (
+    START_SECONDS,
+    TAG_LENGTH,
+    Delivery,
+    answered,
+    connect,
+    cut,
+    explained,
+    flatten_params,
+    get_run,
+    log_params,
+    plain,
+    set_tags,
+    to_yaml,
+)
+from piflow.runs.outbox import Entry, Outbox, ServerAwayError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from PIL.Image import Image
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+BUFFER = "tracking-buffer"  # in the run's folder
+_SQLITE = "sqlite:///"
+_UPLOAD_SECONDS = 600  # a request with an adapter's files, which a server may pass on to S3
+_KEEP_SECONDS = 10.0  # before a checkpoint counts
+_CLOSE_SECONDS = 30.0  # for what is left when a process ends
+_log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """What a training or evaluation loop reports to."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """One point a metric; a metric's steps grow, a step it already has is skipped."""
+
+    def log_summary(self, metrics: Mapping[str, float], step: int) -> None:
+        """One point a metric, whatever is there: results that a later run of a tool replaces."""
+
+    def log_image(self, image: Image, key: str, step: int) -> None:
+        """One picture of the series ``key``; a step that the series already has is skipped."""
+
+    def log_artifact(self, local_path: Path, folder: str | None = None) -> None:
+        """A file, or a folder's contents, copied into the run's artifact folder ``folder``."""
+
+    def event(self, name: str, text: str) -> None:
+        """Something that happened once: a restart, a resize, a refused batch."""
+
+    def keep(self) -> None:
+        """Waits (10 s at most) until all of this can't get lost; before a checkpoint counts.
+
+        Raises:
+            OSError: neither the server nor the run's folder takes it: the checkpoint can't count,
+                since nobody would do its steps, and log them, again.
+        """
+
+    def close(self) -> str | None:
+        """The process ends: delivers what is left, 30 s long. Returns why something was not."""
+
+
+class NullTracker:
+    """Tracking is off, or this is not rank 0."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def log_summary(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def log_image(self, image: Image, key: str, step: int) -> None:
+        pass
+
+    def log_artifact(self, local_path: Path, folder: str | None = None) -> None:
+        pass
+
+    def event(self, name: str, text: str) -> None:
+        pass
+
+    def keep(self) -> None:
+        pass
+
+    def close(self) -> str | None:
+        return None
+
+
+class MlflowTracker:
+    """Continues the MLflow run `run_id` at the tracking server `uri`, in a thread.
+
+    Nothing here waits for the server or fails by it, but `keep` and `close` within their limits;
+    `keep` fails if the folder refuses as well.
+
+    Args:
+        run_dir: URI of the run's folder, for what can't be delivered.
+    """
+
+    def __init__(self, uri: str, run_id: str, run_dir: str) -> None:
+        self._outbox = _outbox(uri, run_id, run_dir)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        values = {key: float(value) for key, value in metrics.items()}
+        self._outbox.put(_entry("metrics", {"values": values, "replace": False}, step))
+
+    def log_summary(self, metrics: Mapping[str, float], step: int) -> None:
+        values = {key: float(value) for key, value in metrics.items()}
+        self._outbox.put(_entry("metrics", {"values": values, "replace": True}, step))
+
+    def log_image(self, image: Image, key: str, step: int) -> None:
+        png = io.BytesIO()
+        image.save(png, format="PNG")
+        self._outbox.put(_entry("picture", {"key": key, "png": _to_text(png.getvalue())}, step))
+
+    def log_artifact(self, local_path: Path, folder: str | None = None) -> None:
+        """Its files as they are now.
+
+        Raises:
+            ValueError: there is no such file or folder.
+        """
+        if not local_path.exists():
+            raise ValueError(f"nothing to log at {local_path}: no such file or folder")
+        root = local_path if local_path.is_dir() else local_path.parent
+        files = sorted(local_path.rglob("*")) if local_path.is_dir() else [local_path]
+        for file in (item for item in files if item.is_file()):
+            path = "/".join(filter(None, [folder, file.relative_to(root).as_posix()]))
+            content = _to_text(file.read_bytes())
+            self._outbox.put(_entry("file", {"path": path, "content": content}))
+
+    def event(self, name: str, text: str) -> None:
+        """All events are kept as text files ``events/<time>-<name>.txt``; a tag shows the last."""
+        self._outbox.put(_event(name, text))
+
+    def keep(self) -> None:
+        if not self._outbox.keep(_KEEP_SECONDS):
+            raise OSError(
+                errno.EIO, "MLflow is away, and what it lacks can't be kept in the run's folder"
+            )
+
+    def close(self) -> str | None:
+        return self._outbox.close(_CLOSE_SECONDS)
+
+
+class SystemMetrics:
+    """This machine's CPU, memory, disk, network and NVIDIA or AMD GPUs, in MLflow's own names."""
+
+    def __init__(self) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+        from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
+
+        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        for gpus in (GPUMonitor, ROCMMonitor):
+            try:
+                self._monitors.append(gpus())
+            except (ImportError, RuntimeError) as error:  # no such GPU, or not its Python package
+                _log.info("no metrics of %s: %s", gpus.__name__, error)
+
+    def read(self) -> dict[str, float]:
+        """Since the last call; takes about a millisecond."""
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            values |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        return {f"system/{name}": float(value) for name, value in values.items()}
+
+
+def default_tracking_uri(run_dir: str) -> str:
+    """The SQLite store in a local run folder (a path or ``file://`` URI), which is created.
+
+    Raises:
+        ValueError: the run folder is not local.
+    """
+    parsed = urlparse(run_dir)
+    if parsed.scheme not in ("", "file"):
+        raise ValueError(
+            f"the default tracking store is a SQLite file in the run's folder, which can't be on "
+            f"{parsed.scheme}://; set tracking.uri to an MLflow server (http://...) or to "
+            "sqlite:///<local path>"
+        )
+    folder = Path(unquote(parsed.path) if parsed.scheme else run_dir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"{_SQLITE}{folder / 'mlflow.db'}"
+
+
+def start(
+    uri: str, experiment: str, run_name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+) -> str:
+    """Create a run; returns its id.
+
+    Args:
+        uri: MLflow tracking URI.
+        experiment: created when missing; with SQLite its artifacts lie in ``mlartifacts`` beside
+            the database.
+        run_name: the name people see.
+        params: the resolved recipe; nested keys are joined by dots, and the whole is also logged as
+            the artifact ``recipe.yaml``.
+        tags: of the run.
+
+    Raises:
+        ConnectionError: the server didn't answer within 20 s, or there is none of that name.
+        ValueError: the server refuses, or the experiment was deleted.
+    """
+    client = connect(uri)
+    with explained(uri):
+        experiment_id = answered(lambda: _experiment_id(client, uri, experiment), uri)
+        run_id = str(client.create_run(experiment_id, run_name=run_name).info.run_id)
+        log_params(client, run_id, flatten_params(params))
+        client.log_text(run_id, to_yaml(params), "recipe.yaml")
+        set_tags(client, run_id, tags)
+    return run_id
+
+
+def resume(
+    uri: str,
+    run_id: str,
+    run_dir: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    *,
+    must_answer: bool,
+) -> None:
+    """Deliver what earlier attempts left, then set the run to running again.
+
+    MLflow's parameters can't change, so values that differ on resuming (say, the number of workers)
+    become an event, and the recipe is kept beside the first one in ``resumed/``.
+
+    Args:
+        params, tags: as for `start`; tags are set anew.
+        must_answer: an error if the server is away; else this is delivered later, as all is.
+
+    Raises:
+        ConnectionError: it must answer and didn't within 20 s.
+        ValueError: the server doesn't hold the run, or refuses.
+    """
+    outbox = _outbox(uri, run_id, run_dir)
+    outbox.put(_entry("resume", {"params": plain(params), "tags": dict(tags)}))
+    problem = outbox.close(START_SECONDS)
+    if problem is None:
+        return
+    if outbox.refused:
+        raise ValueError(problem)
+    if must_answer:
+        raise ServerAwayError(problem)
+    _log.warning("%s. The run goes on; what is logged is kept in %s until then", problem, run_dir)
+
+
+def finish(uri: str, run_id: str, run_dir: str, status: RunStatus = "FINISHED") -> str | None:
+    """Ends a run, which can be resumed; delivers what is left of it.
+
+    Returns:
+        Why something was not delivered: it is kept in the run's folder, with its time.
+    """
+    outbox = _outbox(uri, run_id, run_dir)
+    outbox.put(_entry("status", {"status": status}))
+    return outbox.close(_CLOSE_SECONDS)
+
+
+def deliver_kept(uri: str, run_id: str, run_dir: str) -> str | None:
+    """Deliver what earlier processes had to leave in the run's folder.
+
+    Returns:
+        Why something was not delivered.
+    """
+    if not storage.list_files(storage.join(run_dir, BUFFER)):
+        return None
+    return _outbox(uri, run_id, run_dir).close(_CLOSE_SECONDS)
+
+
+def register_adapter(
+    uri: str, run_id: str, folder: Path, name: str, tags: Mapping[str, str], alias: str
+) -> str:
+    """Log an adapter folder to its run, register it as a model version and point ``alias`` at it.
+
+    The artifact folder is named after the files' content, so that no version's files ever change;
+    registering the same files of the same run again gives the version that is there.
+
+    Args:
+        folder: local folder of the exported adapter.
+        name: registered model; created when missing.
+        tags: of the version: its lineage.
+        alias: such as "newest" (MLflow keeps "latest" for itself); moved from the version that had
+            it.
+
+    Returns:
+        The version, a number as MLflow writes it ("1").
+
+    Raises:
+        ConnectionError: the server doesn't answer.
+        ValueError: the folder is missing or empty, the server doesn't hold ``run_id`` or refuses,
+            or the alias is "latest".
+    """
+    if alias.lower() == "latest":
+        raise ValueError('MLflow reserves the alias "latest"; use another, such as "newest"')
+    artifact_folder = f"adapters/{_content_hash(folder)}"
+    name = _quotable(name)
+    client = connect(uri, request_seconds=_UPLOAD_SECONDS)
+    with explained(uri):
+        answered(lambda: get_run(client, uri, run_id), uri)
+        client.log_artifacts(run_id, str(folder), artifact_folder)
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = f"runs:/{run_id}/{artifact_folder}"
+        earlier = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        same = [item for item in earlier if item.source == source]
+        model = same[0] if same else client.create_model_version(name, source=source, run_id=run_id)
+        for key, value in tags.items():
+            client.set_model_version_tag(name, model.version, key, cut(value, TAG_LENGTH))
+        client.set_registered_model_alias(name, alias, model.version)
+    return str(model.version)
+
+
+def _outbox(uri: str, run_id: str, run_dir: str) -> Outbox:
+    return Outbox(storage.join(run_dir, BUFFER), Delivery(uri, run_id), _event)
+
+
+def _entry(kind: str, data: dict[str, Any], step: int = 0) -> Entry:
+    return Entry(kind, time.time_ns() // 1000, step, data)
+
+
+def _event(name: str, text: str) -> Entry:
+    return _entry("event", {"name": re.sub(r"[^\w.-]+", "-", name), "text": text})
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    existing = client.get_experiment_by_name(name)
+    if existing is None:
+        return client.create_experiment(name, artifact_location=_artifact_location(uri))
+    if existing.lifecycle_stage == "deleted":
+        raise ValueError(
+            f"MLflow experiment {name!r} in {uri} was deleted; restore it (`mlflow experiments "
+            f"restore --experiment-id {existing.experiment_id}`) or set tracking.experiment to "
+            "another name"
+        )
+    return existing.experiment_id
+
+
+def _artifact_location(uri: str) -> str | None:
+    """Beside a SQLite file (MLflow's own choice would be the working directory); else the server's.
+
+    None leaves the choice to the tracking server.
+    """
+    if not uri.startswith(_SQLITE):
+        return None
+    return (Path(uri.removeprefix(_SQLITE)).absolute().parent / "mlartifacts").as_uri()
+
+
+def _content_hash(folder: Path) -> str:
+    """16 hexadecimal digits of SHA-256 over the folder's files: names, sizes, contents."""
+    files = sorted(item for item in folder.rglob("*") if item.is_file())
+    if not files:
+        raise ValueError(f"no adapter at {folder}: the folder is missing or empty; export first")
+    digest = hashlib.sha256()
+    for item in files:
+        digest.update(f"{item.relative_to(folder).as_posix()}\0{item.stat().st_size}\0".encode())
+        with item.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _quotable(name: str) -> str:
+    if "'" in name:
+        raise ValueError(f"a registered model's name can't hold a quote, got {name!r}")
+    return name
+
+
+def _to_text(content: bytes) -> str:
+    return base64.b64encode(content).decode()

@@ -1,0 +1,286 @@
+"""The train loop: step, metrics, pictures, checkpoints and reasons to stop."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import ray.train.torch
+import torch.distributed as dist
+from ray.train.collective import broadcast_from_rank_zero
+
+from piflow import storage
+from piflow.config import Recipe
+from piflow.data.batch import StreamBatch
+from piflow.data.stream import TrainStream
+from piflow.roles.fp8 import check_error
+from piflow.runs import folder as run_folder
+from piflow.runs.lease import require_owner
+from piflow.runs.tracking import SystemMetrics, Tracker
+from piflow.runtime.mailbox import StopReason
+from piflow.runtime.stopping import Stops
+from piflow.runtime.watchdog import Watchdog
+from piflow.training.build import Assembly
+from piflow.training.checkpoint import RunState
+from piflow.training.checkpoint_writer import CheckpointSaver, restore_newest
+from piflow.training.step import NonFiniteError, SkippedSteps, StepMetrics
+
+_STOP_TEXTS = {
+    StopReason.RESIZE: "the number of workers is about to change",
+    StopReason.MOVE: "a machine is going away, or a worker got SIGTERM",
+    StopReason.END: "the driver was told to stop",
+}
+
+
+class TrainLoop:
+    """Steps, and what is due after each: metrics, pictures, checkpoints."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: dict[str, Any],
+        assembly: Assembly,
+        tracker: Tracker,
+        stops: Stops,
+        watchdog: Watchdog,
+    ) -> None:
+        self.recipe = recipe
+        self.recipe_hash = config["recipe_hash"]
+        self.training = recipe.training
+        self.assembly = assembly
+        self.tracker = tracker
+        self.stops = stops
+        self.watchdog = watchdog
+        self.board = config["board"]
+        self.rank = ray.train.get_context().get_world_rank()
+        self.run_id = config["run_id"]
+        tracked = recipe.tracking.system_metrics and self.rank == 0
+        self.system = SystemMetrics() if tracked else None
+        self.start = 0
+        self.skipped = SkippedSteps(recipe.training)
+        self.waits: list[float] = []  # of each step since the last metric point
+        self.seconds: list[float] = []
+        self.losses: list[float] = []  # of each step since the last checkpoint
+        self.replaced: Counter[str] = Counter()  # this rank's rows, by damaged row group
+        self.told: set[str] = set()  # damaged row groups of which MLflow knows
+        self.owner = config["owner"]
+        self.saver = CheckpointSaver(recipe.run_dir, recipe.training, self._before_seal)
+
+    def _before_seal(self) -> None:
+        """On rank 0: nothing is written for a driver that another one has replaced."""
+        require_owner(self.recipe.run_dir, self.owner)
+        self.tracker.keep()
+
+    def resume(self) -> int:
+        """Restore the newest good checkpoint, if there is one; returns the steps that are done.
+
+        The run's folder alone says which: Ray Train's list ends with the driver's process, and
+        knows nothing of damage.
+        """
+        state = restore_newest(
+            self.recipe.run_dir,
+            self.assembly.trainer,
+            _opened,
+            lambda text: self.tracker.event("damaged-checkpoint", text),
+        )
+        if state is None:
+            return 0
+        if self.rank == 0:
+            self.tracker.event("resume", f"from step {state.step}")
+        return state.step
+
+    def run(self, start: int, stream: TrainStream) -> None:
+        """Steps `start` to the recipe's last, or until all workers are asked to stop."""
+        if start >= self.training.steps:
+            return
+        self.start = start
+        batches = iter(stream.batches())
+        for step in range(start, self.training.steps):
+            began = time.perf_counter()
+            batch: StreamBatch = next(batches)
+            waited = time.perf_counter() - began
+            self._count_replaced(step, batch)
+            self._check_teacher(step, batch)
+            try:
+                metrics = self.assembly.trainer.step(step, batch.micro_batches)
+            except NonFiniteError as error:  # every rank raises it in the same step
+                self._skip(step, error)
+            else:
+                seconds = time.perf_counter() - began
+                self.waits.append(waited)
+                self.seconds.append(seconds)
+                self.losses.append(metrics.loss)
+                flops = self.assembly.flops(batch.micro_batches[0])
+                self._report(metrics, seconds, waited, stream.epoch_of(step), flops)
+            done = step + 1
+            self.watchdog.rearm()
+            if self.training.sample_every and done % self.training.sample_every == 0:
+                self._log_pictures(done)
+            reason = self.stops.agreed()
+            last = done == self.training.steps or reason is not StopReason.NONE
+            if done % self.training.checkpoint_every == 0 or last:
+                self._save(done)
+            self._log_saves()
+            if last:
+                self._leave(StopReason.NONE if done == self.training.steps else reason, done)
+                return
+
+    def _leave(self, reason: StopReason, done: int) -> None:
+        """The end, when all is saved."""
+        self.finish_saves()
+        if self.rank:
+            return
+        if reason is not StopReason.NONE:
+            self.tracker.event("stop", f"{_STOP_TEXTS[reason]}; step {done} is saved")
+        ray.get(self.board.leave.remote(reason, done))
+
+    def _check_teacher(self, step: int, batch: StreamBatch) -> None:
+        """Measures an fp8 teacher at the start and every so many steps.
+
+        Raises:
+            TeacherPrecisionError: it is too far off; on every rank.
+        """
+        config, measure = self.recipe.model.fp8_teacher, self.assembly.teacher_error
+        if config is None or measure is None or (step != self.start and step % config.check_every):
+            return
+        error = measure(batch.micro_batches[0], step)
+        if self.rank == 0:
+            self.tracker.log_metrics({"fp8_teacher_error": error}, step=step)
+        check_error(step, error, config.max_error)
+
+    def _skip(self, step: int, error: NonFiniteError) -> None:
+        """Go on as if the step's batch had not been there, or stop by raising `error`."""
+        self.skipped.skip(step, error)
+        if self.rank == 0:
+            done = step + 1
+            self.board.update.remote(done, "skipped")
+            self.tracker.log_metrics({"skipped_steps": self.skipped.count(step)}, step=done)
+            self.tracker.event("skip", error.what)
+
+    def _is_logged(self, done: int) -> bool:
+        return done % self.training.log_every == 0 or done in (1, self.training.steps)
+
+    def _count_replaced(self, step: int, batch: StreamBatch) -> None:
+        """Tell of damaged row groups, when metrics are due: all ranks together, rank 0 tells."""
+        if self.rank % self.recipe.runtime.context_parallel == 0:  # its group reads the same rows
+            self.replaced.update(batch.replaced)
+        done = step + 1
+        if self.training.damaged_rows == "stop" or not self._is_logged(done):
+            return
+        counts: list[Any] = [dict(self.replaced)]
+        if dist.is_initialized():
+            counts = [None] * dist.get_world_size()
+            dist.all_gather_object(counts, dict(self.replaced))
+        if self.rank == 0:
+            total = sum((Counter(rank) for rank in counts), Counter())
+            self.tracker.log_metrics({"replaced_rows": float(total.total())}, step=done)
+            for group in sorted(total.keys() - self.told):
+                self.tracker.event(
+                    "damaged-rows", f"{group} can't be read, others replace its rows"
+                )
+            self.told |= total.keys()
+
+    def _report(
+        self, metrics: StepMetrics, seconds: float, waited: float, epoch: float, flops: int
+    ) -> None:
+        """To board and tracker; `flops`: operations of training on one sample."""
+        if self.rank:
+            return
+        done = metrics.step + 1
+        self.board.update.remote(done, f"loss {metrics.loss:.4f}")
+        if not self._is_logged(done):
+            return
+        values = {
+            "loss": metrics.loss,
+            "grad_norm": metrics.grad_norm,
+            "lr": metrics.lr,
+            "epoch": epoch,
+            "samples": float(done * self.training.batch_size),
+            "step_seconds": seconds,
+            "samples_per_second": self.training.batch_size / seconds,
+            "tflops_per_second": 1e-12 * self.training.batch_size * flops / seconds,
+            "data_wait_seconds": waited,
+            "data_wait_share": sum(self.waits) / sum(self.seconds),
+            "skipped_steps": float(self.skipped.count(metrics.step)),
+        }
+        self.waits, self.seconds = [], []
+        if self.system is not None:
+            values |= self.system.read()
+        self.tracker.log_metrics(values, step=done)
+
+    def _log_pictures(self, step: int) -> None:
+        """All ranks draw (a sharded forward is collective), rank 0 logs."""
+        picture = self.assembly.draw_samples()
+        if self.rank == 0:
+            self.tracker.log_image(picture, "samples", step)
+
+    def _save(self, step: int) -> None:
+        """Start to write a checkpoint; the step waits only for the copy to host memory.
+
+        `ray.train.report` is a barrier that all ranks come to here, in the train thread; Ray's own
+        upload thread then waits for the writer, so the report counts when the files are there. Ray
+        Train gets the checkpoint's name and URI only: it keeps its notes apart from the run's
+        storage, and must not depend on it.
+        """
+        written = self.saver.save(self.assembly.trainer, self._state(step))
+        files = ray.train.get_context().get_storage()
+        name = run_folder.checkpoint_name(step)
+        checkpoint = ray.train.Checkpoint(
+            files.build_checkpoint_path_from_name(name), files.storage_filesystem
+        )
+
+        def when_written(checkpoint: ray.train.Checkpoint, _name: str) -> ray.train.Checkpoint:
+            written.result()  # an error ends the attempt; Ray Train starts the next one
+            return checkpoint
+
+        ray.train.report(
+            {"step": step, "uri": run_folder.checkpoint_uri(self.recipe.run_dir, step)},
+            checkpoint=checkpoint,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=when_written,
+            delete_local_checkpoint_after_upload=False,  # it lies where it shall stay
+        )
+
+    def _state(self, step: int) -> RunState:
+        """What the checkpoint after `step` steps says of the run; a new mean begins."""
+        losses, self.losses = self.losses, []
+        return RunState(
+            step=step,
+            samples=step * self.training.batch_size,
+            recipe_hash=self.recipe_hash,
+            mlflow_run_id=self.run_id,
+            recipe=self.recipe.model_dump(mode="json"),
+            loss=mean(losses) if losses else None,
+        )
+
+    def _log_saves(self) -> None:
+        """Of saves that finished meanwhile: a checkpoint is told when it is complete."""
+        for saved in self.saver.take_finished():
+            if self.rank == 0:
+                values = {
+                    "checkpoint_stall_seconds": saved.stall_seconds,
+                    "checkpoint_write_seconds": saved.write_seconds,
+                }
+                self.tracker.log_metrics(values, step=saved.step)
+                self.tracker.event("checkpoint", f"step {saved.step}")
+
+    def finish_saves(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self.watchdog.rearm()
+        self.saver.wait()
+        self._log_saves()
+
+
+@contextmanager
+def _opened(uri: str) -> Iterator[Path]:
+    """A checkpoint's local path; all ranks share one object, so objects come once a machine."""
+    system, path = storage.filesystem(uri)
+    checkpoint = broadcast_from_rank_zero(ray.train.Checkpoint(path, filesystem=system))
+    with checkpoint.as_directory() as folder:
+        yield Path(folder)

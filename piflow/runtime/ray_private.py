@@ -1,0 +1,90 @@
+"""What Ray Train's controller does for us: save before a resize, and tell of failures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.controller import TrainController
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+
+from piflow.runtime.mailbox import StopReason
+
+_POLL_SECONDS = 0.2
+
+
+class _TidyWorkerGroup(WorkerGroup):
+    """Gives back its places when a worker dies while the group starts.
+
+    Ray Train keeps them (its placement group) if that happens after the workers' processes are
+    there, and the next group then waits for places that nobody uses.
+    """
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception:
+            if self.has_started():
+                self.shutdown()
+            raise
+
+
+class LifecycleCallback(ControllerCallback, WorkerGroupCallback):
+    """Runs in the controller's process.
+
+    Args:
+        board: the run's.
+        stall_timeout: seconds without a step that count as a stall; also how long workers may take
+            to save before a resize.
+    """
+
+    def __init__(self, board: Any, stall_timeout: float) -> None:
+        self._board = board
+        self._stall_timeout = stall_timeout
+        self._group: Any = None  # of workers that run
+        self._told = False
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Have the controller make tidy groups."""
+        TrainController.worker_group_cls = _TidyWorkerGroup
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """See Ray Train."""
+        self._group, self._told = worker_group, False
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        """See Ray Train."""
+        self._group = None
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Tell of a group's first failure; the others mostly follow from it."""
+        if worker_group_status.errors and not self._told:
+            self._told = True
+            text = first_failure(worker_group_status.errors)
+            self._board.failed.remote(text, self._stall_timeout)
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Ray Train ends running workers as they are: have them save and end before it does."""
+        if self._group is None or self._told:
+            return
+        ray.get(self._board.ask_to_stop.remote(StopReason.RESIZE))
+        end = time.monotonic() + self._stall_timeout
+        while time.monotonic() < end:
+            status = self._group.poll_status(timeout=self._stall_timeout)
+            if status.finished or status.errors:
+                return
+            time.sleep(_POLL_SECONDS)
+
+
+def first_failure(failures: Mapping[int, Exception]) -> str:
+    """What the lowest failed rank raised, without the remote traceback that comes before it."""
+    if not failures:
+        return "the workers failed"
+    rank = min(failures)
+    lines = str(failures[rank]).strip().splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("  ")]
+    message = "\n".join(lines[starts[-1] + 1 :] if starts else lines)
+    return f"worker {rank} failed: {message}"

@@ -1,0 +1,294 @@
+"""A model folder's weights, read by rows from its safetensors files, straight to where they go.
+
+    empty model ── adapters, heads ── sharding ── fill
+    on "meta"      real, on the CPU               each rank reads the rows that it keeps
+
+Reading is by byte ranges, from local files and object stores alike: nothing is downloaded whole,
+nothing is mapped into memory and no disk is used. A rank holds its shards and one buffer of
+`BUFFER_BYTES` at a time, however large the files are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from pyarrow import NativeFile
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from piflow import storage
+from piflow.sharding.tensors import first_value, is_partitioned, whole_shape
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+BUFFER_BYTES = 16 * 2**20
+_LENGTH_BYTES = 8  # of the header's length, at a safetensors file's start
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's values lie.
+
+    Attributes:
+        uri: of its file.
+        offset: of its first byte in the file; values follow in row-major order, without gaps.
+        shape: as stored.
+        dtype: as stored.
+    """
+
+    uri: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def stored_tensors(folder: str, *, shown: str | None = None) -> dict[str, StoredTensor]:
+    """Name -> place of every tensor in a diffusers folder; reads the files' headers only.
+
+    Args:
+        folder: URI of a folder with one safetensors file, or several and their index.
+        shown: what errors call the folder (default: its URI).
+
+    Raises:
+        ValueError: a file that is missing, cut short or isn't safetensors.
+    """
+    place = folder if shown is None else shown
+    index = storage.join(folder, f"{WEIGHTS_FILE}.index.json")
+    names = {WEIGHTS_FILE}
+    if storage.exists(index):
+        names = set(json.loads(storage.read_bytes(index))["weight_map"].values())
+    found: dict[str, StoredTensor] = {}
+    for name in sorted(names):
+        uri = storage.join(folder, name)
+        if not storage.exists(uri):
+            raise ValueError(
+                f"{place} has no {name}: the folder needs the model's weights as safetensors, whole"
+            )
+        found.update(_tensors_of(uri))
+    return found
+
+
+@contextmanager
+def parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
+    """Models built inside get parameters of `dtype` without storage; their buffers are real.
+
+    Unlike `torch.device("meta")`, it keeps what constructors compute: tables of positions and
+    rotary frequencies, which are in no file. It holds for all of the process while it lasts.
+    """
+    usual = torch.get_default_dtype()
+    replace: Any = _without_storage  # torch's annotation leaves out that a hook may return one
+    hook = register_module_parameter_registration_hook(replace)
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
+        hook.remove()
+
+
+def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter that initialisers don't reach: they run after it is registered."""
+    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+
+def missing(
+    module: nn.Module, sources: Mapping[nn.Parameter, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The module's present name -> place of every parameter without storage.
+
+    Call it once the module has all its parts, and before sharding, which replaces parameters and
+    keeps names.
+
+    Args:
+        sources: by the parameter objects that the model was built with; adapters and wrappers may
+            have renamed them since.
+
+    Raises:
+        ValueError: a parameter without storage whose place isn't known.
+    """
+    empty = {name: p for name, p in module.named_parameters() if p.is_meta}
+    unknown = [name for name, parameter in empty.items() if parameter not in sources]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} parameters have neither storage nor a place in the model's files, "
+            f"first {unknown[0]}: load the model whole"
+        )
+    return {name: sources[parameter] for name, parameter in empty.items()}
+
+
+@torch.no_grad()
+def fill(
+    module: nn.Module, stored: Mapping[str, StoredTensor], *, device: torch.device | str
+) -> None:
+    """Reads the named parameters and buffers from their files, of sharded ones this rank's rows.
+
+    Values are converted to the parameter's dtype. Not a collective: ranks don't wait for each
+    other.
+
+    Args:
+        module: plain, sharded by `fully_shard` along the first dimension, or by DeepSpeed's stage
+            3; parameters that `stored` doesn't name stay as they are.
+        stored: by the module's names.
+        device: where the values go; DeepSpeed has made room for them already.
+
+    Raises:
+        ValueError: a name that the module lacks, another shape, or a parameter that is split along
+            another dimension than the first.
+        OSError: a file that ends early or can't be read.
+    """
+    targets = dict(module.named_parameters()) | dict(module.named_buffers())
+    unknown = [name for name in stored if name not in targets]
+    if unknown:
+        raise ValueError(f"expected names of the module, got {len(unknown)} others: {unknown[0]}")
+    buffer = bytearray(BUFFER_BYTES)
+    values: dict[str, Tensor] = {}
+    in_file_order = sorted(stored.items(), key=lambda item: (item[1].uri, item[1].offset))
+    for uri, entries in groupby(in_file_order, key=lambda item: item[1].uri):
+        system, path = storage.filesystem(uri)
+        with system.open_input_file(path) as file:
+            for name, source in entries:
+                target = targets[name]
+                shape = tuple(whole_shape(target))
+                if shape != source.shape:
+                    raise ValueError(f"{name} is {shape} in the model and {source.shape} in {uri}")
+                if is_partitioned(target):
+                    _read_part(file, source, target, buffer)
+                    continue
+                values[name] = _read(file, source, target, device, buffer)
+    module.load_state_dict(values, strict=False, assign=True)
+
+
+def _read(
+    file: NativeFile,
+    source: StoredTensor,
+    target: Tensor,
+    device: torch.device | str,
+    buffer: bytearray,
+) -> Tensor:
+    """A tensor like the target, with the stored values of the rows that this rank keeps."""
+    if not isinstance(target, DTensor):
+        whole = torch.empty(target.shape, dtype=target.dtype, device=device)
+        _read_values(file, source, 0, whole, buffer)
+        return whole
+    first, shape = _first_row(target), target.to_local().shape
+    rows = torch.empty(shape, dtype=target.dtype, device=device)
+    _read_values(file, source, first * math.prod(source.shape[1:]), rows, buffer)
+    return DTensor.from_local(
+        rows,
+        target.device_mesh,
+        target.placements,
+        run_check=False,
+        shape=target.shape,
+        stride=target.stride(),
+    )
+
+
+def _read_part(file: NativeFile, source: StoredTensor, target: Any, buffer: bytearray) -> None:
+    """Fills this rank's part of a parameter that DeepSpeed has split, in place."""
+    part, first = target.ds_tensor, first_value(target)
+    count = min(part.numel(), math.prod(source.shape) - first)
+    if count > 0:  # a small parameter's last parts may be padding alone
+        _read_values(file, source, first, part[:count], buffer)
+
+
+def _read_values(
+    file: NativeFile, source: StoredTensor, first: int, out: Tensor, buffer: bytearray
+) -> None:
+    """Fills `out` with the stored values from number `first` on, a buffer at a time."""
+    values, size = out.view(-1), source.dtype.itemsize
+    view, step = memoryview(buffer), len(buffer) // size
+    for start in range(0, len(values), step):
+        count = min(step, len(values) - start)
+        file.seek(source.offset + (first + start) * size)
+        _read_whole(file, view[: count * size], source.uri)
+        values[start : start + count].copy_(
+            torch.frombuffer(buffer, dtype=source.dtype, count=count)
+        )
+
+
+def _read_whole(file: NativeFile, view: memoryview, uri: str) -> None:
+    """Fills the view; a read may bring less than was asked for."""
+    while len(view):
+        got = file.readinto(view)
+        if not got:
+            raise OSError(f"{uri} ended early: it was changed while it was read; copy it again")
+        view = view[got:]
+
+
+def _first_row(tensor: DTensor) -> int:
+    """Number of the first row that this rank keeps, as `torch.chunk` splits each mesh dimension."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError("this rank isn't in the device mesh that its parameters are sharded over")
+    first, rows = 0, tensor.shape[0]
+    for place, index, size in zip(
+        tensor.placements, coordinate, tensor.device_mesh.shape, strict=True
+    ):
+        if place.is_replicate():
+            continue
+        if place != Shard(0):
+            raise ValueError(
+                f"expected parameters sharded along their first dimension, got {place}"
+            )
+        share = -(-rows // size)
+        skipped = min(index * share, rows)
+        first, rows = first + skipped, min(share, rows - skipped)
+    if rows != tensor.to_local().shape[0]:
+        raise ValueError(f"expected {rows} rows on this rank, got {tensor.to_local().shape[0]}")
+    return first
+
+
+def _tensors_of(uri: str) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file."""
+    system, path = storage.filesystem(uri)
+    with system.open_input_file(path) as file:
+        size = file.size()
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        begin = _LENGTH_BYTES + length
+        if begin > size:
+            raise ValueError(f"{uri} is cut short or isn't safetensors: copy it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{uri} isn't safetensors, its header isn't JSON: {error}") from error
+    header.pop("__metadata__", None)
+    return {name: _stored_tensor(uri, name, entry, begin, size) for name, entry in header.items()}
+
+
+def _stored_tensor(uri: str, name: str, entry: Any, begin: int, size: int) -> StoredTensor:
+    """One entry of a header; `begin` is where the values start, `size` the file's."""
+    match entry:
+        case {"dtype": str(code), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+            pass
+        case _:
+            raise ValueError(f"{uri} isn't safetensors: its header says {entry} of {name}")
+    if code not in _DTYPES:
+        raise ValueError(
+            f"{uri}: {name} is {code}, expected one of {', '.join(_DTYPES)}: give weights that "
+            "aren't quantised"
+        )
+    stored = StoredTensor(uri, begin + start, tuple(int(n) for n in shape), _DTYPES[code])
+    if end - start != math.prod(stored.shape) * stored.dtype.itemsize or begin + end > size:
+        raise ValueError(f"{uri} is cut short or damaged at {name}: copy it again")
+    return stored

@@ -1,0 +1,52 @@
+"""Files on local disks, S3, the Hugging Face hub and in packages, all named by one URI.
+
+`uri.py` takes URIs apart, `files.py` reads and writes what they name, `s3.py` and `hub.py` know
+their services, `conditional.py` writes objects only if nobody else did, and `fingerprint.py` hashes
+model folders. Callers say `storage.join(...)`, `storage.read_bytes(...)` and so on.
+
+Imports nothing else of piflow.
+"""
+
+from piflow.storage.files import (
+    delete_file,
+    delete_folder,
+    exists,
+    expand,
+    explained,
+    file_sizes,
+    filesystem,
+    for_ranges,
+    list_files,
+    local_folder,
+    read_bytes,
+    require_valid,
+    sha256,
+    write_bytes,
+)
+from piflow.storage.s3 import s3_place
+from piflow.storage.uri import absolute, base_name, join, member, scheme, sibling, suffix
+
+__all__ = [
+    "absolute",
+    "base_name",
+    "delete_file",
+    "delete_folder",
+    "exists",
+    "expand",
+    "explained",
+    "file_sizes",
+    "filesystem",
+    "for_ranges",
+    "join",
+    "list_files",
+    "local_folder",
+    "member",
+    "read_bytes",
+    "require_valid",
+    "s3_place",
+    "scheme",
+    "sha256",
+    "sibling",
+    "suffix",
+    "write_bytes",
+]

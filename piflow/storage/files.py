@@ -1,0 +1,341 @@
+"""One URI for everything that is read or written.
+
+========================  ====================================================================
+``path`` or ``file://…``  a local path; relative ones start at the working directory
+``s3://bucket/prefix``    an object store; ``?endpoint_override=host:port&scheme=http`` for others
+                          than AWS, credentials from the usual ``AWS_*`` variables
+``package://name/sub``    files shipped inside an installed Python package; read-only
+``hf://owner/name/sub``   files of a model repository on the Hugging Face hub; read-only.
+                          ``hf://datasets/owner/name/…`` of a dataset, ``owner/name@revision``
+                          for a branch, tag or commit; private ones need ``HF_TOKEN``
+========================  ====================================================================
+
+Data goes through ``pyarrow.fs``. A write is whole or invisible: local files are written beside
+their target and renamed, objects appear when their upload is complete. Bytes are what lies there:
+pyarrow's streams would pack and unpack by a name's ending (``.gz``) unless told not to.
+
+A request to an object store is tried up to 8 times, with random waits that double each time: an
+outage of half a minute is sat out, and a refusal (wrong keys) fails at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import wraps
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from pyarrow import fs
+
+from piflow.storage.hub import hub_filesystem, hub_place, hub_snapshot
+from piflow.storage.s3 import refusal, s3_filesystem, s3_place
+from piflow.storage.uri import READ_ONLY, local_path, member, package_path, scheme
+
+_Arguments = ParamSpec("_Arguments")
+
+_Result = TypeVar("_Result")
+
+_PARTIAL = ".partial"  # suffix of a local file that is still being written
+
+_COPY_BYTES = 8 * 2**20
+
+_REFUSED = re.compile(  # in the words of pyarrow's client
+    "HTTP status 40[0-3]|ACCESS_DENIED|ACCESS_KEY_ID|SIGNATURE|TOKEN|SKEWED|INTERNAL_FAILURE"
+)
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system behind a URI and the path inside it.
+
+    Raises:
+        ValueError: unknown scheme, an S3 URI without a bucket or with other options or with keys
+            in it, a package that isn't installed, or a hub URI without a repository.
+    """
+    kind = scheme(uri)
+    if kind == "s3":
+        return s3_filesystem(uri)
+    if kind == "hf":
+        return hub_filesystem(uri)
+    local = package_path(uri) if kind == "package" else local_path(uri)
+    return fs.LocalFileSystem(), str(local)
+
+
+def require_valid(uri: str) -> None:
+    """Check how a URI is written, without looking at what is there.
+
+    Raises:
+        ValueError: as `filesystem`.
+    """
+    kind = scheme(uri)
+    checks = {"s3": s3_place, "hf": hub_place, "package": package_path, "file": local_path}
+    checks[kind](uri)
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """An object store's refusals as PermissionError, with its reason and what to do.
+
+    Its client says little of them ("ACCESS_DENIED", "INTERNAL_FAILURE during GetObject").
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, PermissionError) or not _REFUSED.search(str(error)):
+            raise
+
+        reason = refusal(uri) if scheme(uri) == "s3" else None
+        if reason is None:
+            raise
+        raise PermissionError(errno.EACCES, f"{uri}: {reason}") from error
+
+
+def _explains(
+    function: Callable[Concatenate[str, _Arguments], _Result],
+) -> Callable[Concatenate[str, _Arguments], _Result]:
+    """A function of a URI whose refusals are explained."""
+
+    @wraps(function)
+    def wrapper(uri: str, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with explained(uri):
+            return function(uri, *args, **kwargs)
+
+    return wrapper
+
+
+@_explains
+def exists(uri: str) -> bool:
+    """Whether a file or a non-empty prefix (folder) is there."""
+    system, path = filesystem(uri)
+    return bool(system.get_file_info(path).type != fs.FileType.NotFound)
+
+
+@_explains
+def file_sizes(uri: str, *, recursive: bool = True) -> dict[str, int]:
+    """Finished files below a folder, sorted: relative path -> bytes; {} without a folder."""
+    system, path = filesystem(uri)
+    selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    sizes = {
+        os.path.relpath(info.path, path).replace(os.sep, "/"): int(info.size)
+        for info in system.get_file_info(selector)
+        if info.type == fs.FileType.File and not info.path.endswith(_PARTIAL)
+    }
+    return dict(sorted(sizes.items()))
+
+
+def list_files(uri: str, *, recursive: bool = True) -> list[str]:
+    """Relative paths of finished files below a folder, sorted; [] if there is no folder."""
+    return list(file_sizes(uri, recursive=recursive))
+
+
+def expand(uri: str) -> list[str]:
+    """URIs of the files that a pattern matches, sorted by path; any other URI stands for itself.
+
+    ``*`` matches within a name, ``**`` any number of folders, ``[ab]`` one of these characters,
+    ``?`` one character (not in an S3 URI, where it starts the query). Hidden names, with a leading
+    dot, must be spelled out. A local file whose name merely looks like a pattern is itself.
+
+    Raises:
+        FileNotFoundError: the pattern matches no file.
+    """
+    remote = scheme(uri) == "s3"
+
+    def whole(path: str) -> str:
+        return urlunsplit(urlsplit(uri)._replace(path=path)) if remote else path
+
+    wildcards = "*[" if remote else "*[?"
+    parts = (urlsplit(uri).path if remote else uri).split("/")
+    special = [any(wildcard in part for wildcard in wildcards) for part in parts]
+    fixed = (*special, True).index(True)
+    folder, pattern = "".join(f"{part}/" for part in parts[:fixed]), parts[fixed:]
+    if not pattern or (not remote and exists(uri)):
+        return [uri]
+    found = [
+        member(whole(folder) or ".", name)
+        for name in list_files(whole(folder) or ".", recursive=len(pattern) > 1 or "**" in pattern)
+        if _matches(name.split("/"), pattern)
+    ]
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, "no file matches the pattern", uri)
+    return found
+
+
+def _matches(names: list[str], pattern: list[str]) -> bool:
+    """Whether the parts of a path match the parts of a pattern."""
+    if not pattern or not names:
+        return not names and all(part == "**" for part in pattern)
+    name, part = names[0], pattern[0]
+    if name.startswith(".") and not part.startswith("."):
+        return part == "**" and _matches(names, pattern[1:])
+    if part == "**":
+        return _matches(names, pattern[1:]) or _matches(names[1:], pattern)
+    return fnmatchcase(name, part) and _matches(names[1:], pattern[1:])
+
+
+@_explains
+def read_bytes(uri: str) -> bytes:
+    """A file's content.
+
+    Raises:
+        FileNotFoundError: names the URI.
+    """
+    system, path = filesystem(uri)
+    if system.get_file_info(path).type != fs.FileType.File:
+        raise FileNotFoundError(errno.ENOENT, "no such file", uri)
+    with system.open_input_stream(path, compression=None) as stream:
+        return bytes(stream.read())
+
+
+@_explains
+def sha256(uri: str) -> str:
+    """Hex sha256 of a file's content, read in pieces."""
+    system, path = filesystem(uri)
+    digest = hashlib.sha256()
+    with system.open_input_stream(path, compression=None) as stream:
+        while piece := stream.read(_COPY_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@_explains
+def write_bytes(uri: str, content: bytes | memoryview) -> None:
+    """Write a file, whole or not at all; folders are made as needed.
+
+    Raises:
+        ValueError: the URI is read-only (``package://``, ``hf://``).
+        OSError: the storage refused; names the URI, and says so when there is no space left.
+    """
+    _refuse_read_only(uri)
+    try:
+        if scheme(uri) == "s3":
+            system, path = filesystem(uri)
+            with system.open_output_stream(path, compression=None) as stream:
+                stream.write(content)
+        else:
+            _write_local(local_path(uri), content)
+    except OSError as error:
+        raise _write_error(uri, len(content), error) from error
+
+
+@_explains
+def delete_file(uri: str) -> None:
+    """Delete a file; nothing happens if it isn't there."""
+    _refuse_read_only(uri)
+    system, path = filesystem(uri)
+    if system.get_file_info(path).type == fs.FileType.File:
+        system.delete_file(path)
+
+
+@_explains
+def delete_folder(uri: str) -> None:
+    """Delete a folder and all below it; nothing happens if it isn't there.
+
+    Raises:
+        ValueError: the URI is read-only, a whole bucket or the root of a file system.
+    """
+    _refuse_read_only(uri)
+    system, path = filesystem(uri)
+    if not path.strip("/") or (scheme(uri) == "s3" and "/" not in path.strip("/")):
+        raise ValueError(f"refusing to delete {uri!r}, a root; name a folder inside it")
+    if system.get_file_info(path).type == fs.FileType.Directory:
+        system.delete_dir(path)
+
+
+@_explains
+def local_folder(uri: str, cache_dir: Path | None = None) -> Path:
+    """A local path that holds the folder's files, for libraries that only read local files.
+
+    Local and package folders are returned as they are. Objects are downloaded once into
+    ``cache_dir`` (default ``$XDG_CACHE_HOME/piflow`` or ``~/.cache/piflow``), in a folder named by
+    the URI and every file's size and time, so a changed source is downloaded anew. What comes from
+    the hub lies in the hub client's own cache (``HF_HOME``), and is found there without a network.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it is empty.
+    """
+    if scheme(uri) == "hf":
+        return hub_snapshot(uri)
+    system, path = filesystem(uri)
+    if scheme(uri) != "s3":
+        if not Path(path).is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such folder", uri)
+        return Path(path)
+    infos = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    files = sorted((i.path, i.size, i.mtime_ns) for i in infos if i.type == fs.FileType.File)
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, "no such folder, or it is empty", uri)
+    key = hashlib.sha256(repr((uri, files)).encode()).hexdigest()[:24]
+    target = (cache_dir or _default_cache()) / key
+    if not target.is_dir():
+        _download(system, path, [name for name, _, _ in files], target)
+    return target
+
+
+def for_ranges(uri: str) -> str:
+    """Where to read a big folder by byte ranges, again in every attempt: a hub's from its cache.
+
+    A machine then downloads it once, however many workers and restarts read it.
+    """
+    return str(local_folder(uri)) if scheme(uri) == "hf" else uri
+
+
+def _download(system: fs.FileSystem, root: str, files: list[str], target: Path) -> None:
+    """Copy into a fresh folder, then rename: a folder under its final name is complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=_PARTIAL, dir=target.parent))
+    try:
+        for name in files:
+            destination = fresh / os.path.relpath(name, root)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                system.open_input_stream(name, compression=None) as source,
+                destination.open("wb") as copy,
+            ):
+                shutil.copyfileobj(source, copy, _COPY_BYTES)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster: its copy is the same
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "piflow"
+
+
+def _refuse_read_only(uri: str) -> None:
+    if scheme(uri) in READ_ONLY:
+        raise ValueError(f"{uri!r} is read-only; write to a local path or s3://…")
+
+
+def _write_local(path: Path, content: bytes | memoryview) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_error(uri: str, size: int, error: OSError) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = "no space left; free some, or choose another place; what was there is unchanged"
+    else:
+        reason = str(error)
+    return OSError(error.errno or errno.EIO, f"cannot write {size} bytes to {uri}: {reason}")

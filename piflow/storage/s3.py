@@ -1,0 +1,153 @@
+"""S3 and its kin: clients, options in a URI, and why a request was refused."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from pyarrow import fs
+
+CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 60.0  # time limits of a request to an object store
+
+ATTEMPTS = 8  # of a request; the waits between them add up to 20 to 60 s
+
+_S3_OPTIONS = ("endpoint_override", "region", "scheme")
+
+
+def s3_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """An S3 client with time limits and retries, which `FileSystem.from_uri` can't set."""
+    options = s3_place(uri).options
+    parsed, path = fs.FileSystem.from_uri(uri)  # finds out an AWS bucket's region
+    system = fs.S3FileSystem(
+        region=parsed.region,
+        scheme=options.get("scheme", "https"),
+        endpoint_override=options.get("endpoint_override"),
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=REQUEST_SECONDS,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+    )
+    return system, path
+
+
+class S3Place(NamedTuple):
+    """What an S3 URI names."""
+
+    bucket: str
+    key: str
+    options: dict[str, str]  # endpoint_override, region, scheme, if they are given
+
+
+def s3_place(uri: str) -> S3Place:
+    """Take an S3 URI apart.
+
+    Raises:
+        ValueError: it names no bucket, has unknown options or holds keys.
+    """
+    pieces = urlsplit(uri)
+    if not pieces.netloc:
+        raise ValueError(f"S3 URI {uri!r} names no bucket; expected s3://bucket/prefix")
+    if "@" in pieces.netloc:
+        raise ValueError(
+            f"the S3 URI of bucket {pieces.netloc.rpartition('@')[2]!r} holds keys, which would "
+            "end up in logs; expected s3://bucket/prefix, with the keys in AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
+        )
+    options = dict(parse_qsl(pieces.query))
+    if unknown := sorted(options.keys() - set(_S3_OPTIONS)):
+        raise ValueError(
+            f"S3 URI {uri!r} has the option(s) {', '.join(unknown)}; supported: "
+            f"{', '.join(_S3_OPTIONS)}"
+        )
+    return S3Place(pieces.netloc, unquote(pieces.path).strip("/"), options)
+
+
+_KEYS = (
+    "the variables AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the profile in ~/.aws/credentials "
+    "or the machine's role"
+)
+
+NO_KEYS = f"no keys: set {_KEYS}"
+
+_RENEW = (
+    "the keys have expired: renew them in ~/.aws/credentials, which is read again, or use a role "
+    "that renews itself; keys in variables last as long as the process, so start it again with "
+    "new ones. A run goes on from its newest checkpoint"
+)
+
+REMEDIES = {
+    "ExpiredToken": _RENEW,
+    "TokenRefreshRequired": _RENEW,
+    "InvalidToken": f"the session token doesn't belong to the keys; check {_KEYS}",
+    "InvalidAccessKeyId": f"the store doesn't know this access key; check {_KEYS}",
+    "SignatureDoesNotMatch": f"the secret doesn't belong to the access key; check {_KEYS}",
+    "AccessDenied": "these keys have no right to do this here; give them one, or use others: check "
+    + _KEYS,
+    "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes from the store's; set it "
+    "(NTP)",
+}
+
+
+def refusal(uri: str) -> str | None:
+    """Why the store lets these keys do nothing here: its error code, and what to do.
+
+    Asks once more, for a list of one object, which answers in words where other requests don't.
+    None: it does let them, or it can't be reached, or there is no boto3 to ask with.
+    """
+    if importlib.util.find_spec("boto3") is None:
+        return None
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    bucket, key, _ = s3_place(uri)
+    forget_keys()
+    try:
+        client(uri).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+    except ClientError as error:
+        code = error_code(error)
+        return f"{code}: {REMEDIES[code]}" if code in REMEDIES else None
+    except NoCredentialsError:
+        return NO_KEYS
+    except BotoCoreError:
+        return None
+    return None
+
+
+def client(uri: str) -> Any:
+    """A boto3 client for the store of an ``s3://`` URI; one is kept for each store.
+
+    Raises:
+        ModuleNotFoundError: boto3 isn't installed.
+    """
+    options = s3_place(uri).options
+    endpoint = options.get("endpoint_override")
+    address = f"{options.get('scheme', 'https')}://{endpoint}" if endpoint else None
+    return _client(address, options.get("region"), ATTEMPTS)
+
+
+def forget_keys() -> None:
+    """The next request looks for keys anew; so it is after each refusal."""
+    _client.cache_clear()
+
+
+@lru_cache
+def _client(endpoint: str | None, region: str | None, attempts: int) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.session.Session().client(
+        "s3",
+        region_name=region,
+        endpoint_url=endpoint,
+        config=Config(
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=REQUEST_SECONDS,
+            retries={"mode": "adaptive", "total_max_attempts": attempts},
+            s3={"addressing_style": "path"} if endpoint else None,
+        ),
+    )
+
+
+def error_code(error: Any) -> str:
+    """The store's name for what went wrong."""
+    return str(error.response["Error"].get("Code", ""))

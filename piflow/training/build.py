@@ -1,0 +1,292 @@
+"""From a recipe to a trainer and a way to draw: everything of a run but data, files and cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from piflow.backbones import (
+    Backbone,
+    Codec,
+    Conditioning,
+    build_codec,
+    load_backbone,
+    load_empty_backbone,
+)
+from piflow.backbones.flux.fresh import average_of, fresh_backbone
+from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
+from piflow.data.batch import MicroBatch, conditioning
+from piflow.data.online import SAMPLE_PROMPTS, open_store
+from piflow.data.reader import EmbeddingStore
+from piflow.evaluation.sheet import grid
+from piflow.roles.fp8 import check_device
+from piflow.roles.guided import GuidedTeacher
+from piflow.roles.heads import PolicyClock
+from piflow.roles.trio import Trio
+from piflow.sampling import sample_euler, sample_few_step
+from piflow.schedule import FlowSchedule, segments
+from piflow.sharding.base import Strategy
+from piflow.sharding.weights import StoredTensor, fill, missing
+from piflow.training.blocks import prepare_blocks
+from piflow.training.context_parallel import split_tokens
+from piflow.training.objective import (
+    CleanLatents,
+    FlowMatchingObjective,
+    PiIDObjective,
+    drawn_latents,
+    stored_latents,
+    training_flops,
+)
+from piflow.training.step import Trainer
+
+SAMPLE_SEEDS = 4
+
+_PRETRAIN_STEPS = 16  # Euler steps of the pictures drawn during pre-training
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A trainer and what is drawn and measured beside its steps.
+
+    Attributes:
+        draw: the EMA as a function (conditioning, noise latents) -> x0 latents.
+        flops: operations of training on one sample of a micro-batch's sizes.
+        teacher_error: `PiIDObjective.teacher_error`, if the teacher computes in fp8.
+    """
+
+    trainer: Trainer
+    draw: Callable[[Conditioning, Tensor], Tensor]
+    draw_samples: Callable[[], Image.Image]
+    flops: Callable[[MicroBatch], int]
+    teacher_error: Callable[[MicroBatch, int], float] | None = None
+
+
+def assemble(recipe: Recipe, strategy: Strategy, device: torch.device) -> Assembly:
+    """Load and shard the models, and build the trainer for the recipe's objective.
+
+    Raises:
+        ValueError: model, store and recipe don't fit one another.
+    """
+    store = open_store(recipe)
+    codec = build_codec(recipe.model)
+    if isinstance(recipe.objective, PiIDConfig):
+        parts = _distillation(recipe, recipe.objective, codec, store, strategy, device)
+    else:
+        parts = _pretraining(recipe, recipe.objective, codec, store, strategy, device)
+    trainer, draw, backbone = parts
+
+    def flops(batch: MicroBatch) -> int:
+        _, height, width = codec.latent_shape(batch.height, batch.width)
+        return training_flops(backbone.flops(height, width, batch.tokens.shape[1]), recipe)
+
+    objective = trainer.objective
+    teacher_error = None
+    if recipe.model.fp8_teacher is not None and isinstance(objective, PiIDObjective):
+        teacher_error = objective.teacher_error
+    draw_samples = partial(_draw_samples, recipe, store, codec, draw, device)
+    return Assembly(trainer, draw, draw_samples, flops, teacher_error)
+
+
+def _distillation(
+    recipe: Recipe,
+    objective: PiIDConfig,
+    codec: Codec,
+    store: EmbeddingStore,
+    strategy: Strategy,
+    device: torch.device,
+) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor], Backbone]:
+    dependent = objective.data == "dependent"
+    clean = _clean_latents(recipe, store, codec, device) if dependent else None
+    negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
+    trio = prepared_trio(recipe, strategy)
+    trainer = Trainer(
+        PiIDObjective(trio, codec, negative, recipe, device, clean),
+        trio.trainable_parameters(),
+        trio.ema_parameters(),
+        strategy,
+        recipe.training,
+        recipe.seed,
+        context_parallel=recipe.runtime.context_parallel,
+    )
+    schedule = FlowSchedule(objective.shift)
+    steps = segments(objective.nfe, objective.final_step_size_scale)
+
+    def draw(cond: Conditioning, noise: Tensor) -> Tensor:
+        return sample_few_step(
+            lambda x, sigma: trio.ema(x, sigma, cond),
+            noise,
+            schedule,
+            steps,
+            total_substeps=objective.total_substeps,
+        )
+
+    return trainer, draw, trio.backbone
+
+
+def prepared_trio(recipe: Recipe, strategy: Strategy) -> Trio:
+    """The recipe's trio, spread over the workers.
+
+    A base that is frozen and sharded is never whole anywhere: each worker reads what it keeps, once
+    the empty module is sharded. A worker's host memory then peaks at its shards, the unsharded
+    adapters and heads, and a buffer (under DeepSpeed also one tensor). Full training copies the
+    base and replicas keep all of it, so there every worker loads it whole.
+
+    Raises:
+        ValueError: as `build_trio`.
+    """
+    stored: dict[str, StoredTensor] = {}
+    if recipe.lora is not None and strategy.splits_frozen:
+        trio, stored = build_empty_trio(recipe)
+    else:
+        trio = build_trio(recipe)
+    if recipe.model.fp8_teacher is not None:
+        check_device(strategy.device)
+        trio.use_fp8_teacher()
+    prepare_blocks(recipe.runtime, trio.backbone, trio.modules)
+    split_tokens(trio.backbone, trio.modules, recipe.runtime.context_parallel, strategy.device)
+    for module in trio.modules:
+        strategy.prepare(module, trio.block_classes)
+    if stored:
+        trained = next(iter(trio.trainable_parameters().values()))
+        fill(trio.backbone.module, stored, device=trained.device)  # the host, if it offloads
+    return trio
+
+
+def _pretraining(
+    recipe: Recipe,
+    objective: FlowMatchingConfig,
+    codec: Codec,
+    store: EmbeddingStore,
+    strategy: Strategy,
+    device: torch.device,
+) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor], Backbone]:
+    clean = _clean_latents(recipe, store, codec, device)
+    empty = conditioning(store.empty_prompt(), device)
+    negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
+    backbone = fresh_backbone(recipe.model, recipe.seed)
+    average = average_of(backbone)
+    modules = (backbone.module, average.module)
+    prepare_blocks(recipe.runtime, backbone, modules)
+    split_tokens(backbone, modules, recipe.runtime.context_parallel, device)
+    for view in (backbone, average):
+        strategy.prepare(view.module, view.block_classes)
+    trainer = Trainer(
+        FlowMatchingObjective(backbone, clean, empty, objective, device),
+        dict(backbone.module.named_parameters()),
+        dict(average.module.named_parameters()),
+        strategy,
+        recipe.training,
+        recipe.seed,
+        context_parallel=recipe.runtime.context_parallel,
+    )
+    schedule = FlowSchedule(objective.shift)
+
+    def draw(cond: Conditioning, noise: Tensor) -> Tensor:
+        teacher = GuidedTeacher(average, cond, negative, recipe.guidance)
+        return sample_euler(teacher, noise, schedule, _PRETRAIN_STEPS)
+
+    return trainer, draw, backbone
+
+
+def _clean_latents(
+    recipe: Recipe, store: EmbeddingStore, codec: Codec, device: torch.device
+) -> CleanLatents:
+    """Of the store's prompts' pictures: the store's own, or of emoji drawn on the fly."""
+    if recipe.objective.pictures == "store":
+        store.require_latents()
+        return stored_latents
+    from piflow.demo.emoji import PictureSource
+
+    source = PictureSource(recipe.embed.height)
+    source.require(store.index()["prompt"].to_pylist())
+    return drawn_latents(codec, source, device)
+
+
+@torch.no_grad()
+def _draw_samples(
+    recipe: Recipe,
+    store: EmbeddingStore,
+    codec: Codec,
+    draw: Callable[[Conditioning, Tensor], Tensor],
+    device: torch.device,
+) -> Image.Image:
+    """A small grid, a row a prompt; the same prompts and noise all along a run."""
+    batch = store.first_by_hash(min(SAMPLE_PROMPTS, store.manifest.num_rows))
+    cond = conditioning(batch, device)
+    shape = codec.latent_shape(recipe.embed.height, recipe.embed.width)
+    columns = []
+    for seed in range(SAMPLE_SEEDS):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn((len(batch.prompts), *shape), generator=generator).to(device)
+        columns.append(codec.decode(draw(cond, noise)).cpu())
+    rows = list(torch.stack(columns, dim=1))
+    return grid(rows, batch.prompts, [f"seed {seed}" for seed in range(SAMPLE_SEEDS)])
+
+
+def build_trio(recipe: Recipe, *, device: torch.device | str = "cpu") -> Trio:
+    """Loads the recipe's base and adds student and EMA to it, in training mode.
+
+    Args:
+        device: where the base is loaded, whole; see `build_empty_trio` for one that only fits
+            sharded.
+
+    Raises:
+        ValueError: the recipe distils nothing, a folder that isn't the family's model, or a LoRA
+            target without a match.
+    """
+    objective = distillation_of(recipe)
+    backbone = load_backbone(
+        recipe.model, device=device, embedded_guidance=recipe.guidance.embedded
+    )
+    return _trio_of(recipe, objective, backbone)
+
+
+def build_empty_trio(recipe: Recipe) -> tuple[Trio, dict[str, StoredTensor]]:
+    """`build_trio` for a base that doesn't fit whole: LoRA and heads are real, the base is empty.
+
+    Adapters and heads have the same values as in `build_trio`, on the CPU. Shard the trio's one
+    module, then `piflow.sharding.weights.fill` it.
+
+    Returns:
+        The trio, and where each of the base's parameters without storage lies, by module name.
+
+    Raises:
+        ValueError: as `build_trio`; or full training, whose students are copies of the base.
+    """
+    objective = distillation_of(recipe)
+    if recipe.lora is None:
+        raise ValueError(
+            "lora is null: full training copies the base's values and needs it whole; use "
+            "build_trio, or give the recipe a lora section"
+        )
+    backbone, sources = load_empty_backbone(
+        recipe.model, embedded_guidance=recipe.guidance.embedded
+    )
+    trio = _trio_of(recipe, objective, backbone)
+    (module,) = trio.modules
+    return trio, missing(module, sources)
+
+
+def distillation_of(recipe: Recipe) -> PiIDConfig:
+    """The recipe's objective, if it distils."""
+    if not isinstance(recipe.objective, PiIDConfig):
+        raise ValueError(
+            f"expected a recipe with objective.type pi_id, got {recipe.objective.type}: only a "
+            "distillation has teacher and student"
+        )
+    return recipe.objective
+
+
+def _trio_of(recipe: Recipe, objective: PiIDConfig, backbone: Backbone) -> Trio:
+    return Trio.from_backbone(
+        backbone,
+        recipe.lora,
+        recipe.policy,
+        PolicyClock.of(objective),
+        generator=torch.Generator().manual_seed(recipe.seed),
+    )

@@ -1,0 +1,381 @@
+"""Sharded checkpoints of a `Trainer`, restorable on another number of workers.
+
+Also under another strategy: names, shapes and values are the same under all of them.
+
+A checkpoint is a folder: the tensors in torch.distributed.checkpoint's format, every worker writing
+its own shards, and `state.json`, which rank 0 writes last. It lists bytes and sha256 of every file
+and its own checksum: without it the folder is half written, with it every byte is verified before
+anything is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from piflow import storage
+from piflow.sharding.tensors import SplitTensor
+from piflow.training.step import Trainer
+
+STATE_FILE = "state.json"
+FILES_KEY = "files"  # in state.json: name -> bytes of every other file
+SHA256_KEY = "sha256"  # name -> hex digest of every other file
+CHECKSUM_KEY = "checksum"  # sha256 of state.json's other keys
+_BATCH_BYTES = 2**28  # read at once of tensors that no worker holds whole
+_METADATA_FILE = ".metadata"  # torch.distributed.checkpoint's own, written by rank 0
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is. Randomness needs no state: it is a function of (seed, step, micro-batch)."""
+
+    step: int  # optimiser steps done
+    samples: int  # global sample offset in the stream
+    recipe_hash: str
+    mlflow_run_id: str | None
+    recipe: dict[str, Any]  # the whole resolved recipe
+    loss: float | None = None  # mean over the steps since the checkpoint before, but skipped ones
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used; says what is wrong with which file."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """Bytes of a checkpoint are missing or not those that were written; another one may be good."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What `state.json` says of a file."""
+
+    size: int  # bytes
+    sha256: str  # hex
+
+
+def snapshot(trainer: Trainer) -> dict[str, Tensor]:
+    """A copy in host memory of everything that is saved: this worker's share, by flat name.
+
+    Of what torch shards that is this worker's shards. What is split otherwise comes together whole,
+    one tensor after the other, each on one worker, so that all have about as many bytes. Training
+    may go on as soon as it returns. A collective.
+    """
+    copied: dict[str, Tensor] = {}
+    held = [0] * trainer.strategy.world_size  # bytes, by worker
+    for name, tensor in _tree(trainer).items():
+        if isinstance(tensor, Tensor):
+            copied[name] = tensor.to("cpu", copy=True)
+            continue
+        owner = held.index(min(held))
+        held[owner] += tensor.shape.numel() * tensor.dtype.itemsize
+        whole = tensor.whole()
+        if owner == trainer.strategy.rank:
+            copied[name] = whole.to("cpu", copy=True)
+    return copied
+
+
+def write_shards(
+    folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
+) -> dict[str, FileRecord]:
+    """Write this worker's shards; returns its own files by name.
+
+    Every worker calls it with a folder: one that all share, or one a worker (the files then merge
+    without clashes).
+
+    Args:
+        group: whom to agree with; in a thread beside training it must be a group of its own.
+    """
+    with _quiet():
+        dcp.save(
+            dict(tensors),
+            checkpoint_id=str(folder),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return {
+        file.name: FileRecord(file.stat().st_size, storage.sha256(str(file)))
+        for file in sorted(folder.iterdir())
+        if file.name.startswith(f"__{rank}_") or (rank == 0 and file.name == _METADATA_FILE)
+    }
+
+
+def gather_files(
+    mine: Mapping[str, FileRecord], problem: str | None, group: dist.ProcessGroup | None = None
+) -> dict[str, FileRecord]:
+    """All workers' files. Every worker calls it when its own files are where they shall be.
+
+    Args:
+        problem: why they are not; it fails all workers, so that none waits for another.
+
+    Raises:
+        CheckpointError: a worker had a problem.
+    """
+    everyone: list[tuple[dict[str, FileRecord], str | None]] = [(dict(mine), problem)]
+    if dist.is_initialized():
+        everyone = everyone * dist.get_world_size()
+        dist.all_gather_object(everyone, (dict(mine), problem), group=group)
+    problems = [f"worker {rank}: {text}" for rank, (_, text) in enumerate(everyone) if text]
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return {name: record for part, _ in everyone for name, record in sorted(part.items())}
+
+
+def state_file(state: RunState, files: Mapping[str, FileRecord]) -> bytes:
+    """Content of `state.json`; with it the folder becomes a checkpoint."""
+    content = {
+        **asdict(state),
+        FILES_KEY: {name: record.size for name, record in files.items()},
+        SHA256_KEY: {name: record.sha256 for name, record in files.items()},
+    }
+    return json.dumps({**content, CHECKSUM_KEY: _checksum(content)}, indent=1).encode()
+
+
+def save_checkpoint(folder: Path, trainer: Trainer, state: RunState) -> None:
+    """Write a checkpoint and wait for it; every worker calls it with one shared folder.
+
+    Runs save behind the training steps: see `piflow.training.checkpoint_writer`.
+    """
+    files = gather_files(write_shards(folder, snapshot(trainer)), None)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        (folder / STATE_FILE).write_bytes(state_file(state, files))
+
+
+def load_state(folder: Path) -> RunState:
+    """Read `state.json`.
+
+    Raises:
+        DamagedCheckpointError: it is missing, unreadable, or not what was written.
+    """
+    return _read_state(folder)[0]
+
+
+def verify_checkpoint(folder: Path) -> RunState:
+    """Read every byte and compare with what was written.
+
+    Raises:
+        DamagedCheckpointError: names the file, what was expected and what came.
+    """
+    state, files = _read_state(folder)
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise _damaged(folder, f"{name} is missing")
+        size = file.stat().st_size
+        if size != expected.size:
+            raise _damaged(folder, f"{name} has {size} bytes, expected {expected.size}")
+        sha256 = storage.sha256(str(file))
+        if sha256 != expected.sha256:
+            raise _damaged(
+                folder, f"{name} has sha256 {sha256[:16]}, expected {expected.sha256[:16]}"
+            )
+    return state
+
+
+def load_checkpoint(folder: Path, trainer: Trainer) -> RunState:
+    """Verify, then restore parameters, EMA and optimiser in place; any number of workers.
+
+    Every worker calls it and verifies the files that it reads; all of them fail together.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, or not what was written, for any of the workers.
+        CheckpointError: a tensor is missing, or its shape is another one.
+    """
+    state = _verified_by_all(folder)
+    stored = _stored(folder)
+    _allocate_optimizer_state(trainer, stored)
+    tree = _without_fresh_state(_tree(trainer), stored)
+    problems = _mismatches(tree, stored)
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {folder} doesn't fit this model: {'; '.join(problems[:5])}"
+            f"{' …' if len(problems) > 5 else ''}. Resume with the recipe that wrote it"
+        )
+    no_dist = not dist.is_initialized()
+    in_place = {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}
+    _read(in_place, folder, no_dist=no_dist)
+    for batch in _batches(tree):
+        wholes = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in batch.items()}
+        _read(wholes, folder, no_dist=no_dist)
+        for name, part in batch.items():
+            part.fill(wholes[name])
+    return state
+
+
+def load_tensors(folder: Path, section: str) -> dict[str, Tensor]:
+    """One section ("trainable" or "ema") as whole tensors on the CPU, without a trainer.
+
+    Raises:
+        DamagedCheckpointError: the folder is no finished checkpoint, or bytes are not as written.
+        CheckpointError: it lacks the section.
+    """
+    verify_checkpoint(folder)
+    stored = _stored(folder)
+    prefix = f"{section}."
+    tree = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored.items()
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    if not tree:
+        raise CheckpointError(f"checkpoint {folder} has no section {section!r}")
+    _read(tree, folder, no_dist=True)
+    return {key.removeprefix(prefix): tensor for key, tensor in tree.items()}
+
+
+def _read_state(folder: Path) -> tuple[RunState, dict[str, FileRecord]]:
+    """What `state.json` says, if it is what was written."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise DamagedCheckpointError(
+            f"{folder} is not a finished checkpoint: it has no {STATE_FILE}; use another checkpoint"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+        checksum = content.pop(CHECKSUM_KEY)
+        if checksum != _checksum(content):
+            raise ValueError("its checksum is another one")
+        sizes, digests = content.pop(FILES_KEY), content.pop(SHA256_KEY)
+        files = {name: FileRecord(size, digests[name]) for name, size in sizes.items()}
+        return RunState(**content), files
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}), or was written by an earlier "
+            "version without checksums; use another checkpoint"
+        ) from error
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _verified_by_all(folder: Path) -> RunState:
+    """Every worker looks at what it is about to read; one's problem is all workers' problem."""
+    state, problem = None, None
+    try:
+        state = verify_checkpoint(folder)
+    except DamagedCheckpointError as error:
+        problem = str(error)
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    first = next((text for text in problems if text is not None), None)
+    if state is None or first is not None:
+        raise DamagedCheckpointError(first)
+    return state
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that there is one process only, which is meant.
+
+    Filters are the whole process's: nothing is touched where a thread beside training saves.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """What the checkpoint says it holds, by flat name."""
+    try:
+        return FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+
+
+def _read(tree: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
+    """Fill the tensors in place."""
+    try:
+        with _quiet():
+            dcp.load(tree, checkpoint_id=str(folder), no_dist=no_dist)
+    except CheckpointException as error:  # not an `Exception`: nobody else would catch it
+        cause, _ = next(iter(error.failures.values()))
+        raise _damaged(folder, f"{type(cause).__name__}: {cause}") from error
+
+
+def _damaged(folder: Path, reason: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"checkpoint {folder} is damaged ({reason}); use another checkpoint"
+    )
+
+
+def _tree(trainer: Trainer) -> dict[str, Tensor | SplitTensor]:
+    """Flat names -> the trainer's own tensors (sharded where it is sharded)."""
+    tree: dict[str, Tensor | SplitTensor] = {}
+    strategy = trainer.strategy
+    for name, parameter in trainer.parameters.items():
+        tree[f"trainable.{name}"] = strategy.saved_parameter(parameter)
+        state = strategy.saved_state(trainer.optimizer_of(parameter), parameter)
+        for key, value in state.items():
+            tree[f"optimizer.{name}.{key}"] = value
+    for name, tensor in trainer.ema_parameters.items():
+        tree[f"ema.{name}"] = strategy.saved_parameter(tensor)
+    return tree
+
+
+def _allocate_optimizer_state(trainer: Trainer, stored: dict[str, Any]) -> None:
+    """Optimisers make their state in the first step; a resumed one needs it before that."""
+    for name, parameter in trainer.parameters.items():
+        prefix = f"optimizer.{name}."
+        keys = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
+        trainer.strategy.allocate_state(trainer.optimizer_of(parameter), parameter, keys)
+
+
+def _without_fresh_state(
+    tree: dict[str, Tensor | SplitTensor], stored: dict[str, Any]
+) -> dict[str, Tensor | SplitTensor]:
+    """Less the state, split otherwise, of parameters that were never moved when it was saved.
+
+    torch's optimisers have none of these; what moves all parameters at once has zeros already.
+    """
+    return {
+        name: tensor
+        for name, tensor in tree.items()
+        if name in stored or isinstance(tensor, Tensor) or not name.startswith("optimizer.")
+    }
+
+
+def _batches(tree: dict[str, Tensor | SplitTensor]) -> Iterator[dict[str, SplitTensor]]:
+    """What is split otherwise than torch does, in groups of about `_BATCH_BYTES`."""
+    batch: dict[str, SplitTensor] = {}
+    size = 0
+    for name, tensor in tree.items():
+        if isinstance(tensor, Tensor):
+            continue
+        batch[name] = tensor
+        size += tensor.shape.numel() * tensor.dtype.itemsize
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
+
+
+def _mismatches(tree: Mapping[str, Tensor | SplitTensor], stored: dict[str, Any]) -> list[str]:
+    problems = [f"it lacks {key}" for key in tree if key not in stored]
+    problems += [f"it has an unknown {key}" for key in stored if key not in tree]
+    problems += [
+        f"{key} has shape {tuple(stored[key].size)}, expected {tuple(tensor.shape)}"
+        for key, tensor in tree.items()
+        if key in stored and stored[key].size != tensor.shape
+    ]
+    return problems

@@ -1,0 +1,96 @@
+"""Students and teachers from checkpoints, as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from piflow import storage
+from piflow.backbones.flux.fresh import fresh_module
+from piflow.config import Recipe
+from piflow.inference.settings import (
+    SECTIONS,
+    SETTINGS_KEY,
+    SamplingSettings,
+    Weights,
+    distillation_of,
+)
+from piflow.roles.adapter import save_adapter
+from piflow.roles.heads import PolicyClock
+from piflow.roles.trio import Trio
+from piflow.runs import folder as run_folder
+from piflow.training.build import build_trio
+from piflow.training.checkpoint import RunState, load_state, load_tensors
+
+
+def export_teacher(recipe: Recipe) -> Path:
+    """Write the newest checkpoint's EMA as a diffusers folder in float16: RUN_DIR/teacher.
+
+    Raises:
+        ValueError: no finished checkpoint, or a run directory that isn't local.
+    """
+    if storage.scheme(recipe.run_dir) != "file":
+        raise ValueError(f"expected a local run_dir to export to, got {recipe.run_dir}")
+    checkpoint = storage.local_folder(run_folder.newest_checkpoint(recipe.run_dir))
+    module = fresh_module(recipe.model, recipe.seed)
+    module.load_state_dict(load_tensors(checkpoint, "ema"))
+    folder = Path(storage.absolute(recipe.run_dir)) / "teacher"
+    module.half().save_pretrained(str(folder))
+    return folder
+
+
+def student_of_checkpoint(
+    recipe: Recipe, checkpoint: str, weights: Weights
+) -> tuple[Trio, RunState]:
+    """Teacher and student with a checkpoint's weights, on the CPU, ready to sample.
+
+    Raises:
+        ValueError: no finished checkpoint there, one of another recipe, or a recipe that distils
+            nothing.
+    """
+    folder = storage.local_folder(checkpoint)
+    state = load_state(folder)
+    if state.recipe_hash != recipe.hash():
+        raise ValueError(
+            f"checkpoint {checkpoint} was written by recipe {state.recipe_hash}, this one is "
+            f"{recipe.hash()}; use the recipe that wrote it"
+        )
+    trio = build_trio(recipe)
+    trio.load_student(load_tensors(folder, SECTIONS[weights]))
+    return trio.train(False), state
+
+
+def export_adapter(
+    recipe: Recipe,
+    checkpoint: str,
+    folder: str,
+    *,
+    weights: Weights,
+    dtype: Literal["float32", "float16", "bfloat16"],
+    lineage: dict[str, str],
+) -> None:
+    """Write a checkpoint as an adapter folder in the published format.
+
+    Args:
+        lineage: strings for the metadata: run, hashes, step.
+
+    Raises:
+        ValueError: the recipe distils nothing, or the checkpoint doesn't fit it.
+    """
+    settings = SamplingSettings.of(recipe)
+    trio, _ = student_of_checkpoint(recipe, checkpoint, weights)
+    tensors: dict[str, Tensor] = {
+        name: parameter.detach() for name, parameter in trio.trainable_parameters().items()
+    }
+    save_adapter(
+        folder,
+        trio.backbone,
+        tensors,
+        recipe.policy,
+        PolicyClock.of(distillation_of(recipe)),
+        base_model=settings.model.path,
+        metadata={SETTINGS_KEY: settings.model_dump_json(), **lineage},
+        dtype=dtype,
+    )

@@ -1,0 +1,60 @@
+"""The encoder actor of `piflow embed`, called by two threads as Ray calls it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Lock
+from typing import Any
+
+import pytest
+import torch
+
+from piflow.backbones.text import EncodedPrompt
+from piflow.data import embed
+from piflow.data.embed import EncodeShard, encoder_idle_share
+from piflow.data.layout import ShardPlan, empty_prompt_plan, negative_prompt_plan
+
+PLANS = [empty_prompt_plan(), negative_prompt_plan("blurry")]
+
+
+def test_a_shard_is_encoded_while_the_one_before_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Writing the first shard takes until the second one has been encoded."""
+    encoded, written, at_once = Event(), [], Lock()
+
+    def encode(texts: list[str]) -> Any:
+        assert at_once.acquire(blocking=False), "two shards were encoded at a time"
+        if texts == ["blurry"]:
+            encoded.set()
+        yield [0], [EncodedPrompt(torch.ones(1, 2), None, False)]
+        at_once.release()
+
+    class Json:
+        def model_dump_json(self) -> str:
+            return "{}"
+
+        to_json = model_dump_json
+
+    def write(store: str, plan: ShardPlan, *_: object) -> tuple[Json, Json]:
+        assert encoded.wait(10), "the second shard waited for the first one's file"
+        written.append(plan.prompts[0])
+        return Json(), Json()
+
+    monkeypatch.setattr(embed, "write_shard", write)
+    actor = EncodeShard.__new__(EncodeShard)
+    actor.__dict__.update(
+        _plans=PLANS, _turn=Lock(), _name="actor", _busy=0.0, _latents=None, _encode=encode,
+        _store="", _inputs=None,
+    )  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda number: list(actor({"shard": [number]})), range(2)))
+    assert sorted(prompt.text for prompt in written) == ["", "blurry"]
+    assert [[row["prompts"] for row in shard] for shard in rows] == [[[1], [0]]] * 2
+
+
+def test_idle_share_counts_from_an_encoders_first_prompt_to_its_last() -> None:
+    first = [embed._Work("a", 10.0, 14.0, 3.0), embed._Work("a", 15.0, 20.0, 5.0)]
+    second = [embed._Work("b", 0.0, 10.0, 10.0)]
+    assert encoder_idle_share(first) == pytest.approx(0.2)
+    assert encoder_idle_share([*first, *second]) == pytest.approx(0.1)

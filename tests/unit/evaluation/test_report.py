@@ -1,0 +1,151 @@
+"""The report is one well-formed file that shows what it was given, and nothing it wasn't."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from piflow.evaluation import sheet
+from piflow.evaluation.compare import MethodResult, PromptResult
+from piflow.evaluation.metrics import Interval
+from piflow.evaluation.report import EvaluationReport, Lineage, render_html
+
+_VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class _Page(HTMLParser):
+    """Checks nesting and collects tables (rows of cell texts), attributes and other text."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self._table = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag == "table":
+            self._table = dict(attrs)["class"] or ""
+            self.tables[self._table] = []
+        if tag == "tr":
+            self.tables[self._table].append([])
+        if tag in ("td", "th"):
+            self.tables[self._table][-1].append("")
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> does not close the innermost element"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[self._table][-1][-1] += " ".join(data.split())
+
+
+@pytest.fixture
+def report() -> EvaluationReport:
+    picture = sheet.grid([torch.zeros(1, 3, 8, 8)], ["student"], ["red heart"])
+    return EvaluationReport(
+        title="emoji-flux",
+        created="2025-01-02 03:04 UTC",
+        prompts=64,
+        seeds=4,
+        methods=(
+            MethodResult("teacher, 32 Euler steps", 32, None, 0.412, 1.0, 0.83, 40.25),
+            MethodResult("teacher, 8 Euler steps", 8, 29.9, 0.4, 0.971, 0.8, 10.0),
+            MethodResult("teacher, 4 Euler steps", 4, 23.8, 0.37, 0.898, None, 5.0),
+            MethodResult("student", 4, 28.25, 0.39, 0.947, 0.8125, 5.5),
+        ),
+        psnr_gain=Interval(4.45, -0.5, 4.8),
+        diversity_ratio=Interval(0.947, 0.9, float("inf")),
+        lineage=Lineage("run-1", "recipe-2", "manifest-3", 350, {"torch": "2", "ray": "3"}),
+        grid_png=sheet.png_bytes(picture),
+        grid_caption="every column has one noise",
+        prompt_results=(PromptResult("red heart", 23.0, 27.0), PromptResult("cat", 24.0, 29.0)),
+        recipe_yaml="name: emoji\ntraining:\n  lr: 0.0001\n",
+    )
+
+
+def _parse(html: str) -> _Page:
+    page = _Page()
+    page.feed(html)
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_tables_hold_the_figures(report: EvaluationReport) -> None:
+    page = _parse(render_html(report))
+    assert page.tables["headline"][1:] == [
+        ["teacher, 32 Euler steps", "32", "reference", "0.412", "1.000", "83.0 %", "40.2"],
+        ["teacher, 8 Euler steps", "8", "29.90", "0.400", "0.971", "80.0 %", "10.0"],
+        ["teacher, 4 Euler steps", "4", "23.80", "0.370", "0.898", "–", "5.0"],
+        ["student", "4", "28.25", "0.390", "0.947", "81.2 %", "5.5"],
+    ]
+    assert page.tables["prompts"][1:] == [
+        ["red heart", "23.00", "27.00"],
+        ["cat", "24.00", "29.00"],
+    ]
+    assert page.tables["lineage"] == [
+        ["MLflow run", "run-1"],
+        ["recipe hash", "recipe-2"],
+        ["store manifest hash", "manifest-3"],
+        ["checkpoint", "step 350"],
+        ["versions", "torch 2, ray 3"],
+    ]
+    text = " ".join(page.text.split())
+    assert "+4.45 dB 95 % interval −0.50 to +4.80 dB" in text
+    assert "0.947 95 % interval 0.900 to ∞" in text
+    assert "name: emoji\ntraining:\n  lr: 0.0001\n" in page.text
+
+
+def test_nothing_is_fetched(report: EvaluationReport) -> None:
+    html = render_html(report)
+    page = _parse(html)
+    links = [value for _, name, value in page.attributes if name in ("src", "href", "srcset")]
+    assert len(links) == 1
+    kind, data = links[0].split(",", 1)
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(data) == report.grid_png
+    tags = {tag for tag, _, _ in page.attributes}
+    assert not tags & {"script", "link", "iframe"}
+    for forbidden in ("http://", "https://", "<script", "url(", "@import"):
+        assert forbidden not in html
+
+
+def test_light_and_dark(report: EvaluationReport) -> None:
+    assert "prefers-color-scheme: dark" in render_html(report)
+
+
+def test_every_value_is_escaped(report: EvaluationReport) -> None:
+    evil = "<script>alert('x')</script>\" onload=\"y"
+    poisoned = dataclasses.replace(
+        report,
+        title=evil,
+        created=evil,
+        grid_caption=evil,
+        recipe_yaml=evil,
+        methods=(dataclasses.replace(report.methods[0], name=evil),),
+        prompt_results=(PromptResult(evil, 1.0, 2.0),),
+        lineage=Lineage(evil, evil, evil, 1, {evil: evil}),
+    )
+    html = render_html(poisoned)
+    assert "<script" not in html
+    page = _parse(html)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert page.tables["prompts"][1][0] == evil
+    assert ("img", "alt", evil) in page.attributes
+
+
+def test_refuses_an_empty_or_broken_report(report: EvaluationReport) -> None:
+    with pytest.raises(ValueError, match="at least one method"):
+        render_html(dataclasses.replace(report, methods=()))
+    with pytest.raises(ValueError, match="grid_png must be a PNG"):
+        render_html(dataclasses.replace(report, grid_png=b"GIF89a"))

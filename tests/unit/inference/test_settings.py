@@ -1,0 +1,301 @@
+"""Students as files: checkpoint -> adapter -> student draws the same pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from piflow.backbones import Conditioning
+from piflow.config import (
+    BertEncoderConfig,
+    EMAConfig,
+    FluxEncoderConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    TrainingConfig,
+    parse_recipe,
+)
+from piflow.inference.settings import SamplingSettings, encode_prompts, load_student, settings_of
+from piflow.roles.adapter import WEIGHTS_FILE, load_adapter
+from piflow.roles.trio import Trio
+from piflow.sampling import sample_few_step
+from piflow.schedule import FlowSchedule, segments
+from piflow.sharding.single import SingleStrategy
+from piflow.training.build import build_trio
+from piflow.training.checkpoint import RunState, save_checkpoint
+from piflow.training.export import export_adapter, student_of_checkpoint
+from piflow.training.step import Backward, Trainer
+
+
+def recipe(flux_folder: Path, **sections: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "name": "tiny",
+            "run_dir": "unused",
+            "model": {"path": str(flux_folder)},
+            "encoder": {"path": "package://an.encoder", "max_tokens": 4},
+            "embed": {"prompts": "p.txt", "store": "s", "height": 16, "width": 8},
+            "objective": {"type": "pi_id", "nfe": 2, "shift": 2.0, "total_substeps": 16},
+            "policy": {"num_gaussians": 3, "logstd_inner_dim": 8},
+            "lora": {"rank": 4},
+            **sections,
+        }
+    )
+
+
+class Rows:
+    index = 0
+    prompts = prompt_ids = ("a", "b", "c")
+
+
+@pytest.fixture
+def checkpoint(flux_folder: Path, flux_inputs: Any, tmp_path: Path) -> tuple[Path, Trio]:
+    """A checkpoint after three real steps, and the trio that it was saved from."""
+    return trained(recipe(flux_folder), flux_inputs, tmp_path / "checkpoint")
+
+
+def trained(ours: Recipe, inputs: Any, folder: Path) -> tuple[Path, Trio]:
+    trio = build_trio(ours)
+    x, sigma, cond = inputs
+
+    def objective(batch: Rows, step: int, generator: torch.Generator, backward: Backward) -> Tensor:
+        loss = (trio.student(x, sigma, cond).velocity(x, 0.5 * sigma) - 1).square().mean()
+        backward(loss, True)
+        return loss.detach()
+
+    training = TrainingConfig(
+        batch_size=3,
+        micro_batch_size=3,
+        optimizer=OptimizerConfig(lr=0.02, warmup_steps=0),
+        ema=EMAConfig(start=1),
+    )
+    trainer = Trainer(
+        objective,
+        trio.trainable_parameters(),
+        trio.ema_parameters(),
+        SingleStrategy(torch.device("cpu")),
+        training,
+        seed=0,
+    )
+    for step in range(3):
+        trainer.step(step, [Rows()])
+    state = RunState(3, 9, ours.hash(), "run", ours.model_dump(mode="json"))
+    save_checkpoint(folder, trainer, state)
+    return folder, trio.train(False)
+
+
+def pictures(policy: Any, cond: Conditioning, noise: Tensor | None = None) -> Tensor:
+    if noise is None:
+        noise = torch.randn(3, 12, 8, 4, generator=torch.Generator().manual_seed(3))
+    return sample_few_step(
+        lambda x, sigma: policy(x, sigma, cond),
+        noise,
+        FlowSchedule(2.0),
+        segments(2, 0.5),
+        total_substeps=16,
+    )
+
+
+def test_a_checkpoints_two_sets_of_weights(
+    checkpoint: tuple[Path, Trio], flux_folder: Path, flux_inputs: Any
+) -> None:
+    folder, trio = checkpoint
+    ours, cond = recipe(flux_folder), flux_inputs[2]
+    averaged, state = student_of_checkpoint(ours, str(folder), "ema")
+    newest, _ = student_of_checkpoint(ours, str(folder), "student")
+    assert state.step == 3
+    assert torch.equal(pictures(averaged.student, cond), pictures(trio.ema, cond))
+    assert torch.equal(pictures(newest.student, cond), pictures(trio.student, cond))
+    assert not torch.equal(pictures(newest.student, cond), pictures(averaged.student, cond))
+
+
+def test_export_and_load_draw_identical_pictures(
+    checkpoint: tuple[Path, Trio], flux_folder: Path, flux_inputs: Any, tmp_path: Path
+) -> None:
+    folder, trio = checkpoint
+    out = str(tmp_path / "adapter")
+    export_adapter(
+        recipe(flux_folder),
+        str(folder),
+        out,
+        weights="ema",
+        dtype="float32",
+        lineage={"piflow.run_id": "run"},
+    )
+    student, settings = load_student(out)
+    cond = flux_inputs[2]
+    assert torch.equal(pictures(student.student, cond), pictures(trio.ema, cond))
+    assert (settings.height, settings.width, settings.nfe, settings.shift) == (16, 8, 2, 2.0)
+    assert settings.encoder == BertEncoderConfig(path="package://an.encoder", max_tokens=4)
+    assert settings.model == ModelConfig(path=str(flux_folder))
+    assert (settings.total_substeps, settings.final_step_size_scale) == (16, 0.5)
+    metadata = load_adapter(out).metadata
+    assert metadata["piflow.run_id"] == "run" and metadata["base_model"] == str(flux_folder)
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
+@pytest.mark.parametrize("mode", ["gm", "grid", "polynomial"])
+@pytest.mark.parametrize("family", ["flux", "flux2", "qwen_image", "sd3", "dit"])
+def test_every_kind_of_student_comes_back(
+    family: str, mode: str, lora: Any, make_case: Callable[[str], Any], tmp_path: Path
+) -> None:
+    backbone, inputs = make_case(family)
+    ours = of_family(family, saved(backbone, tmp_path / "base"), mode=mode, lora=lora)
+    folder, trio = trained(ours, inputs, tmp_path / "checkpoint")
+    out = str(tmp_path / "adapter")
+    export_adapter(ours, str(folder), out, weights="ema", dtype="float32", lineage={})
+    student, settings = load_student(out)
+    x, _, cond = inputs
+    drawn, expected = pictures(student.student, cond, x), pictures(trio.ema, cond, x)
+    assert torch.equal(drawn, expected)
+    assert not torch.equal(expected, pictures(trio.student, cond, x))
+    assert settings.encoder == ours.encoder and settings.model == ours.model
+
+
+def of_family(family: str, folder: Path, *, mode: str, lora: Any) -> Recipe:
+    """Any policy on any family."""
+    policy: dict[str, Any] = {"type": "dx", "mode": mode, "num_points": 4}
+    if mode == "gm":
+        policy = {"type": "gmflow", "num_gaussians": 3, "logstd_inner_dim": 8}
+    encoder: dict[str, Any] = {"type": family, "path": "package://an.encoder"}
+    if family == "dit":
+        encoder = {"type": "class_label", "num_classes": 10}
+    return recipe(
+        folder,
+        model={"family": family, "path": str(folder)},
+        encoder=encoder,
+        policy=policy,
+        lora=lora,
+    )
+
+
+def saved(backbone: Any, folder: Path) -> Path:
+    """The backbone's model as a diffusers folder, with other weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone.model_class.from_config(backbone.config).save_pretrained(str(folder))
+    return folder
+
+
+def test_relative_places_are_made_absolute(tmp_path: Path) -> None:
+    """An adapter is read from other working directories than it was written in."""
+    ours = recipe(
+        Path("models/flux"),
+        model={"path": "models/flux", "codec": "vae", "vae": "models/vae"},
+        encoder={"type": "flux", "path": "models"},
+    )
+    settings = SamplingSettings.of(ours)
+    here = Path.cwd()
+    assert settings.model.path == str(here / "models/flux")
+    assert settings.model.vae == str(here / "models/vae")
+    assert isinstance(settings.encoder, FluxEncoderConfig)
+    assert settings.encoder.path == str(here / "models") and settings.encoder.max_tokens == 512
+    again = SamplingSettings.model_validate_json(settings.model_dump_json())
+    assert again == settings
+
+
+def test_class_labels_are_encoded(flux_folder: Path) -> None:
+    ours = of_family("dit", flux_folder, mode="gm", lora=None)
+    cond = encode_prompts(SamplingSettings.of(ours), ["7", "", "0"])
+    assert cond.pooled is not None and cond.pooled.tolist() == [[7.0], [10.0], [0.0]]
+    assert cond.tokens.shape == (3, 1, 1)
+
+
+def test_the_guidance_input_is_kept(flux_config: dict[str, Any], tmp_path: Path) -> None:
+    """FLUX.1-dev's kind of model has it, and its student needs the same."""
+    folder = tmp_path / "flux"
+    FluxTransformer2DModel(**flux_config, guidance_embeds=True).save_pretrained(str(folder))
+    ours = recipe(folder, guidance={"embedded": 3.5})
+    trio = build_trio(ours)
+    trainer = Trainer(
+        lambda batch, step, generator, backward: torch.zeros(()),
+        trio.trainable_parameters(),
+        trio.ema_parameters(),
+        SingleStrategy(torch.device("cpu")),
+        ours.training,
+        seed=0,
+    )
+    save_checkpoint(tmp_path / "step", trainer, RunState(0, 0, ours.hash(), None, {}))
+    out = str(tmp_path / "adapter")
+    export_adapter(ours, str(tmp_path / "step"), out, weights="ema", dtype="float32", lineage={})
+    assert load_student(out)[1].embedded_guidance == 3.5
+
+
+def test_bfloat16_is_close(
+    checkpoint: tuple[Path, Trio], flux_folder: Path, flux_inputs: Any, tmp_path: Path
+) -> None:
+    folder, trio = checkpoint
+    out = str(tmp_path / "adapter")
+    export_adapter(
+        recipe(flux_folder), str(folder), out, weights="student", dtype="bfloat16", lineage={}
+    )
+    cond = flux_inputs[2]
+    difference = pictures(load_student(out)[0].student, cond) - pictures(trio.student, cond)
+    assert 0 < difference.abs().max() < 0.1
+
+
+def test_another_base_may_be_given(
+    checkpoint: tuple[Path, Trio], flux_folder: Path, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "adapter")
+    ours = recipe(flux_folder)
+    export_adapter(ours, str(checkpoint[0]), out, weights="ema", dtype="float32", lineage={})
+    moved = tmp_path / "moved"
+    moved.symlink_to(flux_folder)
+    load_student(out, base=str(moved))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_student(out, base=str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_of_another_recipe(checkpoint: tuple[Path, Trio], flux_folder: Path) -> None:
+    other = recipe(flux_folder, seed=1)
+    with pytest.raises(ValueError) as caught:
+        student_of_checkpoint(other, str(checkpoint[0]), "ema")
+    message = str(caught.value)
+    assert f"was written by recipe {recipe(flux_folder).hash()}" in message
+    assert f"this one is {other.hash()}" in message and "use the recipe that wrote it" in message
+
+
+def test_export_of_a_recipe_that_distils_nothing(flux_folder: Path, tmp_path: Path) -> None:
+    square = {"prompts": "p.txt", "store": "s", "height": 16, "width": 16}
+    pretraining = recipe(flux_folder, objective={"type": "flow_matching"}, embed=square)
+    with pytest.raises(ValueError, match="expected .* pi_id, got flow_matching"):
+        export_adapter(pretraining, "x", str(tmp_path), weights="ema", dtype="float32", lineage={})
+
+
+def test_an_adapter_without_settings(
+    checkpoint: tuple[Path, Trio], flux_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapter"
+    export_adapter(
+        recipe(flux_folder), str(checkpoint[0]), str(out), weights="ema", dtype="float32",
+        lineage={},
+    )  # fmt: skip
+    tensors = load_file(out / WEIGHTS_FILE)
+    save_file(tensors, out / WEIGHTS_FILE, metadata={"base_model": str(flux_folder)})
+    with pytest.raises(ValueError, match="carries no piflow_settings: it was not exported by pif"):
+        load_student(str(out))
+
+
+@pytest.mark.parametrize("text", ["{", json.dumps({"family": "flux"}), json.dumps({"new": 1})])
+def test_settings_of_another_version(
+    text: str, checkpoint: tuple[Path, Trio], flux_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapter"
+    export_adapter(
+        recipe(flux_folder), str(checkpoint[0]), str(out), weights="ema", dtype="float32",
+        lineage={},
+    )  # fmt: skip
+    adapter = load_adapter(str(out))
+    adapter.metadata["piflow_settings"] = text
+    with pytest.raises(ValueError, match="here: piflow_settings are not.*export it again"):
+        settings_of(adapter, "here")

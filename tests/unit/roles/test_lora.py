@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from piflow.roles import lora
+
+RANKS = {"blocks.0.ff.proj": 2, "blocks.1.proj": 3}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ff = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.proj(self.ff["proj"](x))
+        return hidden
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        output: Tensor = self.proj(x)
+        return output
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def inject(model: Model, adapter: str = "student", seed: int = 0) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    lora.inject(model, adapter, RANKS, dropout=0.0, generator=generator)
+    return lora.parameters(model, adapter)
+
+
+def test_suffixes_are_whole_components_and_the_output_is_skipped(model: Model) -> None:
+    names = lora.resolve_targets(model, ["proj"], skip=("proj",))
+    assert names == ["blocks.0.ff.proj", "blocks.0.proj", "blocks.1.ff.proj", "blocks.1.proj"]
+    assert lora.resolve_targets(model, ["ff.proj"], skip=()) == [names[0], names[2]]
+    assert lora.resolve_targets(model, ["blocks.1.proj"], skip=()) == ["blocks.1.proj"]
+    with pytest.raises(ValueError, match="'roj' matches no linear layer.*close to it: proj"):
+        lora.resolve_targets(model, ["proj", "roj"], skip=())
+
+
+def test_targets_that_a_small_model_lacks_are_left_out(model: Model) -> None:
+    assert lora.present_targets(model, ["proj", "attn.to_q"], skip=()) == ["proj"]
+
+
+def test_an_adapter_adds_the_product_of_its_two_matrices(model: Model) -> None:
+    """alpha = rank, whatever the rank: y = W x + b + B A x."""
+    expected = copy.deepcopy(model)
+    parameters = inject(model)
+    x = torch.randn(5, 4)
+    assert torch.equal(model(x), expected(x)), "B starts at zero"
+    for name, rank in RANKS.items():
+        down, up = parameters[f"{name}.lora_A.weight"], parameters[f"{name}.lora_B.weight"]
+        assert down.shape == (rank, 4) and up.shape == (4, rank)
+        nn.init.normal_(up)
+        with torch.no_grad():
+            expected.get_parameter(f"{name}.weight").add_(up @ down)
+    torch.testing.assert_close(model(x), expected(x))
+
+
+def test_values_come_from_the_generator_alone(model: Model) -> None:
+    first, other = inject(copy.deepcopy(model)), inject(copy.deepcopy(model), seed=1)
+    torch.manual_seed(9)
+    same = inject(model)
+    assert all(torch.equal(same[name], tensor) for name, tensor in first.items())
+    assert not torch.equal(
+        first["blocks.1.proj.lora_A.weight"], other["blocks.1.proj.lora_A.weight"]
+    )
+
+
+def test_switching_adapters_touches_no_requires_grad(model: Model) -> None:
+    for adapter in ("student", "ema"):
+        for name, parameter in inject(model, adapter).items():
+            parameter.requires_grad_(adapter == "student")
+            if name.endswith("lora_B.weight"):
+                nn.init.constant_(parameter, 1.0 if adapter == "student" else 2.0)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    x = torch.randn(5, 4)
+    outputs = []
+    for adapter in ("student", "ema", None):
+        lora.activate(lora.layers(model), adapter)
+        outputs.append(model(x))
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert not torch.allclose(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])
+
+
+def test_ranks_are_read_from_published_tensors(model: Model) -> None:
+    tensors = {name: tensor.detach() for name, tensor in inject(model).items()}
+    assert lora.ranks_of({**tensors, "proj_out.weight": torch.zeros(2, 2)}) == RANKS
+    wrong = {**tensors, "blocks.1.proj.lora_B.weight": torch.zeros(4, 5)}
+    with pytest.raises(ValueError, match="LoRA of blocks.1.proj: A has rank 3 but B 5"):
+        lora.ranks_of(wrong)
+    del tensors["blocks.1.proj.lora_A.weight"]
+    with pytest.raises(ValueError, match="blocks.1.proj.lora_B.weight has no partner"):
+        lora.ranks_of(tensors)

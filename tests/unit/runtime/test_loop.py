@@ -1,0 +1,128 @@
+"""The loop of one worker, around a trainer that refuses given steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+from piflow.config import Fp8TeacherConfig, Recipe, load_recipe
+from piflow.roles.fp8 import TeacherPrecisionError
+from piflow.runtime.loop import TrainLoop
+from piflow.runtime.mailbox import StopReason
+from piflow.training.step import NonFiniteError, StepMetrics
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0, and an actor's answers as they are."""
+    context = SimpleNamespace(get_world_rank=lambda: 0)
+    monkeypatch.setattr("piflow.runtime.worker.ray.train.get_context", lambda: context)
+    monkeypatch.setattr("piflow.runtime.worker.ray.get", lambda answer: answer)
+
+
+def _loop(
+    bad: set[int], max_skipped_steps: int, saved: list[int], *overrides: str
+) -> tuple[TrainLoop, MagicMock]:
+    def step(step: int, micro_batches: Any) -> StepMetrics:
+        if step in bad:
+            raise NonFiniteError(f"step {step}: loss nan (prompt ids: a).", "Try this")
+        return StepMetrics(step, float(step), 1.0, 0.1)
+
+    recipe: Recipe = load_recipe(
+        Path(__file__).parents[3] / "pipelines/recipes/emoji-flux.yaml",
+        ["training.steps=6", "training.checkpoint_every=3", "training.sample_every=0",
+         "training.log_every=1", f"training.max_skipped_steps={max_skipped_steps}", *overrides],
+    )  # fmt: skip
+    tracker = MagicMock()
+    assembly: Any = SimpleNamespace(
+        trainer=SimpleNamespace(step=step), flops=lambda batch: 1, teacher_error=None
+    )
+    config = {"recipe_hash": "hash", "run_id": "run", "board": MagicMock(), "owner": None}
+    stops: Any = SimpleNamespace(agreed=lambda: StopReason.NONE)
+    loop = TrainLoop(recipe, config, assembly, tracker, stops, MagicMock())
+    loop._save = saved.append  # type: ignore[method-assign]
+    return loop, tracker
+
+
+def test_an_fp8_teacher_is_measured_at_the_start_and_every_so_often() -> None:
+    """From step 1 on (a resumed run), every second step; the third measurement is too large."""
+    saved: list[int] = []
+    loop, tracker = _loop(set(), 0, saved)
+    errors = {1: 0.01, 2: 0.02, 4: 0.3}
+    model = loop.recipe.model.model_copy(
+        update={"fp8_teacher": Fp8TeacherConfig(check_every=2, max_error=0.1)}
+    )
+    loop.recipe = loop.recipe.model_copy(update={"model": model})
+    loop.assembly.teacher_error = lambda batch, step: errors.pop(step)  # type: ignore[misc]
+    with pytest.raises(TeacherPrecisionError, match="step 4: .* off by 0.3 .*max_error is 0.1"):
+        loop.run(1, _stream())
+    assert errors == {} and saved == [3]
+    calls = [(call.args[0], call.kwargs["step"]) for call in tracker.log_metrics.call_args_list]
+    told = {step: values["fp8_teacher_error"] for values, step in calls if len(values) == 1}
+    assert told == {1: 0.01, 2: 0.02, 4: 0.3}
+
+
+def _stream() -> Any:
+    batch = SimpleNamespace(micro_batches=[None], replaced={})
+    return SimpleNamespace(batches=lambda: iter([batch] * 6), epoch_of=float)
+
+
+def test_skipped_steps_are_told_and_checkpoints_are_still_due() -> None:
+    saved: list[int] = []
+    loop, tracker = _loop({2, 3}, 1, saved)
+    loop.run(0, _stream())
+    assert saved == [3, 6]
+    events = [call.args for call in tracker.event.call_args_list]
+    assert events == [
+        ("skip", "step 2: loss nan (prompt ids: a)."),
+        ("skip", "step 3: loss nan (prompt ids: a)."),
+    ]
+    points = {
+        call.kwargs["step"]: call.args[0]["skipped_steps"]
+        for call in tracker.log_metrics.call_args_list
+    }
+    assert points == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+
+
+@pytest.mark.parametrize(
+    ("start", "bad", "means"),
+    [(0, set(), {3: 1.0, 6: 4.0}), (0, {2, 3}, {3: 0.5, 6: 4.5}), (3, {3, 4, 5}, {6: None})],
+)
+def test_a_checkpoint_knows_the_mean_loss_since_the_one_before(
+    start: int, bad: set[int], means: dict[int, float | None]
+) -> None:
+    """Of the steps that were not skipped; a resumed run starts at a checkpoint."""
+    found: dict[int, float | None] = {}
+    loop, _ = _loop(bad, 3, [])
+    loop._save = lambda step: found.update({step: loop._state(step).loss})  # type: ignore[method-assign]
+    loop.run(start, _stream())
+    assert found == means
+
+
+def test_replaced_rows_are_counted_and_each_row_group_is_told_once() -> None:
+    loop, tracker = _loop(set(), 0, [], "training.damaged_rows=replace")
+    damage = [{}, {"row group 1 of a": 2}, {"row group 1 of a": 1, "row group 0 of b": 3}]
+    batches = [
+        SimpleNamespace(micro_batches=[None], replaced=names) for names in (*damage, {}, {}, {})
+    ]
+    loop.run(0, SimpleNamespace(batches=lambda: iter(batches), epoch_of=float))  # type: ignore[arg-type]
+    events = [call.args[1] for call in tracker.event.call_args_list]
+    assert [text.split(" can't")[0] for text in events] == ["row group 1 of a", "row group 0 of b"]
+    counts = [
+        call.args[0]["replaced_rows"]
+        for call in tracker.log_metrics.call_args_list
+        if "replaced_rows" in call.args[0]
+    ]
+    assert counts == [0, 2, 6, 6, 6, 6]
+
+
+def test_one_skip_too_many_stops_before_the_next_checkpoint() -> None:
+    saved: list[int] = []
+    loop, _ = _loop({3, 4}, 1, saved)
+    with pytest.raises(NonFiniteError, match="step 4: loss nan .prompt ids: a.. Try this"):
+        loop.run(0, _stream())
+    assert saved == [3]
