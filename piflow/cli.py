@@ -54,6 +54,18 @@ def embed(
         pipeline.main(config, show_progress=not quiet)
 
 
+@app.command(
+    epilog=f"Example: `piflow check {DEFAULT_RECIPE}`. Needs what `piflow distill` needs: a store, "
+    "or in online mode the prompts that `distill` embeds ahead. Exit code 0: every check passed."
+)
+def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Check a recipe against its store, models and run folder; print what was found."""
+    config = _load(recipe, overrides)
+    from piflow.commands import check as pipeline
+
+    pipeline.main(config)
+
+
 @app.command(epilog="Example: `piflow pretrain pipelines/recipes/emoji-teacher.yaml --set seed=1`")
 def pretrain(
     recipe: RecipeArgument, overrides: SetOption = None, quiet: QuietOption = False

@@ -40,13 +40,13 @@ def main(
     from piflow.runs import folder as run_folder
     from piflow.runs.tracking import MlflowTracker
     from piflow.training.export import student_of_checkpoint
-    from piflow.training.preflight import check_store
+    from piflow.training.preflight import preflight
 
     record = run_folder.require_run(recipe)
     checkpoint = checkpoint or run_folder.newest_checkpoint(recipe.run_dir)
     if recipe.embed.mode == "online":
         embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
-    store = check_store(recipe, evaluation=True)
+    store = preflight(recipe, evaluation=True).store
     trio, state = student_of_checkpoint(recipe, checkpoint, "ema")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in trio.modules:

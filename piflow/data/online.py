@@ -214,12 +214,14 @@ class RowGroupEncoder:
 
     Args:
         recipe: with absolute paths.
+        store: the run's planned store, with all prompts.
         steps: first step and end.
         num_ranks: how many will take each row group.
     """
 
-    def __init__(self, recipe: Recipe, steps: tuple[int, int], num_ranks: int) -> None:
-        store = open_store(recipe)
+    def __init__(
+        self, recipe: Recipe, store: EmbeddingStore, steps: tuple[int, int], num_ranks: int
+    ) -> None:
         if not isinstance(store, OnlineStore):
             raise TypeError("expected a recipe with embed.mode = online")
         order = StreamOrder(store.manifest, recipe.seed, recipe.training.batch_size)
@@ -348,11 +350,15 @@ class EncodedRows(RowReader):
         return {number: self._encoded[number] for number in numbers}
 
 
-def start_encoder(recipe: Recipe, start: int, num_ranks: int) -> Any:
-    """Start the encoding actor for a run's steps from `start` on; it ends with this process."""
+def start_encoder(recipe: Recipe, store: Any, start: int, num_ranks: int) -> Any:
+    """Start the encoding actor for a run's steps from `start` on; it ends with this process.
+
+    Args:
+        store: the run's planned store, or Ray's reference to it.
+    """
     import ray
 
     actor = ray.remote(RowGroupEncoder).options(
         num_cpus=0, max_concurrency=num_ranks + 1, scheduling_strategy="DEFAULT"
     )
-    return actor.remote(recipe, (start, recipe.training.steps), num_ranks)
+    return actor.remote(recipe, store, (start, recipe.training.steps), num_ranks)

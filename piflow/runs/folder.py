@@ -3,7 +3,6 @@
 RUN_DIR/run.json              recipe identity, MLflow run id
 RUN_DIR/driver.json           the driver that writes here, see `piflow.runs.lease`
 RUN_DIR/checkpoints/step_*    checkpoints; one without state.json is half written
-RUN_DIR/failure.json          why the last attempt stopped by itself, if it did
 RUN_DIR/adapter, report       what export and evaluate write
 """
 
@@ -12,18 +11,15 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from piflow import storage
 from piflow.config import Recipe, differences
 from piflow.storage import conditional
 
 RECORD_FILE = "run.json"
-FAILURE_FILE = "failure.json"
 CHECKPOINTS = "checkpoints"
-_STATE_FILE = (
-    "state.json"  # see piflow.training.checkpoint, which this module doesn't import for torch
-)
+_STATE_FILE = "state.json"  # of `piflow.training.checkpoint`, which needs torch
 _CHECKPOINT_NAME = re.compile(r"step_\d+")
 
 
@@ -40,14 +36,6 @@ class RunRecord:
     tracking_uri: str
     mlflow_run_id: str
     manifest_hash: str  # of the embedding store: the order of prompts depends on it
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why the workers stopped by themselves, where another try would end the same way."""
-
-    kind: Literal["recipe", "non-finite", "fp8-teacher"]
-    message: str
 
 
 def read_record(run_dir: str) -> RunRecord | None:
@@ -239,19 +227,3 @@ def checkpoint_name(step: int) -> str:
 def checkpoint_uri(run_dir: str, step: int) -> str:
     """Where the checkpoint after `step` optimiser steps is, or will be."""
     return storage.join(run_dir, CHECKPOINTS, checkpoint_name(step))
-
-
-def write_failure(run_dir: str, failure: Failure) -> None:
-    """Leave word for the driver why the run stopped by itself."""
-    uri = storage.join(run_dir, FAILURE_FILE)
-    storage.write_bytes(uri, json.dumps(asdict(failure)).encode())
-
-
-def take_failure(run_dir: str) -> Failure | None:
-    """What the workers left, if anything; it is removed."""
-    uri = storage.join(run_dir, FAILURE_FILE)
-    if not storage.exists(uri):
-        return None
-    failure = Failure(**json.loads(storage.read_bytes(uri)))
-    storage.delete_file(uri)
-    return failure

@@ -5,18 +5,21 @@ from __future__ import annotations
 import tempfile
 import threading
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from typing import Any
 
-from piflow import storage
 from piflow.config import Recipe, RuntimeConfig
 from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runs import folder as run_folder
+from piflow.runs import tracking
+from piflow.runs.folder import RunRecord
 from piflow.runs.lease import PROCESS, owned
-from piflow.runs.tracking import RunStatus, Tracker, deliver_kept, finish
+from piflow.runs.tracking import MlflowTracker, RunStatus, Tracker, deliver_kept, finish
+from piflow.runtime.mailbox import Departure, StopReason, start_mailbox
+from piflow.runtime.progress import progress_bar
 from piflow.runtime.session import ray_session
 from piflow.runtime.signals import Signals, StoppedError
-from piflow.training.checkpoint import load_state
-from piflow.training.preflight import absolute_recipe, check_store
+from piflow.training.preflight import Run, preflight
 from piflow.training.step import NonFiniteError
 
 _POLL_SECONDS = 0.5
@@ -32,13 +35,6 @@ class WorkersFailedError(ChildProcessError):
     """The workers failed more often than `runtime.max_failures` allows; says why the last did."""
 
 
-class ControllerFailedError(RuntimeError):
-    """Ray Train gave up for something that it doesn't restart workers for; the driver does.
-
-    Such is a worker that dies before its train loop starts.
-    """
-
-
 def train(recipe: Recipe, *, show_progress: bool = True) -> int:
     """Start the recipe's run, or go on with it from its newest checkpoint.
 
@@ -52,38 +48,39 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
         WorkersFailedError: the workers failed more often than `runtime.max_failures` allows.
         StoppedError: a signal ended it before the last step.
     """
-    run_folder.require_same_recipe(recipe)  # a command that is refused leaves nothing behind
-    manifest_hash = check_store(recipe).manifest_hash
+    run = preflight(recipe)  # a command that is refused leaves nothing behind
     with owned(recipe.run_dir):
-        return _train(recipe, manifest_hash, show_progress=show_progress)
+        run = _unchanged(run)
+        record = run.record
+        if record is not None and run.steps_done >= recipe.training.steps:
+            uri, run_id = record.tracking_uri, record.mlflow_run_id
+            _tell_undelivered(deliver_kept(uri, run_id, recipe.run_dir))
+            print(
+                f"{recipe.name}: all {recipe.training.steps} steps are done; raise training.steps "
+                "to go on"
+            )
+            return run.steps_done
+        with ray_session(recipe):
+            return _fit(run, _tracked(run), show_progress=show_progress)
 
 
-def _train(recipe: Recipe, manifest_hash: str, *, show_progress: bool) -> int:
-    record = run_folder.require_same_recipe(recipe)  # others may have written it meanwhile
-    run_folder.require_same_store(recipe, record, manifest_hash)
-    found = run_folder.checkpoints(recipe.run_dir)
-    if record is not None and found and max(found) >= recipe.training.steps:
-        _tell_undelivered(deliver_kept(record.tracking_uri, record.mlflow_run_id, recipe.run_dir))
-        print(
-            f"{recipe.name}: all {recipe.training.steps} steps are done; raise training.steps "
-            "to go on"
-        )
-        return max(found)
-    record = _tracked(recipe, record, manifest_hash)
-    with ray_session(recipe):
-        _fit(absolute_recipe(recipe), record, show_progress=show_progress)
-    return load_state(storage.local_folder(run_folder.newest_checkpoint(recipe.run_dir))).step
+def _unchanged(run: Run) -> Run:
+    """The run as its owner finds it: another driver may have been at it during the checks.
+
+    Raises:
+        RunDirectoryError: another driver started it meanwhile, with another recipe or store.
+    """
+    record = run_folder.require_same_recipe(run.recipe)
+    run_folder.require_same_store(run.recipe, record, run.store.manifest_hash)
+    return replace(run, record=record, checkpoints=run_folder.checkpoints(run.recipe.run_dir))
 
 
-def _tracked(
-    recipe: Recipe, record: run_folder.RunRecord | None, manifest_hash: str
-) -> run_folder.RunRecord:
+def _tracked(run: Run) -> RunRecord:
     """The run's record, with an MLflow run that was started or is to be resumed."""
-    from piflow.runs import tracking
-
+    recipe, record = run.recipe, run.record
     uri = recipe.tracking.uri or tracking.default_tracking_uri(recipe.run_dir)
     params = recipe.model_dump(mode="json")
-    run_dir = storage.absolute(recipe.run_dir)
+    run_dir = run.absolute.run_dir
     tags = {"piflow.recipe_hash": recipe.hash(), "piflow.run_dir": run_dir}
     if record is None:
         run_id = tracking.start(uri, recipe.tracking.experiment, recipe.name, params, tags)
@@ -91,7 +88,7 @@ def _tracked(
         run_id = record.mlflow_run_id
         must_answer = uri != record.tracking_uri
         tracking.resume(uri, run_id, run_dir, params, tags, must_answer=must_answer)
-    record = run_folder.RunRecord(recipe.hash(), recipe.identity(), uri, run_id, manifest_hash)
+    record = RunRecord(recipe.hash(), recipe.identity(), uri, run_id, run.store.manifest_hash)
     run_folder.write_record(recipe.run_dir, record)
     return record
 
@@ -104,56 +101,91 @@ def _collectives(runtime: RuntimeConfig) -> str:
     return "cpu:gloo,cuda:nccl" if runtime.offload == "cpu" else "nccl"
 
 
-def _fit(recipe: Recipe, record: run_folder.RunRecord, *, show_progress: bool) -> None:
-    """Workers train until the last step; they start anew where they stopped for that."""
-    from piflow.runs.tracking import MlflowTracker
-    from piflow.runtime.mailbox import start_board
-    from piflow.runtime.progress import progress_bar
+def _fit(run: Run, record: RunRecord, *, show_progress: bool) -> int:
+    """Workers train until the last step; what MLflow is told of the run's end is here.
 
-    board = start_board()
+    Returns:
+        The number of optimiser steps done.
+    """
+    recipe = run.absolute
+    mailbox = start_mailbox()
     title = f"{recipe.name}: steps"
     tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
     status: RunStatus = "FAILED"
     try:
         with (
-            progress_bar(board, title, recipe.training.steps, show=show_progress),
+            progress_bar(mailbox, title, recipe.training.steps, show=show_progress),
             Signals() as signals,
         ):
-            _attempts(recipe, record, board, signals, tracker)
+            steps = _attempts(run, record, mailbox, signals, tracker)
         status = "FINISHED"
     except StoppedError:
         status = "KILLED"
         raise
     finally:
         tracker.close()
-        _finish(recipe, record, status)
+        problem = finish(record.tracking_uri, record.mlflow_run_id, recipe.run_dir, status)
+        _tell_undelivered(problem)  # whoever comes next delivers it
+    return steps
 
 
-def _attempts(
-    recipe: Recipe, record: run_folder.RunRecord, board: Any, signals: Signals, tracker: Tracker
-) -> None:
-    """One after another, until the last step."""
-    from piflow.runtime.mailbox import StopReason
+def _attempts(run: Run, record: RunRecord, mailbox: Any, signals: Signals, tracker: Tracker) -> int:
+    """Workers from the newest checkpoint on, again and again until the last step is done.
 
-    failures = 0
+    Ray Train restarts workers that fail, `runtime.max_failures` times. Another attempt is made here
+    where they stopped because a machine is going away, and where Ray Train itself gave up before
+    they were training: such is a worker that dies while its group starts.
+
+    Returns:
+        The number of optimiser steps done.
+    """
+    import ray.train
+
+    from piflow.runtime.ray_private import first_failure
+
+    runtime, controller_failures = run.recipe.runtime, 0
+    store = ray.put(run.store)
     while True:
-        try:
-            if _attempt(recipe, record, board, signals, tracker) != StopReason.MOVE:
-                return
-        except ControllerFailedError as error:
-            tracker.event("controller-failed", str(error))
-            failures += 1
-            if 0 <= recipe.runtime.max_failures < failures:
-                raise WorkersFailedError(str(error)) from error
+        attempt = _start_workers(run.absolute, record, store, mailbox)
+        _watch(attempt, mailbox, signals, tracker)
+        left: Departure = ray.get(mailbox.departure.remote())
+        if left.failure is not None:
+            raise _FAILURES[left.failure.kind](left.failure.message)
+        error = attempt.exception()
+        if isinstance(error, ray.train.WorkerGroupError):
+            raise WorkersFailedError(first_failure(error.worker_failures)) from error
+        if isinstance(error, ray.train.ControllerError):
+            cause = error.controller_failure
+            text = f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"
+            tracker.event("controller-failed", text)
+            controller_failures += 1
+            if 0 <= runtime.max_failures < controller_failures:
+                raise WorkersFailedError(text) from error
+            continue
+        if error is not None:
+            raise error
+        if left.reason is StopReason.END and signals.number is not None:
+            raise StoppedError(signals.number, f"step {left.step} is saved")
+        if left.reason is not StopReason.MOVE:
+            return left.step
 
 
-def _attempt(
-    recipe: Recipe, record: run_folder.RunRecord, board: Any, signals: Signals, tracker: Tracker
-) -> int:
-    """Workers from the newest checkpoint on, restarted when they fail; returns why they ended."""
+def _watch(attempt: Future[Any], mailbox: Any, signals: Signals, tracker: Tracker) -> None:
+    """Until the workers have ended: signals go to them, and their events to MLflow."""
     import ray
 
-    run_folder.take_failure(recipe.run_dir)  # of an attempt whose driver died before it looked
+    while not attempt.done():
+        wait([attempt], timeout=_POLL_SECONDS)
+        signals.pass_on(mailbox)
+        for name, text in ray.get(mailbox.take_events.remote()):
+            tracker.event(name, text)
+
+
+def _start_workers(recipe: Recipe, record: RunRecord, store: Any, mailbox: Any) -> Future[Any]:
+    """Ray Train's workers in a thread: Ray would handle Ctrl-C in the main one.
+
+    It would then leave the steps since the last checkpoint.
+    """
     fit: Future[Any] = Future()
 
     def run() -> None:
@@ -161,41 +193,19 @@ def _attempt(
             with tempfile.TemporaryDirectory(
                 prefix="piflow-ray-train-", ignore_cleanup_errors=True
             ) as notes:
-                result = _trainer(recipe, record, board, notes).fit()
-            fit.set_result(result)
+                fit.set_result(_trainer(recipe, record, store, mailbox, notes).fit())
         except BaseException as error:
             fit.set_exception(error)
 
-    # Ray would handle Ctrl-C in the main thread, and leave the steps since the last checkpoint
     threading.Thread(target=run, name="fit", daemon=True).start()
-    while not fit.done():
-        wait([fit], timeout=_POLL_SECONDS)
-        signals.pass_on(board)
-        for name, text in ray.get(board.take_events.remote()):
-            tracker.event(name, text)
-    try:
-        fit.result()
-    except ray.train.WorkerGroupError as error:
-        from piflow.runtime.ray_private import first_failure
-
-        raise WorkersFailedError(first_failure(error.worker_failures)) from error
-    except ray.train.ControllerError as error:
-        cause = error.controller_failure
-        text = next(iter(str(cause).splitlines()), "")
-        raise ControllerFailedError(f"{type(cause).__name__}: {text}") from error
-    failure = run_folder.take_failure(recipe.run_dir)
-    if failure is not None:
-        raise _FAILURES[failure.kind](failure.message)
-    reason, step = ray.get(board.left.remote())
-    if signals.number is not None and step < recipe.training.steps:
-        raise StoppedError(signals.number, f"step {step} is saved")
-    return int(reason)
+    return fit
 
 
-def _trainer(recipe: Recipe, record: run_folder.RunRecord, board: Any, notes: str) -> Any:
+def _trainer(recipe: Recipe, record: RunRecord, store: Any, mailbox: Any, notes: str) -> Any:
     """Ray Train's part of the run.
 
     Args:
+        store: reference to the run's opened store, which workers take from Ray's object store.
         notes: a fresh local folder for Ray Train's own list of checkpoints, which nobody reads. It
             isn't on the run's storage: an outage while the controller writes it would end the
             attempt, and one of an earlier attempt names checkpoints that are gone.
@@ -209,7 +219,7 @@ def _trainer(recipe: Recipe, record: run_folder.RunRecord, board: Any, notes: st
     runtime = recipe.runtime
     # a pair makes Ray Train elastic, which its declared types don't know
     workers: Any = runtime.worker_range if runtime.is_elastic else runtime.max_workers
-    callbacks: list[Any] = [LifecycleCallback(board, runtime.stall_timeout)]
+    callbacks: list[Any] = [LifecycleCallback(mailbox, runtime.stall_timeout)]
     scaling: dict[str, Any] = {"elastic_resize_monitor_interval_s": runtime.resize_interval}
     resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
     if runtime.use_gpu:
@@ -219,7 +229,8 @@ def _trainer(recipe: Recipe, record: run_folder.RunRecord, board: Any, notes: st
         "recipe_hash": record.recipe_hash,
         "tracking_uri": record.tracking_uri,
         "run_id": record.mlflow_run_id,
-        "board": board,
+        "store": store,
+        "mailbox": mailbox,
         "owner": PROCESS,
     }
     return TorchTrainer(
@@ -239,12 +250,6 @@ def _trainer(recipe: Recipe, record: run_folder.RunRecord, board: Any, notes: st
             callbacks=callbacks,
         ),
     )
-
-
-def _finish(recipe: Recipe, record: run_folder.RunRecord, status: RunStatus) -> None:
-    """Tell MLflow how the run ended; if it is away, whoever comes next does."""
-    run_id = record.mlflow_run_id
-    _tell_undelivered(finish(record.tracking_uri, run_id, recipe.run_dir, status))
 
 
 def _tell_undelivered(problem: str | None) -> None:

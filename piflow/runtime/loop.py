@@ -22,11 +22,11 @@ from piflow.roles.fp8 import check_error
 from piflow.runs import folder as run_folder
 from piflow.runs.lease import require_owner
 from piflow.runs.tracking import SystemMetrics, Tracker
-from piflow.runtime.mailbox import StopReason
+from piflow.runtime.mailbox import Failure, StopReason
 from piflow.runtime.stopping import Stops
 from piflow.runtime.watchdog import Watchdog
 from piflow.training.build import Assembly
-from piflow.training.checkpoint import RunState
+from piflow.training.checkpoint import CheckpointError, RunState
 from piflow.training.checkpoint_writer import CheckpointSaver, restore_newest
 from piflow.training.step import NonFiniteError, SkippedSteps, StepMetrics
 
@@ -56,7 +56,7 @@ class TrainLoop:
         self.tracker = tracker
         self.stops = stops
         self.watchdog = watchdog
-        self.board = config["board"]
+        self.mailbox = config["mailbox"]
         self.rank = ray.train.get_context().get_world_rank()
         self.run_id = config["run_id"]
         tracked = recipe.tracking.system_metrics and self.rank == 0
@@ -97,6 +97,7 @@ class TrainLoop:
     def run(self, start: int, stream: TrainStream) -> None:
         """Steps `start` to the recipe's last, or until all workers are asked to stop."""
         if start >= self.training.steps:
+            self._leave(StopReason.NONE, start)
             return
         self.start = start
         batches = iter(stream.batches())
@@ -132,12 +133,12 @@ class TrainLoop:
 
     def _leave(self, reason: StopReason, done: int) -> None:
         """The end, when all is saved."""
-        self.finish_saves()
+        self._finish_saves()
         if self.rank:
             return
         if reason is not StopReason.NONE:
             self.tracker.event("stop", f"{_STOP_TEXTS[reason]}; step {done} is saved")
-        ray.get(self.board.leave.remote(reason, done))
+        ray.get(self.mailbox.leave.remote(reason, done))
 
     def _check_teacher(self, step: int, batch: StreamBatch) -> None:
         """Measures an fp8 teacher at the start and every so many steps.
@@ -158,7 +159,7 @@ class TrainLoop:
         self.skipped.skip(step, error)
         if self.rank == 0:
             done = step + 1
-            self.board.update.remote(done, "skipped")
+            self.mailbox.update.remote(done, "skipped")
             self.tracker.log_metrics({"skipped_steps": self.skipped.count(step)}, step=done)
             self.tracker.event("skip", error.what)
 
@@ -188,11 +189,11 @@ class TrainLoop:
     def _report(
         self, metrics: StepMetrics, seconds: float, waited: float, epoch: float, flops: int
     ) -> None:
-        """To board and tracker; `flops`: operations of training on one sample."""
+        """To mailbox and tracker; `flops`: operations of training on one sample."""
         if self.rank:
             return
         done = metrics.step + 1
-        self.board.update.remote(done, f"loss {metrics.loss:.4f}")
+        self.mailbox.update.remote(done, f"loss {metrics.loss:.4f}")
         if not self._is_logged(done):
             return
         values = {
@@ -260,7 +261,7 @@ class TrainLoop:
         )
 
     def _log_saves(self) -> None:
-        """Of saves that finished meanwhile: a checkpoint is told when it is complete."""
+        """Tell MLflow of the checkpoints that have become complete since the last call."""
         for saved in self.saver.take_finished():
             if self.rank == 0:
                 values = {
@@ -270,7 +271,22 @@ class TrainLoop:
                 self.tracker.log_metrics(values, step=saved.step)
                 self.tracker.event("checkpoint", f"step {saved.step}")
 
-    def finish_saves(self) -> None:
+    def give_up(self, failure: Failure) -> None:
+        """Leave word that no other try can help, and end; on all ranks, in the same step.
+
+        The word comes first. A save that fails afterwards is told, but doesn't hide it: the error
+        would have Ray Train start workers again, which would come to the same step.
+        """
+        if self.rank == 0:
+            ray.get(self.mailbox.give_up.remote(failure))
+            self.tracker.event(failure.kind, failure.message)
+        try:
+            self._finish_saves()
+        except (CheckpointError, OSError) as error:
+            if self.rank == 0:
+                self.tracker.event("save-failed", str(error))
+
+    def _finish_saves(self) -> None:
         """Wait for the checkpoint that is being written."""
         self.watchdog.rearm()
         self.saver.wait()

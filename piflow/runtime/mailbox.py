@@ -1,16 +1,19 @@
-"""What the driver, Ray Train's controller and the workers tell one another: one actor a run.
+"""What driver, Ray Train's controller and workers tell one another: one actor a run.
 
-rank 0 --update, join, leave-->  Board  <--ask_to_stop-- driver (signals), controller (resize)
-rank 0 <-------requested-------         --take_events--> driver --> MLflow
+    rank 0 -- joined, did, left --> Mailbox <-- ask_to_stop -- driver (signals), controller (resize)
+    rank 0 <------- requested ------         --- take_events --> driver --> MLflow
 
-It lives on the driver's machine, which no preemption of workers takes away.
+Failures travel this way as well, and only this way: a worker that finds out that no further try can
+help says so here before it does anything else. The mailbox lives on the driver's machine, which no
+preemption of workers takes away.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -25,8 +28,31 @@ class StopReason(IntEnum):
     END = 3  # the driver was told to stop
 
 
-class Board:
-    """See the module."""
+@dataclass(frozen=True)
+class Failure:
+    """Why workers stopped by themselves, where another try would end the same way."""
+
+    kind: Literal["recipe", "non-finite", "fp8-teacher"]
+    message: str
+
+
+@dataclass(frozen=True)
+class Departure:
+    """How the last workers ended.
+
+    Attributes:
+        reason: what made them stop before the last step.
+        step: optimiser steps that are done and saved.
+        failure: set if another try would end the same way.
+    """
+
+    reason: StopReason = StopReason.NONE
+    step: int = 0
+    failure: Failure | None = None
+
+
+class Mailbox:
+    """What was said last, by whom it concerns. Its methods are called through a Ray handle."""
 
     def __init__(self) -> None:
         self._latest: tuple[int, str] = (0, "starting workers")
@@ -34,14 +60,16 @@ class Board:
         self._world_size = 0
         self._running = False
         self._asked = StopReason.NONE
-        self._left: tuple[StopReason, int] = (StopReason.NONE, 0)
+        self._reason = StopReason.NONE
+        self._saved = 0
+        self._failure: Failure | None = None
         self._events: list[tuple[str, str]] = []
 
     def join(self, world_size: int) -> int:
         """Workers start; returns how many there were before them, 0 if they are the first."""
         before, self._world_size = self._world_size, world_size
         self._running = True
-        self._left = (StopReason.NONE, 0)
+        self._reason, self._saved = StopReason.NONE, 0
         if self._asked is StopReason.RESIZE:  # this is the new number
             self._asked = StopReason.NONE
         self._when = time.monotonic()
@@ -52,14 +80,22 @@ class Board:
         self._latest = (step, text)
         self._when = time.monotonic()
 
+    def give_up(self, failure: Failure) -> None:
+        """No other try can help: workers that are started all the same leave at once."""
+        self._failure = self._failure or failure
+
+    def failure(self) -> Failure | None:
+        """Why no other try can help, if a worker said so."""
+        return self._failure
+
     def leave(self, reason: StopReason, step: int) -> None:
         """Workers end after so many steps, with all of them saved."""
-        self._left = (reason, step)
+        self._reason, self._saved = reason, step
         self._running = False
 
-    def left(self) -> tuple[StopReason, int]:
-        """Why the last workers ended, and after which step."""
-        return self._left
+    def departure(self) -> Departure:
+        """How the last workers ended."""
+        return Departure(self._reason, self._saved, self._failure)
 
     def read(self) -> tuple[int, str]:
         """Newest step and its text."""
@@ -90,7 +126,7 @@ class Board:
         return events
 
 
-def start_board() -> Any:
-    """The handle of a board on this process's machine."""
+def start_mailbox() -> Any:
+    """The handle of a mailbox on this process's machine."""
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()

@@ -1,6 +1,6 @@
 """A progress bar in the driver's terminal for a loop that runs in remote workers.
 
-worker rank 0 --update()--> Board (actor) <--read()-- driver thread --> terminal
+worker rank 0 --update()--> Mailbox (actor) <--read()-- driver thread --> terminal
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _POLL_SECONDS = 0.5
 
 
 @contextmanager
-def progress_bar(board: Any, title: str, total: int, *, show: bool) -> Iterator[None]:
-    """Show a bar over `total` steps, as the board has them, while the block runs."""
+def progress_bar(mailbox: Any, title: str, total: int, *, show: bool) -> Iterator[None]:
+    """Show a bar over `total` steps, as the mailbox has them, while the block runs."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -39,7 +39,7 @@ def progress_bar(board: Any, title: str, total: int, *, show: bool) -> Iterator[
 
     def poll() -> None:
         while not done.wait(_POLL_SECONDS):
-            step, text = ray.get(board.read.remote())
+            step, text = ray.get(mailbox.read.remote())
             bar.update(task, completed=step, text=text)
 
     with bar:
@@ -51,5 +51,5 @@ def progress_bar(board: Any, title: str, total: int, *, show: bool) -> Iterator[
         finally:
             done.set()
             thread.join()
-            step, text = ray.get(board.read.remote())
+            step, text = ray.get(mailbox.read.remote())
             bar.update(task, completed=step, text=text)

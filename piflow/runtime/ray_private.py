@@ -36,13 +36,13 @@ class LifecycleCallback(ControllerCallback, WorkerGroupCallback):
     """Runs in the controller's process.
 
     Args:
-        board: the run's.
+        mailbox: the run's.
         stall_timeout: seconds without a step that count as a stall; also how long workers may take
             to save before a resize.
     """
 
-    def __init__(self, board: Any, stall_timeout: float) -> None:
-        self._board = board
+    def __init__(self, mailbox: Any, stall_timeout: float) -> None:
+        self._mailbox = mailbox
         self._stall_timeout = stall_timeout
         self._group: Any = None  # of workers that run
         self._told = False
@@ -64,13 +64,13 @@ class LifecycleCallback(ControllerCallback, WorkerGroupCallback):
         if worker_group_status.errors and not self._told:
             self._told = True
             text = first_failure(worker_group_status.errors)
-            self._board.failed.remote(text, self._stall_timeout)
+            self._mailbox.failed.remote(text, self._stall_timeout)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Ray Train ends running workers as they are: have them save and end before it does."""
         if self._group is None or self._told:
             return
-        ray.get(self._board.ask_to_stop.remote(StopReason.RESIZE))
+        ray.get(self._mailbox.ask_to_stop.remote(StopReason.RESIZE))
         end = time.monotonic() + self._stall_timeout
         while time.monotonic() < end:
             status = self._group.poll_status(timeout=self._stall_timeout)

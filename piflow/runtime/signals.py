@@ -42,7 +42,7 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def pass_on(self, board: Any) -> None:
+    def pass_on(self, mailbox: Any) -> None:
         """Ask the workers to stop, once.
 
         Raises:
@@ -55,7 +55,7 @@ class Signals:
         if self.number is None or self._passed_on:
             return
         self._passed_on = True
-        if not ray.get(board.ask_to_stop.remote(StopReason.END)):
+        if not ray.get(mailbox.ask_to_stop.remote(StopReason.END)):
             raise StoppedError(self.number, "no worker was training, nothing is lost")
         name = signal.Signals(self.number).name
         print(f"{name}: the workers save after this step and stop; once more ends them at once")

@@ -24,11 +24,11 @@ class Stops:
     size is the sign. It also takes the place of Ray's own handler, which ends the process.
     """
 
-    def __init__(self, board: Any, rank: int) -> None:
-        self._board = board
+    def __init__(self, mailbox: Any, rank: int) -> None:
+        self._mailbox = mailbox
         self._rank = rank
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._answer: Any = None  # the board's, on its way
+        self._answer: Any = None  # the mailbox's, on its way
         self._asked = StopReason.NONE
         self._terminated = tempfile.TemporaryFile()
         faulthandler.register(signal.SIGTERM, file=self._terminated, chain=False)
@@ -53,9 +53,9 @@ class Stops:
         return os.fstat(self._terminated.fileno()).st_size > 0
 
     def _requested(self) -> StopReason:
-        """What the board said last; nobody waits for it, so it may be a step old."""
+        """What the mailbox said last; nobody waits for it, so it may be a step old."""
         if self._answer is None:
-            self._answer = self._board.requested.remote()
+            self._answer = self._mailbox.requested.remote()
         ready, _ = ray.wait([self._answer], timeout=0)
         if ready:
             self._asked = ray.get(self._answer)

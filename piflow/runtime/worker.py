@@ -2,7 +2,7 @@
 
 driver (one process)                      workers (one process a GPU, gloo or nccl among them)
 recipe, MLflow run, TorchTrainer  ----->  rank 0..W-1: shard of weights, EMA, optimiser;
-progress bar, signals  <-- Board -- rank 0  own micro-batches of each global batch (Ray Data)
+progress bar, signals <-- Mailbox -- rank 0  own micro-batches of each global batch (Ray Data)
 MLflow        <-- metrics, pictures rank 0
 run folder    <-- checkpoint shards -- all ranks, behind the steps; ray.train.report says when
 """
@@ -19,14 +19,14 @@ import torch.distributed as dist
 from ray.train.collective import broadcast_from_rank_zero
 
 from piflow.config import Recipe
-from piflow.data.online import EncodedRows, open_store, start_encoder
+from piflow.data.online import EncodedRows, start_encoder
 from piflow.data.order import StreamOrder
 from piflow.data.reader import EmbeddingStore
 from piflow.data.stream import TrainStream
 from piflow.roles.fp8 import TeacherPrecisionError
-from piflow.runs import folder as run_folder
 from piflow.runs.tracking import MlflowTracker, NullTracker, Tracker
 from piflow.runtime.loop import TrainLoop
+from piflow.runtime.mailbox import Failure
 from piflow.runtime.stopping import Stops
 from piflow.runtime.watchdog import Watchdog
 from piflow.sharding import Strategy
@@ -45,25 +45,30 @@ def train_worker(config: dict[str, Any]) -> None:
 
     Args:
         config: `recipe` (plain values, local paths absolute), `recipe_hash` (as it was written),
-            `tracking_uri`, `run_id`, `board` (actor handle), `owner` (the driver that may write).
+            `tracking_uri`, `run_id`, `store` (reference to the opened store), `mailbox` (actor
+            handle), `owner` (the driver that may write).
     """
+    if ray.get(config["mailbox"].failure.remote()) is not None:
+        return  # Ray Train restarts workers whatever they failed of
     recipe = Recipe.model_validate(config["recipe"])
+    store: EmbeddingStore = ray.get(config["store"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     with (
         _watchdog(recipe) as watchdog,
-        _stops(config["board"], rank) as stops,
+        _stops(config["mailbox"], rank) as stops,
         _tracking(recipe, config, rank) as tracker,
     ):
         if rank == 0:
-            before = ray.get(config["board"].join.remote(world_size))
+            before = ray.get(config["mailbox"].join.remote(world_size))
             tracker.event(*_start_event(before, world_size))
         strategy, reason = strategy_for(recipe, world_size, device)
         tracker.event("strategy", reason)
-        assembly = _assemble_or_tell(recipe, strategy, device, tracker)
+        assembly = _assemble_or_tell(recipe, store, strategy, device, config["mailbox"], tracker)
         if assembly is not None:
-            _train(recipe, config, assembly, tracker, stops, watchdog)
+            loop = TrainLoop(recipe, config, assembly, tracker, stops, watchdog)
+            _train(recipe, store, config["store"], loop)
 
 
 @contextmanager
@@ -78,8 +83,8 @@ def _watchdog(recipe: Recipe) -> Iterator[Watchdog]:
 
 
 @contextmanager
-def _stops(board: Any, rank: int) -> Iterator[Stops]:
-    stops = Stops(board, rank)
+def _stops(mailbox: Any, rank: int) -> Iterator[Stops]:
+    stops = Stops(mailbox, rank)
     try:
         yield stops
     finally:
@@ -107,57 +112,49 @@ def _tracking(recipe: Recipe, config: dict[str, Any], rank: int) -> Iterator[Tra
         tracker.close()
 
 
-def _train(
-    recipe: Recipe,
-    config: dict[str, Any],
-    assembly: Assembly,
-    tracker: Tracker,
-    stops: Stops,
-    watchdog: Watchdog,
-) -> None:
+def _train(recipe: Recipe, store: EmbeddingStore, reference: Any, loop: TrainLoop) -> None:
     """From the newest checkpoint to the recipe's last step, or to word why it stops before."""
     context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    loop = TrainLoop(recipe, config, assembly, tracker, stops, watchdog)
     start = loop.resume()
-    store = open_store(recipe)
     stream = TrainStream(
         store,
         seed=recipe.seed,
         batch_size=recipe.training.batch_size,
         micro_batch_size=recipe.training.micro_batch_size,
-        rank=rank // recipe.runtime.context_parallel,
-        world_size=world_size // recipe.runtime.context_parallel,
+        rank=context.get_world_rank() // recipe.runtime.context_parallel,
+        world_size=context.get_world_size() // recipe.runtime.context_parallel,
         start_sample=start * recipe.training.batch_size,
-        encoded=_encoded_rows(recipe, store, start),
+        encoded=_encoded_rows(recipe, store, reference, start),
         with_latents=recipe.objective.pictures == "store",
     )
     try:
         loop.run(start, stream)
     except (NonFiniteError, TeacherPrecisionError) as error:  # every rank, in the same step
-        loop.finish_saves()
-        if rank == 0:
-            run_folder.write_failure(
-                recipe.run_dir, run_folder.Failure(_KINDS[type(error)], str(error))
-            )
-            tracker.event(_KINDS[type(error)], str(error))
+        loop.give_up(Failure(_KINDS[type(error)], str(error)))
 
 
-def _encoded_rows(recipe: Recipe, store: EmbeddingStore, start: int) -> EncodedRows | None:
+def _encoded_rows(
+    recipe: Recipe, store: EmbeddingStore, reference: Any, start: int
+) -> EncodedRows | None:
     """In online mode this rank's row groups; rank 0 starts the actor that encodes for all."""
     if recipe.embed.mode == "store" or start >= recipe.training.steps:
         return None
     context = ray.train.get_context()
     mine = None
     if context.get_world_rank() == 0:
-        mine = start_encoder(recipe, start, context.get_world_size())
+        mine = start_encoder(recipe, reference, start, context.get_world_size())
     order = StreamOrder(store.manifest, recipe.seed, recipe.training.batch_size)
     steps = range(start, recipe.training.steps)
     return EncodedRows(store, order, broadcast_from_rank_zero(mine), steps)
 
 
 def _assemble_or_tell(
-    recipe: Recipe, strategy: Strategy, device: torch.device, tracker: Tracker
+    recipe: Recipe,
+    store: EmbeddingStore,
+    strategy: Strategy,
+    device: torch.device,
+    mailbox: Any,
+    tracker: Tracker,
 ) -> Assembly | None:
     """The run's models and trainer; or None on every rank, and word left for the driver.
 
@@ -167,7 +164,7 @@ def _assemble_or_tell(
     """
     assembly, problem = None, None
     try:
-        assembly = assemble(recipe, strategy, device)
+        assembly = assemble(recipe, store, strategy, device)
     except ValueError as error:
         problem = str(error)
     problems = [problem]
@@ -178,6 +175,6 @@ def _assemble_or_tell(
     if first is None:
         return assembly
     if ray.train.get_context().get_world_rank() == 0:
-        run_folder.write_failure(recipe.run_dir, run_folder.Failure("recipe", first))
+        ray.get(mailbox.give_up.remote(Failure("recipe", first)))
         tracker.event("recipe", first)
     return None

@@ -21,7 +21,7 @@ from piflow.backbones import (
 from piflow.backbones.flux.fresh import average_of, fresh_backbone
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
 from piflow.data.batch import MicroBatch, conditioning
-from piflow.data.online import SAMPLE_PROMPTS, open_store
+from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import EmbeddingStore
 from piflow.evaluation.sheet import grid
 from piflow.roles.fp8 import check_device
@@ -66,13 +66,17 @@ class Assembly:
     teacher_error: Callable[[MicroBatch, int], float] | None = None
 
 
-def assemble(recipe: Recipe, strategy: Strategy, device: torch.device) -> Assembly:
+def assemble(
+    recipe: Recipe, store: EmbeddingStore, strategy: Strategy, device: torch.device
+) -> Assembly:
     """Load and shard the models, and build the trainer for the recipe's objective.
+
+    Args:
+        store: the recipe's, opened: for samples, guidance and the empty prompt.
 
     Raises:
         ValueError: model, store and recipe don't fit one another.
     """
-    store = open_store(recipe)
     codec = build_codec(recipe.model)
     if isinstance(recipe.objective, PiIDConfig):
         parts = _distillation(recipe, recipe.objective, codec, store, strategy, device)

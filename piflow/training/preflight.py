@@ -1,53 +1,91 @@
-"""Every check of a recipe against its store, encoder and model, before anything starts."""
+"""Every check of a recipe against what it names, once, before anything is started or rented.
+
+`preflight` opens the store, the models' configurations and the run's folder, and hands on what it
+opened: the driver, the workers and the evaluation open none of it again.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from piflow import storage
+from piflow.backbones.codec import absolute_paths, build_codec, check_channels
+from piflow.backbones.encoders import absolute_path, encoder_identity
 from piflow.config import Recipe
+from piflow.data.online import open_store
+from piflow.data.pictures import codec_identity
 from piflow.data.reader import EmbeddingStore
+from piflow.runs import folder as run_folder
+from piflow.runs.folder import RunRecord
+from piflow.storage.fingerprint import CodecIdentity
+from piflow.training.context_parallel import check_pictures
 
 
-def check_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
-    """Open the recipe's store and make sure that it, encoder and VAE go with the recipe's model.
+@dataclass(frozen=True)
+class Run:
+    """A recipe that passed every check, and what the checks opened.
+
+    Attributes:
+        recipe: as it was written; `absolute` is for processes with other working directories.
+        absolute: the same, with local paths absolute.
+        store: the embedding store, its manifest read; in online mode the planned one.
+        codec: which VAE made the pictures' latents, where the run trains on those of the store.
+        record: of an earlier start of this run; None: it is new.
+        checkpoints: step -> URI of every finished checkpoint, oldest first.
+    """
+
+    recipe: Recipe
+    absolute: Recipe
+    store: EmbeddingStore
+    codec: CodecIdentity | None
+    record: RunRecord | None
+    checkpoints: dict[int, str]
+
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps that the newest finished checkpoint holds."""
+        return max(self.checkpoints, default=0)
+
+
+def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
+    """Check that recipe, run folder, models and store go with one another. Writes nothing.
 
     Args:
-        evaluation: see `open_store`.
+        evaluation: the store must hold the evaluation prompts; else those of a run's pictures.
+            It matters in online mode alone.
 
     Raises:
-        ValueError: no store, a damaged one, one of another encoder, or one without the recipe's
-            negative prompt or, where it trains on them, latents of its VAE; another family's VAE,
-            or one that makes other latents than the model takes.
+        ValueError: the run folder belongs to another recipe or store; no store, a damaged one, one
+            of another encoder, or one without the recipe's negative prompt or, where it trains on
+            them, latents of its VAE; a VAE of another family, or one that makes other latents than
+            the model takes.
+        OSError: something that the recipe names can't be read.
     """
-    from piflow.backbones.codec import build_codec, check_channels
-    from piflow.backbones.encoders import encoder_identity
-    from piflow.data.online import open_store
-    from piflow.data.pictures import codec_identity
-    from piflow.training.context_parallel import check_pictures
-
+    record = run_folder.require_same_recipe(recipe)
     codec = build_codec(recipe.model)
     check_channels(recipe.model, codec)
     store = open_store(recipe, evaluation=evaluation)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
+    latents = None
     if recipe.objective.pictures == "store":
-        store.require_latents(codec_identity(recipe.model))
+        latents = codec_identity(recipe.model)
+        store.require_latents(latents)
     sizes = [(bucket.height, bucket.width) for bucket in store.manifest.buckets]
     sizes.append((recipe.embed.height, recipe.embed.width))  # of samples
     check_pictures(codec, sizes, recipe.runtime.context_parallel)
-    return store
+    run_folder.require_same_store(recipe, record, store.manifest_hash)
+    found = run_folder.checkpoints(recipe.run_dir)
+    return Run(recipe, _absolute(recipe), store, latents, record, found)
 
 
-def absolute_recipe(recipe: Recipe) -> Recipe:
-    """Workers have other working directories: make local paths absolute."""
-    from piflow.backbones.codec import absolute_paths
-    from piflow.backbones.encoders import absolute_path
-
+def _absolute(recipe: Recipe) -> Recipe:
+    """The same recipe with local paths made absolute."""
     uris = {key: storage.absolute(getattr(recipe.embed, key)) for key in ("store", "prompts")}
-    embed = recipe.embed.model_copy(update=uris)
     return recipe.model_copy(
         update={
             "run_dir": storage.absolute(recipe.run_dir),
-            "embed": embed,
+            "embed": recipe.embed.model_copy(update=uris),
             "encoder": absolute_path(recipe.encoder),
             "model": absolute_paths(recipe.model),
         }

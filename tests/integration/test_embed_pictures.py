@@ -19,7 +19,7 @@ from piflow.data.manifest import StoreError, StoreManifest
 from piflow.data.pictures import codec_identity, fit_picture
 from piflow.data.reader import EmbeddingStore
 from piflow.testing.models import save_model
-from piflow.training.preflight import check_store
+from piflow.training.preflight import preflight
 
 COUNT = 12
 
@@ -79,7 +79,7 @@ def _files(folder: Path, store: str = "store") -> dict[str, bytes]:
 
 def test_latents_are_those_of_the_recipes_vae(folder: Path) -> None:
     """Each of the thirteen pairs of prompt and picture once, whatever actor made it."""
-    store = check_store(_recipe(folder))
+    store = preflight(_recipe(folder)).store
     assert store.manifest.num_rows == COUNT + 1 and not store.manifest.skipped_pictures
     assert [b.latent_shape for b in store.manifest.buckets] == [(4, 8, 8), (4, 12, 8)]
     batch = store.read(range(COUNT + 1))
@@ -144,7 +144,7 @@ def test_another_vae_or_number_format_is_refused(folder: Path) -> None:
     other = _recipe(folder)
     pixels = other.model_copy(update={"model": other.model.model_copy(update={"codec": "pixels"})})
     with pytest.raises(StoreError, match="made by AutoencoderKL.*the recipe's model has pixels"):
-        check_store(other).require_latents(codec_identity(pixels.model))
+        preflight(other).store.require_latents(codec_identity(pixels.model))
 
 
 def _with_pictures(folder: Path, target: Path, replaced: Mapping[int, Path]) -> dict[str, str]:

@@ -81,7 +81,7 @@ def test_online_batches_are_the_stores_to_the_bit(
 ) -> None:
     """Over two epochs' ends; from step 3 on, no row group that lies before it is encoded."""
     recipe = _recipe(folder, "online")
-    encoder = start_encoder(recipe, start, world_size)
+    encoder = start_encoder(recipe, open_store(recipe), start, world_size)
     streams = []
     for rank in range(world_size):
         store = open_store(recipe)

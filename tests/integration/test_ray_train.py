@@ -47,7 +47,7 @@ def test_a_worker_that_dies_while_starting_leaves_its_places(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from piflow.runtime.mailbox import start_board
+    from piflow.runtime.mailbox import start_mailbox
     from piflow.runtime.ray_private import LifecycleCallback
 
     def attempt() -> None:
@@ -57,7 +57,7 @@ def test_a_worker_that_dies_while_starting_leaves_its_places(
                 num_workers=WORKERS, resources_per_worker={"CPU": CPUS}
             ),
             run_config=ray.train.RunConfig(
-                storage_path=str(tmp_path), callbacks=[LifecycleCallback(start_board(), 60.0)]
+                storage_path=str(tmp_path), callbacks=[LifecycleCallback(start_mailbox(), 60.0)]
             ),
         ).fit()
 

@@ -212,12 +212,3 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
 def test_checkpoint_names_sort_as_numbers_do() -> None:
     names = [run_folder.checkpoint_name(step) for step in (2, 10, 99_999, 100_000)]
     assert names == sorted(names)
-
-
-def test_failure_is_left_once(tmp_path: Path) -> None:
-    run_dir = str(tmp_path / "run")
-    assert run_folder.take_failure(run_dir) is None
-    failure = run_folder.Failure("non-finite", "step 3: loss nan, prompt ids: ä, b")
-    run_folder.write_failure(run_dir, failure)
-    assert run_folder.take_failure(run_dir) == failure
-    assert run_folder.take_failure(run_dir) is None

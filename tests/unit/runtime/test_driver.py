@@ -1,34 +1,23 @@
-"""What the driver says of workers that failed, and what it checks before it starts any."""
+"""The driver's loop over attempts, and what it says of workers that failed."""
 
 from __future__ import annotations
 
-import json
+from concurrent.futures import Future
 from contextlib import nullcontext
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import ray
+import ray.train
 
-from piflow.config import Recipe, parse_recipe
 from piflow.runs.tracking import Tracker
 from piflow.runtime import driver
-from piflow.runtime.mailbox import StopReason
+from piflow.runtime.mailbox import Failure, Mailbox, StopReason
 from piflow.runtime.ray_private import first_failure
-from piflow.training import preflight
-
-
-def recipe(run_dir: str, **sections: Any) -> Recipe:
-    return parse_recipe(
-        {
-            "name": "test",
-            "run_dir": run_dir,
-            "model": {"path": "teacher"},
-            "encoder": {"path": "package://an.encoder"},
-            "embed": {"prompts": "prompts.txt", "store": "store", "height": 32, "width": 32},
-            **sections,
-        }
-    )
+from piflow.runtime.signals import Signals, StoppedError
+from piflow.training.step import NonFiniteError
 
 
 class Remote(Exception):
@@ -58,82 +47,97 @@ def test_a_failure_without_traceback_is_told_whole() -> None:
     assert first_failure({}) == "the workers failed"
 
 
-def test_local_paths_are_made_absolute_for_the_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They run in other working directories."""
-    monkeypatch.chdir(tmp_path)
-    ours = preflight.absolute_recipe(recipe("runs/x"))
-    assert ours.run_dir == str(tmp_path / "runs/x")
-    assert ours.embed.store == str(tmp_path / "store")
-    assert ours.model.path == str(tmp_path / "teacher") and ours.model.vae is None
-    other = preflight.absolute_recipe(recipe("runs/x", model={"path": "teacher", "vae": "vae"}))
-    assert other.model.vae == str(tmp_path / "vae")
-    remote = recipe("s3://bucket/run", model={"path": "package://piflow.demo/teacher"})
-    assert preflight.absolute_recipe(remote).run_dir == "s3://bucket/run"
-    assert preflight.absolute_recipe(remote).model.path == "package://piflow.demo/teacher"
+class Handle:
+    """A mailbox in this process that is called as through its Ray handle."""
+
+    def __init__(self) -> None:
+        self.mailbox = Mailbox()
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self.mailbox, name))
 
 
-def test_another_familys_vae_is_refused_before_the_store_is_opened(tmp_path: Path) -> None:
-    (tmp_path / "vae").mkdir()
-    config = {
-        "_class_name": "AutoencoderKLQwenImage", "z_dim": 16, "temperal_downsample": [False] * 3,
-        "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
-    }  # fmt: skip
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
-    model = {"path": str(tmp_path / "transformer"), "codec": "vae"}
-    expected = "family = flux goes with a VAE of class AutoencoderKL, .*AutoencoderKLQwenImage"
-    with pytest.raises(ValueError, match=expected):
-        preflight.check_store(recipe(str(tmp_path), model=model))
+def attempts(
+    monkeypatch: pytest.MonkeyPatch, *outcomes: Exception | StopReason, max_failures: int = 3
+) -> tuple[Handle, Mock, Any]:
+    """The loop over attempts, each of which ends in one of the `outcomes`.
+
+    Returns:
+        the mailbox, the tracker and a function that runs the loop.
+    """
+    handle, tracker, left = Handle(), Mock(spec=Tracker), list(outcomes)
+
+    def start(*_: object) -> Future[Any]:
+        done: Future[Any] = Future()
+        outcome = left.pop(0)
+        handle.mailbox.join(1)
+        if isinstance(outcome, Exception):
+            done.set_exception(outcome)
+        else:
+            handle.mailbox.leave(outcome, 7)
+            done.set_result(None)
+        return done
+
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(driver, "_start_workers", start)
+    run = Mock()
+    run.recipe.runtime.max_failures = max_failures
+    signals = Signals()
+
+    def loop() -> int:
+        return driver._attempts(run, Mock(), handle, signals, tracker)
+
+    loop.signals, loop.left = signals, left  # type: ignore[attr-defined]
+    return handle, tracker, loop
 
 
-@pytest.mark.parametrize(("max_failures", "attempts"), [(0, 1), (2, 3), (-1, 4)])
+@pytest.mark.parametrize(("max_failures", "made"), [(0, 1), (2, 3), (-1, 4)])
 def test_attempts_that_ray_train_gives_up_are_made_again(
-    max_failures: int, attempts: int, monkeypatch: pytest.MonkeyPatch
+    max_failures: int, made: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is told; the fourth attempt gets through."""
-    made = 0
-
-    def attempt(*_: object) -> StopReason:
-        nonlocal made
-        made += 1
-        if made < 4:
-            raise driver.ControllerFailedError(f"number {made}")
-        return StopReason.NONE
-
-    ours = recipe("run", runtime={"max_failures": max_failures})
-    monkeypatch.setattr(driver, "_attempt", attempt)
-    tracker = Mock(spec=Tracker)
-    refusal = pytest.raises(driver.WorkersFailedError, match=f"number {attempts}")
-    with refusal if attempts < 4 else nullcontext():
-        driver._attempts(ours, Mock(), Mock(), Mock(), tracker)
-    assert made == attempts
+    failures = [ray.train.ControllerError(RuntimeError(f"number {n}")) for n in (1, 2, 3)]
+    _, tracker, loop = attempts(monkeypatch, *failures, StopReason.NONE, max_failures=max_failures)
+    refusal = pytest.raises(driver.WorkersFailedError, match=f"RuntimeError: number {made}")
+    with refusal if made < 4 else nullcontext():
+        assert loop() == 7
     told = [call.args for call in tracker.event.call_args_list]
     assert told == [
-        ("controller-failed", f"number {number}") for number in range(1, min(attempts, 3) + 1)
+        ("controller-failed", f"RuntimeError: number {n}") for n in range(1, min(made, 3) + 1)
     ]
+    assert len(loop.left) == 4 - made
 
 
-@pytest.mark.parametrize(
-    ("family", "taken", "channels"), [("flux", 64, 16), ("flux2", 128, 32), ("sd3", 16, 16)]
-)
-def test_a_vae_of_other_channels_is_refused_before_the_store_is_opened(
-    family: str, taken: int, channels: int, tmp_path: Path
+def test_workers_that_move_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, loop = attempts(monkeypatch, StopReason.MOVE, StopReason.MOVE, StopReason.NONE)
+    assert loop() == 7 and loop.left == []
+
+
+def test_workers_that_were_told_to_end_are_not_started_again(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By two config.json: the store, which comes next, isn't there."""
-    for folder in ("vae", "transformer"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"in_channels": taken}))
-    model = {"family": family, "path": str(tmp_path / "transformer"), "codec": "vae"}
-    ours = recipe(str(tmp_path), model=model, encoder={"type": family, "path": "x"})
-    name = {"flux2": "AutoencoderKLFlux2"}.get(family, "AutoencoderKL")
-    problems = {}
-    for made in (channels, 4):
-        config = {"_class_name": name, "latent_channels": made, "block_out_channels": [8] * 4}
-        (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError) as error:
-            preflight.check_store(ours)
-        problems[made] = str(error.value)
-    assert "no embedding store" in problems[channels]
-    assert "vae makes latents of 4 channels" in problems[4]
-    assert f"transformer takes {channels} (in_channels is {taken})" in problems[4]
+    _, _, loop = attempts(monkeypatch, StopReason.END, StopReason.NONE)
+    loop.signals.number, loop.signals._passed_on = 15, True
+    with pytest.raises(StoppedError, match="SIGTERM: step 7 is saved"):
+        loop()
+
+
+def test_a_failed_save_does_not_hide_a_loss_that_is_not_finite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The workers say why they give up before they save; what fails afterwards doesn't count."""
+    failed = ray.train.WorkerGroupError("", {0: RuntimeError("the upload failed")})
+    handle, _, loop = attempts(monkeypatch, failed, StopReason.NONE)
+    handle.mailbox.give_up(Failure("non-finite", "step 3: loss nan"))
+    handle.mailbox.give_up(Failure("recipe", "a later word, which doesn't count"))
+    with pytest.raises(NonFiniteError, match="step 3: loss nan"):
+        loop()
+    assert loop.left == [StopReason.NONE], "another attempt would end the same way"
+
+
+def test_workers_that_failed_too_often_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = ray.train.WorkerGroupError("", {1: Remote(TRACEBACK)})
+    _, _, loop = attempts(monkeypatch, failed, StopReason.NONE)
+    with pytest.raises(driver.WorkersFailedError, match="shard-00000.parquet is corrupt"):
+        loop()

@@ -1,4 +1,4 @@
-"""What makes driver and workers stop, without Ray: signals, the board, the watchdog."""
+"""What makes driver and workers stop, without Ray: signals, the mailbox, the watchdog."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from piflow import cli
-from piflow.runtime import mailbox as board_module
-from piflow.runtime.mailbox import Board, StopReason
+from piflow.runtime import mailbox as mailbox_module
+from piflow.runtime.mailbox import Departure, Mailbox, StopReason
 from piflow.runtime.signals import Signals, StoppedError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -94,49 +94,49 @@ def test_sigterm_reaches_a_train_loop_that_is_not_in_the_main_thread() -> None:
     assert done.returncode == -signal.SIGTERM
 
 
-# ------------------------------------------------------------------------------------------ board
+# ------------------------------------------------------------------------------------------ mailbox
 
 
 def test_the_weightiest_reason_wins_and_a_resize_is_over_when_workers_start() -> None:
-    board = Board()
-    assert not board.ask_to_stop(StopReason.NONE), "nobody trains yet"
-    assert board.join(2) == 0
-    assert board.ask_to_stop(StopReason.RESIZE)
-    assert board.requested() is StopReason.RESIZE
-    board.leave(StopReason.RESIZE, 7)
-    assert board.left() == (StopReason.RESIZE, 7)
-    assert board.join(3) == 2 and board.requested() is StopReason.NONE
-    assert board.left() == (StopReason.NONE, 0)
-    board.ask_to_stop(StopReason.END)
-    board.ask_to_stop(StopReason.RESIZE)
-    board.join(3)
-    assert board.requested() is StopReason.END, "it holds for whoever is started meanwhile"
+    mailbox = Mailbox()
+    assert not mailbox.ask_to_stop(StopReason.NONE), "nobody trains yet"
+    assert mailbox.join(2) == 0
+    assert mailbox.ask_to_stop(StopReason.RESIZE)
+    assert mailbox.requested() is StopReason.RESIZE
+    mailbox.leave(StopReason.RESIZE, 7)
+    assert mailbox.departure() == Departure(StopReason.RESIZE, 7)
+    assert mailbox.join(3) == 2 and mailbox.requested() is StopReason.NONE
+    assert mailbox.departure() == Departure(StopReason.NONE, 0)
+    mailbox.ask_to_stop(StopReason.END)
+    mailbox.ask_to_stop(StopReason.RESIZE)
+    mailbox.join(3)
+    assert mailbox.requested() is StopReason.END, "it holds for whoever is started meanwhile"
 
 
 def test_a_failure_after_a_long_silence_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(board_module.time, "monotonic", lambda: now)
-    board = Board()
-    board.join(2)
+    monkeypatch.setattr(mailbox_module.time, "monotonic", lambda: now)
+    mailbox = Mailbox()
+    mailbox.join(2)
     now += 50
-    board.update(3, "loss 1")
+    mailbox.update(3, "loss 1")
     now += 20
-    board.failed("worker 1 failed: gone", stall_timeout=60)
+    mailbox.failed("worker 1 failed: gone", stall_timeout=60)
     now += 40
-    board.failed("worker 0 failed: gone", stall_timeout=60)
-    first, second = board.take_events()
+    mailbox.failed("worker 0 failed: gone", stall_timeout=60)
+    first, second = mailbox.take_events()
     assert first == ("worker-failed", "worker 1 failed: gone")
     assert second[0] == "stall" and second[1].startswith("no step for 60 s;")
     assert second[1].endswith("worker 0 failed: gone")
-    assert board.take_events() == [] and board.read() == (3, "loss 1")
-    assert not board.ask_to_stop(StopReason.END), "nobody trains until they are restarted"
+    assert mailbox.take_events() == [] and mailbox.read() == (3, "loss 1")
+    assert not mailbox.ask_to_stop(StopReason.END), "nobody trains until they are restarted"
 
 
 # ---------------------------------------------------------------------------------------- signals
 
 
 class Asked:
-    """A board as its handle looks from the driver."""
+    """A mailbox as its handle looks from the driver."""
 
     def __init__(self, running: bool) -> None:
         self.reasons: list[StopReason] = []
@@ -158,14 +158,14 @@ def local_get(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_first_signal_is_passed_on_once(
     local_get: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    board, before = Asked(running=True), signal.getsignal(signal.SIGTERM)
+    mailbox, before = Asked(running=True), signal.getsignal(signal.SIGTERM)
     with Signals() as signals:
-        signals.pass_on(board)
-        assert board.reasons == []
+        signals.pass_on(mailbox)
+        assert mailbox.reasons == []
         signal.raise_signal(signal.SIGTERM)
         for _ in range(3):
-            signals.pass_on(board)
-        assert board.reasons == [StopReason.END] and signals.number == signal.SIGTERM
+            signals.pass_on(mailbox)
+        assert mailbox.reasons == [StopReason.END] and signals.number == signal.SIGTERM
         assert "SIGTERM: the workers save after this step" in capsys.readouterr().out
         with pytest.raises(StoppedError, match="SIGINT: steps since the last checkpoint are lost"):
             signal.raise_signal(signal.SIGINT)

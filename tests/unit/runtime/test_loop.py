@@ -12,7 +12,8 @@ import pytest
 from piflow.config import Fp8TeacherConfig, Recipe, load_recipe
 from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runtime.loop import TrainLoop
-from piflow.runtime.mailbox import StopReason
+from piflow.runtime.mailbox import Failure, StopReason
+from piflow.training.checkpoint import CheckpointError
 from piflow.training.step import NonFiniteError, StepMetrics
 
 
@@ -41,7 +42,7 @@ def _loop(
     assembly: Any = SimpleNamespace(
         trainer=SimpleNamespace(step=step), flops=lambda batch: 1, teacher_error=None
     )
-    config = {"recipe_hash": "hash", "run_id": "run", "board": MagicMock(), "owner": None}
+    config = {"recipe_hash": "hash", "run_id": "run", "mailbox": MagicMock(), "owner": None}
     stops: Any = SimpleNamespace(agreed=lambda: StopReason.NONE)
     loop = TrainLoop(recipe, config, assembly, tracker, stops, MagicMock())
     loop._save = saved.append  # type: ignore[method-assign]
@@ -126,3 +127,23 @@ def test_one_skip_too_many_stops_before_the_next_checkpoint() -> None:
     with pytest.raises(NonFiniteError, match="step 4: loss nan .prompt ids: a.. Try this"):
         loop.run(0, _stream())
     assert saved == [3]
+
+
+@pytest.mark.parametrize("problem", [CheckpointError("upload failed"), OSError("disk is full")])
+def test_the_reason_to_give_up_is_left_before_a_save_can_fail(problem: Exception) -> None:
+    """An error of the save must not end the worker: Ray Train would start it again."""
+    loop, tracker = _loop(set(), 0, [])
+    said: list[str] = []
+    loop.mailbox.give_up.remote.side_effect = lambda failure: said.append(failure.message)
+
+    def wait() -> None:
+        said.append("saving")
+        raise problem
+
+    loop.saver = SimpleNamespace(wait=wait)  # type: ignore[assignment]
+    loop.give_up(Failure("non-finite", "step 3: loss nan"))
+    assert said == ["step 3: loss nan", "saving"]
+    assert [call.args for call in tracker.event.call_args_list] == [
+        ("non-finite", "step 3: loss nan"),
+        ("save-failed", str(problem)),
+    ]

@@ -53,7 +53,7 @@ def recipe(store: EmbeddingStore, flux_folder: Path, **sections: Any) -> Recipe:
 
 
 def train(ours: Recipe, store: EmbeddingStore, steps: int) -> tuple[Assembly, list[float]]:
-    assembly = assemble(ours, SingleStrategy(CPU), CPU)
+    assembly = assemble(ours, store, SingleStrategy(CPU), CPU)
     stream = TrainStream(
         store.uri, seed=0, batch_size=4, micro_batch_size=2, rank=0, world_size=1, reader="local"
     )
@@ -148,7 +148,7 @@ def test_an_fp8_teacher_is_measured_on_a_batch(store: EmbeddingStore, flux_folde
 
 def test_full_training_moves_every_weight(store: EmbeddingStore, flux_folder: Path) -> None:
     ours = recipe(store, flux_folder, **KINDS["full"])
-    before = dict(assemble(ours, SingleStrategy(CPU), CPU).trainer.parameters)
+    before = dict(assemble(ours, store, SingleStrategy(CPU), CPU).trainer.parameters)
     after = train(ours, store, 1)[0].trainer.parameters
     assert "x_embedder.weight" in after and not any(".lora_" in name for name in after)
     assert [name for name, tensor in before.items() if torch.equal(tensor, after[name])] == []
@@ -161,12 +161,12 @@ def test_guidance_is_against_the_recipes_negative_prompt(
     ours = recipe(store, flux_folder, guidance={"scale": 2.0, "negative_prompt": "blurry"})
     losses = train(ours, store, 1)[1]
     assert losses != train(recipe(store, flux_folder), store, 1)[1]
-    objective = assemble(ours, SingleStrategy(CPU), CPU).trainer.objective
+    objective = assemble(ours, store, SingleStrategy(CPU), CPU).trainer.objective
     assert isinstance(objective, PiIDObjective)
     assert torch.equal(objective.negative.tokens, store.negative_prompt("blurry").tokens)
     missing = recipe(store, flux_folder, guidance={"scale": 2.0, "negative_prompt": "ugly"})
     with pytest.raises(ValueError, match="lacks the recipe's guidance.negative_prompt 'ugly'"):
-        assemble(missing, SingleStrategy(CPU), CPU)
+        assemble(missing, store, SingleStrategy(CPU), CPU)
 
 
 def test_distillation_trains_the_students_weights_alone(
@@ -214,4 +214,4 @@ def test_a_store_of_fewer_prompts_than_a_sample_has_rows(
 ) -> None:
     small = make_flux_store(NAMES[:2], height=32, width=32)
     ours = recipe(small, flux_folder)
-    assert assemble(ours, SingleStrategy(CPU), CPU).draw_samples().height > 2 * 32
+    assert assemble(ours, small, SingleStrategy(CPU), CPU).draw_samples().height > 2 * 32

@@ -1,0 +1,74 @@
+"""recipe -> what its checks found, as a table; nothing is started or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from piflow.config import Recipe
+from piflow.planning.memory import GIB, replica_bytes, shard_bytes
+from piflow.training.placement import measure
+from piflow.training.preflight import Run, preflight
+
+
+def main(recipe: Recipe) -> Run:
+    """Check a recipe, its store, its models and its run's folder, and print what was found.
+
+    Raises:
+        ValueError: as `preflight`; or a folder that isn't the family's model.
+        OSError: something that the recipe names can't be read.
+    """
+    run = preflight(recipe)
+    table = Table(title=f"{recipe.name}: every check passed", show_header=False)
+    for row in (*_about_data(run), *_about_model(run), *_about_run(run)):
+        table.add_row(*row)
+    Console().print(table)
+    return run
+
+
+def _about_data(run: Run) -> Iterator[tuple[str, str]]:
+    manifest, embed = run.store.manifest, run.recipe.embed
+    sizes = ", ".join(f"{b.height}x{b.width} ({b.rows:,})" for b in manifest.buckets)
+    yield "prompts", f"{manifest.num_rows:,} in sizes {sizes}"
+    if embed.mode == "online":
+        yield "store", f"none: prompts are encoded while training runs; pictures' in {embed.store}"
+    else:
+        megabytes = sum(entry.bytes for entry in manifest.files) / 1e6
+        yield "store", f"{run.store.uri}, {len(manifest.files)} files, {megabytes:,.1f} MB"
+        yield "manifest", run.store.manifest_hash[:16]
+    encoder = manifest.encoder
+    yield "encoder", f"{encoder.name}, weights {encoder.weights_sha256[:16]}"
+    if run.codec is not None:
+        yield "latents", f"of {run.codec.name}, weights {run.codec.weights_sha256[:16]}"
+
+
+def _about_model(run: Run) -> Iterator[tuple[str, str]]:
+    recipe = run.recipe
+    size = measure(run.absolute)
+    yield "model", f"{recipe.model.family}, {recipe.model.path}, codec {recipe.model.codec}"
+    yield (
+        "weights",
+        f"frozen {size.frozen_bytes / GIB:.2f} GiB, trained {size.trained:,} parameters",
+    )
+    yield "a replica takes", str(replica_bytes(recipe, size))
+    workers = recipe.runtime.max_workers
+    if workers > 1:
+        yield f"a shard of {workers} takes", str(shard_bytes(recipe, size, workers))
+
+
+def _about_run(run: Run) -> Iterator[tuple[str, str]]:
+    recipe, steps = run.recipe, run.recipe.training.steps
+    yield "recipe hash", recipe.hash()
+    if run.record is None:
+        state = "new"
+    elif run.steps_done >= steps:
+        state = f"all {steps} steps are done"
+    else:
+        state = f"goes on after step {run.steps_done} of {steps}"
+    yield "run", f"{recipe.run_dir}: {state}"
+    fewest, most = recipe.runtime.worker_range
+    workers = str(most) if fewest == most else f"{fewest} to {most}"
+    device = "GPU" if recipe.runtime.use_gpu else "CPU"
+    yield "workers", f"{workers}, a {device} each, strategy {recipe.runtime.strategy}"
