@@ -8,13 +8,15 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 PARALLEL := --numprocesses logical --maxprocesses 4
 FAKETIME := /usr/bin/faketime
+SINCE  := HEAD
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: install install-dev demo test lint unit integration test-recipes test-faults pretrain clean help
+.PHONY: install install-dev demo test lint quick unit integration test-recipes test-faults pretrain clean help
 
 help:
 	@echo "make demo         the whole pipeline on the embedded default (about 15 minutes on 2 cores)"
 	@echo "make test         linters, type checker and the test suite"
+	@echo "make quick        linters, type checker and the unit tests of what changed since SINCE=HEAD"
 	@echo "make unit         the unit tests alone (seconds)"
 	@echo "make test-recipes every recipe stopped and resumed on a tiny model, slow strategies (an hour)"
 	@echo "make test-faults  killed processes, damaged files, servers that go away, clocks that jump (minutes)"
@@ -52,7 +54,13 @@ test: install-dev lint unit integration
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+quick: lint
+	@tests=$$($(BIN)/python tests/changed.py $(SINCE)); \
+	if test -z "$$tests"; then echo "nothing changed that has unit tests of its own"; \
+	else OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -q -x $$tests; fi
 
 unit: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/unit tests/recipes tests/conformance

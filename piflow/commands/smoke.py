@@ -58,11 +58,11 @@ def main(
         Exception: what the first part that fails raises; those after it are not run.
     """
     small_objective(recipe)
-    from piflow.runtime.session import ray_session
+    from piflow.runtime.session import cluster_gpus, ray_session
 
     results: list[PartResult] = []
     with _working_folder(keep) as folder, ray_session(shrink(recipe, folder, gpus=0)):
-        gpus = _cluster_gpus()
+        gpus = cluster_gpus()
         small = shrink(recipe, folder, gpus=gpus)
         last = small
         if resume:
@@ -221,12 +221,6 @@ def _working_folder(keep: Path | None) -> Iterator[Path]:
         raise ValueError(f"expected --keep to name a new or empty folder, {keep} holds something")
     keep.mkdir(parents=True, exist_ok=True)
     yield keep.absolute()
-
-
-def _cluster_gpus() -> int:
-    import ray
-
-    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def _timed(name: str, part: Callable[[], object], results: list[PartResult]) -> PartResult:

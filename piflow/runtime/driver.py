@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +17,8 @@ from piflow.runs import tracking
 from piflow.runs.folder import RunRecord
 from piflow.runs.lease import PROCESS, owned
 from piflow.runs.tracking import MlflowTracker, RunStatus, Tracker, deliver_kept, finish
-from piflow.runtime.mailbox import Departure, StopReason, start_mailbox
-from piflow.runtime.progress import progress_bar
+from piflow.runtime.mailbox import Departure, StopReason
+from piflow.runtime.progress import mailbox_with_bar
 from piflow.runtime.session import ray_session
 from piflow.runtime.signals import Signals, StoppedError
 from piflow.training.preflight import Run, preflight
@@ -60,8 +62,13 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
                 "to go on"
             )
             return run.steps_done
-        with ray_session(recipe):
-            return _fit(run, _tracked(run), show_progress=show_progress)
+        with (
+            _tracked(run) as (record, tracker),
+            ray_session(recipe),
+            mailbox_with_bar(recipe.name, recipe.training.steps, show=show_progress) as mailbox,
+            Signals() as signals,
+        ):
+            return _attempts(run, record, mailbox, signals, tracker)
 
 
 def _unchanged(run: Run) -> Run:
@@ -75,7 +82,28 @@ def _unchanged(run: Run) -> Run:
     return replace(run, record=record, checkpoints=run_folder.checkpoints(run.recipe.run_dir))
 
 
-def _tracked(run: Run) -> RunRecord:
+@contextmanager
+def _tracked(run: Run) -> Iterator[tuple[RunRecord, Tracker]]:
+    """The run in MLflow and in its record, started or resumed; MLflow is told how the block ends.
+
+    What MLflow doesn't take is kept in the run's folder, for whoever comes next.
+    """
+    record = _recorded(run)
+    recipe, uri, run_id = run.absolute, record.tracking_uri, record.mlflow_run_id
+    tracker = MlflowTracker(uri, run_id, recipe.run_dir)
+    status: RunStatus = "FAILED"
+    try:
+        yield record, tracker
+        status = "FINISHED"
+    except StoppedError:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close()
+        _tell_undelivered(finish(uri, run_id, recipe.run_dir, status))
+
+
+def _recorded(run: Run) -> RunRecord:
     """The run's record, with an MLflow run that was started or is to be resumed."""
     recipe, record = run.recipe, run.record
     uri = recipe.tracking.uri or tracking.default_tracking_uri(recipe.run_dir)
@@ -101,34 +129,6 @@ def _collectives(runtime: RuntimeConfig) -> str:
     return "cpu:gloo,cuda:nccl" if runtime.offload == "cpu" else "nccl"
 
 
-def _fit(run: Run, record: RunRecord, *, show_progress: bool) -> int:
-    """Workers train until the last step; what MLflow is told of the run's end is here.
-
-    Returns:
-        The number of optimiser steps done.
-    """
-    recipe = run.absolute
-    mailbox = start_mailbox()
-    title = f"{recipe.name}: steps"
-    tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
-    status: RunStatus = "FAILED"
-    try:
-        with (
-            progress_bar(mailbox, title, recipe.training.steps, show=show_progress),
-            Signals() as signals,
-        ):
-            steps = _attempts(run, record, mailbox, signals, tracker)
-        status = "FINISHED"
-    except StoppedError:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.close()
-        problem = finish(record.tracking_uri, record.mlflow_run_id, recipe.run_dir, status)
-        _tell_undelivered(problem)  # whoever comes next delivers it
-    return steps
-
-
 def _attempts(run: Run, record: RunRecord, mailbox: Any, signals: Signals, tracker: Tracker) -> int:
     """Workers from the newest checkpoint on, again and again until the last step is done.
 
@@ -146,7 +146,10 @@ def _attempts(run: Run, record: RunRecord, mailbox: Any, signals: Signals, track
     runtime, controller_failures = run.recipe.runtime, 0
     store = ray.put(run.store)
     while True:
-        attempt = _start_workers(run.absolute, record, store, mailbox)
+        attempt: Future[Any] = Future()
+        arguments = (attempt, run.absolute, record, store, mailbox)
+        # Ray would handle Ctrl-C in the main thread, and leave the steps since the last checkpoint
+        threading.Thread(target=_fit, args=arguments, name="fit", daemon=True).start()
         _watch(attempt, mailbox, signals, tracker)
         left: Departure = ray.get(mailbox.departure.remote())
         if left.failure is not None:
@@ -181,24 +184,20 @@ def _watch(attempt: Future[Any], mailbox: Any, signals: Signals, tracker: Tracke
             tracker.event(name, text)
 
 
-def _start_workers(recipe: Recipe, record: RunRecord, store: Any, mailbox: Any) -> Future[Any]:
-    """Ray Train's workers in a thread: Ray would handle Ctrl-C in the main one.
+def _fit(attempt: Future[Any], recipe: Recipe, record: RunRecord, store: Any, mailbox: Any) -> None:
+    """Ray Train's workers, from their start to their end, which `attempt` then knows of.
 
-    It would then leave the steps since the last checkpoint.
+    Ray Train's own list of checkpoints goes to a fresh local folder, and nobody reads it. It isn't
+    on the run's storage: an outage while the controller writes it would end the attempt, and one of
+    an earlier attempt names checkpoints that are gone.
     """
-    fit: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            with tempfile.TemporaryDirectory(
-                prefix="piflow-ray-train-", ignore_cleanup_errors=True
-            ) as notes:
-                fit.set_result(_trainer(recipe, record, store, mailbox, notes).fit())
-        except BaseException as error:
-            fit.set_exception(error)
-
-    threading.Thread(target=run, name="fit", daemon=True).start()
-    return fit
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix="piflow-ray-train-", ignore_cleanup_errors=True
+        ) as notes:
+            attempt.set_result(_trainer(recipe, record, store, mailbox, notes).fit())
+    except BaseException as error:
+        attempt.set_exception(error)
 
 
 def _trainer(recipe: Recipe, record: RunRecord, store: Any, mailbox: Any, notes: str) -> Any:
@@ -206,9 +205,7 @@ def _trainer(recipe: Recipe, record: RunRecord, store: Any, mailbox: Any, notes:
 
     Args:
         store: reference to the run's opened store, which workers take from Ray's object store.
-        notes: a fresh local folder for Ray Train's own list of checkpoints, which nobody reads. It
-            isn't on the run's storage: an outage while the controller writes it would end the
-            attempt, and one of an earlier attempt names checkpoints that are gone.
+        notes: a local folder for Ray Train's own list of checkpoints.
     """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -20,12 +20,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from piflow.runtime.mailbox import start_mailbox
+
 _POLL_SECONDS = 0.5
 
 
 @contextmanager
-def progress_bar(mailbox: Any, title: str, total: int, *, show: bool) -> Iterator[None]:
-    """Show a bar over `total` steps, as the mailbox has them, while the block runs."""
+def mailbox_with_bar(name: str, total: int, *, show: bool) -> Iterator[Any]:
+    """A new mailbox, and a bar over `total` steps, as it has them, while the block runs."""
+    mailbox = start_mailbox()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -43,11 +46,11 @@ def progress_bar(mailbox: Any, title: str, total: int, *, show: bool) -> Iterato
             bar.update(task, completed=step, text=text)
 
     with bar:
-        task = bar.add_task(title, total=total, text="starting workers")
+        task = bar.add_task(f"{name}: steps", total=total, text="starting workers")
         thread = threading.Thread(target=poll, daemon=True)
         thread.start()
         try:
-            yield
+            yield mailbox
         finally:
             done.set()
             thread.join()

@@ -59,3 +59,9 @@ def _train_settings(runtime: RuntimeConfig) -> Iterator[None]:
     finally:
         for name in absent:
             del os.environ[name]
+
+
+def cluster_gpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))

@@ -66,9 +66,14 @@ def train_worker(config: dict[str, Any]) -> None:
         strategy, reason = strategy_for(recipe, world_size, device)
         tracker.event("strategy", reason)
         assembly = _assemble_or_tell(recipe, store, strategy, device, config["mailbox"], tracker)
-        if assembly is not None:
-            loop = TrainLoop(recipe, config, assembly, tracker, stops, watchdog)
-            _train(recipe, store, config["store"], loop)
+        if assembly is None:
+            return
+        loop = TrainLoop(recipe, config, assembly, tracker, stops, watchdog)
+        start = loop.resume()
+        try:
+            loop.run(start, _stream(recipe, store, config["store"], start))
+        except (NonFiniteError, TeacherPrecisionError) as error:  # every rank, in the same step
+            loop.give_up(Failure(_KINDS[type(error)], str(error)))
 
 
 @contextmanager
@@ -112,11 +117,10 @@ def _tracking(recipe: Recipe, config: dict[str, Any], rank: int) -> Iterator[Tra
         tracker.close()
 
 
-def _train(recipe: Recipe, store: EmbeddingStore, reference: Any, loop: TrainLoop) -> None:
-    """From the newest checkpoint to the recipe's last step, or to word why it stops before."""
+def _stream(recipe: Recipe, store: EmbeddingStore, reference: Any, start: int) -> TrainStream:
+    """This rank's prompts from step `start` on; `reference` is Ray's to the store."""
     context = ray.train.get_context()
-    start = loop.resume()
-    stream = TrainStream(
+    return TrainStream(
         store,
         seed=recipe.seed,
         batch_size=recipe.training.batch_size,
@@ -127,10 +131,6 @@ def _train(recipe: Recipe, store: EmbeddingStore, reference: Any, loop: TrainLoo
         encoded=_encoded_rows(recipe, store, reference, start),
         with_latents=recipe.objective.pictures == "store",
     )
-    try:
-        loop.run(start, stream)
-    except (NonFiniteError, TeacherPrecisionError) as error:  # every rank, in the same step
-        loop.give_up(Failure(_KINDS[type(error)], str(error)))
 
 
 def _encoded_rows(

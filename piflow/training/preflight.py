@@ -28,7 +28,8 @@ class Run:
     Attributes:
         recipe: as it was written; `absolute` is for processes with other working directories.
         absolute: the same, with local paths absolute.
-        store: the embedding store, its manifest read; in online mode the planned one.
+        store: the embedding store under its absolute path, its manifest read; in online mode the
+            planned one.
         codec: which VAE made the pictures' latents, where the run trains on those of the store.
         record: of an earlier start of this run; None: it is new.
         checkpoints: step -> URI of every finished checkpoint, oldest first.
@@ -64,7 +65,8 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     record = run_folder.require_same_recipe(recipe)
     codec = build_codec(recipe.model)
     check_channels(recipe.model, codec)
-    store = open_store(recipe, evaluation=evaluation)
+    absolute = _absolute(recipe)
+    store = open_store(absolute, evaluation=evaluation)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
     latents = None
@@ -76,7 +78,7 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     check_pictures(codec, sizes, recipe.runtime.context_parallel)
     run_folder.require_same_store(recipe, record, store.manifest_hash)
     found = run_folder.checkpoints(recipe.run_dir)
-    return Run(recipe, _absolute(recipe), store, latents, record, found)
+    return Run(recipe, absolute, store, latents, record, found)
 
 
 def _absolute(recipe: Recipe) -> Recipe:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from piflow import storage
 from piflow.backbones import load_backbone
-from piflow.commands import distill, embed, evaluate, export, pretrain, sample
+from piflow.commands import check, distill, embed, evaluate, export, pretrain, sample
 from piflow.config import ModelConfig, Recipe, parse_recipe
 from piflow.data.manifest import StoreError
 from piflow.data.reader import EmbeddingStore
@@ -280,6 +280,20 @@ def test_a_finished_run_is_not_run_again(
 ) -> None:
     assert distill.main(straight, show_progress=False) == STEPS
     assert "all 8 steps are done; raise training.steps" in capsys.readouterr().out
+
+
+def test_check_says_what_is_there(
+    straight: Recipe, store: EmbeddingStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = check.main(straight)
+    assert run.steps_done == STEPS and run.record is not None
+    assert run.store.manifest_hash == store.manifest_hash == run.record.manifest_hash
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"all {STEPS} steps are done" in told and straight.hash() in told
+    assert store.manifest_hash[:16] in told and f"{store.manifest.num_rows} in sizes" in told
+    new = straight.model_copy(update={"run_dir": "never-started"})
+    assert check.main(new).record is None and not Path("never-started").exists()
+    assert "never-started: new" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_resuming_goes_on_in_the_same_run(interrupted: Interrupted) -> None:

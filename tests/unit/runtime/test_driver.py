@@ -67,8 +67,7 @@ def attempts(
     """
     handle, tracker, left = Handle(), Mock(spec=Tracker), list(outcomes)
 
-    def start(*_: object) -> Future[Any]:
-        done: Future[Any] = Future()
+    def fit(done: Future[Any], *_: object) -> None:
         outcome = left.pop(0)
         handle.mailbox.join(1)
         if isinstance(outcome, Exception):
@@ -76,11 +75,10 @@ def attempts(
         else:
             handle.mailbox.leave(outcome, 7)
             done.set_result(None)
-        return done
 
     monkeypatch.setattr(ray, "get", lambda value: value)
     monkeypatch.setattr(ray, "put", lambda value: value)
-    monkeypatch.setattr(driver, "_start_workers", start)
+    monkeypatch.setattr(driver, "_fit", fit)
     run = Mock()
     run.recipe.runtime.max_failures = max_failures
     signals = Signals()
