@@ -22,7 +22,7 @@ def changed_files(commit: str) -> list[str]:
     return [*known, *new]
 
 
-def tests_of(files: Iterable[str], root: Path = Path()) -> list[str]:
+def unit_tests_of(files: Iterable[str], root: Path = Path()) -> list[str]:
     """Unit tests of the files, without those that another one holds; they are there in `root`."""
     found = sorted({test for file in files if (test := _test_of(Path(file), root)) is not None})
     return [str(test) for test in found if not any(parent in found for parent in test.parents)]
@@ -50,4 +50,4 @@ def _git(*arguments: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(tests_of(changed_files(sys.argv[1] if len(sys.argv) > 1 else "HEAD"))))
+    print("\n".join(unit_tests_of(changed_files(sys.argv[1] if len(sys.argv) > 1 else "HEAD"))))

@@ -58,7 +58,7 @@ def test_the_contracts_hold() -> None:
         (
             "policies/base.py",
             "from piflow.policies import rollout  # which imports this file",
-            "piflow.policies.base",
+            ".rollout -> .base",
         ),
     ],
 )
