@@ -2,6 +2,8 @@
 
 pipe = PiFluxPipeline.from_pretrained(base, adapter="…", torch_dtype=torch.bfloat16)
 image = pipe("a red heart").images[0]
+
+May import the data and what stands below it.
 """
 
 from piflow.inference.dit import PiDiTPipeline

@@ -1,0 +1,8 @@
+"""A run as it lies on disk and in MLflow.
+
+`folder.py`: whose the run's folder is by recipe and store, and its checkpoints. `lease.py`: one
+driver at a time writes it. `tracking.py` says what MLflow is told, `outbox.py` keeps it while the
+server is away, `mlflow.py` delivers it once.
+
+May import the configuration and the storage.
+"""
