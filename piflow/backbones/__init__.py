@@ -1,6 +1,7 @@
 """Backbones by family, and codecs by name.
 
-A family's module is imported when the family is first used: each pulls in a good part of diffusers.
+A family's module is imported when the family is first used: each pulls in a good part of
+diffusers.
 """
 
 from __future__ import annotations

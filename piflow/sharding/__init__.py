@@ -1,8 +1,8 @@
 """How one module's training is spread over workers: FSDP2 and HSDP, DDP, DeepSpeed, one device.
 
-A strategy is a small contract beside the model (`base.py`), which it shards in place. `weights.py`
-reads a base's weights from their files into the shards. Nothing here knows a backbone;
-`piflow.training.placement` picks a strategy for a recipe.
+A strategy is a small contract beside the model (`base.py`), which it shards in place.
+`weights.py` reads a base's weights from their files into the shards. Nothing here knows a
+backbone; `piflow.training.placement` picks a strategy for a recipe.
 
 May import the runs, the configuration and the storage.
 """
