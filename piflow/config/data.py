@@ -12,64 +12,82 @@ from piflow.config.section import NonNegative, Positive, Section
 class EmbedConfig(Section):
     """prompts -> embedding store."""
 
-    mode: Literal["store", "online"] = Field(
-        "store",
-        description="store: training reads what `piflow embed` wrote; online: no store, prompts "
-        "are encoded while training runs, each once an epoch, and batches are the same",
-    )
-    prompts: str = Field(
-        description="URI of a .txt (one a line), .jsonl, .csv or .parquet file, all but Parquet "
-        "also as .gz; of a pattern such as s3://bucket/prompts/*.parquet, whose files are read in "
-        "order of their names; or of a dataset folder, whose `train` split is read"
-    )
-    prompt_column: str = Field("prompt", description="the column, for files that have columns")
-    height_column: str | None = Field(
-        None, description="column of a prompt's own picture height in pixels; empty: see buckets"
-    )
-    width_column: str | None = Field(None, description="the same for the width; both or neither")
-    image_column: str | None = Field(
-        None,
-        description="column of the prompts' pictures: a path relative to the prompts file's "
-        "folder, a URI or, in Parquet, bytes; their latents then lie in the store",
-    )
-    latent_dtype: Literal["bf16", "fp32"] = Field("bf16", description="latents on disk")
-    bad_pictures: Literal["stop", "skip"] = Field(
-        "stop",
-        description="unreadable pictures, and those smaller than their size: stop, or leave the "
-        "prompt out and list it in the manifest",
-    )
-    max_bad_pictures: float = Field(
-        0.2,
-        ge=0,
-        le=1,
-        description="share of the prompts that skip may leave out; with more the job ends, since "
-        "something else than pictures may be wrong",
-    )
-    buckets: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]] = Field(
-        [],
-        description="[height, width] sizes in pixels, one chosen for each prompt that has no size "
-        "of its own; listed twice, it is chosen twice as often; [] gives them height x width",
-    )
-    seed: NonNegative = Field(0, description="of the choice among buckets, with the prompt's text")
-    store: str = Field(
-        description="URI of the embedding store's folder; in online mode, of the folder for the "
-        "few embeddings that guidance and pictures need"
-    )
-    height: Positive = Field(
-        description="pixels of the pictures that prompts stand for without a size of their own or "
-        "buckets, and of samples and evaluation"
-    )
-    width: Positive = Field(description="pixels")
-    dtype: Literal["fp8", "bf16"] = Field("fp8", description="token states on disk")
-    rows_per_shard: Positive = Field(4096, description="prompts a Parquet file")
-    rows_per_group: Positive = Field(
-        256, description="prompts a row group, the unit of reading and of encoding"
-    )
-    batch_size: Positive = Field(64, description="prompts an encoder call")
-    encoders: Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
-        [1, 1], description="[min, max] encoder actors of the pool"
-    )
-    gpus_per_encoder: float = Field(0.0, ge=0, description="may be fractional")
+    mode: Literal["store", "online"] = "store"
+    """store: training reads what `piflow embed` wrote; online: no store, prompts are encoded while
+    training runs, each once an epoch, and batches are the same.
+    """
+
+    prompts: str
+    """URI of a .txt (one a line), .jsonl, .csv or .parquet file, all but Parquet also as .gz; of a
+    pattern such as s3://bucket/prompts/*.parquet, whose files are read in order of their names;
+    or of a dataset folder, whose `train` split is read.
+    """
+
+    prompt_column: str = "prompt"
+    """The column, for files that have columns."""
+
+    height_column: str | None = None
+    """Column of a prompt's own picture height in pixels; empty: see buckets."""
+
+    width_column: str | None = None
+    """The same for the width; both or neither."""
+
+    image_column: str | None = None
+    """Column of the prompts' pictures: a path relative to the prompts file's folder, a URI or, in
+    Parquet, bytes; their latents then lie in the store.
+    """
+
+    latent_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Latents on disk."""
+
+    bad_pictures: Literal["stop", "skip"] = "stop"
+    """Unreadable pictures, and those smaller than their size: stop, or leave the prompt out and
+    list it in the manifest.
+    """
+
+    max_bad_pictures: float = Field(0.2, ge=0, le=1)
+    """Share of the prompts that skip may leave out; with more the job ends, since something else
+    than pictures may be wrong.
+    """
+
+    buckets: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]] = []
+    """[height, width] sizes in pixels, one chosen for each prompt that has no size of its own;
+    listed twice, it is chosen twice as often; [] gives them height x width.
+    """
+
+    seed: NonNegative = 0
+    """Of the choice among buckets, with the prompt's text."""
+
+    store: str
+    """URI of the embedding store's folder; in online mode, of the folder for the few embeddings
+    that guidance and pictures need.
+    """
+
+    height: Positive
+    """pixels of the pictures that prompts stand for without a size of their own or buckets, and of
+    samples and evaluation.
+    """
+
+    width: Positive
+    """pixels."""
+
+    dtype: Literal["fp8", "bf16"] = "fp8"
+    """Token states on disk."""
+
+    rows_per_shard: Positive = 4096
+    """Prompts a Parquet file."""
+
+    rows_per_group: Positive = 256
+    """Prompts a row group, the unit of reading and of encoding."""
+
+    batch_size: Positive = 64
+    """Prompts an encoder call."""
+
+    encoders: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [1, 1]
+    """[min, max] encoder actors of the pool."""
+
+    gpus_per_encoder: float = Field(0.0, ge=0)
+    """May be fractional."""
 
     @property
     def has_several_sizes(self) -> bool:

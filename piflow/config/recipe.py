@@ -47,11 +47,15 @@ def _by_type(default: str) -> Discriminator:
 class Recipe(Section):
     """One run, whole."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = Field(
-        description="of the run and, unless tracking says otherwise, the registered model"
-    )
-    seed: NonNegative = Field(0, description="of weights, noise and the order of prompts")
-    run_dir: str = Field(description="URI of the run's folder: checkpoints, samples, state")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    """Of the run and, unless tracking says otherwise, the registered model."""
+
+    seed: NonNegative = 0
+    """Of weights, noise and the order of prompts."""
+
+    run_dir: str
+    """URI of the run's folder: checkpoints, samples, state."""
+
     model: ModelConfig
     encoder: Annotated[
         Annotated[BertEncoderConfig, Tag("bert")]
@@ -72,9 +76,9 @@ class Recipe(Section):
         Annotated[PiIDConfig, Tag("pi_id")] | Annotated[FlowMatchingConfig, Tag("flow_matching")],
         _by_type("pi_id"),
     ] = PiIDConfig()
-    lora: LoRAConfig | None = Field(
-        LoRAConfig(), description="null: all of the student's weights are trained, not an adapter"
-    )
+    lora: LoRAConfig | None = LoRAConfig()
+    """null: all of the student's weights are trained, not an adapter."""
+
     training: TrainingConfig = TrainingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -12,18 +12,17 @@ from piflow.config.section import Positive, PositiveFloat, Section
 class DeepSpeedConfig(Section):
     """What ZeRO splits over the workers, and what lies in host memory."""
 
-    stage: Literal[1, 2, 3] = Field(
-        2, description="1: optimiser state; 2: and gradients; 3: and all weights, the base's too"
-    )
-    offload_optimizer: Literal["none", "cpu"] = Field(
-        "none", description="cpu: optimiser state and its step in host memory"
-    )
-    offload_parameters: Literal["none", "cpu"] = Field(
-        "none", description="cpu: split weights in host memory; stage 3"
-    )
-    bucket_values: Positive = Field(
-        50_000_000, description="values that are reduced or gathered at once; a buffer of them"
-    )
+    stage: Literal[1, 2, 3] = 2
+    """1: optimiser state; 2: and gradients; 3: and all weights, the base's too."""
+
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """cpu: optimiser state and its step in host memory."""
+
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """cpu: split weights in host memory; stage 3."""
+
+    bucket_values: Positive = 50_000_000
+    """Values that are reduced or gathered at once; a buffer of them."""
 
     @property
     def offloads(self) -> bool:
@@ -45,63 +44,65 @@ class RuntimeConfig(Section):
 
     num_workers: Annotated[
         Positive | tuple[Positive, Positive], Field(union_mode="left_to_right")
-    ] = Field(
-        1,
-        description="training processes; or [fewest, most]: as many as the cluster has room "
-        "for, also when it grows or shrinks",
-    )
-    use_gpu: bool = Field(False, description="one GPU a worker, and nccl instead of gloo")
-    cpus_per_worker: PositiveFloat = Field(1.0, description="logical CPUs that Ray reserves")
-    strategy: Literal["auto", "fsdp", "ddp", "deepspeed", "single"] = Field(
-        "auto",
-        description="fsdp: FSDP2 shards parameters over the workers; ddp: every worker has them "
-        "all; deepspeed: ZeRO; auto: ddp if that is estimated to fit, else fsdp",
-    )
-    deepspeed: DeepSpeedConfig | None = Field(
-        None, description="options of strategy = deepspeed; default: stage 2, nothing offloaded"
-    )
-    shard_size: Annotated[int, Field(ge=2)] | None = Field(
-        None,
-        description="workers that share one copy of the parameters under fsdp, e.g. a node's GPUs "
-        "(HSDP); default: all",
-    )
-    reshard_after_forward: bool = Field(
-        True,
-        description="fsdp: false keeps the student's blocks whole until their backward pass: one "
-        "all-gather less, more memory",
-    )
-    offload: Literal["none", "cpu"] = Field(
-        "none",
-        description="fsdp: cpu keeps shards, their gradients, the optimiser's state and its step "
-        "in host memory",
-    )
-    context_parallel: Positive = Field(
-        1,
-        description="neighbouring workers that compute each micro-batch together, each a part of "
-        "its tokens: for large pictures; num_workers is a multiple",
-    )
-    activation_checkpointing: Literal["none", "full", "selective"] = Field(
-        "none",
-        description="what the backward pass computes again, for less memory: full: each block from "
-        "its input; selective: all of a block but its matrix products and attention",
-    )
-    compile: bool = Field(
-        False, description="torch.compile of each block; seconds to minutes at the start"
-    )
-    max_failures: int = Field(
-        3, ge=-1, description="restarts from the last checkpoint; -1 = always"
-    )
-    worker_start_timeout: PositiveFloat = Field(
-        1800.0, description="seconds until the workers must be up (GPU nodes take minutes)"
-    )
-    resize_interval: PositiveFloat = Field(
-        60.0, description="seconds between looks whether a range of workers has room for more"
-    )
-    stall_timeout: PositiveFloat = Field(
-        1800.0,
-        description="seconds that a step may take, or the start before the first one (loading, "
-        "compiling) or the last upload, before a worker counts as hanging and is restarted",
-    )
+    ] = 1
+    """Training processes; or [fewest, most]: as many as the cluster has room for, also when it
+    grows or shrinks.
+    """
+
+    use_gpu: bool = False
+    """One GPU a worker, and nccl instead of gloo."""
+
+    cpus_per_worker: PositiveFloat = 1.0
+    """Logical CPUs that Ray reserves."""
+
+    strategy: Literal["auto", "fsdp", "ddp", "deepspeed", "single"] = "auto"
+    """fsdp: FSDP2 shards parameters over the workers; ddp: every worker has them all; deepspeed:
+    ZeRO; auto: ddp if that is estimated to fit, else fsdp.
+    """
+
+    deepspeed: DeepSpeedConfig | None = None
+    """Options of strategy = deepspeed; default: stage 2, nothing offloaded."""
+
+    shard_size: Annotated[int, Field(ge=2)] | None = None
+    """Workers that share one copy of the parameters under fsdp, e.g. a node's GPUs (HSDP); default:
+    all.
+    """
+
+    reshard_after_forward: bool = True
+    """fsdp: false keeps the student's blocks whole until their backward pass: one all-gather less,
+    more memory.
+    """
+
+    offload: Literal["none", "cpu"] = "none"
+    """fsdp: cpu keeps shards, their gradients, the optimiser's state and its step in host memory.
+    """
+
+    context_parallel: Positive = 1
+    """Neighbouring workers that compute each micro-batch together, each a part of its tokens: for
+    large pictures; num_workers is a multiple.
+    """
+
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What the backward pass computes again, for less memory: full: each block from its input;
+    selective: all of a block but its matrix products and attention.
+    """
+
+    compile: bool = False
+    """Torch.compile of each block; seconds to minutes at the start."""
+
+    max_failures: int = Field(3, ge=-1)
+    """Restarts from the last checkpoint; -1 = always."""
+
+    worker_start_timeout: PositiveFloat = 1800.0
+    """Seconds until the workers must be up (GPU nodes take minutes)."""
+
+    resize_interval: PositiveFloat = 60.0
+    """Seconds between looks whether a range of workers has room for more."""
+
+    stall_timeout: PositiveFloat = 1800.0
+    """Seconds that a step may take, or the start before the first one (loading, compiling) or the
+    last upload, before a worker counts as hanging and is restarted.
+    """
 
     @field_validator("num_workers", mode="before")
     @classmethod

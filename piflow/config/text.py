@@ -76,6 +76,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
+
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -138,6 +139,7 @@ _VARIANTS: dict[str, type[Section]] = {
 
 def _section(location: list[str]) -> type[BaseModel]:
     """The section at `location`; a variant's tag stands in it after the union's key."""
+
     section: Any = Recipe
     for part in location:
         if part in _VARIANTS:

@@ -14,14 +14,19 @@ _TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 class TrackingConfig(Section):
     """MLflow."""
 
-    uri: str | None = Field(None, description="tracking server; default: SQLite in the run folder")
-    experiment: str = Field("piflow", description="created when missing")
-    model_name: str | None = Field(None, description="registered model; default: the recipe's name")
-    system_metrics: bool = Field(
-        False,
-        description="with the training metrics also system/*: CPU, memory, disk, network and GPUs "
-        "of rank 0's machine",
-    )
+    uri: str | None = None
+    """Tracking server; default: SQLite in the run folder."""
+
+    experiment: str = "piflow"
+    """Created when missing."""
+
+    model_name: str | None = None
+    """Registered model; default: the recipe's name."""
+
+    system_metrics: bool = False
+    """With the training metrics also system/*: CPU, memory, disk, network and GPUs of rank 0's
+    machine.
+    """
 
     @field_validator("uri")
     @classmethod
@@ -45,12 +50,20 @@ class TrackingConfig(Section):
 class EvaluationConfig(Section):
     """What `piflow evaluate` measures."""
 
-    prompts: Positive = Field(64, description="how many prompts")
-    prompt_list: str | None = Field(
-        None,
-        description="URI of a text file, taken evenly spaced; default: the smallest prompt ids",
-    )
-    seeds: Annotated[int, Field(ge=2)] = Field(4, description="pictures a prompt; held out")
-    teacher_steps: Positive = Field(32, description="Euler steps of the reference")
-    batch_size: Positive = Field(64, description="pictures drawn at once")
-    retrieval: bool = Field(True, description="retrieval@1; needs the emoji pictures")
+    prompts: Positive = 64
+    """How many prompts."""
+
+    prompt_list: str | None = None
+    """URI of a text file, taken evenly spaced; default: the smallest prompt ids."""
+
+    seeds: Annotated[int, Field(ge=2)] = 4
+    """Pictures a prompt; held out."""
+
+    teacher_steps: Positive = 32
+    """Euler steps of the reference."""
+
+    batch_size: Positive = 64
+    """Pictures drawn at once."""
+
+    retrieval: bool = True
+    """Retrieval@1; needs the emoji pictures."""
