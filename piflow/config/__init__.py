@@ -8,6 +8,7 @@ Imports `piflow.storage` alone.
 """
 
 from piflow.config.data import EmbedConfig
+from piflow.config.identity import differences, flatten
 from piflow.config.model import (
     BertEncoderConfig,
     ClassLabelEncoderConfig,
@@ -31,7 +32,7 @@ from piflow.config.objective import (
 from piflow.config.recipe import Recipe
 from piflow.config.runtime import DeepSpeedConfig, RuntimeConfig
 from piflow.config.section import RecipeError
-from piflow.config.text import differences, flatten, load_recipe, parse_recipe
+from piflow.config.text import load_recipe, parse_recipe
 from piflow.config.tracking import EvaluationConfig, TrackingConfig
 from piflow.config.training import (
     EMAConfig,

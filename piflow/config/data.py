@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from piflow.config.section import NonNegative, Positive, Section
+from piflow.config.section import NonNegative, Operational, Positive, Section
 
 
 class EmbedConfig(Section):
     """prompts -> embedding store."""
 
-    mode: Literal["store", "online"] = "store"
+    mode: Operational[Literal["store", "online"]] = "store"
     """store: training reads what `piflow embed` wrote; online: no store, prompts are encoded while
     training runs, each once an epoch, and batches are the same.
     """
@@ -40,12 +40,12 @@ class EmbedConfig(Section):
     latent_dtype: Literal["bf16", "fp32"] = "bf16"
     """Latents on disk."""
 
-    bad_pictures: Literal["stop", "skip"] = "stop"
+    bad_pictures: Operational[Literal["stop", "skip"]] = "stop"
     """Unreadable pictures, and those smaller than their size: stop, or leave the prompt out and
     list it in the manifest.
     """
 
-    max_bad_pictures: float = Field(0.2, ge=0, le=1)
+    max_bad_pictures: Operational[float] = Field(0.2, ge=0, le=1)
     """Share of the prompts that skip may leave out; with more the job ends, since something else
     than pictures may be wrong.
     """
@@ -58,7 +58,7 @@ class EmbedConfig(Section):
     seed: NonNegative = 0
     """Of the choice among buckets, with the prompt's text."""
 
-    store: str
+    store: Operational[str]
     """URI of the embedding store's folder; in online mode, of the folder for the few embeddings
     that guidance and pictures need.
     """
@@ -83,10 +83,10 @@ class EmbedConfig(Section):
     batch_size: Positive = 64
     """Prompts an encoder call."""
 
-    encoders: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [1, 1]
+    encoders: Operational[Annotated[list[Positive], Field(min_length=2, max_length=2)]] = [1, 1]
     """[min, max] encoder actors of the pool."""
 
-    gpus_per_encoder: float = Field(0.0, ge=0)
+    gpus_per_encoder: Operational[float] = Field(0.0, ge=0)
     """May be fractional."""
 
     @property

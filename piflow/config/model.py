@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from piflow.config.section import Positive, PositiveFloat, Section, Variant
+from piflow.config.section import Operational, Positive, PositiveFloat, Section, Variant
 
 
 class Fp8TeacherConfig(Section):
@@ -15,10 +15,10 @@ class Fp8TeacherConfig(Section):
     The results depend on it, the less the smaller the measured error is.
     """
 
-    check_every: Positive = 250
+    check_every: Operational[Positive] = 250
     """Optimiser steps between measurements of the teacher's error."""
 
-    max_error: PositiveFloat = 0.1
+    max_error: Operational[PositiveFloat] = 0.1
     """Relative L2 error of its velocity, against the base's own precision, above which the run
     stops.
     """

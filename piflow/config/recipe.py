@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from piflow.config import identity
 from piflow.config.data import EmbedConfig
 from piflow.config.model import (
     BertEncoderConfig,
@@ -28,7 +28,7 @@ from piflow.config.objective import (
     PiIDConfig,
 )
 from piflow.config.runtime import RuntimeConfig
-from piflow.config.section import NonNegative, Section, Variant
+from piflow.config.section import NonNegative, Operational, Section, Variant
 from piflow.config.tracking import EvaluationConfig, TrackingConfig
 from piflow.config.training import TrainingConfig
 
@@ -47,13 +47,16 @@ def _by_type(default: str) -> Discriminator:
 class Recipe(Section):
     """One run, whole."""
 
+    schema_version: Operational[Literal[1]] = 1
+    """Of the keys and their defaults; an older recipe that says so is read as it was meant."""
+
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     """Of the run and, unless tracking says otherwise, the registered model."""
 
     seed: NonNegative = 0
     """Of weights, noise and the order of prompts."""
 
-    run_dir: str
+    run_dir: Operational[str]
     """URI of the run's folder: checkpoints, samples, state."""
 
     model: ModelConfig
@@ -80,9 +83,9 @@ class Recipe(Section):
     """null: all of the student's weights are trained, not an adapter."""
 
     training: TrainingConfig = TrainingConfig()
-    runtime: RuntimeConfig = RuntimeConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: Operational[RuntimeConfig] = RuntimeConfig()
+    tracking: Operational[TrackingConfig] = TrackingConfig()
+    evaluation: Operational[EvaluationConfig] = EvaluationConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -180,19 +183,60 @@ class Recipe(Section):
             )
         return self
 
-    def identity(self) -> dict[str, Any]:
-        """What decides a run's results: the recipe less where, how fast and how long it runs."""
-        tree = self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+    def deciding(self) -> dict[str, Any]:
+        """What decides a run's results, with its value, defaults as well."""
+        tree = identity.deciding_values(self)
         if self.embed.image_column is None:  # how pictures are stored then decides nothing
             del tree["embed"]["image_column"], tree["embed"]["latent_dtype"]
         if self.training.optimizer.decay_fraction:  # the learning rate then depends on the length
             tree["training"]["steps"] = self.training.steps
         return tree
 
+    def identity(self) -> dict[str, Any]:
+        """What decides a run's results and isn't as the schema's defaults have it."""
+        tree = identity.changed_values(self)
+        if self.embed.image_column is None:
+            tree["embed"].pop("latent_dtype", None)
+        if self.training.optimizer.decay_fraction:
+            tree["training"]["steps"] = self.training.steps  # with the fraction, so it is there
+        return {identity.VERSION_KEY: identity.SCHEMA, **tree}
+
     def hash(self) -> str:
         """sha256 (16 hex digits) of `identity()`."""
-        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        return identity.hash_of(self.identity())
+
+    def is_run_of(self, recipe_hash: str, stored: Mapping[str, Any] | None = None) -> bool:
+        """Whether a run's hash and identity, of this version or an earlier one, are this recipe's.
+
+        Args:
+            recipe_hash: as the run's record or a checkpoint has it.
+            stored: the identity beside it, where there is one.
+        """
+        if recipe_hash == self.hash():
+            return True
+        if stored is not None and identity.VERSION_KEY in stored:
+            return self._identity_of(stored) == self.identity()
+        return recipe_hash == identity.hash_of(identity.as_in_schema_0(self.deciding()))
+
+    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+        """Dotted keys in which a stored identity differs from this recipe, with both values."""
+        if identity.VERSION_KEY not in stored:  # schema 0 stored every key
+            return identity.differences(self.deciding(), identity.migrate(stored, 0))
+        other = self._of_identity(stored)
+        return identity.differences(self.deciding(), other.deciding())
+
+    def _of_identity(self, stored: Mapping[str, Any]) -> Recipe:
+        """The recipe of a stored identity, in which nothing that isn't part of it counts."""
+        tree = {key: value for key, value in stored.items() if key != identity.VERSION_KEY}
+        tree = identity.migrate(tree, stored[identity.VERSION_KEY])
+        embed = {**tree["embed"], "store": self.embed.store}
+        return Recipe.model_validate({**tree, "run_dir": self.run_dir, "embed": embed})
+
+    def _identity_of(self, stored: Mapping[str, Any]) -> dict[str, Any] | None:
+        try:
+            return self._of_identity(stored).identity()
+        except ValueError:  # no recipe of today says the same
+            return None
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default filled in."""
@@ -208,23 +252,3 @@ _ENCODERS = {  # the family's own; bert is for models that were trained with it
 }
 
 _SPLITTABLE = ("flux", "flux2", "qwen_image")  # families with a plan for context parallelism
-
-_NOT_IDENTITY: dict[str, Any] = {
-    "model": {"fp8_teacher": {"check_every", "max_error"}},
-    "run_dir": True,
-    "runtime": True,
-    "tracking": True,
-    "evaluation": True,
-    "embed": {"mode", "store", "encoders", "gpus_per_encoder", "bad_pictures", "max_bad_pictures"},
-    "training": {
-        "steps",
-        "checkpoint_every",
-        "keep_last",
-        "keep_every",
-        "keep_best",
-        "max_skipped_steps",
-        "damaged_rows",
-        "log_every",
-        "sample_every",
-    },
-}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
-
 NonNegative = Annotated[int, Field(ge=0)]
-
 PositiveFloat = Annotated[float, Field(gt=0)]
-
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Value = TypeVar("Value")
+OPERATIONAL = "operational"
+Operational = Annotated[Value, OPERATIONAL]
+"""A key that says where, how fast or how long a run goes, and never what comes out of it: it is no
+part of the run's identity, and may change from one start of a run to the next.
+"""
 
 
 class RecipeError(ValueError):
@@ -20,6 +24,8 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
+    """Keys that belong together; unknown ones are refused."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
     )

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from piflow.config import identity
 from piflow.config.model import (
     BertEncoderConfig,
     ClassLabelEncoderConfig,
@@ -57,33 +58,17 @@ def parse_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
     Raises:
         RecipeError: names each wrong key, the value that came and what is allowed.
     """
+    version = tree.get(identity.VERSION_KEY, identity.SCHEMA)
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise RecipeError(
+            f"{source}: {identity.VERSION_KEY} must be a whole number, got {version!r}"
+        )
+    tree = {**identity.migrate(tree, version), identity.VERSION_KEY: identity.SCHEMA}
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         problems = "\n".join(f"  - {_explain(problem)}" for problem in error.errors())
         raise RecipeError(f"{source} has {error.error_count()} problem(s):\n{problems}") from error
-
-
-def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Dotted keys whose values differ between two identities, with both values."""
-    mine, other = flatten(ours), flatten(theirs)
-    return [
-        f"{key}: {mine.get(key, '(absent)')!r} here, {other.get(key, '(absent)')!r} there"
-        for key in sorted(mine.keys() | other.keys())
-        if mine.get(key) != other.get(key)
-    ]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -6,7 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from piflow.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+from piflow.config.section import (
+    Fraction,
+    NonNegative,
+    Operational,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 
 
 class EMAConfig(Section):
@@ -66,7 +73,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """Length, batch and cadence."""
 
-    steps: Positive = 3000
+    steps: Operational[Positive] = 3000
     """Optimiser steps."""
 
     batch_size: Positive = 256
@@ -77,34 +84,34 @@ class TrainingConfig(Section):
 
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
-    checkpoint_every: Positive = 250
+    checkpoint_every: Operational[Positive] = 250
     """Optimiser steps."""
 
-    keep_last: Positive = 2
+    keep_last: Operational[Positive] = 2
     """Newest checkpoints kept."""
 
-    keep_every: Positive | None = None
+    keep_every: Operational[Positive | None] = None
     """Checkpoints of these optimiser steps are kept for good; null: none."""
 
-    keep_best: NonNegative = 0
+    keep_best: Operational[NonNegative] = 0
     """So many checkpoints with the lowest loss are kept as well, by the mean over the steps since
     the checkpoint before; 0: none.
     """
 
-    max_skipped_steps: NonNegative = 0
+    max_skipped_steps: Operational[NonNegative] = 0
     """Steps with a non-finite loss or gradient that are skipped between two checkpoints before the
     run stops; 0 = stop at the first.
     """
 
-    damaged_rows: Literal["stop", "replace"] = "stop"
+    damaged_rows: Operational[Literal["stop", "replace"]] = "stop"
     """A row group of the store that is missing or damaged: stop: the run stops and names it;
     replace: rows of later batches come in its rows' places, counted and told.
     """
 
-    log_every: Positive = 10
+    log_every: Operational[Positive] = 10
     """Optimiser steps between metric points."""
 
-    sample_every: NonNegative = 0
+    sample_every: Operational[NonNegative] = 0
     """Optimiser steps between pictures; 0 = never."""
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from piflow import storage
-from piflow.config import Recipe, differences
+from piflow.config import Recipe
 from piflow.storage import conditional
 
 RECORD_FILE = "run.json"
@@ -68,9 +68,9 @@ def require_same_recipe(recipe: Recipe) -> RunRecord | None:
         RunDirectoryError: the folder belongs to another recipe; names the keys that differ.
     """
     record = read_record(recipe.run_dir)
-    if record is None or record.recipe_hash == recipe.hash():
+    if record is None or recipe.is_run_of(record.recipe_hash, record.identity):
         return record
-    changes = differences(recipe.identity(), record.identity)
+    changes = recipe.differences(record.identity)
     raise RunDirectoryError(
         f"run directory {recipe.run_dir} belongs to another recipe "
         f"({record.recipe_hash}, this one is {recipe.hash()}):\n  "

@@ -224,6 +224,7 @@ def _trainer(recipe: Recipe, record: RunRecord, store: Any, mailbox: Any, notes:
     config: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "recipe_hash": record.recipe_hash,
+        "identity": record.identity,
         "tracking_uri": record.tracking_uri,
         "run_id": record.mlflow_run_id,
         "store": store,

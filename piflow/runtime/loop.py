@@ -51,6 +51,7 @@ class TrainLoop:
     ) -> None:
         self.recipe = recipe
         self.recipe_hash = config["recipe_hash"]
+        self.identity = config["identity"]
         self.training = recipe.training
         self.assembly = assembly
         self.tracker = tracker
@@ -258,6 +259,7 @@ class TrainLoop:
             mlflow_run_id=self.run_id,
             recipe=self.recipe.model_dump(mode="json"),
             loss=mean(losses) if losses else None,
+            identity=self.identity,
         )
 
     def _log_saves(self) -> None:

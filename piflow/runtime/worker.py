@@ -44,7 +44,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on every worker.
 
     Args:
-        config: `recipe` (plain values, local paths absolute), `recipe_hash` (as it was written),
+        config: `recipe` (plain values, local paths absolute), `recipe_hash` and `identity` (of the
+            recipe as it was written),
             `tracking_uri`, `run_id`, `store` (reference to the opened store), `mailbox` (actor
             handle), `owner` (the driver that may write).
     """

@@ -49,6 +49,7 @@ class RunState:
     mlflow_run_id: str | None
     recipe: dict[str, Any]  # the whole resolved recipe
     loss: float | None = None  # mean over the steps since the checkpoint before, but skipped ones
+    identity: dict[str, Any] | None = None  # the recipe's; None in checkpoints of version 0.1.0
 
 
 class CheckpointError(ValueError):

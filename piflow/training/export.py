@@ -52,7 +52,7 @@ def student_of_checkpoint(
     """
     folder = storage.local_folder(checkpoint)
     state = load_state(folder)
-    if state.recipe_hash != recipe.hash():
+    if not recipe.is_run_of(state.recipe_hash, state.identity):
         raise ValueError(
             f"checkpoint {checkpoint} was written by recipe {state.recipe_hash}, this one is "
             f"{recipe.hash()}; use the recipe that wrote it"

@@ -109,7 +109,7 @@ def test_flux_and_qwen_train_on_pictures_unless_their_name_says_otherwise(path: 
 ])  # fmt: skip
 def test_datafree_variants_differ_in_nothing_but_data(name: str) -> None:
     one, other = (load_recipe(DEFAULT.with_name(f"{n}.yaml")) for n in (name, f"{name}-datafree"))
-    changed = {line.partition(":")[0] for line in differences(one.identity(), other.identity())}
+    changed = {line.partition(":")[0] for line in differences(one.deciding(), other.deciding())}
     assert changed == {
         "name", "objective.data", "objective.pictures", "embed.image_column", "embed.latent_dtype",
     }  # fmt: skip

@@ -42,7 +42,13 @@ def _loop(
     assembly: Any = SimpleNamespace(
         trainer=SimpleNamespace(step=step), flops=lambda batch: 1, teacher_error=None
     )
-    config = {"recipe_hash": "hash", "run_id": "run", "mailbox": MagicMock(), "owner": None}
+    config = {
+        "recipe_hash": "hash",
+        "identity": {},
+        "run_id": "run",
+        "mailbox": MagicMock(),
+        "owner": None,
+    }
     stops: Any = SimpleNamespace(agreed=lambda: StopReason.NONE)
     loop = TrainLoop(recipe, config, assembly, tracker, stops, MagicMock())
     loop._save = saved.append  # type: ignore[method-assign]

@@ -1,0 +1,135 @@
+"""What makes two recipes the same run, across versions of piflow.
+
+A run's identity is what its recipe sets to something else than the default, less the keys that are
+`Operational`. So a new key changes no identity until somebody sets it. The defaults belong to a
+schema version (tests/golden/recipe_schema.json holds them): changing one takes a new `SCHEMA`, and
+in `MIGRATIONS` a function that turns an older recipe's tree into one of the next version with the
+same meaning, old defaults written out.
+
+Schema 0 is version 0.1.0's: there, an identity was the whole recipe less a list of exceptions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from piflow.config.section import OPERATIONAL, RecipeError, Section, Variant
+
+SCHEMA = 1
+VERSION_KEY = "schema_version"
+SINCE_SCHEMA_0: frozenset[str] = frozenset()
+"""Dotted keys that decide results and that schema 0 didn't have."""
+_CLASSES_OF_SCHEMA_0 = "package://pipelines/recipes/imagenet_classes.txt"
+_CLASSES = "package://piflow.backbones.dit/imagenet_classes.txt"
+
+
+def migrate(tree: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """A recipe's tree, or a part of one, of an older schema version, as it is written today.
+
+    Raises:
+        RecipeError: the version is newer than this piflow's, or is none.
+    """
+    if not 0 <= version <= SCHEMA:
+        raise RecipeError(
+            f"{VERSION_KEY} = {version} isn't known to this piflow, which reads 0 to {SCHEMA}; use "
+            "the piflow that wrote it, or a newer one"
+        )
+    migrated = dict(tree)
+    for step in range(version, SCHEMA):
+        migrated = MIGRATIONS[step](migrated)
+    return migrated
+
+
+def _from_schema_0(tree: dict[str, Any]) -> dict[str, Any]:
+    """The ImageNet classes moved to another package; all defaults are the same."""
+    return _with_prompts(tree, _CLASSES_OF_SCHEMA_0, _CLASSES)
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _from_schema_0}
+
+
+def deciding_values(section: Section) -> dict[str, Any]:
+    """Every key that decides results, with its value in JSON, defaults as well."""
+    dumped = section.model_dump(mode="json")
+    return {name: _whole(getattr(section, name), dumped[name]) for name in _deciding(type(section))}
+
+
+def changed_values(section: Section) -> dict[str, Any]:
+    """The same without those that are as the schema's defaults have them."""
+    dumped, changed = section.model_dump(mode="json"), {}
+    for name, field in _deciding(type(section)).items():
+        value, default = getattr(section, name), field.get_default()
+        if isinstance(value, Section):
+            inner = changed_values(value)
+            if isinstance(value, Variant) and type(value) is not type(default):
+                inner["type"] = value.type
+            if inner or default is None:  # a section in place of none is a choice, even by default
+                changed[name] = inner
+        elif field.is_required() or value != default:
+            changed[name] = _whole(value, dumped[name])
+    return changed
+
+
+def hash_of(identity: Mapping[str, Any]) -> str:
+    """sha256 (16 hex digits) of an identity, whatever the order of its keys."""
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def as_in_schema_0(deciding: dict[str, Any]) -> dict[str, Any]:
+    """An identity as version 0.1.0 made it, of today's `deciding_values`."""
+    return _with_prompts(_without(deciding, SINCE_SCHEMA_0), _CLASSES, _CLASSES_OF_SCHEMA_0)
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two trees, with both values."""
+    mine, other = flatten(ours), flatten(theirs)
+    return [
+        f"{key}: {mine.get(key, '(absent)')!r} here, {other.get(key, '(absent)')!r} there"
+        for key in sorted(mine.keys() | other.keys())
+        if mine.get(key) != other.get(key)
+    ]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _deciding(section: type[Section]) -> dict[str, FieldInfo]:
+    fields = section.model_fields
+    return {name: field for name, field in fields.items() if OPERATIONAL not in field.metadata}
+
+
+def _whole(value: Any, dumped: Any) -> Any:
+    if isinstance(value, Section):
+        return deciding_values(value)
+    if isinstance(value, list):
+        return [_whole(item, plain) for item, plain in zip(value, dumped, strict=True)]
+    return dumped
+
+
+def _without(tree: dict[str, Any], keys: frozenset[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if f"{prefix}{name}" not in keys
+    }
+
+
+def _with_prompts(tree: dict[str, Any], before: str, after: str) -> dict[str, Any]:
+    embed = tree.get("embed")
+    if not isinstance(embed, dict) or embed.get("prompts") != before:
+        return tree
+    return {**tree, "embed": {**embed, "prompts": after}}

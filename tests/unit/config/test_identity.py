@@ -1,0 +1,181 @@
+"""What makes two recipes the same run, in this version and across versions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from piflow.config import Recipe, RecipeError, TrainingConfig, identity, load_recipe, parse_recipe
+from piflow.config.identity import changed_values, deciding_values, migrate
+from piflow.config.section import Operational, Section
+from piflow.runs import folder as run_folder
+from piflow.runs.folder import RunDirectoryError, RunRecord, require_same_recipe
+from tests.golden.make_recipe_schema import GOLDEN, schema
+
+REPOSITORY = Path(__file__).parents[3]
+RECIPES = REPOSITORY / "pipelines" / "recipes"
+HASHES = json.loads((GOLDEN.parent / "recipe_hashes_of_schema_0.json").read_text())
+MINIMAL: dict[str, Any] = {
+    "name": "test",
+    "run_dir": "run",
+    "model": {"path": "teacher"},
+    "encoder": {"path": "encoder"},
+    "embed": {"prompts": "prompts.txt", "store": "store", "height": 32, "width": 32},
+}
+OLD_CLASSES = "package://pipelines/recipes/imagenet_classes.txt"
+NEW_CLASSES = "package://piflow.backbones.dit/imagenet_classes.txt"
+
+
+def recipe(**sections: Any) -> Recipe:
+    return parse_recipe({**MINIMAL, **sections})
+
+
+# ------------------------------------------------------------------------------- what is part of it
+
+
+class Inner(Section):
+    size: int = 3
+    speed: Operational[int] = 1
+
+
+class Outer(Section):
+    name: str
+    inner: Inner = Inner()
+    maybe: Inner | None = None
+    many: list[Inner] = []
+    length: Operational[int | None] = None
+
+
+def test_operational_keys_and_defaults_are_left_out() -> None:
+    assert changed_values(Outer(name="a")) == {"name": "a"}
+    busy = Outer(name="a", inner=Inner(speed=9), length=4)
+    assert changed_values(busy) == {"name": "a"}, "however fast or long"
+    assert changed_values(Outer(name="a", inner=Inner(size=4, speed=9))) == {
+        "name": "a", "inner": {"size": 4},
+    }  # fmt: skip
+
+
+def test_a_section_in_place_of_none_counts_even_with_its_defaults() -> None:
+    assert changed_values(Outer(name="a", maybe=Inner())) == {"name": "a", "maybe": {}}
+    assert changed_values(Outer(name="a", many=[Inner(speed=2)])) == {
+        "name": "a", "many": [{"size": 3}],
+    }  # fmt: skip
+
+
+def test_deciding_values_have_the_defaults_too() -> None:
+    assert deciding_values(Outer(name="a")) == {
+        "name": "a", "inner": {"size": 3}, "maybe": None, "many": [],
+    }  # fmt: skip
+
+
+def test_another_variant_is_named() -> None:
+    assert "policy" not in recipe().identity()
+    assert recipe(policy={"type": "dx"}).identity()["policy"] == {"type": "dx"}
+    assert recipe(lora=None).identity()["lora"] is None
+
+
+def test_a_new_key_with_its_default_changes_no_hash() -> None:
+    class LaterTraining(TrainingConfig):
+        new_key: int = 5
+
+    class LaterRecipe(Recipe):
+        training: LaterTraining = LaterTraining()
+
+    assert LaterRecipe.model_validate(MINIMAL).hash() == recipe().hash()
+    changed = LaterRecipe.model_validate({**MINIMAL, "training": {"new_key": 6}})
+    assert changed.identity()["training"] == {"new_key": 6}
+    assert changed.hash() != recipe().hash()
+
+
+def test_a_changed_default_needs_a_new_schema_version() -> None:
+    """With it a migration that writes the old default out; a new key needs neither.
+
+    Either way, `python -m tests.golden.make_recipe_schema` writes the file anew. A new key that
+    decides results also goes into `SINCE_SCHEMA_0`, as long as schema 0 is read.
+    """
+    golden, found = json.loads(GOLDEN.read_text()), schema()
+    for section, defaults in golden["defaults"].items():
+        kept = {key: found["defaults"].get(section, {}).get(key) for key in defaults}
+        assert kept == defaults or found["schema"] > golden["schema"], section
+    assert found == golden, "write the golden file anew"
+
+
+# -------------------------------------------------------------------------------- across versions
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_runs_of_version_0_1_0_are_recognised_by_their_hash(name: str) -> None:
+    ours = load_recipe(RECIPES / f"{name}.yaml")
+    assert ours.is_run_of(HASHES[name])
+    assert not load_recipe(RECIPES / f"{name}.yaml", ["seed=77"]).is_run_of(HASHES[name])
+    elsewhere = load_recipe(RECIPES / f"{name}.yaml", ["training.keep_last=7", "run_dir=elsewhere"])
+    assert elsewhere.is_run_of(HASHES[name])
+
+
+def test_an_old_record_goes_on_and_a_difference_is_named(tmp_path: Path) -> None:
+    """Version 0.1.0 stored the whole identity."""
+    ours = recipe(run_dir=str(tmp_path))
+    old = identity.as_in_schema_0(ours.deciding())
+    record = RunRecord(identity.hash_of(old), old, "sqlite:///x", "run", "manifest")
+    run_folder.write_record(str(tmp_path), record)
+    assert require_same_recipe(ours) == record
+    other = recipe(run_dir=str(tmp_path), seed=5, lora={"rank": 8})
+    with pytest.raises(
+        RunDirectoryError, match=r"(?s)lora.rank: 8 here, 256 there.*seed: 5 here, 0"
+    ):
+        require_same_recipe(other)
+
+
+def test_a_record_of_this_version_goes_on_and_a_difference_is_named(tmp_path: Path) -> None:
+    ours = recipe(run_dir=str(tmp_path), lora={"rank": 8})
+    record = RunRecord(ours.hash(), ours.identity(), "sqlite:///x", "run", "manifest")
+    run_folder.write_record(str(tmp_path), record)
+    assert require_same_recipe(ours) == record
+    with pytest.raises(RunDirectoryError, match=r"lora.rank: 256 here, 8 there"):
+        require_same_recipe(recipe(run_dir=str(tmp_path)))
+
+
+def test_a_run_before_a_changed_default_is_its_recipe_with_the_old_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if schema 2 were to come, with another default of `seed` than 7."""
+    ours, seeded, stored = recipe(), recipe(seed=7), recipe().identity()
+    monkeypatch.setattr(identity, "SCHEMA", 2)
+    monkeypatch.setitem(identity.MIGRATIONS, 1, lambda tree: {"seed": 7, **tree})
+    assert seeded.is_run_of("another hash", stored)
+    assert not ours.is_run_of("another hash", stored)
+    assert ours.differences(stored) == ["seed: 0 here, 7 there"]
+
+
+def test_the_imagenet_classes_moved(tmp_path: Path) -> None:
+    embed = {**MINIMAL["embed"], "prompts": OLD_CLASSES}
+    assert recipe(schema_version=0, embed=embed).embed.prompts == NEW_CLASSES
+    assert recipe(schema_version=0) == recipe(), "nothing else changed"
+    assert migrate({"embed": embed}, 0)["embed"]["prompts"] == NEW_CLASSES
+    text = (RECIPES / "imagenet-dit-gm-1nfe.yaml").read_text()
+    assert NEW_CLASSES in text
+    old = tmp_path / "old.yaml"
+    text = text.replace(NEW_CLASSES, OLD_CLASSES).replace("schema_version: 1", "schema_version: 0")
+    old.write_text(text)
+    assert load_recipe(old).is_run_of(HASHES["imagenet-dit-gm-1nfe"])
+
+
+@pytest.mark.parametrize("version", [2, -1])
+def test_a_version_that_is_not_known_is_refused(version: int) -> None:
+    with pytest.raises(RecipeError, match=f"schema_version = {version} isn't known.*reads 0 to 1"):
+        recipe(schema_version=version)
+
+
+@pytest.mark.parametrize("version", ["new", True, 1.0, None])
+def test_a_version_that_is_no_number_is_refused(version: Any) -> None:
+    with pytest.raises(RecipeError, match="schema_version must be a whole number, got"):
+        recipe(schema_version=version)
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_shipped_recipes_say_their_version(name: str) -> None:
+    """So that copies of them mean the same after an upgrade."""
+    assert (RECIPES / f"{name}.yaml").read_text().count("\nschema_version: 1") == 1
