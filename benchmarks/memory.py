@@ -84,14 +84,12 @@ def iteration(
 
     def run(at_once: bool) -> None:
         parts: list[Tensor] = []
-
-        def backward(loss: Tensor, last: bool) -> None:
+        for loss, last in objective.losses(batch, 0, micro_batch_generator(0, 0, 0)):
             parts.append(loss)
+            del loss
             if at_once or last:
                 torch.stack(parts).sum().backward()
                 parts.clear()
-
-        objective(batch, 0, micro_batch_generator(0, 0, 0), backward)
 
     return run
 

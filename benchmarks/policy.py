@@ -303,7 +303,7 @@ def print_share(device: torch.device, repeats: int, batch: int) -> None:
     from piflow.config import load_recipe
     from piflow.imitation import ImitationSettings, run_data_free
     from piflow.roles.guided import GuidedTeacher
-    from piflow.schedule import segments
+    from piflow.schedule import FewStep
     from piflow.training.build import build_trio
 
     recipe = load_recipe(RECIPE)
@@ -324,11 +324,11 @@ def print_share(device: torch.device, repeats: int, batch: int) -> None:
     teacher = GuidedTeacher(trio, cond, cond, recipe.guidance)
 
     def iterate(student: Callable[..., Policy], velocity: Callable[..., Tensor]) -> None:
-        run_data_free(
-            student, velocity, out.x, SCHEDULE, segments(4, 0.5), ImitationSettings(1),
+        for loss, _ in run_data_free(
+            student, velocity, out.x, FewStep(4, 0.5, SCHEDULE.shift, 128), ImitationSettings(1),
             generator=torch.Generator().manual_seed(0),
-            backward=lambda loss, last: loss.backward(),
-        )  # fmt: skip
+        ):  # fmt: skip
+            loss.backward()
 
     whole = partial(iterate, lambda x, s: trio.student(x, s, cond), teacher)
     policies = partial(

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from piflow.config import EMAConfig
-from piflow.sharding.tensors import local_shard
-
 
 def karras_beta(step: int, gamma: float = 7.0) -> float:
     """beta_t = (1 - 1/t)^(gamma + 1) (arXiv 2312.02696, the power-function average).
@@ -28,17 +25,21 @@ def karras_beta(step: int, gamma: float = 7.0) -> float:
     return (1.0 - 1.0 / step) ** (gamma + 1.0)
 
 
-def ema_beta(step: int, config: EMAConfig) -> float:
+def ema_beta(step: int, *, start: int, gamma: float = 7.0, beta: float | None = None) -> float:
     """The old average's share in the update after optimiser step `step`, counted from 0.
 
-    Before `config.start` 0, the average is a copy; from there `config.beta`, or without one the
-    power schedule with t = 1 at `config.start`.
+    Before `start` it is 0: the average is a copy of the weights.
+
+    Args:
+        start: optimiser step at which averaging starts, t = 1 of the power schedule.
+        gamma: of the power schedule.
+        beta: a fixed share in the power schedule's place.
     """
-    if step < config.start:
+    if step < start:
         return 0.0
-    if config.beta is not None:
-        return config.beta
-    return karras_beta(step + 1 - config.start, config.gamma)
+    if beta is not None:
+        return beta
+    return karras_beta(step + 1 - start, gamma)
 
 
 @torch.no_grad()
@@ -46,23 +47,23 @@ def ema_update(ema: Sequence[Tensor], source: Sequence[Tensor], beta: float) -> 
     """ema <- beta ema + (1 - beta) source, in place.
 
     Args:
-        ema, source: aligned tensors; of sharded ones only the local shards are touched.
-            A source of another dtype is converted.
-        beta: in [0, 1]; `karras_beta(t)` or a fixed number.
+        ema, source: aligned plain tensors; of sharded ones this worker's shards
+            (`piflow.sharding.tensors.local_shard`). A source of another dtype is converted.
+        beta: in [0, 1], such as `ema_beta` gives.
 
     Raises:
         ValueError: lengths or shapes differ, or beta outside [0, 1].
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"ema_update: expected beta in [0, 1], got {beta}")
-    averages, values = [local_shard(t) for t in ema], [local_shard(t) for t in source]
-    shapes, others = [t.shape for t in averages], [t.shape for t in values]
+    shapes, others = [t.shape for t in ema], [t.shape for t in source]
     if shapes != others:
         raise ValueError(
             f"ema_update: expected aligned tensors, got {len(shapes)} averages and {len(others)} "
             "sources that differ in number or shape; align them by parameter name"
         )
-    if not averages:
+    if not ema:
         return
-    converted = [value.to(mean) for mean, value in zip(averages, values, strict=True)]
-    torch._foreach_lerp_(averages, converted, 1.0 - beta)
+    converted = [value.to(mean) for mean, value in zip(ema, source, strict=True)]
+    # lerp moves by (1 - beta)(source - ema): an average that equals its source stays it exactly.
+    torch._foreach_lerp_(list(ema), converted, 1.0 - beta)

@@ -6,14 +6,11 @@ Source: arXiv 2510.14974, section 5 (teacher settings); orthogonal projection as
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from piflow.flow import Velocity
 from piflow.policies.base import expand_as_latents, working_dtype
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 def guided_velocity(

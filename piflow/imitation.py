@@ -10,24 +10,20 @@ random numbers of one call come from the one generator passed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from piflow.flow import Student, Velocity, noised
 from piflow.policies.base import Policy, expand_as_latents, working_dtype
 from piflow.policies.gmflow import GMFlowPolicy
 from piflow.policies.rollout import mean_velocity, rollout
-from piflow.schedule import FlowSchedule, Segment, num_substeps, sample_segments
+from piflow.schedule import FewStep, FlowSchedule, num_substeps, sample_segments
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x, sigma (B,)) -> u."""
-Student = Callable[[Tensor, Tensor], Policy]
-"""(x, sigma (B,)) -> policy."""
-Backward = Callable[[Tensor, bool], None]
-"""(weighted loss of a segment, whether it is the iteration's last) -> None."""
+PartOfLoss = tuple[Tensor, bool]
+"""(a weighted part of an iteration's loss, whether it is the last part)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,6 @@ class ImitationSettings:
         teacher_ratio: lambda in [0, 1].
         dropout: probability in [0, 1) that a GM component is dropped from a rollout; GM policies
             only.
-        total_substeps: S, policy substeps over tau in [0, 1].
         scale: factor of the loss.
 
     Raises:
@@ -68,7 +63,6 @@ class ImitationSettings:
     window_substeps: int = 3
     teacher_ratio: float = 0.0
     dropout: float = 0.0
-    total_substeps: int = 128
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -77,7 +71,6 @@ class ImitationSettings:
             ("window_substeps", self.window_substeps, self.window_substeps >= 0, ">= 0"),
             ("teacher_ratio", self.teacher_ratio, 0 <= self.teacher_ratio <= 1, "in [0, 1]"),
             ("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)"),
-            ("total_substeps", self.total_substeps, self.total_substeps >= 1, ">= 1"),
             ("scale", self.scale, self.scale > 0, "> 0"),
         ):
             if not good:
@@ -133,7 +126,7 @@ def sample_intervals(
             f"{tuple(segment_size.shape)} and {tuple(window.shape)}; expand scalars"
         )
     device = generator.device if generator is not None else segment_size.device
-    length = (segment_size - window).clamp(min=0)[:, None]
+    length = (segment_size - window).clamp(min=0)[:, None]  # a window reaches beyond its state
     draws = torch.rand(
         (batch, 2 * num_states - 1), generator=generator, device=device, dtype=length.dtype
     ).to(length.device)
@@ -176,14 +169,17 @@ def imitation_loss(
         the last teacher step.
     """
     walker = policy.detach() if rollout_policy is None else rollout_policy
+    # A bfloat16 state would round away what one of 128 substeps moves it.
     x = x_src.detach().to(working_dtype(x_src))
     tau, window = tau_src.detach().cpu(), window.detach().cpu()
     student_steps = intervals.student.cpu().unbind(1)
     teacher_steps = intervals.teacher.cpu().unbind(1)
     losses = []
     for student_step, teacher_step in zip(student_steps, teacher_steps, strict=True):
+        # The state is found without gradient: the loss is to pull on the policy's velocity there,
+        # not to move the state to where the two agree.
         with torch.no_grad():
-            tau_a = (tau - student_step).clamp(min=0)
+            tau_a = (tau - student_step).clamp(min=0)  # rounding may take it below 0
             x_a = rollout(walker, x, tau, tau_a, schedule, total_substeps)
             sigma_a = _on(x, schedule.sigma(tau_a))
             target = teacher(x_a, sigma_a).to(x_a.dtype)
@@ -192,6 +188,7 @@ def imitation_loss(
         average = mean_velocity(policy, x_a, tau_a, tau_end, schedule, total_substeps)
         losses.append((average - target).square().mean())
         step = _on(x, schedule.sigma(tau_b)) - sigma_a
+        # On the teacher's velocity up to tau_b, not to tau_end: windows may overlap the next step.
         x, tau = x_a + expand_as_latents(step, x_a) * target, tau_b
     loss = 0.5 * scale * torch.stack(losses).mean()
     return ImitationOutput(loss, x, tau)
@@ -201,48 +198,47 @@ def run_data_free(
     student: Student,
     teacher: Velocity,
     noise: Tensor,
-    schedule: FlowSchedule,
-    segments: Sequence[Segment],
+    few_step: FewStep,
     settings: ImitationSettings,
     *,
     generator: torch.Generator,
-    backward: Backward,
-) -> list[Tensor]:
-    """One data-free iteration: all segments in order, each back-propagated at once.
+) -> Iterator[PartOfLoss]:
+    """One data-free iteration: all segments in order, each one part of the loss.
 
-    x starts as noise; a segment's end state, rolled out without gradient, starts the next. Each
-    segment's loss times its size (sizes sum to 1) goes to `backward(loss, last)`, and its graph is
-    dropped before the next network call, so peak memory is one segment's.
+    x starts as noise; a segment's end state, rolled out without gradient, starts the next. A
+    segment's loss is weighted by its size; sizes sum to 1.
+
+    Back-propagate each part before asking for the next, and peak memory is one segment's: nothing
+    here holds on to a segment's graph beyond that.
 
     Args:
-        student: (x, sigma) -> policy, called once a segment.
-        teacher: (x, sigma) -> u, called `settings.num_states` times a segment.
+        student: called once a segment.
+        teacher: guided; called `settings.num_states` times a segment.
         noise: (B, C, H, W) or (B, C, T, H, W) at sigma = 1.
-        schedule, segments: the clock, and `piflow.schedule.segments(...)`.
+        few_step: the student's schedule.
         settings: how each segment is imitated.
         generator: the only source of random numbers.
-        backward: receives each weighted loss and whether it is the last.
 
-    Returns:
-        The segments' losses, detached, not weighted.
+    Yields:
+        A segment's loss times its size, and whether it is the last segment.
 
     Raises:
         ValueError: `settings.dropout` > 0 for a policy that isn't a GMFlowPolicy.
     """
-    x, losses = noise.to(working_dtype(noise)), []
-    for index, segment in enumerate(segments):
+    x, schedule = noise.to(working_dtype(noise)), few_step.schedule
+    for count, segment in enumerate(few_step.segments, 1):
         tau_src, tau_dst, size = (
             torch.full((len(noise),), value)
             for value in (segment.tau_src, segment.tau_dst, segment.size)
         )
-        last = index == len(segments) - 1
-        # Everything with a graph lives and dies inside the call.
-        x, loss = _run_segment(
-            student, teacher, x, tau_src, size, schedule, settings, generator,
-            partial(_weighted, backward, segment.size, last), None if last else tau_dst,
-        )  # fmt: skip
-        losses.append(loss)
-    return losses
+        output, walker = _imitate(student, teacher, x, tau_src, size, few_step, settings, generator)
+        yield output.loss * segment.size, count == few_step.nfe
+        if count < few_step.nfe:
+            with torch.no_grad():
+                x = rollout(
+                    walker, output.x, output.tau, tau_dst, schedule, few_step.total_substeps
+                )
+        del output, walker  # else the segment's tensors lived on through the next network call
 
 
 def run_data_dependent(
@@ -250,68 +246,49 @@ def run_data_dependent(
     teacher: Velocity,
     data: Tensor,
     noise: Tensor,
-    schedule: FlowSchedule,
-    segments: Sequence[Segment],
+    few_step: FewStep,
     settings: ImitationSettings,
     *,
     generator: torch.Generator,
-    backward: Backward,
-) -> list[Tensor]:
+) -> Iterator[PartOfLoss]:
     """One data-dependent iteration: one random segment a sample, started from noised data.
 
     A segment is drawn in proportion to its size (tau ~ U(0, 1]); x_src = (1 - sigma) data +
     sigma noise at the segment's start. Arguments and errors as in `run_data_free`, and `data`,
-    clean latents shaped as `noise`. Calls `backward(loss, True)` once; returns [loss], detached.
+    clean latents shaped as `noise`.
+
+    Yields:
+        (loss, True), once.
     """
-    if data.shape != noise.shape:
-        raise ValueError(
-            f"run_data_dependent: expected data and noise of one shape, got {tuple(data.shape)} "
-            f"and {tuple(noise.shape)}"
-        )
-    tau_src, size = (value.cpu() for value in sample_segments(len(data), segments, generator))
-    dtype = working_dtype(data, noise)
-    sigma = _on(data, schedule.sigma(tau_src))
-    x = torch.lerp(data.to(dtype), noise.to(dtype), expand_as_latents(sigma, data).to(dtype))
-    _, loss = _run_segment(
-        student, teacher, x, tau_src, size, schedule, settings, generator,
-        partial(_weighted, backward, 1.0, True), None,
-    )  # fmt: skip
-    return [loss]
+    segments = sample_segments(len(data), few_step.segments, generator)
+    tau_src, size = (value.cpu() for value in segments)
+    x = noised(data, noise, few_step.schedule.sigma(tau_src))
+    output, _ = _imitate(student, teacher, x, tau_src, size, few_step, settings, generator)
+    yield output.loss, True
 
 
-def _run_segment(
+def _imitate(
     student: Student,
     teacher: Velocity,
     x: Tensor,
     tau_src: Tensor,
     size: Tensor,
-    schedule: FlowSchedule,
+    few_step: FewStep,
     settings: ImitationSettings,
     generator: torch.Generator,
-    backward: Callable[[Tensor], None],
-    tau_dst: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """One segment's student call, loss and backward; then x at `tau_dst`, if it is wanted."""
+) -> tuple[ImitationOutput, Policy]:
+    """One segment's student call and loss; and the detached policy that was walked on."""
+    schedule, substeps = few_step.schedule, few_step.total_substeps
     policy = student(x, _on(x, schedule.sigma(tau_src)))
     walker = _walker(policy, settings.dropout, generator)
-    window = micro_window(size, settings.window_substeps, settings.total_substeps)
+    window = micro_window(size, settings.window_substeps, substeps)
     intervals = sample_intervals(
         len(x), settings.num_states, size, window, settings.teacher_ratio, generator
     )
     output = imitation_loss(
-        policy, teacher, x, tau_src, intervals, window, schedule,
-        settings.total_substeps, settings.scale, walker,
-    )  # fmt: skip
-    backward(output.loss)
-    if tau_dst is None:
-        return output.x, output.loss.detach()
-    with torch.no_grad():
-        end = rollout(walker, output.x, output.tau, tau_dst, schedule, settings.total_substeps)
-    return end, output.loss.detach()
-
-
-def _weighted(backward: Backward, weight: float, last: bool, loss: Tensor) -> None:
-    backward(loss * weight, last)
+        policy, teacher, x, tau_src, intervals, window, schedule, substeps, settings.scale, walker
+    )
+    return output, walker
 
 
 def _walker(policy: Policy, dropout: float, generator: torch.Generator) -> Policy:

@@ -6,20 +6,19 @@ Source: arXiv 2510.14974, sections 3 and 5.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from piflow.flow import Student, Velocity
 from piflow.policies.base import Policy, working_dtype
 from piflow.policies.gmflow import GMFlowPolicy, auto_temperature
 from piflow.policies.rollout import rollout
-from piflow.schedule import FlowSchedule, Segment
+from piflow.schedule import FewStep, FlowSchedule
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-Student = Callable[[Tensor, Tensor], Policy]
 Temperature = float | Literal["auto"]
 Generators = torch.Generator | Sequence[torch.Generator]  # one for the batch, or one a sample
 
@@ -52,7 +51,7 @@ def flow_map_step(sigma_src: float, sigma_to: float, h: float) -> FlowMapStep:
     if not 1 >= sigma_src > sigma_to >= 0:
         raise ValueError(f"expected 1 >= sigma_src > sigma_to >= 0, got {sigma_src}, {sigma_to}")
     if h == 0:
-        return FlowMapStep(sigma_to, 1.0, 0.0)
+        return FlowMapStep(sigma_to, 1.0, 0.0)  # m = 1, less the rounding of alpha_to + sigma_to
     alpha_src, alpha_to = 1 - sigma_src, 1 - sigma_to
     m = (sigma_to * alpha_src / (sigma_src * alpha_to)) ** (h * h)
     keep = alpha_to + sigma_to * m
@@ -83,10 +82,8 @@ def check_nfe(nfe: int, trained: int, *, elastic: bool) -> None:
 def sample_few_step(
     student: Student,
     noise: Tensor,
-    schedule: FlowSchedule,
-    segments: Sequence[Segment],
+    few_step: FewStep,
     *,
-    total_substeps: int = 128,
     temperature: Temperature = "auto",
     h: float = 0.0,
     generator: Generators | None = None,
@@ -94,12 +91,42 @@ def sample_few_step(
     """Sample x0 with one network evaluation a segment: student -> policy -> rollout.
 
     Args:
-        student: (x, sigma (B,)) -> policy.
+        student: called once a segment, without gradient.
         noise: (B, C, H, W) or (B, C, T, H, W) at sigma = 1.
-        schedule: raw time -> sigma.
-        segments: `piflow.schedule.segments(nfe, f)`; GM students run at any nfe from the trained
-            one up.
-        total_substeps: policy substeps over tau in [0, 1].
+        few_step: the schedule; GM students run at any nfe from the trained one up.
+        temperature, h, generator: as in `follow`.
+
+    Returns:
+        x0, float32 (float64 if `noise` is).
+
+    Raises:
+        ValueError: as `follow`.
+    """
+    x = noise.to(working_dtype(noise))
+    for index, segment in enumerate(few_step.segments):
+        sigma = torch.full((len(x),), few_step.schedule.sigma(segment.tau_src), device=x.device)
+        policy = student(x, sigma)
+        x = follow(policy, x, few_step, index, temperature=temperature, h=h, generator=generator)
+    return x
+
+
+def follow(
+    policy: Policy,
+    x: Tensor,
+    few_step: FewStep,
+    index: int,
+    *,
+    temperature: Temperature = "auto",
+    h: float = 0.0,
+    generator: Generators | None = None,
+) -> Tensor:
+    """One step of the sampler: roll `x` along `policy` over a segment, re-noise if h > 0.
+
+    Args:
+        policy: the student's at (x, the segment's start).
+        x: (B, C, H, W) or (B, C, T, H, W).
+        few_step: the schedule.
+        index: of the segment, from 0.
         temperature: of GM policies, at all steps but the last; "auto" = clip(0.1 (nfe - 1), 0, 1).
             Other policies have none: "auto" and 1 leave them as they are.
         h: stochasticity; 0 is deterministic, math.inf re-noises fully.
@@ -107,21 +134,23 @@ def sample_few_step(
             sample, so that a sample doesn't depend on the others.
 
     Returns:
-        x0, float32 (float64 if `noise` is).
+        As `x`, at the segment's end.
 
     Raises:
         ValueError: a temperature for a policy that has none, h < 0, or a number of generators that
             isn't the batch's.
     """
-    x = noise.to(working_dtype(noise))
-    for index, segment in enumerate(segments):
-        last = index == len(segments) - 1
-        sigma = torch.full((len(x),), schedule.sigma(segment.tau_src), device=x.device)
-        policy = student(x, sigma)
-        if not last:
-            policy = with_temperature(policy, temperature, len(segments))
-        x = follow(policy, x, segment, schedule, total_substeps, h, generator)
-    return x
+    segment, schedule = few_step.segments[index], few_step.schedule
+    if index < few_step.nfe - 1:
+        policy = with_temperature(policy, temperature, few_step.nfe)
+    if h == 0:
+        return _roll(policy, x, segment.tau_src, segment.tau_dst, few_step)
+    step = flow_map_step(schedule.sigma(segment.tau_src), schedule.sigma(segment.tau_dst), h)
+    tau_dst = schedule.tau(step.sigma_dst)
+    x = _roll(policy, x, segment.tau_src, tau_dst, few_step)
+    if step.noise == 0:
+        return step.keep * x
+    return step.keep * x + step.noise * _normal_like(x, generator)
 
 
 def with_temperature(policy: Policy, temperature: Temperature, nfe: int) -> Policy:
@@ -142,36 +171,12 @@ def with_temperature(policy: Policy, temperature: Temperature, nfe: int) -> Poli
     return policy
 
 
-def follow(
-    policy: Policy,
-    x: Tensor,
-    segment: Segment,
-    schedule: FlowSchedule,
-    total_substeps: int = 128,
-    h: float = 0.0,
-    generator: Generators | None = None,
-) -> Tensor:
-    """One flow-map step: roll `x` (B, C, ...) along `policy` over `segment`, re-noise if h > 0.
-
-    Raises:
-        ValueError: h < 0, or a number of generators that isn't the batch's.
-    """
-    if h == 0:
-        return _roll(policy, x, segment.tau_src, segment.tau_dst, schedule, total_substeps)
-    step = flow_map_step(schedule.sigma(segment.tau_src), schedule.sigma(segment.tau_dst), h)
-    tau_dst = schedule.tau(step.sigma_dst)
-    x = _roll(policy, x, segment.tau_src, tau_dst, schedule, total_substeps)
-    if step.noise == 0:
-        return step.keep * x
-    return step.keep * x + step.noise * _normal_like(x, generator)
-
-
 @torch.no_grad()
 def sample_euler(velocity: Velocity, noise: Tensor, schedule: FlowSchedule, steps: int) -> Tensor:
     """Integrate a velocity field from noise to x0 in `steps` Euler steps uniform in raw time.
 
     Args:
-        velocity: (x, sigma (B,)) -> u.
+        velocity: the field, such as a guided teacher.
         noise: (B, C, H, W) or (B, C, T, H, W) at sigma = 1.
         schedule: raw time -> sigma.
         steps: at least 1.
@@ -207,14 +212,7 @@ def _normal_like(x: Tensor, generator: Generators | None) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
-def _roll(
-    policy: Policy,
-    x: Tensor,
-    tau_from: float,
-    tau_to: float,
-    schedule: FlowSchedule,
-    total_substeps: int,
-) -> Tensor:
+def _roll(policy: Policy, x: Tensor, tau_from: float, tau_to: float, few_step: FewStep) -> Tensor:
     dtype = working_dtype(x)
     start, stop = (torch.full((len(x),), tau, dtype=dtype) for tau in (tau_from, tau_to))
-    return rollout(policy, x, start, stop, schedule, total_substeps)
+    return rollout(policy, x, start, stop, few_step.schedule, few_step.total_substeps)

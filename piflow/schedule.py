@@ -1,7 +1,7 @@
-"""The one clock: raw time tau <-> noise level sigma, segments, and time sampling.
+"""Time: raw time tau <-> noise level sigma, segments, and few-step schedules.
 
-Source: arXiv 2510.14974, sections 3 and 4. Noise level 1 is pure noise: x_sigma = (1 - sigma) x0 +
-sigma eps. Substeps and segments are uniform in tau; networks and policies see sigma.
+Source: arXiv 2510.14974, sections 3 and 4. Noise level 1 is pure noise, 0 is data. Substeps and
+segments are uniform in tau; networks and policies see sigma.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -104,6 +105,69 @@ def segments(nfe: int, final_step_size_scale: float = 1.0) -> list[Segment]:
     return [Segment(src, dst) for src, dst in zip(starts, [*starts[1:], 0.0], strict=True)]
 
 
+class FewStepNumbers(Protocol):
+    """Anything that carries a few-step schedule's four numbers, such as a recipe's objective."""
+
+    @property
+    def nfe(self) -> int: ...
+    @property
+    def final_step_size_scale(self) -> float: ...
+    @property
+    def shift(self) -> float: ...
+    @property
+    def total_substeps(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """A few-step student's schedule: what it is trained on and sampled with.
+
+    Attributes:
+        nfe: network evaluations N, one a segment.
+        final_step_size_scale: f in (0, 1], length of the last segment relative to the others.
+        shift: time shift s of the noise schedule.
+        total_substeps: S, policy substeps over the whole of tau in [0, 1].
+
+    Raises:
+        ValueError: a number that `segments`, `FlowSchedule` or `num_substeps` refuses.
+    """
+
+    nfe: int
+    final_step_size_scale: float
+    shift: float
+    total_substeps: int
+
+    def __post_init__(self) -> None:
+        segments(self.nfe, self.final_step_size_scale)
+        FlowSchedule(self.shift)
+        _check_substeps(self.total_substeps)
+
+    @classmethod
+    def of(cls, numbers: FewStepNumbers) -> FewStep:
+        """The schedule that a recipe's objective, or whatever has the same four fields, names."""
+        return cls(
+            numbers.nfe, numbers.final_step_size_scale, numbers.shift, numbers.total_substeps
+        )
+
+    @cached_property
+    def schedule(self) -> FlowSchedule:
+        """Raw time <-> noise level."""
+        return FlowSchedule(self.shift)
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """One an evaluation, from noise to data."""
+        return segments(self.nfe, self.final_step_size_scale)
+
+    @property
+    def segment_size(self) -> float:
+        """h = 1 / (N - 1 + f), every segment's length in tau but the last one's; at most 1.
+
+        A student of one evaluation has the last segment alone, and h = 1 / f would leave [0, 1].
+        """
+        return min(1 / (self.nfe - 1 + self.final_step_size_scale), 1.0)
+
+
 def sample_segments(
     batch: int, schedule_segments: Sequence[Segment], generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -118,16 +182,17 @@ def sample_segments(
         tau_src (B,) and segment size (B,), float32. A segment is drawn in proportion to its size.
     """
     device = generator.device if generator is not None else torch.device("cpu")
-    tau = 1 - torch.rand(batch, generator=generator, device=device)
+    tau = 1 - torch.rand(batch, generator=generator, device=device)  # in (0, 1], as tau must be
     sources = torch.tensor([segment.tau_src for segment in schedule_segments], device=device)
     sizes = torch.tensor([segment.size for segment in schedule_segments], device=device)
     index = (tau[:, None] <= sources).sum(1) - 1
-    index = index.clamp(min=0)
     return sources[index], sizes[index]
 
 
 def num_substeps(size: Tensor, total_substeps: int) -> Tensor:
     """Euler substeps of an interval of raw time: max(1, round(size * total_substeps)), int64.
+
+    Rounded to the nearest, half to even, as the released students were trained with it.
 
     Args:
         size: (B,) lengths in tau.
@@ -136,6 +201,10 @@ def num_substeps(size: Tensor, total_substeps: int) -> Tensor:
     Raises:
         ValueError: `total_substeps` < 1.
     """
+    _check_substeps(total_substeps)
+    return (size * total_substeps).round().clamp(min=1).to(torch.int64)
+
+
+def _check_substeps(total_substeps: int) -> None:
     if total_substeps < 1:
         raise ValueError(f"expected total_substeps >= 1, got {total_substeps}; the default is 128")
-    return (size * total_substeps).round().clamp(min=1).to(torch.int64)

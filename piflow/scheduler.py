@@ -19,9 +19,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from piflow.policies.base import Policy, expand_as_latents, per_sample, working_dtype
-from piflow.sampling import Generators, Temperature, follow, with_temperature
-from piflow.schedule import FlowSchedule, Segment, segments
+from piflow.flow import noised
+from piflow.policies.base import Policy, per_sample, working_dtype
+from piflow.sampling import Generators, Temperature, follow
+from piflow.schedule import FewStep, FlowSchedule
 
 
 @dataclass
@@ -92,10 +93,9 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f'FlowMapScheduler: expected a temperature >= 0 or "auto", got {temperature!r}'
             )
-        segments(1, final_step_size_scale)
+        FewStep(1, final_step_size_scale, shift, total_substeps)  # refuses bad numbers already here
         self.init_noise_sigma = 1.0
-        self.schedule = FlowSchedule(shift)
-        self.segments: list[Segment] = []
+        self.few_step: FewStep | None = None  # until the number of evaluations is set
         self.timesteps = torch.empty(0)
         self.sigmas = torch.empty(0)
         self._step_index: int | None = None
@@ -126,10 +126,15 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
                 with neither a sequence length nor mu.
         """
         nfe = _evaluations(num_inference_steps, sigmas)
-        if self.config["use_dynamic_shifting"]:
-            self.schedule = self._dynamic_schedule(sequence_length, mu)
-        self.segments = segments(nfe, self.config["final_step_size_scale"])
-        levels = [self.schedule.sigma(segment.tau_src) for segment in self.segments]
+        self.few_step = FewStep(
+            nfe,
+            self.config["final_step_size_scale"],
+            self._shift(sequence_length, mu),
+            self.config["total_substeps"],
+        )
+        levels = [
+            self.few_step.schedule.sigma(segment.tau_src) for segment in self.few_step.segments
+        ]
         self.sigmas = torch.tensor([*levels, 0.0], device=device)
         self.timesteps = self.sigmas[:-1] * self.config["num_train_timesteps"]
         self._step_index = None
@@ -182,25 +187,32 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             ValueError: `timestep` isn't one of `timesteps`, `set_timesteps` wasn't called, or
                 tokens came outside `reading`.
         """
-        index = self._next_index(timestep)
+        if self.few_step is None:
+            raise ValueError("FlowMapScheduler: call set_timesteps(nfe) before step")
+        index = self._next_index(timestep, self.few_step.nfe)
         latents = sample.to(working_dtype(sample))
         if isinstance(model_output, Tensor):
-            previous = self._step_tokens(model_output, latents, index, generator)
+            previous = self._step_tokens(model_output, latents, self.few_step, index, generator)
         else:
-            previous = self._follow(model_output, latents, index, generator)
+            previous = self._follow(model_output, latents, self.few_step, index, generator)
         previous = previous.to(sample.dtype)
         return FlowMapSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """(1 - sigma) sample + sigma noise at `timestep` (B,)."""
         sigma = per_sample(timestep / self.config["num_train_timesteps"], sample, "timestep")
-        return torch.lerp(sample, noise.to(sample.dtype), expand_as_latents(sigma, sample))
+        return noised(sample, noise, sigma).to(sample.dtype)
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
 
     def _step_tokens(
-        self, tokens: Tensor, sample: Tensor, index: int, generator: Generators | None
+        self,
+        tokens: Tensor,
+        sample: Tensor,
+        few_step: FewStep,
+        index: int,
+        generator: Generators | None,
     ) -> Tensor:
         """One step from the student's raw output, in the pipeline's layout."""
         if self._reader is None:
@@ -210,31 +222,38 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
                 "the policy yourself (piflow.roles.trio.Trio.student)"
             )
         latents = self._reader.latents(sample)
-        level = self.schedule.sigma(self.segments[index].tau_src)
+        level = few_step.schedule.sigma(few_step.segments[index].tau_src)
         sigma = torch.full((len(latents),), level, device=latents.device)
         policy = self._reader.policy(tokens, latents, sigma)
         source = generator if generator is not None else self._generator
-        return self._reader.sample(self._follow(policy, latents, index, source))
+        return self._reader.sample(self._follow(policy, latents, few_step, index, source))
 
     def _follow(
-        self, policy: Policy, latents: Tensor, index: int, generator: Generators | None
+        self,
+        policy: Policy,
+        latents: Tensor,
+        few_step: FewStep,
+        index: int,
+        generator: Generators | None,
     ) -> Tensor:
         """One segment along the policy, at the configured temperature and stochasticity."""
-        if index < len(self.segments) - 1:
-            policy = with_temperature(policy, self.config["temperature"], len(self.segments))
         return follow(
             policy,
             latents,
-            self.segments[index],
-            self.schedule,
-            self.config["total_substeps"],
-            float(self.config["h"]),
-            generator,
+            few_step,
+            index,
+            temperature=self.config["temperature"],
+            h=float(self.config["h"]),
+            generator=generator,
         )
 
-    def _dynamic_schedule(self, sequence_length: int | None, mu: float | None) -> FlowSchedule:
+    def _shift(self, sequence_length: int | None, mu: float | None) -> float:
+        """The time shift: the config's, or a dynamic one."""
+        if not self.config["use_dynamic_shifting"]:
+            shift: float = self.config["shift"]
+            return shift
         if mu is not None:
-            return FlowSchedule(math.exp(mu))
+            return math.exp(mu)
         if sequence_length is None:
             raise ValueError("use_dynamic_shifting needs set_timesteps(..., sequence_length=)")
         return FlowSchedule.for_sequence_length(
@@ -243,17 +262,15 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             self.config["max_image_seq_len"],
             self.config["base_shift"],
             self.config["max_shift"],
-        )
+        ).shift
 
-    def _next_index(self, timestep: float | Tensor) -> int:
+    def _next_index(self, timestep: float | Tensor, nfe: int) -> int:
         """Which segment this step is; counted after `set_begin_index`, else looked up."""
-        if not self.segments:
-            raise ValueError("FlowMapScheduler: call set_timesteps(nfe) before step")
         if self._step_index is None:
             return self._index(float(timestep))
-        if self._step_index >= len(self.segments):
+        if self._step_index >= nfe:
             raise ValueError(
-                f"FlowMapScheduler: all {len(self.segments)} steps were taken: call "
+                f"FlowMapScheduler: all {nfe} steps were taken: call "
                 "set_timesteps(nfe) for the next sample"
             )
         self._step_index += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from piflow.config import PiIDConfig, Recipe
+from piflow.config import Recipe
 
 
 def main(recipe: Recipe, *, show_progress: bool = True) -> int:
@@ -14,11 +14,7 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> int:
     Raises:
         ValueError: the recipe's objective, store or run directory doesn't fit.
     """
-    if not isinstance(recipe.objective, PiIDConfig):
-        raise ValueError(
-            f"piflow distill expects objective.type pi_id, the recipe has {recipe.objective.type}; "
-            "use `piflow pretrain`"
-        )
+    recipe.distillation()
     from piflow.commands import embed
     from piflow.runtime.driver import train
 

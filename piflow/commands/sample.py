@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,28 +38,26 @@ def main(
     from transformers.utils import logging as transformers_logging
 
     from piflow.backbones import build_codec
+    from piflow.flow import draw_noise
     from piflow.inference.settings import encode_prompts, load_student
     from piflow.roles.heads import GMHead
     from piflow.sampling import check_nfe, sample_few_step
-    from piflow.schedule import FlowSchedule, segments
 
     transformers_logging.disable_progress_bar()
     trio, settings = load_student(adapter, base)
-    steps = nfe or settings.nfe
-    check_nfe(steps, settings.nfe, elastic=isinstance(trio.head, GMHead))
+    few_step = settings.few_step if nfe is None else replace(settings.few_step, nfe=nfe)
+    check_nfe(few_step.nfe, settings.few_step.nfe, elastic=isinstance(trio.head, GMHead))
     cond = encode_prompts(settings, prompts)
     codec = build_codec(settings.model)
     shape = codec.latent_shape(settings.height, settings.width)
     columns = []
     seeds = range(seed, seed + count)
     for number in seeds:
-        noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(number))
+        noise = draw_noise((1, *shape), torch.Generator().manual_seed(number))
         latents = sample_few_step(
             lambda x, sigma: trio.student(x, sigma, cond),
             noise.expand(len(prompts), *shape),
-            FlowSchedule(settings.shift),
-            segments(steps, settings.final_step_size_scale),
-            total_substeps=settings.total_substeps,
+            few_step,
         )
         columns.append(codec.decode(latents))
     return _write(torch.stack(columns, dim=1), prompts, seeds, out)

@@ -25,7 +25,6 @@ from piflow.testing.shrink import (
     SIDE,
     STEPS,
     shrink,
-    small_objective,
 )
 
 
@@ -57,7 +56,7 @@ def main(
         ValueError: the recipe distils nothing, or `keep` isn't empty.
         Exception: what the first part that fails raises; those after it are not run.
     """
-    small_objective(recipe)
+    recipe.distillation()
     from piflow.runtime.session import cluster_gpus, ray_session
 
     results: list[PartResult] = []

@@ -183,6 +183,19 @@ class Recipe(Section):
             )
         return self
 
+    def distillation(self) -> PiIDConfig:
+        """The objective of a recipe that distils.
+
+        Raises:
+            ValueError: it is another; the message says what to use.
+        """
+        if not isinstance(self.objective, PiIDConfig):
+            raise ValueError(
+                f"{self.name}: expected objective.type pi_id, got {self.objective.type}: only a "
+                "distillation has teacher and student; use `piflow pretrain` for it"
+            )
+        return self.objective
+
     def deciding(self) -> dict[str, Any]:
         """What decides a run's results, with its value, defaults as well."""
         tree = identity.deciding_values(self)

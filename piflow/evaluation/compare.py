@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from piflow.backbones import Codec, Conditioning, build_codec
-from piflow.config import PiIDConfig, Recipe
+from piflow.config import Recipe
 from piflow.data.batch import conditioning
 from piflow.data.reader import EmbeddingStore
 from piflow.data.select import evaluation_rows
@@ -23,10 +23,11 @@ from piflow.evaluation.metrics import (
     psnr_of_error,
     squared_error,
 )
+from piflow.flow import draw_noise
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_euler, sample_few_step
-from piflow.schedule import FlowSchedule, segments
+from piflow.schedule import FewStep
 from piflow.training.step import micro_batch_generator
 
 Sampler = Callable[[Tensor, Conditioning], Tensor]
@@ -47,6 +48,28 @@ class Method:
 
 
 @dataclass(frozen=True)
+class MethodResult:
+    """One row of the headline table: a sampler on all evaluation prompts and seeds."""
+
+    name: str  # "teacher, 32 Euler steps"
+    nfe: int  # network evaluations a picture, one a step (guidance's second branch not counted)
+    psnr: float | None  # dB against the reference, of the mean squared error; None: the reference
+    diversity: float  # mean pairwise RMS distance between a prompt's pictures
+    diversity_ratio: float  # over the reference's diversity
+    retrieval_at_1: float | None  # in [0, 1]; None: not measured
+    seconds: float  # wall time for all pictures
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """One prompt's PSNR in dB against the reference, of its pictures' mean squared error."""
+
+    prompt: str
+    psnr_teacher: float  # at the student's number of steps
+    psnr_student: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything measured; pictures are (prompts, seeds, 3, H, W) in [-1, 1] by method name."""
 
@@ -64,38 +87,27 @@ def build_methods(recipe: Recipe, trio: Trio, negative: Conditioning) -> list[Me
     Raises:
         ValueError: the recipe distils nothing.
     """
-    objective = recipe.objective
-    if not isinstance(objective, PiIDConfig):
-        raise ValueError(f"expected a recipe with objective.type pi_id, got {objective.type}")
-    schedule = FlowSchedule(objective.shift)
-    plan = segments(objective.nfe, objective.final_step_size_scale)
+    few_step = FewStep.of(recipe.distillation())
+    nfe = few_step.nfe
 
     def teacher(steps: int) -> Method:
         def sample(noise: Tensor, cond: Conditioning) -> Tensor:
             guided = GuidedTeacher(trio, cond, negative, recipe.guidance)
-            return sample_euler(guided, noise, schedule, steps)
+            return sample_euler(guided, noise, few_step.schedule, steps)
 
         return Method(f"teacher, {steps} Euler steps", steps, sample)
 
     def student(noise: Tensor, cond: Conditioning) -> Tensor:
-        return sample_few_step(
-            lambda x, sigma: trio.student(x, sigma, cond),
-            noise,
-            schedule,
-            plan,
-            total_substeps=objective.total_substeps,
-        )
+        return sample_few_step(lambda x, sigma: trio.student(x, sigma, cond), noise, few_step)
 
     reference = recipe.evaluation.teacher_steps
-    if reference <= objective.nfe:
+    if reference <= nfe:
         raise ValueError(
             f"evaluation.teacher_steps = {reference}, the reference, must exceed the student's "
-            f"objective.nfe = {objective.nfe}; take 32 or more"
+            f"objective.nfe = {nfe}; take 32 or more"
         )
-    steps = list(dict.fromkeys([reference, 2 * objective.nfe, objective.nfe]))  # no method twice
-    return [teacher(count) for count in steps] + [
-        Method(f"student, {objective.nfe} NFE", objective.nfe, student)
-    ]
+    steps = list(dict.fromkeys([reference, 2 * nfe, nfe]))  # no method twice
+    return [teacher(count) for count in steps] + [Method(f"student, {nfe} NFE", nfe, student)]
 
 
 @torch.no_grad()
@@ -151,7 +163,7 @@ def evaluate(
     latent = codec.latent_shape(recipe.embed.height, recipe.embed.width)
     generator = micro_batch_generator(recipe.seed, _HELD_OUT, 0)
     shape = (len(batch.prompts), recipe.evaluation.seeds, *latent)
-    noise = torch.randn(shape, generator=generator).to(device)
+    noise = draw_noise(shape, generator, device)
     methods = build_methods(recipe, trio, negative)
     pictures, seconds = {}, {}
     for method in methods:
@@ -221,25 +233,3 @@ def _retrieval_at_1(
     repeated = [prompt for prompt in prompts for _ in range(seeds)] * len(pictures)
     hits = retrieve(everything, repeated).float().unflatten(0, (len(pictures), -1)).mean(1)
     return dict(zip(pictures, hits.tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class MethodResult:
-    """One row of the headline table: a sampler on all evaluation prompts and seeds."""
-
-    name: str  # "teacher, 32 Euler steps"
-    nfe: int  # network evaluations a picture, one a step (guidance's second branch not counted)
-    psnr: float | None  # dB against the reference, of the mean squared error; None: the reference
-    diversity: float  # mean pairwise RMS distance between a prompt's pictures
-    diversity_ratio: float  # over the reference's diversity
-    retrieval_at_1: float | None  # in [0, 1]; None: not measured
-    seconds: float  # wall time for all pictures
-
-
-@dataclass(frozen=True)
-class PromptResult:
-    """One prompt's PSNR in dB against the reference, of its pictures' mean squared error."""
-
-    prompt: str
-    psnr_teacher: float  # at the student's number of steps
-    psnr_student: float

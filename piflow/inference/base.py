@@ -19,6 +19,7 @@ from piflow.inference.in_place import PackedTokens, PipelineStudent
 from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from piflow.roles.heads import DXHead
 from piflow.sampling import check_nfe
+from piflow.schedule import FewStep
 from piflow.scheduler import FlowMapScheduler, TokenReader
 
 ADAPTER_FOLDER = "adapter"  # in a saved pipeline
@@ -88,7 +89,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
     @property
     def trained_nfe(self) -> int:
         """Network evaluations that the student was trained for: the default number of steps."""
-        return self._student.training.nfe
+        return self._student.training.few_step.nfe
 
     def _add_student(
         self, adapter: str | PathLike[str] | None, transformer: Any, copied: Any = None
@@ -114,11 +115,11 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         self._student = PipelineStudent(transformer, backbone, load_adapter(uri), uri)
         self._adapter_uri = storage.absolute(uri)
         if not isinstance(self.scheduler, FlowMapScheduler):
-            training = self._student.training
+            few_step = self._student.training.few_step
             self.scheduler = FlowMapScheduler(
-                shift=training.shift,
-                final_step_size_scale=training.final_step_size_scale,
-                total_substeps=training.total_substeps,
+                shift=few_step.shift,
+                final_step_size_scale=few_step.final_step_size_scale,
+                total_substeps=few_step.total_substeps,
             )
 
     @abstractmethod
@@ -171,7 +172,9 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         if not isinstance(head, DXHead):
             return
         config, clock = scheduler.config, head.clock
-        size = min(1 / (nfe - 1 + config["final_step_size_scale"]), 1.0)
+        size = FewStep(
+            nfe, config["final_step_size_scale"], config["shift"], config["total_substeps"]
+        ).segment_size
         if (
             config["use_dynamic_shifting"]
             or abs(config["shift"] - clock.shift) > 1e-6

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,11 +23,10 @@ from piflow.roles import lora
 from piflow.roles.adapter import Adapter
 from piflow.roles.heads import GMHead, PolicyHead
 from piflow.roles.trio import Trio
+from piflow.schedule import FewStep
 
-PUBLISHED_NFE = 4  # what is taken of adapters that don't say how they are sampled
-PUBLISHED_SHIFT = 3.2
-PUBLISHED_FINAL_STEP_SIZE_SCALE = 0.5
-PUBLISHED_SUBSTEPS = 128
+# what is taken of adapters that don't say how they are sampled
+PUBLISHED = FewStep(nfe=4, final_step_size_scale=0.5, shift=3.2, total_substeps=128)
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,11 @@ class Training:
     """What a student was trained for, as far as sampling needs it.
 
     Attributes:
-        nfe: network evaluations.
-        final_step_size_scale: size of the last segment relative to the others.
-        shift: time shift of the noise schedule.
-        total_substeps: policy substeps over tau in [0, 1].
+        few_step: the schedule.
         embedded_guidance: FLUX.1-dev's guidance input; None if it isn't known or not there.
     """
 
-    nfe: int
-    final_step_size_scale: float
-    shift: float
-    total_substeps: int
+    few_step: FewStep
     embedded_guidance: float | None
 
     @classmethod
@@ -57,21 +50,12 @@ class Training:
         """
         if SETTINGS_KEY in adapter.metadata:
             settings = settings_of(adapter, where)
-            return cls(
-                settings.nfe,
-                settings.final_step_size_scale,
-                settings.shift,
-                settings.total_substeps,
-                settings.embedded_guidance,
-            )
-        clock, scale = adapter.config.clock(), PUBLISHED_FINAL_STEP_SIZE_SCALE
-        return cls(
-            nfe=PUBLISHED_NFE if clock is None else round(1 / clock.segment_size + 1 - scale),
-            final_step_size_scale=scale,
-            shift=PUBLISHED_SHIFT if clock is None else clock.shift,
-            total_substeps=PUBLISHED_SUBSTEPS,
-            embedded_guidance=None,
-        )
+            return cls(settings.few_step, settings.embedded_guidance)
+        clock, few_step = adapter.config.clock(), PUBLISHED
+        if clock is not None:  # h = 1 / (N - 1 + f)
+            nfe = round(1 / clock.segment_size + 1 - few_step.final_step_size_scale)
+            few_step = replace(few_step, nfe=nfe, shift=clock.shift)
+        return cls(few_step, embedded_guidance=None)
 
 
 class PipelineStudent:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from piflow import storage
 from piflow.backbones import Conditioning, load_backbone
 from piflow.backbones.encoders import absolute_path, build_encoder
-from piflow.config import EncoderConfig, ModelConfig, PiIDConfig, Recipe
+from piflow.config import EncoderConfig, ModelConfig, Recipe
 from piflow.roles.adapter import Adapter, load_adapter
 from piflow.roles.trio import Trio
+from piflow.schedule import FewStep
 
 SETTINGS_KEY = "piflow_settings"
 
@@ -22,7 +32,10 @@ SECTIONS = {"ema": "ema", "student": "trainable"}
 
 
 class SamplingSettings(BaseModel):
-    """What sampling needs beside the weights; kept in the safetensors metadata as JSON."""
+    """What sampling needs beside the weights; kept in the safetensors metadata as JSON.
+
+    There the schedule's numbers are keys beside the others.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,11 +43,26 @@ class SamplingSettings(BaseModel):
     encoder: Annotated[EncoderConfig, Field(discriminator="type")]  # with an absolute URI
     height: int  # pixels
     width: int
-    nfe: int
-    final_step_size_scale: float
-    shift: float
-    total_substeps: int
+    few_step: FewStep
     embedded_guidance: float | None  # FLUX.1-dev's guidance input
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nest(cls, data: Any) -> Any:
+        """Gathers the schedule's keys."""
+        if not isinstance(data, dict) or "few_step" in data:
+            return data
+        names = {field.name for field in fields(FewStep)}
+        few_step = {name: value for name, value in data.items() if name in names}
+        others = {name: value for name, value in data.items() if name not in names}
+        return {**others, "few_step": few_step}
+
+    @model_serializer(mode="wrap")
+    def _flatten(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The inverse of `_nest`."""
+        tree: dict[str, Any] = serialise(self)
+        few_step = tree.pop("few_step")
+        return {**tree, **few_step}
 
     @classmethod
     def of(cls, recipe: Recipe) -> SamplingSettings:
@@ -43,16 +71,12 @@ class SamplingSettings(BaseModel):
         Raises:
             ValueError: the recipe distils nothing.
         """
-        objective = distillation_of(recipe)
         return cls(
             model=_absolute_model(recipe.model),
             encoder=absolute_path(recipe.encoder),
             height=recipe.embed.height,
             width=recipe.embed.width,
-            nfe=objective.nfe,
-            final_step_size_scale=objective.final_step_size_scale,
-            shift=objective.shift,
-            total_substeps=objective.total_substeps,
+            few_step=FewStep.of(recipe.distillation()),
             embedded_guidance=recipe.guidance.embedded,
         )
 
@@ -119,15 +143,6 @@ def encode_prompts(settings: SamplingSettings, prompts: list[str]) -> Conditioni
         torch.tensor([len(prompt.tokens) for prompt in encoded]),
         torch.stack(pooled) if pooled else None,
     )
-
-
-def distillation_of(recipe: Recipe) -> PiIDConfig:
-    """The recipe's objective, refused unless there is a student in it."""
-    if not isinstance(recipe.objective, PiIDConfig):
-        raise ValueError(
-            f"expected a recipe with objective.type pi_id, got {recipe.objective.type}"
-        )
-    return recipe.objective
 
 
 def _absolute_model(model: ModelConfig) -> ModelConfig:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from piflow.backbones import Conditioning
-from piflow.config import GuidanceConfig
+from piflow.config.objective import GuidanceConfig
+from piflow.flow import Velocity
 from piflow.guidance import guided_teacher
 
 
@@ -64,8 +64,5 @@ class GuidedTeacher:
         return self._velocity(x, sigma)
 
 
-def _velocity_of(
-    teacher: TeacherVelocity, cond: Conditioning
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The teacher as a function of (x, sigma)."""
+def _velocity_of(teacher: TeacherVelocity, cond: Conditioning) -> Velocity:
     return lambda x, sigma: teacher.teacher_velocity(x, sigma, cond)

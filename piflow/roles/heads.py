@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from piflow.backbones.base import OutputLayer
-from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PiIDConfig, PolicyConfig
+from piflow.config.objective import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
 from piflow.policies import DXPolicy, GMFlowPolicy
+from piflow.schedule import FewStep
 
 PATCH_POSITIONS = 4  # a token is a 2×2 patch
 INITIAL_STD = 0.05  # of the mixture components at the start
@@ -40,10 +41,9 @@ class PolicyClock:
     shift: float
 
     @classmethod
-    def of(cls, objective: PiIDConfig) -> PolicyClock:
-        """The objective's: h = 1 / (N - 1 + f), at most the whole of raw time."""
-        size = 1 / (objective.nfe - 1 + objective.final_step_size_scale)
-        return cls(min(size, 1.0), objective.shift)
+    def of(cls, few_step: FewStep) -> PolicyClock:
+        """That of a student of this schedule."""
+        return cls(few_step.segment_size, few_step.shift)
 
 
 class GMHead(nn.Module):
@@ -200,7 +200,7 @@ def build_head(
     if clock is None:
         raise ValueError(
             "a DX policy needs the segment_size and shift that it is trained with, got no clock: "
-            "pass PolicyClock.of(objective)"
+            "pass PolicyClock.of(few_step)"
         )
     return DXHead(output, policy, clock)
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from piflow.backbones import Backbone, Conditioning, OutputLayer
-from piflow.config import LoRAConfig, PolicyConfig
+from piflow.config.model import LoRAConfig
+from piflow.config.objective import PolicyConfig
 from piflow.ema import ema_update
 from piflow.policies import DXPolicy, GMFlowPolicy
 from piflow.roles import lora as adapters
@@ -38,6 +39,7 @@ from piflow.roles.heads import (
     PolicyHead,
     build_head,
 )
+from piflow.sharding.tensors import local_shard
 
 if TYPE_CHECKING:
     from piflow.roles.adapter import Adapter
@@ -320,7 +322,11 @@ class Trio:
     def update_ema(self, beta: float) -> None:
         """ema ← beta·ema + (1-beta)·student, in place on this worker's shards."""
         averages, student = self.ema_parameters(), self.trainable_parameters()
-        ema_update(list(averages.values()), list(student.values()), beta)
+        ema_update(
+            [local_shard(average) for average in averages.values()],
+            [local_shard(parameter) for parameter in student.values()],
+            beta,
+        )
 
     @torch.no_grad()
     def load_student(self, tensors: Mapping[str, Tensor]) -> None:

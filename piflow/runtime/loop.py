@@ -18,6 +18,7 @@ from piflow import storage
 from piflow.config import Recipe
 from piflow.data.batch import StreamBatch
 from piflow.data.stream import TrainStream
+from piflow.evaluation.sheet import grid
 from piflow.roles.fp8 import check_error
 from piflow.runs import folder as run_folder
 from piflow.runs.lease import require_owner
@@ -217,9 +218,11 @@ class TrainLoop:
 
     def _log_pictures(self, step: int) -> None:
         """All ranks draw (a sharded forward is collective), rank 0 logs."""
-        picture = self.assembly.draw_samples()
+        samples = self.assembly.draw_samples()
         if self.rank == 0:
-            self.tracker.log_image(picture, "samples", step)
+            seeds = [f"seed {seed}" for seed in range(samples.pictures.shape[1])]
+            sheet = grid(list(samples.pictures), samples.prompts, seeds)
+            self.tracker.log_image(sheet, "samples", step)
 
     def _save(self, step: int) -> None:
         """Start to write a checkpoint; the step waits only for the copy to host memory.

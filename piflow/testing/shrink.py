@@ -8,7 +8,6 @@ from typing import Any
 from piflow.config import (
     BertEncoderConfig,
     ClassLabelEncoderConfig,
-    PiIDConfig,
     Recipe,
     parse_recipe,
 )
@@ -49,7 +48,7 @@ def shrink(
     Raises:
         ValueError: the recipe distils nothing, or has a choice that small sizes don't allow.
     """
-    objective = small_objective(recipe)
+    objective = recipe.distillation()
     tree = recipe.model_dump(mode="json")
     tree["run_dir"] = str(folder / "run")
     tree["model"] |= {"path": str(folder / MODEL / "transformer"), "vae": None}
@@ -81,15 +80,6 @@ def shrink(
         "retrieval": False,
     }
     return parse_recipe(tree, f"{recipe.name}, made small,")
-
-
-def small_objective(recipe: Recipe) -> PiIDConfig:
-    if not isinstance(recipe.objective, PiIDConfig):
-        raise ValueError(
-            f"piflow smoke expects objective.type pi_id, {recipe.name} has "
-            f"{recipe.objective.type}; try it by `piflow pretrain` with a few training.steps"
-        )
-    return recipe.objective
 
 
 def _small_encoder(recipe: Recipe, folder: Path) -> dict[str, Any]:

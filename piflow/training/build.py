@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from piflow.backbones import (
@@ -23,13 +22,13 @@ from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
 from piflow.data.batch import MicroBatch, conditioning
 from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import EmbeddingStore
-from piflow.evaluation.sheet import grid
+from piflow.flow import draw_noise
 from piflow.roles.fp8 import check_device
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.heads import PolicyClock
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_euler, sample_few_step
-from piflow.schedule import FlowSchedule, segments
+from piflow.schedule import FewStep, FlowSchedule
 from piflow.sharding.base import Strategy
 from piflow.sharding.weights import StoredTensor, fill, missing
 from piflow.training.blocks import prepare_blocks
@@ -50,18 +49,32 @@ _PRETRAIN_STEPS = 16  # Euler steps of the pictures drawn during pre-training
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Pictures of a few prompts.
+
+    Attributes:
+        prompts: P of them.
+        pictures: (P, `SAMPLE_SEEDS`, 3, H, W) in [-1, 1], on the CPU.
+    """
+
+    prompts: tuple[str, ...]
+    pictures: Tensor
+
+
+@dataclass(frozen=True)
 class Assembly:
     """A trainer and what is drawn and measured beside its steps.
 
     Attributes:
         draw: the EMA as a function (conditioning, noise latents) -> x0 latents.
+        draw_samples: pictures by the EMA, of the same prompts and noise all along a run.
         flops: operations of training on one sample of a micro-batch's sizes.
         teacher_error: `PiIDObjective.teacher_error`, if the teacher computes in fp8.
     """
 
     trainer: Trainer
     draw: Callable[[Conditioning, Tensor], Tensor]
-    draw_samples: Callable[[], Image.Image]
+    draw_samples: Callable[[], Samples]
     flops: Callable[[MicroBatch], int]
     teacher_error: Callable[[MicroBatch, int], float] | None = None
 
@@ -117,17 +130,10 @@ def _distillation(
         recipe.seed,
         context_parallel=recipe.runtime.context_parallel,
     )
-    schedule = FlowSchedule(objective.shift)
-    steps = segments(objective.nfe, objective.final_step_size_scale)
+    few_step = FewStep.of(objective)
 
     def draw(cond: Conditioning, noise: Tensor) -> Tensor:
-        return sample_few_step(
-            lambda x, sigma: trio.ema(x, sigma, cond),
-            noise,
-            schedule,
-            steps,
-            total_substeps=objective.total_substeps,
-        )
+        return sample_few_step(lambda x, sigma: trio.ema(x, sigma, cond), noise, few_step)
 
     return trainer, draw, trio.backbone
 
@@ -218,18 +224,16 @@ def _draw_samples(
     codec: Codec,
     draw: Callable[[Conditioning, Tensor], Tensor],
     device: torch.device,
-) -> Image.Image:
-    """A small grid, a row a prompt; the same prompts and noise all along a run."""
+) -> Samples:
     batch = store.first_by_hash(min(SAMPLE_PROMPTS, store.manifest.num_rows))
     cond = conditioning(batch, device)
     shape = codec.latent_shape(recipe.embed.height, recipe.embed.width)
     columns = []
     for seed in range(SAMPLE_SEEDS):
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn((len(batch.prompts), *shape), generator=generator).to(device)
+        noise = draw_noise((len(batch.prompts), *shape), generator, device)
         columns.append(codec.decode(draw(cond, noise)).cpu())
-    rows = list(torch.stack(columns, dim=1))
-    return grid(rows, batch.prompts, [f"seed {seed}" for seed in range(SAMPLE_SEEDS)])
+    return Samples(tuple(batch.prompts), torch.stack(columns, dim=1))
 
 
 def build_trio(recipe: Recipe, *, device: torch.device | str = "cpu") -> Trio:
@@ -243,7 +247,7 @@ def build_trio(recipe: Recipe, *, device: torch.device | str = "cpu") -> Trio:
         ValueError: the recipe distils nothing, a folder that isn't the family's model, or a LoRA
             target without a match.
     """
-    objective = distillation_of(recipe)
+    objective = recipe.distillation()
     backbone = load_backbone(
         recipe.model, device=device, embedded_guidance=recipe.guidance.embedded
     )
@@ -262,7 +266,7 @@ def build_empty_trio(recipe: Recipe) -> tuple[Trio, dict[str, StoredTensor]]:
     Raises:
         ValueError: as `build_trio`; or full training, whose students are copies of the base.
     """
-    objective = distillation_of(recipe)
+    objective = recipe.distillation()
     if recipe.lora is None:
         raise ValueError(
             "lora is null: full training copies the base's values and needs it whole; use "
@@ -276,21 +280,11 @@ def build_empty_trio(recipe: Recipe) -> tuple[Trio, dict[str, StoredTensor]]:
     return trio, missing(module, sources)
 
 
-def distillation_of(recipe: Recipe) -> PiIDConfig:
-    """The recipe's objective, if it distils."""
-    if not isinstance(recipe.objective, PiIDConfig):
-        raise ValueError(
-            f"expected a recipe with objective.type pi_id, got {recipe.objective.type}: only a "
-            "distillation has teacher and student"
-        )
-    return recipe.objective
-
-
 def _trio_of(recipe: Recipe, objective: PiIDConfig, backbone: Backbone) -> Trio:
     return Trio.from_backbone(
         backbone,
         recipe.lora,
         recipe.policy,
-        PolicyClock.of(objective),
+        PolicyClock.of(FewStep.of(objective)),
         generator=torch.Generator().manual_seed(recipe.seed),
     )

@@ -15,7 +15,6 @@ from piflow.inference.settings import (
     SETTINGS_KEY,
     SamplingSettings,
     Weights,
-    distillation_of,
 )
 from piflow.roles.adapter import save_adapter
 from piflow.roles.heads import PolicyClock
@@ -89,7 +88,7 @@ def export_adapter(
         trio.backbone,
         tensors,
         recipe.policy,
-        PolicyClock.of(distillation_of(recipe)),
+        PolicyClock.of(settings.few_step),
         base_model=settings.model.path,
         metadata={SETTINGS_KEY: settings.model_dump_json(), **lineage},
         dtype=dtype,

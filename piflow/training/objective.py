@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,20 @@ from piflow.backbones.base import Backbone, Conditioning
 from piflow.backbones.codec import Codec
 from piflow.config import FlowMatchingConfig, GMFlowPolicyConfig, PiIDConfig, Recipe
 from piflow.data.batch import MicroBatch, conditioning
-from piflow.imitation import ImitationSettings, run_data_dependent, run_data_free, teacher_ratio
-from piflow.policies.base import Policy, expand_as_latents
+from piflow.flow import draw_noise, noised
+from piflow.imitation import (
+    ImitationSettings,
+    PartOfLoss,
+    run_data_dependent,
+    run_data_free,
+    teacher_ratio,
+)
+from piflow.policies.base import Policy
 from piflow.roles.fp8 import velocity_error
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.trio import Trio
-from piflow.schedule import FlowSchedule, segments
-from piflow.training.step import Backward, micro_batch_generator
+from piflow.schedule import FewStep
+from piflow.training.step import micro_batch_generator
 
 Pictures = Callable[[Sequence[str], torch.Generator], Tensor]
 """(m prompts, generator) -> their pictures (m, 3, H, W) in [-1, 1]."""
@@ -55,18 +62,16 @@ class PiIDObjective:
         device: torch.device,
         clean: CleanLatents | None = None,
     ) -> None:
-        if not isinstance(recipe.objective, PiIDConfig):
-            raise ValueError(f"expected objective.type pi_id, got {recipe.objective.type}")
-        if (recipe.objective.data == "dependent") != (clean is not None):
+        self.config = recipe.distillation()
+        if (self.config.data == "dependent") != (clean is not None):
             raise ValueError(
-                f"objective.data = {recipe.objective.data} needs "
+                f"objective.data = {self.config.data} needs "
                 f"{'a' if clean is None else 'no'} source of pictures, got "
                 f"{'none' if clean is None else 'one'}; pictures go with data = dependent"
             )
         self.trio = trio
         self.codec = codec
         self.negative = negative
-        self.config = recipe.objective
         self.guidance = recipe.guidance
         # components are dropped from mixtures only
         policy = recipe.policy
@@ -74,39 +79,29 @@ class PiIDObjective:
         self.device = device
         self.seed = recipe.seed
         self.clean = clean
-        self.schedule = FlowSchedule(self.config.shift)
-        self.segments = segments(self.config.nfe, self.config.final_step_size_scale)
+        self.few_step = FewStep.of(self.config)
 
-    def __call__(
-        self, batch: MicroBatch, step: int, generator: torch.Generator, backward: Backward
-    ) -> Tensor:
+    def losses(
+        self, batch: MicroBatch, step: int, generator: torch.Generator
+    ) -> Iterator[PartOfLoss]:
+        """Data-free: a part a segment, weighted by its size. Data-dependent: one part."""
         cond = conditioning(batch, self.device)
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        teacher = GuidedTeacher(self.trio, cond, self.negative, self.guidance)
+        settings = self.settings(step)
 
         def student(x: Tensor, sigma: Tensor) -> Policy:
             return self.trio.student(x, sigma, cond)
 
-        def add_up(loss: Tensor, last: bool) -> None:
-            total.add_(loss.detach())
-            backward(loss, last)
-
-        teacher = GuidedTeacher(self.trio, cond, self.negative, self.guidance)
-        settings = self.settings(step)
         if self.clean is None:
-            shape = self.codec.latent_shape(batch.height, batch.width)
-            noise = torch.randn((len(batch.prompts), *shape), generator=generator).to(self.device)
-            run_data_free(
-                student, teacher, noise, self.schedule, self.segments, settings,
-                generator=generator, backward=add_up,
-            )  # fmt: skip
-        else:
-            x0 = self.clean(batch, generator).to(self.device)
-            noise = torch.randn(x0.shape, generator=generator).to(self.device)
-            run_data_dependent(
-                student, teacher, x0, noise, self.schedule, self.segments, settings,
-                generator=generator, backward=add_up,
-            )  # fmt: skip
-        return total
+            noise = self._noise(batch, generator)
+            return run_data_free(
+                student, teacher, noise, self.few_step, settings, generator=generator
+            )
+        x0 = self.clean(batch, generator).to(self.device)
+        noise = draw_noise(x0.shape, generator, self.device)
+        return run_data_dependent(
+            student, teacher, x0, noise, self.few_step, settings, generator=generator
+        )
 
     def teacher_error(self, batch: MicroBatch, step: int) -> float:
         """Relative L2 error of the fp8 teacher's guided velocity, over all workers' batches.
@@ -125,10 +120,9 @@ class PiIDObjective:
             with self.trio.exact_teacher():
                 return teacher(x, sigma)
 
-        shape = self.codec.latent_shape(batch.height, batch.width)
-        noise = torch.randn((len(batch.prompts), *shape), generator=generator).to(self.device)
-        ends = [self.schedule.sigma(segment.tau_src) for segment in self.segments]
-        sums = velocity_error(teacher, exact, noise, [*ends, 0.0])
+        schedule = self.few_step.schedule
+        levels = [schedule.sigma(segment.tau_src) for segment in self.few_step.segments]
+        sums = velocity_error(teacher, exact, self._noise(batch, generator), [*levels, 0.0])
         if dist.is_initialized():
             dist.all_reduce(sums)
         off, length = sums.tolist()
@@ -141,9 +135,13 @@ class PiIDObjective:
             window_substeps=self.config.window_substeps,
             teacher_ratio=teacher_ratio(step, self.config.num_decay_iters),
             dropout=self.dropout,
-            total_substeps=self.config.total_substeps,
             scale=self.config.loss_scale,
         )
+
+    def _noise(self, batch: MicroBatch, generator: torch.Generator) -> Tensor:
+        """Where the batch's samples start: latents at sigma = 1."""
+        shape = self.codec.latent_shape(batch.height, batch.width)
+        return draw_noise((len(batch.prompts), *shape), generator, self.device)
 
 
 def training_flops(forward: int, recipe: Recipe) -> int:
@@ -187,23 +185,20 @@ class FlowMatchingObjective:
         self.config = config
         self.device = device
 
-    def __call__(
-        self, batch: MicroBatch, step: int, generator: torch.Generator, backward: Backward
-    ) -> Tensor:
+    def losses(
+        self, batch: MicroBatch, step: int, generator: torch.Generator
+    ) -> Iterator[PartOfLoss]:
+        """One part: mean |u - (ε - x0)|² at x_sigma, sigma = sigmoid(normal)."""
         size = len(batch.prompts)
         x0 = self.clean(batch, generator).to(self.device)
-        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        noise = draw_noise(x0.shape, generator, self.device)
         logit = torch.randn(size, generator=generator)
         sigma = torch.sigmoid(self.config.logit_mean + self.config.logit_std * logit)
         dropped = torch.rand(size, generator=generator) < self.config.prompt_dropout
         sigma = sigma.to(self.device)
-        weight = expand_as_latents(sigma, x0)
-        x = (1 - weight) * x0 + weight * noise
         cond = conditioning(batch, self.device).where(~dropped.to(self.device), self.empty)
-        velocity = self.backbone(x, sigma, cond)
-        loss = (velocity - (noise - x0)).square().mean()
-        backward(loss, True)
-        return loss.detach()
+        velocity = self.backbone(noised(x0, noise, sigma), sigma, cond)
+        yield (velocity - (noise - x0)).square().mean(), True
 
 
 def drawn_latents(codec: Codec, pictures: Pictures, device: torch.device) -> CleanLatents:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from piflow.config import OptimizerConfig, TrainingConfig
 from piflow.data.batch import MicroBatch
 from piflow.ema import ema_beta, ema_update
+from piflow.imitation import PartOfLoss
 from piflow.sharding.base import Strategy
 from piflow.sharding.tensors import local_shard
 from piflow.training.optimizers import build_optimizers, set_learning_rate
-
-Backward = Callable[[Tensor, bool], None]
 
 _ADVICE = (
     "Weights were not touched and the last checkpoint is good. Try a lower "
@@ -84,10 +83,14 @@ class SkippedSteps:
 class Objective(Protocol):
     """A training objective on one micro-batch."""
 
-    def __call__(
-        self, batch: MicroBatch, step: int, generator: torch.Generator, backward: Backward
-    ) -> Tensor:
-        """Call `backward(loss, last)` for each part of the loss; return the detached sum."""
+    def losses(
+        self, batch: MicroBatch, step: int, generator: torch.Generator
+    ) -> Iterator[PartOfLoss]:
+        """The loss in parts; each is back-propagated before the next is asked for.
+
+        Yields:
+            (a scalar with gradient, whether it is the micro-batch's last); their sum is the loss.
+        """
         ...
 
 
@@ -215,29 +218,26 @@ class Trainer:
         passes = math.ceil(self.num_micro_batches / self.groups)
         padded = [*micro_batches, *[micro_batches[-1]] * (passes - len(micro_batches))]
         for position, batch in enumerate(padded):
-            final = position == passes - 1
             counts = position < len(micro_batches)
             # of the sum over the workers, which the strategy divides by their number; a group's
             # workers have their own tokens' part of the gradient each
             weight = self.strategy.world_size / self.num_micro_batches if counts else 0.0
-
-            def backward(
-                loss: Tensor, last: bool, final: bool = final, weight: float = weight
-            ) -> None:
-                self.strategy.backward(_or_nan(loss) * weight, last=final and last)
-
             generator = micro_batch_generator(self.seed, step, batch.index)
             torch.manual_seed(generator.initial_seed())  # LoRA dropout draws from the global one
-            loss = self.objective(batch, step, generator, backward)
+            total = torch.zeros((), device=self.strategy.device, dtype=torch.float64)
+            for loss, last in self.objective.losses(batch, step, generator):
+                total += loss.detach()
+                self.strategy.backward(_or_nan(loss) * weight, last=last and position == passes - 1)
+                del loss  # its graph must be gone before the next part's network call
             if counts:
-                losses.append(loss)
+                losses.append(total)
         suspects = [
             prompt_id
             for batch, finite in zip(micro_batches, torch.stack(losses).isfinite(), strict=True)
             if not finite
             for prompt_id in batch.prompt_ids
         ]
-        total = torch.stack(losses).double().sum()  # finite losses have a finite sum
+        total = torch.stack(losses).sum()  # finite losses have a finite sum
         if dist.is_initialized():
             dist.all_reduce(total)
         return float(total) / (self.num_micro_batches * self.context_parallel), suspects
@@ -246,7 +246,9 @@ class Trainer:
     def _update_ema(self, step: int) -> None:
         ema = [local_shard(tensor) for tensor in self.ema_parameters.values()]
         source = [local_shard(parameter) for parameter in self.parameters.values()]
-        ema_update(ema, source, ema_beta(step, self.training.ema))
+        config = self.training.ema
+        beta = ema_beta(step, start=config.start, gamma=config.gamma, beta=config.beta)
+        ema_update(ema, source, beta)
 
 
 def _or_nan(loss: Tensor) -> Tensor:

@@ -492,7 +492,7 @@ def test_pre_training_writes_a_teacher_that_loads(store: EmbeddingStore) -> None
     backbone = load_backbone(ModelConfig(path="pretrained/teacher"))
     for name, parameter in backbone.module.named_parameters():
         assert torch.equal(parameter, average[name].half().float()), name
-    with pytest.raises(ValueError, match="expects objective.type pi_id.*use `piflow pretrain`"):
+    with pytest.raises(ValueError, match="expected objective.type pi_id.*use `piflow pretrain`"):
         distill.main(teacher)
 
 

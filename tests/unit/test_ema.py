@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from piflow.config import EMAConfig
 from piflow.ema import ema_beta, ema_update, karras_beta
 
 
@@ -37,10 +36,10 @@ def test_fixed_beta_is_in_place_and_converts() -> None:
 
 
 def test_share_of_the_old_average_along_a_run() -> None:
-    power = [ema_beta(step, EMAConfig(gamma=7.0, start=3)) for step in range(6)]
+    power = [ema_beta(step, gamma=7.0, start=3) for step in range(6)]
     assert power == [0.0, 0.0, 0.0, karras_beta(1), karras_beta(2), karras_beta(3)]
     assert power[4] > 0
-    assert [ema_beta(step, EMAConfig(beta=0.9, start=2)) for step in range(4)] == [0, 0, 0.9, 0.9]
+    assert [ema_beta(step, beta=0.9, start=2) for step in range(4)] == [0, 0, 0.9, 0.9]
 
 
 def test_fixed_beta_has_a_closed_form() -> None:
@@ -48,7 +47,7 @@ def test_fixed_beta_has_a_closed_form() -> None:
     values = torch.randn(30, 4, dtype=torch.float64)
     average = torch.full((4,), 3.0, dtype=torch.float64)
     for value in values:
-        ema_update([average], [value], ema_beta(0, EMAConfig(beta=0.8, start=0)))
+        ema_update([average], [value], ema_beta(0, beta=0.8, start=0))
     powers = 0.8 ** torch.arange(29, -1, -1, dtype=torch.float64)
     expected = 3.0 * 0.8**30 + 0.2 * (powers[:, None] * values).sum(0)
     torch.testing.assert_close(average, expected, rtol=1e-12, atol=1e-12)

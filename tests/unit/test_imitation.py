@@ -23,11 +23,11 @@ from piflow.imitation import (
     teacher_ratio,
 )
 from piflow.policies import DXPolicy, GMFlowPolicy, mean_velocity, rollout
-from piflow.schedule import FlowSchedule, segments
+from piflow.schedule import FewStep
 
 F64 = torch.float64
-SCHEDULE = FlowSchedule(3.2)
-PARTS = segments(4, 0.5)
+FEW_STEP = FewStep(nfe=4, final_step_size_scale=0.5, shift=3.2, total_substeps=128)
+SCHEDULE, PARTS = FEW_STEP.schedule, FEW_STEP.segments
 
 
 def column(value: Tensor) -> Tensor:
@@ -215,19 +215,20 @@ class Free:
         self.sigmas: list[Tensor] = []
         self.inputs: list[Tensor] = []
         self.alive: list[weakref.ref] = []
-        self.backwards: list[tuple[float, bool]] = []
+        self.parts: list[tuple[float, bool]] = []
         self.recorder = Recorder()
         noise = torch.randn(2, 2, 2, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
-        self.losses = run_data_free(
+        self.settings = ImitationSettings(3, teacher_ratio=ratio, dropout=dropout, scale=2.0)
+        for loss, last in run_data_free(
             self.student,
             self.recorder,
             noise,
-            SCHEDULE,
-            PARTS,
-            ImitationSettings(num_states=3, teacher_ratio=ratio, dropout=dropout, scale=2.0),
+            FEW_STEP,
+            self.settings,
             generator=torch.Generator().manual_seed(seed),
-            backward=self.backward,
-        )
+        ):
+            self.parts.append((loss.item(), last))
+            loss.backward()
 
     def student(self, x: Tensor, sigma: Tensor) -> GMFlowPolicy:
         assert all(reference() is None for reference in self.alive), "an older graph is alive"
@@ -243,21 +244,24 @@ class Free:
         logweights = torch.zeros(2, 3, 1, 2, 2, dtype=F64)
         return GMFlowPolicy(means, -2 * ones, logweights, x, sigma)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        self.backwards.append((loss.item(), last))
-        loss.backward()
-
 
 def test_data_free_runs_all_segments_and_weighs_them_by_size() -> None:
     run = Free()
     starts = torch.tensor([SCHEDULE.sigma(part.tau_src) for part in PARTS])
     torch.testing.assert_close(torch.stack(run.sigmas)[:, 0], starts)
     assert len(run.recorder.calls) == 3 * len(PARTS)
-    assert [last for _, last in run.backwards] == [False, False, False, True]
-    for (weighted, _), loss, part in zip(run.backwards, run.losses, PARTS, strict=True):
-        assert not loss.requires_grad
-        assert weighted == pytest.approx(loss.item() * part.size)
-    assert run.weight.grad.abs().min() > 0
+    assert [last for _, last in run.parts] == [False, False, False, True]
+    generator, expected = torch.Generator().manual_seed(0), torch.zeros_like(run.weight)
+    for (weighted, _), x, part in zip(run.parts, run.inputs, PARTS, strict=True):
+        tau, size = torch.full((2,), part.tau_src), torch.full((2,), part.size)
+        window = micro_window(size, 3)
+        intervals = sample_intervals(2, 3, size, window, 0.5, generator)
+        policy = run.policy(x, SCHEDULE.sigma(tau))
+        output = imitation_loss(policy, teacher, x, tau, intervals, window, SCHEDULE, 128, 2.0)
+        assert weighted == pytest.approx(output.loss.item() * part.size, rel=1e-12)
+        expected += part.size * torch.autograd.grad(output.loss, run.weight)[0]
+    torch.testing.assert_close(run.weight.grad, expected, rtol=1e-10, atol=0)
+    assert expected.abs().min() > 0
 
 
 def test_data_free_holds_one_segments_graph_at_a_time() -> None:
@@ -315,20 +319,18 @@ def peak_of_an_iteration(nfe: int, at_once: bool) -> tuple[int, Tensor]:
         return GMFlowPolicy(means, logstds, torch.zeros_like(means[:, :, :1]), x, sigma)
 
     parts: list[Tensor] = []
-
-    def backward(loss: Tensor, last: bool) -> None:
-        parts.append(loss)
-        if at_once or last:
-            torch.stack(parts).sum().backward()
-            parts.clear()
-
     saved = SavedBytes()
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with saved.hooks():
-        run_data_free(
-            student, teacher, noise, SCHEDULE, segments(nfe), ImitationSettings(num_states=2),
-            generator=torch.Generator().manual_seed(0), backward=backward,
-        )  # fmt: skip
+        for loss, last in run_data_free(
+            student, teacher, noise, FewStep(nfe, 1.0, 3.2, 128), ImitationSettings(num_states=2),
+            generator=torch.Generator().manual_seed(0),
+        ):  # fmt: skip
+            parts.append(loss)
+            del loss
+            if at_once or last:
+                torch.stack(parts).sum().backward()
+                parts.clear()
     assert saved.now == 0
     gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
     return saved.peak, gradient
@@ -356,10 +358,11 @@ def test_data_free_segments_chain() -> None:
         return GMFlowPolicy(x.cos().unsqueeze(1), logstds, zeros, x, sigma)
 
     noise = start()[0]
-    run_data_free(
-        student, teacher, noise, SCHEDULE, PARTS, ImitationSettings(num_states=3),
-        generator=torch.Generator().manual_seed(0), backward=lambda loss, last: None,
+    parts = run_data_free(
+        student, teacher, noise, FEW_STEP, ImitationSettings(num_states=3),
+        generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
+    assert len(list(parts)) == len(PARTS)
     assert torch.equal(inputs[0][0], noise)
     for (x, sigma), (following, later) in zip(inputs[:-1], inputs[1:], strict=True):
         expected = x + x.cos() * column(later - sigma)
@@ -382,12 +385,11 @@ def test_data_free_walks_from_noise_to_data(ratio: float) -> None:
         values = ((x - goal) / column(sigma)).unsqueeze(1).requires_grad_()
         return DXPolicy(values, x, sigma, 1 / 3.5, 3.2)
 
-    losses = run_data_free(
-        student, straight, noise, SCHEDULE, PARTS,
-        ImitationSettings(num_states=3, teacher_ratio=ratio),
-        generator=torch.Generator().manual_seed(0), backward=lambda loss, last: None,
+    parts = run_data_free(
+        student, straight, noise, FEW_STEP, ImitationSettings(num_states=3, teacher_ratio=ratio),
+        generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    assert torch.stack(losses).max() < 1e-8
+    assert max(loss.item() for loss, _ in parts) < 1e-8
     levels = torch.stack(visits)
     assert len(levels) == 3 * len(PARTS) and (levels.diff(dim=0) <= 0).all()
     assert levels.min() < SCHEDULE.sigma(PARTS[-1].tau_src)
@@ -431,14 +433,14 @@ def test_data_free_takes_frames() -> None:
 
     frames = torch.randn(2, 3, 5, 4, 2, dtype=F64, generator=torch.Generator().manual_seed(2))
     found, expected = (
-        run_data_free(
-            student, velocity, noise, SCHEDULE, PARTS,
+        [loss.item() for loss, _ in run_data_free(
+            student, velocity, noise, FEW_STEP,
             ImitationSettings(num_states=2, teacher_ratio=0.4, dropout=0.2),
-            generator=torch.Generator().manual_seed(0), backward=lambda loss, last: None,
-        )
+            generator=torch.Generator().manual_seed(0),
+        )]
         for noise in (frames, frames.flatten(2, 3))
     )  # fmt: skip
-    torch.testing.assert_close(torch.stack(found), torch.stack(expected))
+    assert len(found) == len(PARTS) and found == pytest.approx(expected, rel=1e-7)
 
 
 def test_data_free_depends_on_its_generator_alone() -> None:
@@ -446,8 +448,8 @@ def test_data_free_depends_on_its_generator_alone() -> None:
     first = Free(dropout=0.3, seed=4)
     torch.manual_seed(1)
     second, other = Free(dropout=0.3, seed=4), Free(dropout=0.3, seed=5)
-    assert torch.equal(torch.stack(first.losses), torch.stack(second.losses))
-    assert not torch.equal(torch.stack(first.losses), torch.stack(other.losses))
+    assert first.parts == second.parts
+    assert first.parts != other.parts
     plain = Free(dropout=0.0, seed=4)
     assert not torch.equal(first.inputs[-1], plain.inputs[-1])
 
@@ -456,7 +458,6 @@ def test_data_dependent_starts_from_noised_data_at_segment_starts() -> None:
     generator = torch.Generator().manual_seed(3)
     data, noise = torch.randn(2, 64, 2, 2, 2, dtype=F64, generator=generator).unbind(0)
     calls: list[tuple[Tensor, Tensor]] = []
-    graphs: list[tuple[Tensor, bool]] = []
     weight = torch.zeros((), dtype=F64, requires_grad=True)
 
     def student(x: Tensor, sigma: Tensor) -> DXPolicy:
@@ -464,17 +465,17 @@ def test_data_dependent_starts_from_noised_data_at_segment_starts() -> None:
         return DXPolicy((weight + x).unsqueeze(1), x, sigma, 1 / 3.5, 3.2)
 
     recorder = Recorder()
-    losses = run_data_dependent(
+    parts = run_data_dependent(
         student,
         recorder,
         data,
         noise,
-        SCHEDULE,
-        PARTS,
+        FEW_STEP,
         ImitationSettings(num_states=2, window_substeps=0),
         generator=torch.Generator().manual_seed(0),
-        backward=lambda loss, last: graphs.append((loss, last)),
     )
+    ((loss, last),) = parts
+    assert last and loss.requires_grad
     (x, sigma), *rest = calls
     assert not rest and len(recorder.calls) == 2
     starts = torch.tensor([SCHEDULE.sigma(part.tau_src) for part in PARTS])
@@ -482,8 +483,6 @@ def test_data_dependent_starts_from_noised_data_at_segment_starts() -> None:
     assert gaps.amin(1).max() < 1e-6 and len(gaps.argmin(1).unique()) == len(PARTS)
     expected = (1 - column(sigma)) * data + column(sigma) * noise
     torch.testing.assert_close(x, expected.double(), rtol=1e-6, atol=1e-6)
-    ((loss, last),) = graphs
-    assert last and loss.requires_grad and torch.equal(losses[0], loss.detach())
     ends = torch.tensor([SCHEDULE.sigma(part.tau_dst) for part in PARTS])[gaps.argmin(1)]
     for _, at in recorder.calls:
         assert (at <= sigma + 1e-6).all() and (at >= ends - 1e-6).all()
@@ -501,19 +500,19 @@ def test_bad_input_says_what_was_expected() -> None:
         micro_window(half, -1)
     x, tau, _ = start()
     dx = DXPolicy(x.unsqueeze(1), x, SCHEDULE.sigma(tau), 1.0, 3.2)
-    common = {"generator": torch.Generator(), "backward": lambda loss, last: None}
+    common = {"generator": torch.Generator()}
     plain = ImitationSettings(num_states=1, window_substeps=0)
     dropping = ImitationSettings(num_states=1, window_substeps=0, dropout=0.1)
     with pytest.raises(ValueError, match="set dropout to 0"):
-        run_data_free(lambda y, s: dx, teacher, x, SCHEDULE, PARTS, dropping, **common)
+        next(run_data_free(lambda y, s: dx, teacher, x, FEW_STEP, dropping, **common))
     with pytest.raises(ValueError, match="one shape"):
-        run_data_dependent(lambda y, s: dx, teacher, x, x[:1], SCHEDULE, PARTS, plain, **common)
+        next(run_data_dependent(lambda y, s: dx, teacher, x, x[:1], FEW_STEP, plain, **common))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("num_states", 0), ("window_substeps", -1), ("teacher_ratio", 1.1), ("teacher_ratio", -0.1),
-     ("dropout", 1.0), ("total_substeps", 0), ("scale", 0.0)],
+     ("dropout", 1.0), ("scale", 0.0)],
 )  # fmt: skip
 def test_settings_name_what_is_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"expected {name} .*, got {value}"):

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from piflow.policies import DXPolicy, GMFlowPolicy, rollout
 from piflow.sampling import check_nfe, flow_map_step, follow, sample_euler, sample_few_step
-from piflow.schedule import FlowSchedule, segments
+from piflow.schedule import FewStep, FlowSchedule
 
 F64 = torch.float64
 SCHEDULE = FlowSchedule(3.2)
 TARGET = torch.randn(2, 3, 2, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(2, 3, 2, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
+
+
+def few_step(nfe: int, final_step_size_scale: float = 0.5, total_substeps: int = 128) -> FewStep:
+    return FewStep(nfe, final_step_size_scale, SCHEDULE.shift, total_substeps)
 
 
 def to_target(x: Tensor, sigma: Tensor) -> Tensor:
@@ -63,23 +67,22 @@ def test_few_steps_call_the_student_at_segment_starts(nfe: int) -> None:
         seen.append(sigma)
         return dx_student(x, sigma)
 
-    parts = segments(nfe, 0.5)
-    found = sample_few_step(student, NOISE, SCHEDULE, parts)
+    found = sample_few_step(student, NOISE, few_step(nfe))
     torch.testing.assert_close(found, TARGET, rtol=1e-5, atol=1e-5)
-    starts = torch.tensor([SCHEDULE.sigma(part.tau_src) for part in parts])
+    starts = torch.tensor([SCHEDULE.sigma(part.tau_src) for part in few_step(nfe).segments])
     torch.testing.assert_close(torch.stack(seen)[:, 0], starts)
 
 
 @pytest.mark.parametrize(("temperature", "effective"), [("auto", 0.2), (0.6, 0.6), (1.0, 1.0)])
 def test_temperature_holds_at_all_steps_but_the_last(temperature, effective: float) -> None:
-    parts, x = segments(3, 0.5), NOISE
-    for index, part in enumerate(parts):
+    x = NOISE
+    for index, part in enumerate(few_step(3).segments):
         start, stop = (torch.full((2,), tau, dtype=F64) for tau in (part.tau_src, part.tau_dst))
         policy = gm_student(x, SCHEDULE.sigma(start))
         x = rollout(
             policy.temperature(effective) if index < 2 else policy, x, start, stop, SCHEDULE
         )
-    found = sample_few_step(gm_student, NOISE, SCHEDULE, parts, temperature=temperature)
+    found = sample_few_step(gm_student, NOISE, few_step(3), temperature=temperature)
     torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
 
 
@@ -105,9 +108,9 @@ def test_flow_map_step_lands_on_the_right_marginal(h: float) -> None:
 
 
 def test_renoising_comes_from_the_generator_alone() -> None:
-    policy, part = dx_student(NOISE, torch.ones(2)), segments(2, 0.5)[0]
+    policy, part = dx_student(NOISE, torch.ones(2)), few_step(2).segments[0]
     first, second, other = (
-        follow(policy, NOISE, part, SCHEDULE, h=1.0, generator=torch.Generator().manual_seed(seed))
+        follow(policy, NOISE, few_step(2), 0, h=1.0, generator=torch.Generator().manual_seed(seed))
         for seed in (0, 0, 1)
     )
     assert torch.equal(first, second) and not torch.equal(first, other)
@@ -119,7 +122,6 @@ def test_renoising_comes_from_the_generator_alone() -> None:
 
 def test_a_generator_a_sample() -> None:
     """A sample then depends on its own generator, not on its neighbours."""
-    parts = segments(3, 0.5)
 
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -131,7 +133,7 @@ def test_a_generator_a_sample() -> None:
             return GMFlowPolicy(means, logs[:, :1, :, :1, :1], logs, x, sigma)
 
         noise, randomness = NOISE[rows], generators(*seeds)
-        return sample_few_step(student, noise, SCHEDULE, parts, h=1.0, generator=randomness)
+        return sample_few_step(student, noise, few_step(3), h=1.0, generator=randomness)
 
     both = sample(slice(0, 2), 3, 4)
     assert torch.equal(both[1:], sample(slice(1, 2), 4))
@@ -170,9 +172,10 @@ def exact_student(x: Tensor, sigma: Tensor) -> GMFlowPolicy:
 def test_elastic_nfe_of_a_student_that_knows_the_data(nfe: int) -> None:
     """It rolls out to one end at any number of evaluations."""
     noise = NOISE[:, :1]
-    options = {"temperature": 1.0, "total_substeps": 2048}
-    once = sample_few_step(exact_student, noise, SCHEDULE, segments(1, 0.5), **options)
-    found = sample_few_step(exact_student, noise, SCHEDULE, segments(nfe, 0.5), **options)
+    once, found = (
+        sample_few_step(exact_student, noise, few_step(count, total_substeps=2048), temperature=1.0)
+        for count in (1, nfe)
+    )
     torch.testing.assert_close(found, once, rtol=0, atol=2e-3)
     assert (once - noise).abs().max() > 0.5
 
@@ -182,8 +185,8 @@ def test_renoising_keeps_the_datas_distribution(h: float) -> None:
     generator = torch.Generator().manual_seed(7)
     noise = torch.randn(8, 1, 40, 40, dtype=F64, generator=generator)
     found = sample_few_step(
-        exact_student, noise, SCHEDULE, segments(4, 0.5),
-        total_substeps=512, temperature=1.0, h=h, generator=generator,
+        exact_student, noise, few_step(4, total_substeps=512),
+        temperature=1.0, h=h, generator=generator,
     )  # fmt: skip
     right = found > 0.5
     assert right.double().mean() == pytest.approx(0.5, abs=0.02)  # std of the share: 0.0044
@@ -200,7 +203,7 @@ def test_bad_input_says_what_was_expected() -> None:
     with pytest.raises(ValueError, match="steps >= 1"):
         sample_euler(to_target, NOISE, SCHEDULE, 0)
     with pytest.raises(ValueError, match="GMFlowPolicy for temperature"):
-        sample_few_step(dx_student, NOISE, SCHEDULE, segments(2), temperature=0.5)
+        sample_few_step(dx_student, NOISE, few_step(2), temperature=0.5)
     with pytest.raises(ValueError, match="h >= 0"):
         flow_map_step(0.9, 0.5, -1.0)
     with pytest.raises(ValueError, match="sigma_src > sigma_to"):

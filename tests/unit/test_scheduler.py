@@ -13,7 +13,7 @@ from torch import Tensor
 
 from piflow.policies import DXPolicy, GMFlowPolicy
 from piflow.sampling import Student, sample_few_step
-from piflow.schedule import FlowSchedule, segments
+from piflow.schedule import FewStep, FlowSchedule, segments
 from piflow.scheduler import FlowMapScheduler
 
 OUTPUT = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -47,8 +47,8 @@ def run(scheduler: FlowMapScheduler, nfe: int, student: Student = student) -> Te
 @pytest.mark.parametrize("nfe", [1, 4, 7])
 def test_equals_the_sampler(h: float, nfe: int) -> None:
     found = run(FlowMapScheduler(h="inf" if math.isinf(h) else h), nfe)
-    parts, generator = segments(nfe, 0.5), torch.Generator().manual_seed(2)
-    expected = sample_few_step(student, NOISE, FlowSchedule(3.2), parts, h=h, generator=generator)
+    few_step, generator = FewStep(nfe, 0.5, 3.2, 128), torch.Generator().manual_seed(2)
+    expected = sample_few_step(student, NOISE, few_step, h=h, generator=generator)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -57,8 +57,8 @@ def test_equals_the_sampler(h: float, nfe: int) -> None:
 def test_equals_the_sampler_for_dx(mode: str, h: float) -> None:
     dx, generator = dx_student(mode), torch.Generator().manual_seed(2)
     found = run(FlowMapScheduler(h="inf" if math.isinf(h) else h), 4, dx)
-    parts = segments(4, 0.5)
-    expected = sample_few_step(dx, NOISE, FlowSchedule(3.2), parts, h=h, generator=generator)
+    few_step = FewStep(4, 0.5, 3.2, 128)
+    expected = sample_few_step(dx, NOISE, few_step, h=h, generator=generator)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="GMFlowPolicy for temperature"):
         run(FlowMapScheduler(temperature=0.5), 4, dx)
@@ -143,9 +143,9 @@ def test_timesteps_are_segment_starts() -> None:
 def test_dynamic_shift_follows_the_sequence_length() -> None:
     scheduler = FlowMapScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(4, sequence_length=4096)
-    assert scheduler.schedule.shift == pytest.approx(math.exp(1.15))
+    assert scheduler.few_step.shift == pytest.approx(math.exp(1.15))
     scheduler.set_timesteps(4, mu=0.7)
-    assert scheduler.schedule.shift == pytest.approx(math.exp(0.7))
+    assert scheduler.few_step.shift == pytest.approx(math.exp(0.7))
     with pytest.raises(ValueError, match="sequence_length"):
         scheduler.set_timesteps(4)
 

@@ -20,10 +20,11 @@ from piflow.ema import ema_update, karras_beta
 from piflow.imitation import ImitationSettings, run_data_free
 from piflow.policies import GMFlowPolicy, rollout
 from piflow.sampling import sample_euler, sample_few_step
-from piflow.schedule import FlowSchedule, segments
+from piflow.schedule import FewStep, FlowSchedule
 
 F64 = torch.float64
-SCHEDULE = FlowSchedule(2.0)
+SHIFT = 2.0
+SCHEDULE = FlowSchedule(SHIFT)
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ def test_exact_student_is_elastic(nfe: int) -> None:
     """More evaluations of an exact student walk the same substeps as one, and as the teacher."""
     data, schedule = line(), FlowSchedule(3.2)
     noise = torch.randn(32, 1, 1, 1, dtype=F64)
-    once = sample_few_step(data.policy, noise, schedule, segments(1))
-    many = sample_few_step(data.policy, noise, schedule, segments(nfe, 1.0), temperature=1.0)
+    once = sample_few_step(data.policy, noise, FewStep(1, 1.0, 3.2, 128))
+    many = sample_few_step(data.policy, noise, FewStep(nfe, 1.0, 3.2, 128), temperature=1.0)
     teacher = sample_euler(data.velocity, noise, schedule, 128)
     torch.testing.assert_close(once, teacher, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(many, teacher, rtol=1e-4, atol=1e-4)
@@ -125,15 +126,13 @@ def test_exact_student_is_elastic(nfe: int) -> None:
 
 @pytest.mark.parametrize("h", [0.5, 1.0, math.inf])
 def test_stochastic_sampling_of_an_exact_student_keeps_the_data(h: float) -> None:
-    data, schedule, count = line(torch.float32), FlowSchedule(3.2), 20_000
+    data, few_step, count = line(torch.float32), FewStep(4, 0.5, 3.2, 128), 20_000
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(count, 1, 1, 1, generator=generator)
     found = sample_few_step(
-        data.policy, noise, schedule, segments(4, 0.5), temperature=1.0, h=h, generator=generator
+        data.policy, noise, few_step, temperature=1.0, h=h, generator=generator
     ).flatten()
-    deterministic = sample_few_step(
-        data.policy, noise, schedule, segments(4, 0.5), temperature=1.0
-    ).flatten()
+    deterministic = sample_few_step(data.policy, noise, few_step, temperature=1.0).flatten()
     assert (found - deterministic).abs().mean() > 0.1
     grid = torch.linspace(-2.5, 2.5, 41)
     empirical = (found[:, None] <= grid).float().mean(0)
@@ -185,14 +184,15 @@ def distill(data: GaussianMixtureData, nfe: int, steps: int, batch: int = 512) -
     average = copy.deepcopy(student)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    settings = ImitationSettings(num_states=1, window_substeps=0, total_substeps=16)
+    settings = ImitationSettings(num_states=1, window_substeps=0)
     for step in range(1, steps + 1):
         noise = torch.randn(batch, 2, 1, 1, generator=generator)
         optimizer.zero_grad()
-        run_data_free(
-            student, data.velocity, noise, SCHEDULE, segments(nfe, 0.5), settings,
-            generator=generator, backward=lambda loss, last: loss.backward(),
-        )  # fmt: skip
+        few_step = FewStep(nfe, 0.5, SHIFT, total_substeps=16)
+        for loss, _ in run_data_free(
+            student, data.velocity, noise, few_step, settings, generator=generator
+        ):
+            loss.backward()
         optimizer.step()
         decay.step()
         ema_update(list(average.parameters()), list(student.parameters()), karras_beta(step, 12))
@@ -226,7 +226,7 @@ def test_distilled_student_samples_the_teachers_distribution(
     teacher = [sample_euler(data.velocity, z, SCHEDULE, 256).flatten(1) for z in noises]
     euler = sample_euler(data.velocity, noises[0], SCHEDULE, nfe).flatten(1)
     student = sample_few_step(
-        distill(data, nfe, steps), noises[0], SCHEDULE, segments(nfe, 0.5), temperature=1.0
+        distill(data, nfe, steps), noises[0], FewStep(nfe, 0.5, SHIFT, 128), temperature=1.0
     ).flatten(1)
 
     def distance(points: Tensor) -> float:

@@ -41,7 +41,7 @@ from piflow.inference import (
 from piflow.roles.adapter import WEIGHTS_FILE, load_adapter
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_few_step
-from piflow.schedule import FlowSchedule, segments
+from piflow.schedule import FewStep, FlowSchedule, segments
 from piflow.scheduler import FlowMapScheduler
 
 NFE, SHIFT, SUBSTEPS, GUIDANCE = 3, 2.0, 24, 2.5  # as conftest's adapters note
@@ -175,9 +175,7 @@ def sampled(pipe: Any, family: Family, base: Path, nfe: int, h: float = 0.0) -> 
     return sample_few_step(
         lambda x, sigma: trio.student(x, sigma, cond),
         noise,
-        FlowSchedule(SHIFT),
-        segments(nfe, 0.5),
-        total_substeps=SUBSTEPS,
+        FewStep(nfe, 0.5, SHIFT, SUBSTEPS),
         h=h,
         generator=generator,
     )

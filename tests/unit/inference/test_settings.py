@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,16 +25,17 @@ from piflow.config import (
     TrainingConfig,
     parse_recipe,
 )
+from piflow.imitation import PartOfLoss
 from piflow.inference.settings import SamplingSettings, encode_prompts, load_student, settings_of
 from piflow.roles.adapter import WEIGHTS_FILE, load_adapter
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_few_step
-from piflow.schedule import FlowSchedule, segments
+from piflow.schedule import FewStep
 from piflow.sharding.single import SingleStrategy
 from piflow.training.build import build_trio
 from piflow.training.checkpoint import RunState, save_checkpoint
 from piflow.training.export import export_adapter, student_of_checkpoint
-from piflow.training.step import Backward, Trainer
+from piflow.training.step import Trainer
 
 
 def recipe(flux_folder: Path, **sections: Any) -> Recipe:
@@ -67,10 +69,9 @@ def trained(ours: Recipe, inputs: Any, folder: Path) -> tuple[Path, Trio]:
     trio = build_trio(ours)
     x, sigma, cond = inputs
 
-    def objective(batch: Rows, step: int, generator: torch.Generator, backward: Backward) -> Tensor:
+    def losses(batch: Rows, step: int, generator: torch.Generator) -> Iterator[PartOfLoss]:
         loss = (trio.student(x, sigma, cond).velocity(x, 0.5 * sigma) - 1).square().mean()
-        backward(loss, True)
-        return loss.detach()
+        yield loss, True
 
     training = TrainingConfig(
         batch_size=3,
@@ -79,7 +80,7 @@ def trained(ours: Recipe, inputs: Any, folder: Path) -> tuple[Path, Trio]:
         ema=EMAConfig(start=1),
     )
     trainer = Trainer(
-        objective,
+        SimpleNamespace(losses=losses),
         trio.trainable_parameters(),
         trio.ema_parameters(),
         SingleStrategy(torch.device("cpu")),
@@ -99,9 +100,7 @@ def pictures(policy: Any, cond: Conditioning, noise: Tensor | None = None) -> Te
     return sample_few_step(
         lambda x, sigma: policy(x, sigma, cond),
         noise,
-        FlowSchedule(2.0),
-        segments(2, 0.5),
-        total_substeps=16,
+        FewStep(2, 0.5, 2.0, 16),
     )
 
 
@@ -134,10 +133,10 @@ def test_export_and_load_draw_identical_pictures(
     student, settings = load_student(out)
     cond = flux_inputs[2]
     assert torch.equal(pictures(student.student, cond), pictures(trio.ema, cond))
-    assert (settings.height, settings.width, settings.nfe, settings.shift) == (16, 8, 2, 2.0)
+    assert (settings.height, settings.width) == (16, 8)
+    assert settings.few_step == FewStep(2, 0.5, shift=2.0, total_substeps=16)
     assert settings.encoder == BertEncoderConfig(path="package://an.encoder", max_tokens=4)
     assert settings.model == ModelConfig(path=str(flux_folder))
-    assert (settings.total_substeps, settings.final_step_size_scale) == (16, 0.5)
     metadata = load_adapter(out).metadata
     assert metadata["piflow.run_id"] == "run" and metadata["base_model"] == str(flux_folder)
 
@@ -217,7 +216,7 @@ def test_the_guidance_input_is_kept(flux_config: dict[str, Any], tmp_path: Path)
     ours = recipe(folder, guidance={"embedded": 3.5})
     trio = build_trio(ours)
     trainer = Trainer(
-        lambda batch, step, generator, backward: torch.zeros(()),
+        SimpleNamespace(losses=None),  # nothing is trained
         trio.trainable_parameters(),
         trio.ema_parameters(),
         SingleStrategy(torch.device("cpu")),

@@ -8,7 +8,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from torch import Tensor, nn
 
 from piflow.backbones.base import OutputLayer, unpack
-from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PiIDConfig
+from piflow.config import DXPolicyConfig, GMFlowPolicyConfig
 from piflow.roles.heads import (
     DXHead,
     GMHead,
@@ -18,7 +18,7 @@ from piflow.roles.heads import (
     build_head,
     split_gm,
 )
-from piflow.schedule import FlowSchedule, segments
+from piflow.schedule import FewStep, FlowSchedule, segments
 
 WIDTH, CHANNELS, K, TOKENS = 16, 3, 5, 6
 HEIGHT, COLUMNS = 4, 6  # of the latents: 6 tokens
@@ -159,8 +159,7 @@ def test_dx_names_are_the_published_ones(teacher: OutputLayer) -> None:
 
 @pytest.mark.parametrize(("nfe", "scale"), [(1, 1.0), (1, 0.5), (2, 0.5), (4, 0.5), (8, 0.25)])
 def test_a_clock_is_the_first_segments_length(nfe: int, scale: float) -> None:
-    objective = PiIDConfig(nfe=nfe, final_step_size_scale=scale, shift=2.0)
-    clock = PolicyClock.of(objective)
+    clock = PolicyClock.of(FewStep(nfe, scale, shift=2.0, total_substeps=128))
     assert clock.segment_size == pytest.approx(segments(nfe, scale)[0].size)
     assert clock.shift == 2.0
 

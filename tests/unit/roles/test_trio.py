@@ -24,7 +24,7 @@ from piflow.roles.guided import GuidedTeacher
 from piflow.roles.heads import GMHead, PolicyClock
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_few_step
-from piflow.schedule import FlowSchedule, segments
+from piflow.schedule import FewStep, FlowSchedule, segments
 from piflow.training.build import build_trio
 
 LORA = LoRAConfig(rank=4, dropout=0.0)
@@ -118,7 +118,7 @@ def few_steps(trio: Trio, inputs: Any) -> tuple[Tensor, Tensor]:
     """Endpoints of the student at 4 NFE and of the teacher's Euler steps at the same times."""
     x, _, cond = inputs
     student = sample_few_step(
-        lambda at, sigma: trio.student(at, sigma, cond), x, SCHEDULE, SEGMENTS, total_substeps=32
+        lambda at, sigma: trio.student(at, sigma, cond), x, FewStep(4, 0.5, 3.2, total_substeps=32)
     )
     for segment in SEGMENTS:
         source, end = SCHEDULE.sigma(segment.tau_src), SCHEDULE.sigma(segment.tau_dst)
@@ -435,7 +435,7 @@ def test_a_recipe_without_a_student(flux_folder: Path) -> None:
             "objective": {"type": "flow_matching"},
         }
     )
-    with pytest.raises(ValueError, match="expected a recipe with objective.type pi_id"):
+    with pytest.raises(ValueError, match="expected objective.type pi_id, got flow_matching"):
         build_trio(recipe)
 
 

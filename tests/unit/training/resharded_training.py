@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from piflow.config import DeepSpeedConfig, EMAConfig, OptimizerConfig, TrainingConfig
+from piflow.imitation import PartOfLoss
 from piflow.sharding import Strategy, build_strategy
 from piflow.sharding.tensors import SplitTensor
 from piflow.training.checkpoint import RunState, load_checkpoint, save_checkpoint
-from piflow.training.step import Backward, NonFiniteError, Trainer
+from piflow.training.step import NonFiniteError, Trainer
 
 KINDS = ("adamw", "adamw8bit")
 STRATEGIES = {  # name -> strategy, ZeRO stage, what DeepSpeed offloads
@@ -66,12 +69,11 @@ def make(kind: str, strategy: Strategy) -> Trainer:
     for module in (network, average):
         strategy.prepare(module, ())
 
-    def objective(batch: Rows, step: int, generator: torch.Generator, backward: Backward) -> Tensor:
+    def losses(batch: Rows, step: int, generator: torch.Generator) -> Iterator[PartOfLoss]:
         loss = (network(torch.randn(4, 64, generator=generator)) - 1).square().mean()
         if step == BAD_STEP and batch.index == 0:
             loss = loss + math.nan
-        backward(loss, True)
-        return loss.detach()
+        yield loss, True
 
     training = TrainingConfig(
         batch_size=4 * MICRO_BATCHES,
@@ -80,7 +82,7 @@ def make(kind: str, strategy: Strategy) -> Trainer:
         ema=EMAConfig(start=1),
     )
     return Trainer(
-        objective,
+        SimpleNamespace(losses=losses),
         dict(network.named_parameters()),
         dict(average.named_parameters()),
         strategy,

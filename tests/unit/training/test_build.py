@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from piflow.backbones import Conditioning, FluxBackbone
 from piflow.config import Recipe, parse_recipe
+from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import EmbeddingStore
 from piflow.data.stream import TrainStream
 from piflow.sharding.single import SingleStrategy
-from piflow.training.build import Assembly, assemble
+from piflow.training.build import SAMPLE_SEEDS, Assembly, assemble
 from piflow.training.objective import PiIDObjective
 
 NAMES = ["red heart", "pizza", "ghost", "sunflower", "airplane", "tent"]
@@ -198,15 +199,17 @@ def test_draw_is_the_average_and_samples_are_the_same_all_along(
 ) -> None:
     assembly, _ = train(recipe(store, flux_folder), store, 1)
     first, again = assembly.draw_samples(), assembly.draw_samples()
-    assert first.tobytes() == again.tobytes() and first.width > 4 * 32
+    assert first.prompts == again.prompts and set(first.prompts) < set(NAMES)
+    assert first.pictures.shape == (SAMPLE_PROMPTS, SAMPLE_SEEDS, 3, 32, 32)
+    assert torch.equal(first.pictures, again.pictures)
     with torch.no_grad():
         for parameter in assembly.trainer.parameters.values():
             parameter += 1
-    assert assembly.draw_samples().tobytes() == first.tobytes()
+    assert torch.equal(assembly.draw_samples().pictures, first.pictures)
     with torch.no_grad():
         for tensor in assembly.trainer.ema_parameters.values():
             tensor += 0.1
-    assert assembly.draw_samples().tobytes() != first.tobytes()
+    assert not torch.equal(assembly.draw_samples().pictures, first.pictures)
 
 
 def test_a_store_of_fewer_prompts_than_a_sample_has_rows(
@@ -214,4 +217,4 @@ def test_a_store_of_fewer_prompts_than_a_sample_has_rows(
 ) -> None:
     small = make_flux_store(NAMES[:2], height=32, width=32)
     ours = recipe(small, flux_folder)
-    assert assemble(ours, small, SingleStrategy(CPU), CPU).draw_samples().height > 2 * 32
+    assert assemble(ours, small, SingleStrategy(CPU), CPU).draw_samples().pictures.shape[0] == 2

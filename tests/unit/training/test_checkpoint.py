@@ -6,10 +6,10 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from piflow.config import EMAConfig, OptimizerConfig, TrainingConfig
+from piflow.imitation import PartOfLoss
 from piflow.runs import folder as run_folder
 from piflow.sharding.single import SingleStrategy
 from piflow.training.checkpoint import (
@@ -31,7 +32,7 @@ from piflow.training.checkpoint import (
     snapshot,
     verify_checkpoint,
 )
-from piflow.training.step import Backward, Trainer
+from piflow.training.step import Trainer
 
 STATE = RunState(3, 12, "0123456789abcdef", "run-id", {"name": "test", "seed": 0})
 
@@ -56,16 +57,15 @@ def make(kind: str = "adamw", width: int = 6, extra: bool = False, features: int
             layers["more"] = nn.Linear(1, 1)
         network = nn.ModuleDict(layers)
 
-    def objective(batch: Rows, step: int, generator: torch.Generator, backward: Backward) -> Tensor:
+    def losses(batch: Rows, step: int, generator: torch.Generator) -> Iterator[PartOfLoss]:
         hidden = network["blocks"](torch.randn(3, features, generator=generator)).tanh()
         output = network["out"](hidden)
         loss = ((network["more"](output) if extra else output) - 1).square().mean()
-        backward(loss, True)
-        return loss.detach()
+        yield loss, True
 
     parameters = dict(network.named_parameters())
     return Trainer(
-        objective,
+        SimpleNamespace(losses=losses),
         parameters,
         {name: parameter.detach().clone() for name, parameter in parameters.items()},
         SingleStrategy(torch.device("cpu")),

@@ -1,10 +1,9 @@
-"""Objectives on one micro-batch: what reaches the model, what reaches `backward`."""
+"""Objectives on one micro-batch: what reaches the model, and the parts of the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +94,15 @@ def run_pi_id(
     step: int = 0,
     clean: CleanLatents | None = None,
 ) -> tuple[Tensor, list[tuple[float, bool]], dict[str, Tensor]]:
-    """Total, the parts that went to `backward`, and the gradients."""
+    """Total, the parts of the loss, and the gradients."""
     trio = build_trio(ours)
     parts: list[tuple[float, bool]] = []
-
-    def backward(loss: Tensor, last: bool) -> None:
-        parts.append((loss.item(), last))
-        loss.backward()
-
     objective = PiIDObjective(trio, PixelCodec(), empty, ours, CPU, clean)
-    total = objective(batch, step, micro_batch_generator(0, step, 0), backward)
+    total = torch.zeros((), dtype=torch.float64)
+    for loss, last in objective.losses(batch, step, micro_batch_generator(0, step, 0)):
+        parts.append((loss.item(), last))
+        total += loss.detach()
+        loss.backward()
     gradients = {
         name: parameter.grad.clone()
         for name, parameter in trio.trainable_parameters().items()
@@ -113,13 +111,11 @@ def run_pi_id(
     return total, parts, gradients
 
 
-def test_pi_id_hands_over_each_segment_and_returns_their_sum(
+def test_pi_id_yields_a_loss_a_segment(
     flux_folder: Path, batch: Prompts, empty: Conditioning
 ) -> None:
     total, parts, gradients = run_pi_id(recipe(flux_folder), batch, empty)
     assert [last for _, last in parts] == [False, False, True]
-    assert not total.requires_grad
-    assert total.item() == pytest.approx(sum(loss for loss, _ in parts), rel=1e-6)
     assert total > 0 and any(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
@@ -179,7 +175,8 @@ def test_settings_of_a_step_are_the_recipes(flux_folder: Path, empty: Conditioni
                    "total_substeps": 64, "loss_scale": 7.0},
     )  # fmt: skip
     objective = PiIDObjective(build_trio(ours), PixelCodec(), empty, ours, CPU)
-    assert objective.settings(4) == ImitationSettings(3, 5, 0.6, 0.2, 64, 7.0)
+    assert objective.settings(4) == ImitationSettings(3, 5, 0.6, 0.2, 7.0)
+    assert objective.few_step.total_substeps == 64
     assert objective.settings(400).teacher_ratio == 0.0
 
 
@@ -219,14 +216,12 @@ def test_data_dependent_pi_id_starts_from_noised_pictures(
         x0 = PixelCodec().encode(draw(batch.prompts, replay))
         noise = torch.randn(x0.shape, generator=replay)
         flow: Any = KnownFlow(x0)
-        calls: list[bool] = []
         objective = PiIDObjective(flow, PixelCodec(), empty, ours, CPU, DRAWN)
-        note = partial(lambda calls, loss, last: calls.append(last), calls)
-        loss = objective(batch, step, micro_batch_generator(0, step, 0), note)
+        ((loss, last),) = objective.losses(batch, step, micro_batch_generator(0, step, 0))
         ((x, sigma),) = flow.starts
         torch.testing.assert_close(x, torch.lerp(x0, noise, sigma.view(-1, 1, 1, 1)))
         assert (sigma[:, None] - starts).abs().amin(1).max() < 1e-6
-        assert calls == [True] and loss.item() < 1e-4
+        assert last and loss.item() < 1e-4
         found.append(sigma)
     assert len(torch.cat(found).unique()) == 3  # every segment is drawn at times
 
@@ -242,13 +237,13 @@ def test_stored_latents_are_trained_on_as_they_are(
     flow: Any = KnownFlow(latents)
     objective = PiIDObjective(flow, PixelCodec(), empty, ours, CPU, stored_latents)
     generator = micro_batch_generator(0, 0, 0)
-    loss = objective(replace(batch, latents=latents), 0, generator, lambda loss, last: None)
+    ((loss, _),) = objective.losses(replace(batch, latents=latents), 0, generator)
     noise = torch.randn(latents.shape, generator=micro_batch_generator(0, 0, 0))
     ((x, sigma),) = flow.starts
     torch.testing.assert_close(x, torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1)))
     assert loss.item() < 1e-4
     with pytest.raises(ValueError, match="brought no latents"):
-        objective(batch, 0, generator, lambda loss, last: None)
+        list(objective.losses(batch, 0, generator))
 
 
 def test_data_dependent_pi_id_trains_the_student(
@@ -278,7 +273,7 @@ def test_pi_id_refuses_what_does_not_fit(
     squares = drawn_latents(PixelCodec(), lambda prompts, _: torch.zeros(3, 3, 16, 16), CPU)
     wrong = PiIDObjective(flow, PixelCodec(), empty, dependent, CPU, squares)
     with pytest.raises(ValueError, match=r"returned \(3, 3, 16, 16\) for 3 prompts of 16x8 pixels"):
-        wrong(batch, 0, micro_batch_generator(0, 0, 0), lambda loss, last: None)
+        list(wrong.losses(batch, 0, micro_batch_generator(0, 0, 0)))
 
 
 # ----------------------------------------------------------------------------------- flow matching
@@ -315,18 +310,14 @@ def test_flow_matching_target_is_noise_minus_data(batch: Prompts, empty: Conditi
     pictures = torch.rand(3, 3, 16, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     x0 = PixelCodec().encode(pictures)
     config = FlowMatchingConfig(prompt_dropout=0.0)
-    losses: list[tuple[float, bool]] = []
-
-    def note(loss: Tensor, last: bool) -> None:
-        losses.append((loss.item(), last))
-
     perfect = flow_matching(Oracle(x0), empty, config, pictures)
-    assert perfect(batch, 0, micro_batch_generator(0, 0, 0), note) < 1e-8
+    ((loss, _),) = perfect.losses(batch, 0, micro_batch_generator(0, 0, 0))
+    assert loss < 1e-8
     silent = flow_matching(lambda x, sigma, cond: torch.zeros_like(x), empty, config, pictures)
-    loss = silent(batch, 0, micro_batch_generator(0, 0, 0), note)
+    ((loss, last),) = silent.losses(batch, 0, micro_batch_generator(0, 0, 0))
     noise = torch.randn(x0.shape, generator=micro_batch_generator(0, 0, 0))
     assert loss.item() == pytest.approx((noise - x0).square().mean().item(), rel=1e-6)
-    assert losses[1] == (loss.item(), True)
+    assert last
 
 
 def test_noise_levels_are_logit_normal(batch: Prompts, empty: Conditioning) -> None:
@@ -335,7 +326,7 @@ def test_noise_levels_are_logit_normal(batch: Prompts, empty: Conditioning) -> N
     objective = flow_matching(oracle, empty, config, torch.zeros(3, 3, 16, 8))
     logits = []
     for step in range(200):
-        objective(batch, step, micro_batch_generator(0, step, 0), lambda loss, last: None)
+        list(objective.losses(batch, step, micro_batch_generator(0, step, 0)))
         logits.append(torch.logit(oracle.sigma))
     drawn = torch.cat(logits)
     assert drawn.mean() == pytest.approx(0.7, abs=0.08)
@@ -349,7 +340,7 @@ def test_dropped_prompts_become_the_empty_one(
     oracle = Oracle(torch.zeros(3, 12, 8, 4))
     config = FlowMatchingConfig(prompt_dropout=share)
     objective = flow_matching(oracle, empty, config, torch.zeros(3, 3, 16, 8))
-    objective(batch, 0, micro_batch_generator(0, 0, 0), lambda loss, last: None)
+    list(objective.losses(batch, 0, micro_batch_generator(0, 0, 0)))
     cond, expected = oracle.cond, empty.expand(3)
     assert cond is not None and cond.pooled is not None and expected.pooled is not None
     assert torch.equal(cond.tokens, expected.tokens if dropped else batch.tokens)
@@ -363,7 +354,7 @@ def test_prompt_dropout_has_its_share(batch: Prompts, empty: Conditioning) -> No
     objective = flow_matching(oracle, empty, config, torch.zeros(3, 3, 16, 8))
     count = 0
     for step in range(300):
-        objective(batch, step, micro_batch_generator(0, step, 0), lambda loss, last: None)
+        list(objective.losses(batch, step, micro_batch_generator(0, step, 0)))
         assert oracle.cond is not None
         count += int((oracle.cond.num_tokens == 1).sum())
     assert count / 900 == pytest.approx(0.3, abs=0.05)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +14,9 @@ from torch import Tensor, nn
 
 from piflow.config import EMAConfig, OptimizerConfig, TrainingConfig
 from piflow.ema import karras_beta
+from piflow.imitation import PartOfLoss
 from piflow.sharding.single import SingleStrategy
 from piflow.training.step import (
-    Backward,
     NonFiniteError,
     SkippedSteps,
     Trainer,
@@ -48,16 +51,10 @@ class Linear:
     def loss(self, rows: Tensor) -> Tensor:
         return (rows.to(self.weight) @ self.weight - 1).square().mean()
 
-    def __call__(
-        self, batch: Rows, step: int, generator: torch.Generator, backward: Backward
-    ) -> Tensor:
+    def losses(self, batch: Rows, step: int, generator: torch.Generator) -> Iterator[PartOfLoss]:
         rows = torch.randn(batch.size, len(self.weight), generator=generator)
-        total = torch.zeros(())
         for share, last in ((0.25, False), (0.75, True)):
-            part = share * self.loss(rows) * self.bad.get(batch.index, 1.0)
-            backward(part, last)
-            total += part.detach()
-        return total
+            yield share * self.loss(rows) * self.bad.get(batch.index, 1.0), last
 
 
 def make(
@@ -114,20 +111,37 @@ def test_draws_from_the_global_generator_repeat_too() -> None:
     """LoRA dropout has no generator argument: each micro-batch seeds the global one."""
     drawn: list[Tensor] = []
 
-    def objective(batch: Rows, step: int, generator: torch.Generator, backward: Backward) -> Tensor:
+    def losses(batch: Rows, step: int, generator: torch.Generator) -> Iterator[PartOfLoss]:
         drawn.append(torch.rand(3))
         loss = weight.sum()
-        backward(loss, True)
-        return loss.detach()
+        yield loss, True
 
     trainer, weight = make()
-    trainer.objective = objective
+    trainer.objective = SimpleNamespace(losses=losses)
     trainer.step(5, batches())
     torch.rand(100)
     trainer.step(5, list(reversed(batches())))
     for early, late in zip(drawn[:4], reversed(drawn[4:]), strict=True):
         assert torch.equal(early, late)
     assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_a_parts_graph_is_gone_before_the_next_part() -> None:
+    """So peak memory is one part's: neither the trainer nor the strategy holds on to a loss."""
+    trainer, weight = make()
+    alive: list[weakref.ref[Tensor]] = []
+
+    def losses(batch: Rows, step: int, generator: torch.Generator) -> Iterator[PartOfLoss]:
+        for last in (False, False, True):
+            assert all(loss() is None for loss in alive)
+            loss = weight.square().sum()
+            alive.append(weakref.ref(loss))
+            yield loss, last
+            del loss
+
+    trainer.objective = SimpleNamespace(losses=losses)
+    trainer.step(0, batches())
+    assert len(alive) == 3 * 4
 
 
 # ---------------------------------------------------------------------------------- learning rate
@@ -273,13 +287,12 @@ def test_training_goes_on_after_a_refused_step() -> None:
 
 
 def test_an_overflowing_gradient_of_a_finite_loss_names_the_batch() -> None:
-    def objective(batch: Rows, step: int, generator: torch.Generator, backward: Backward) -> Tensor:
+    def losses(batch: Rows, step: int, generator: torch.Generator) -> Iterator[PartOfLoss]:
         loss = (weight * 0).sqrt().sum()  # its derivative at 0 is infinite
-        backward(loss, True)
-        return loss.detach()
+        yield loss, True
 
     trainer, weight = make()
-    trainer.objective = objective
+    trainer.objective = SimpleNamespace(losses=losses)
     before = weight.detach().clone()
     with pytest.raises(NonFiniteError, match="loss 0.0.*gradient.*id-0-0, .*id-3-1"):
         trainer.step(0, batches())
@@ -346,10 +359,9 @@ def test_parameter_groups_follow_the_schedule_at_their_own_scale() -> None:
     """AdamW with betas 0 moves every element by its rate; decay alone is what group b has."""
     a, b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
 
-    def objective(batch: Rows, step: int, generator: torch.Generator, backward: Backward) -> Tensor:
+    def losses(batch: Rows, step: int, generator: torch.Generator) -> Iterator[PartOfLoss]:
         loss = a.sum() + b.sum()
-        backward(loss, True)
-        return loss.detach()
+        yield loss, True
 
     config = OptimizerConfig.model_validate(
         {"lr": 0.1, "betas": (0.0, 0.0), "warmup_steps": 2, "clip_norm": 1e9, "weight_decay": 0.5,
@@ -357,7 +369,7 @@ def test_parameter_groups_follow_the_schedule_at_their_own_scale() -> None:
     )  # fmt: skip
     parameters = {"layer.a": a, "layer.b": b}
     trainer = Trainer(
-        objective,
+        SimpleNamespace(losses=losses),
         parameters,
         {name: parameter.detach().clone() for name, parameter in parameters.items()},
         SingleStrategy(torch.device("cpu")),
