@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from piflow.policies.euler import DENOMINATOR_MIN
-
 
 def posterior_mean(
     m: Tensor,
@@ -28,7 +26,8 @@ def posterior_mean(
         logweights: (B, K, P), up to a constant over K.
         v: variance of x0, (B,).
         x_src, x: (B, C, P).
-        sigma_src, sigma: (B,), above 0.
+        sigma_src, sigma: (B,), above 0; sigma <= sigma_src, or a variance that keeps d above 0:
+            else there is no such posterior.
 
     Returns:
         (B, C, P).
@@ -37,7 +36,7 @@ def posterior_mean(
     rho, rho_src = (1 - sigma) / sigma, (1 - sigma_src) / sigma_src
     zeta = rho**2 - rho_src**2
     nu = rho * x / sigma - rho_src * x_src / sigma_src
-    d = (v * zeta + 1).clamp(min=DENOMINATOR_MIN)
+    d = v * zeta + 1
     m_nu = torch.einsum("bkcp,bcp->bkp", m, nu)
     weights = torch.softmax(logweights + (m_nu - zeta / 2 * m.square().sum(2)) / d, dim=1)
     return (v * nu + torch.einsum("bkp,bkcp->bcp", weights, m)) / d

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from piflow.policies import GMFlowPolicy, Policy, mean_velocity, rollout
+from piflow.policies.base import expand_as_latents
+from piflow.policies.reference import posterior_mean
 from piflow.schedule import FlowSchedule, segments
 
 F64 = torch.float64
@@ -29,6 +31,34 @@ class Plain:
 
     def detach(self) -> Plain:
         return Plain(self.inner.detach())
+
+
+@dataclass
+class Reference:
+    """A policy by the plain posterior mean of network outputs; for rollouts as for `velocity`."""
+
+    means: Tensor
+    logstds: Tensor
+    logweights: Tensor
+    x_src: Tensor
+    sigma_src: Tensor
+
+    def velocity(self, x: Tensor, sigma: Tensor) -> Tensor:
+        level = self.sigma_src[:, None, None, None]
+        x_src = self.x_src.flatten(2)
+        mean = posterior_mean(
+            x_src[:, None] - level * self.means.flatten(3),
+            self.logweights.squeeze(2).flatten(2),
+            (2 * self.logstds).exp().flatten() * self.sigma_src**2,
+            x_src,
+            self.sigma_src,
+            x.flatten(2),
+            sigma,
+        )
+        return (x - mean.reshape(x.shape)) / expand_as_latents(sigma, x)
+
+    def detach(self) -> Reference:
+        return self
 
 
 def times(*values: float) -> Tensor:
@@ -127,13 +157,14 @@ def test_segment_by_segment_is_one_rollout(
     fraction=st.floats(0, 1),
     seed=st.integers(0, 1000),
 )
-def test_every_form_of_a_rollout_is_the_plain_euler_loop(
+def test_every_form_of_a_rollout_is_the_references_euler_loop(
     components, channels, space, shift, starts, fraction, seed
 ) -> None:
-    """Per sample, written with `velocity` alone; covers the Gram form (K < 2 C, long rollouts,
-    no gradient) and the attention form."""
+    """Per sample, by the plain posterior mean alone; covers the Gram form (K < 2 C, long rollouts,
+    no gradient), the attention form without gradient and with one, and the general policy's."""
     schedule, tau = FlowSchedule(shift), times(*starts)
-    policy, x, _ = make_policy(tau, components, channels, space, shift, seed)
+    policy, x, leaves = make_policy(tau, components, channels, space, shift, seed)
+    plain = Reference(*leaves, x, schedule.sigma(tau))
     stop = tau * fraction
     expected = []
     for row in range(len(tau)):
@@ -142,11 +173,12 @@ def test_every_form_of_a_rollout_is_the_plain_euler_loop(
         path = torch.linspace(0, 1, counts + 1, dtype=F64) * (stop[row] - tau[row]) + tau[row]
         sigmas = schedule.sigma(path)
         for now, later in zip(sigmas[:-1], sigmas[1:], strict=True):
-            y = y + (later - now) * policy.velocity(y, now.expand(len(tau)))
+            y = y + (later - now) * plain.velocity(y, now.expand(len(tau)))
         expected.append(y[row])
     reference = torch.stack(expected)
-    for form in (policy, Plain(policy)):
-        found = rollout(form, x, tau, stop, schedule, 40)
+    trained, _, _ = make_policy(tau, components, channels, space, shift, seed, requires_grad=True)
+    for form in (policy, trained, Plain(policy), plain):
+        found = rollout(form, x, tau, stop, schedule, 40).detach()
         torch.testing.assert_close(found, reference, rtol=1e-7, atol=1e-7)
 
 
