@@ -107,6 +107,7 @@ def _check_orthogonal(share: float) -> None:
 
 def _projection(vector: Tensor, axis: Tensor) -> Tensor:
     """The component of `vector` along `axis`, per sample over all other dimensions."""
+    # an axis of zeros has no direction: 0 / tiny is 0 where 0 / 0 would be NaN
     flat_axis = axis.flatten(1)
     length = flat_axis.square().sum(1).clamp(min=torch.finfo(axis.dtype).tiny)
     share = (vector.flatten(1) * flat_axis).sum(1) / length

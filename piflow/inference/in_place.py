@@ -182,11 +182,9 @@ class PlainLatents:
     head: PolicyHead
 
     def latents(self, sample: Tensor) -> Tensor:
-        """The same."""
         return sample
 
     def sample(self, latents: Tensor) -> Tensor:
-        """The same."""
         return latents
 
     def policy(self, tokens: Tensor, latents: Tensor, sigma: Tensor) -> GMFlowPolicy | DXPolicy:

@@ -96,10 +96,12 @@ class DXPolicy:
         intervals = self._values.shape[1] - 1
         if intervals == 0:
             return self._values[:, 0]
-        tau_dst = (tau_src - self.segment_size).clamp(min=0)
+        tau_dst = (tau_src - self.segment_size).clamp(min=0)  # the last segment may be shorter
         length = (tau_src - tau_dst).clamp(min=SIGMA_MIN)
         position = ((tau - tau_dst) / length).clamp(0, 1) * intervals
-        lower = position.detach().floor().clamp(max=intervals - 1)
+        lower = (
+            position.detach().floor().clamp(max=intervals - 1)
+        )  # at the source the last interval
         index = lower.to(torch.int64)
         rows = torch.arange(len(index), device=index.device)
         left, right = self._values[rows, index], self._values[rows, index + 1]

@@ -24,7 +24,11 @@ from piflow.policies.tensor_products import (
 )
 
 DENOMINATOR_MIN = 1e-6
-"""The posterior's d = v zeta + 1 is kept at or above this."""
+"""The posterior's d = v zeta + 1 is kept at or above this.
+
+Up to the source's noise level zeta >= 0 and d >= 1. Above it a large variance takes d to 0, where
+no posterior is left and the floor only keeps numbers finite.
+"""
 
 
 class StepTable(NamedTuple):
@@ -65,6 +69,8 @@ def step_table(sigma_src: Tensor, variance: Tensor, sigmas: Tensor, deltas: Tens
     sigma = sigmas.double().clamp(min=SIGMA_MIN)
     source, v = sigma_src.double().clamp(min=SIGMA_MIN), variance.double()
     rho, rho_src = (1 - sigma) / sigma, (1 - source) / source
+    # rho - rho_src and rho^2 - rho_src^2, without subtracting large numbers from one another; both
+    # exactly 0 at the source
     gap = (source - sigma) / (source * sigma)
     zeta = gap * (rho + rho_src)
     unclamped = v * zeta + 1

@@ -45,7 +45,7 @@ class GMFlowPolicy:
         _check_shapes(means, logstds, logweights, x_src)
         dtype = working_dtype(means, logstds, logweights, x_src)
         latents = x_src.to(dtype)
-        sigma = per_sample(sigma_src, latents, "sigma_src").detach()
+        sigma = per_sample(sigma_src, latents, "sigma_src").detach()  # times carry no gradient
         variance = (2 * logstds.to(dtype)).exp().reshape(-1) * sigma.square()
         weights = logweights.to(dtype).squeeze(2).flatten(2)
         self.latent_shape = x_src.shape
@@ -68,6 +68,7 @@ class GMFlowPolicy:
 
     def posterior_mean(self, x: Tensor, sigma: Tensor) -> Tensor:
         """E[x0 | x] under the mixture; x as x_src, sigma (B,)."""
+        # x - sigma u = x0_hat: one Euler step over the whole of sigma
         noise_level = per_sample(sigma, self.flatten(x), "sigma").clamp(min=SIGMA_MIN)
         return self.integrate(x, noise_level[None], -noise_level[None])
 
@@ -75,6 +76,7 @@ class GMFlowPolicy:
         """(x - E[x0 | x]) / sigma at x (as x_src) and sigma (B,)."""
         flat = self.flatten(x)
         noise_level = per_sample(sigma, flat, "sigma")[None]
+        # an Euler step of delta = 1 moves by u; x - x0_hat over a small sigma would lose its digits
         displacement = self.mixture.displacement(flat, noise_level, torch.ones_like(noise_level))
         return displacement.reshape(self.latent_shape)
 
@@ -138,6 +140,7 @@ class GMFlowPolicy:
         if temperature == 1:
             return self
         logweights = self.mixture.logweights
+        # relative to the heaviest, else a small T would divide all of them into -infinity
         gap = logweights - logweights.amax(1, keepdim=True)
         sharpened = gap / temperature if temperature > 0 else torch.where(gap < 0, -torch.inf, 0.0)
         mixture = self.mixture.reweighted(

@@ -449,19 +449,15 @@ class FusedMixture:
     sigma_src: Tensor
 
     def displacement(self, x: Tensor, sigmas: Tensor, deltas: Tensor) -> Tensor:
-        """As `Mixture` says."""
         return self._run(x, sigmas, deltas, endpoint=False)
 
     def integrate(self, x: Tensor, sigmas: Tensor, deltas: Tensor) -> Tensor:
-        """As `Mixture` says."""
         return self._run(x, sigmas, deltas, endpoint=True)
 
     def reweighted(self, logweights: Tensor, variance: Tensor) -> FusedMixture:
-        """As `Mixture` says."""
         return replace(self, logweights=logweights, variance=variance)
 
     def detach(self) -> FusedMixture:
-        """As `Mixture` says."""
         return FusedMixture(
             self.velocities.detach(),
             self.logweights.detach(),

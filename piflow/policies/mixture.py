@@ -105,7 +105,7 @@ class CenteredMixture:
         return cls(x_src - drift, drift, offsets, squares, logweights, variance, x_src, sigma_src)
 
     def displacement(self, x: Tensor, sigmas: Tensor, deltas: Tensor) -> Tensor:
-        """As `Mixture` says.
+        """Differentiable in the mixture and in x.
 
         Long rollouts without gradient and with K < 2 C run on the Gram matrix, which is kept for
         the mixture's next rollout.
@@ -126,15 +126,12 @@ class CenteredMixture:
         )  # fmt: skip
 
     def integrate(self, x: Tensor, sigmas: Tensor, deltas: Tensor) -> Tensor:
-        """As `Mixture` says."""
         return x + self.displacement(x, sigmas, deltas)
 
     def reweighted(self, logweights: Tensor, variance: Tensor) -> CenteredMixture:
-        """As `Mixture` says."""
         return replace(self, logweights=logweights, variance=variance)
 
     def detach(self) -> CenteredMixture:
-        """As `Mixture` says."""
         return CenteredMixture(
             self.center.detach(),
             self.drift.detach(),

@@ -29,7 +29,7 @@ class SubstepTable:
     delta: Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SubstepTable:
-        """A copy on another device."""
+        """A copy on another device, in one transfer."""
         both = torch.stack([self.sigma, self.delta])
         return SubstepTable(*both.to(device, dtype, non_blocking=device.type == "cuda"))
 
@@ -45,6 +45,7 @@ def substep_table(
     start, stop = _host_times(tau_from, tau_to)
     counts = num_substeps(start - stop, total_substeps)
     step = torch.arange(int(counts.max()) + 1, dtype=start.dtype)[:, None]
+    # Fractions of the way, and not steps added up: the last one ends at tau_to to the last bit.
     fraction = (step / counts).clamp(max=1)
     sigma = schedule.sigma(
         torch.lerp(start.expand_as(fraction), stop.expand_as(fraction), fraction)
@@ -112,6 +113,7 @@ def mean_velocity(
     if bool(short.all()):
         return policy.velocity(latents, sigma_from.to(latents.device, latents.dtype))
     end = rollout(policy, latents, start, stop, schedule, total_substeps)
+    # 1 where the secant isn't taken: 0 / 0 there would be NaN, and stay NaN in `where`'s gradient
     span = torch.where(short, 1.0, sigma_from - sigma_to).to(latents.device, latents.dtype)
     average = (latents - end) / expand_as_latents(span, latents)
     if not bool(short.any()):

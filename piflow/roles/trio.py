@@ -106,17 +106,14 @@ class SharedBackbone:
         self._activate(STUDENT)
 
     def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """See `Roles`."""
         with self._role(None), _active(self._fp8):
             return self.backbone.teacher_velocity(x, sigma, cond)
 
     def use_fp8_teacher(self) -> Fp8Linears:
-        """See `Roles`."""
         self._fp8 = Fp8Linears(self.backbone.module, self.backbone.block_classes)
         return self._fp8
 
     def tokens(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """See `Roles`."""
         with self._role(role):
             return self.backbone.output_tokens(x, sigma, cond)
 
@@ -162,17 +159,14 @@ class SeparateBackbones:
         self._fp8: Fp8Linears | None = None
 
     def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """See `Roles`."""
         with _active(self._fp8):
             return self._teacher.teacher_velocity(x, sigma, cond)
 
     def use_fp8_teacher(self) -> Fp8Linears:
-        """See `Roles`."""
         self._fp8 = Fp8Linears(self._teacher.module, self._teacher.block_classes)
         return self._fp8
 
     def tokens(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """See `Roles`."""
         return self._copies[role].output_tokens(x, sigma, cond)
 
     def body_parameters(self, role: str) -> dict[str, nn.Parameter]:

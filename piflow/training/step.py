@@ -175,19 +175,11 @@ class Trainer:
             NonFiniteError: the loss or the gradient norm is not finite; names the prompts.
             ValueError: these aren't as many as this worker's share.
         """
-        rank, world_size = self.strategy.rank, self.strategy.world_size
-        group = rank // self.context_parallel
-        share = len(range(group, self.num_micro_batches, self.groups))
-        if not share or len(micro_batches) != share:
-            raise ValueError(
-                f"step {step}: worker {rank} of {world_size} has {share} of the "
-                f"{self.num_micro_batches} micro-batches, got {len(micro_batches)}; use at most "
-                f"{self.num_micro_batches * self.context_parallel} workers"
-            )
-        config = self.training.optimizer
+        self._require_share(step, micro_batches)
         for parameter in self.parameters.values():
             parameter.grad = None
         loss, suspects = self._accumulate(step, micro_batches)
+        config = self.training.optimizer
         max_norm = config.clip_norm if step >= config.warmup_steps else math.inf
         lr = learning_rate(step, self.training.steps, config)
         set_learning_rate(self.optimizers, lr)
@@ -205,6 +197,18 @@ class Trainer:
         if parameter not in self._owners:
             raise ValueError("this parameter is not one of the trainer's")
         return self._owners[parameter]
+
+    def _require_share(self, step: int, micro_batches: Sequence[MicroBatch]) -> None:
+        """Refuses another number of micro-batches than this worker's."""
+        rank, world_size = self.strategy.rank, self.strategy.world_size
+        group = rank // self.context_parallel
+        share = len(range(group, self.num_micro_batches, self.groups))
+        if not share or len(micro_batches) != share:
+            raise ValueError(
+                f"step {step}: worker {rank} of {world_size} has {share} of the "
+                f"{self.num_micro_batches} micro-batches, got {len(micro_batches)}; use at most "
+                f"{self.num_micro_batches * self.context_parallel} workers"
+            )
 
     def _accumulate(
         self, step: int, micro_batches: Sequence[MicroBatch]
