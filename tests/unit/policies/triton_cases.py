@@ -47,6 +47,11 @@ class Case:
         """What gradients flow to."""
         return [self.velocities, self.logweights, self.variance, self.x, self.x_src]
 
+    @property
+    def numbers(self) -> list[Tensor]:
+        """The leaves, and the times."""
+        return [*self.leaves, self.sigma_src, self.sigmas, self.deltas]
+
 
 def make_case(
     sizes: tuple[int, int, int, int],
@@ -133,16 +138,32 @@ def run(
     leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in case.leaves]
     times = [number.to(dtype) for number in (case.sigma_src, case.sigmas, case.deltas)]
     moved = (displacement_fused if dtype == torch.float32 else exact)(*leaves, *times)
-    weights = torch.randn(moved.shape, generator=torch.Generator().manual_seed(1)).to(moved)
-    gradients = torch.autograd.grad((moved * weights).sum(), leaves)
+    gradients = torch.autograd.grad((moved * projection(moved)).sum(), leaves)
     return moved.detach(), list(gradients)
 
 
-def assert_close(found: Tensor, exact: Tensor, relative: float = RELATIVE) -> None:
-    """Within `relative` of the largest element."""
+def projection(moved: Tensor) -> Tensor:
+    """Random weights, the same for equal shapes."""
+    return torch.randn(moved.shape, generator=torch.Generator().manual_seed(1)).to(moved)
+
+
+def assert_close(
+    found: Tensor, exact: Tensor, relative: float = RELATIVE, scale: Tensor | None = None
+) -> None:
+    """Within `relative` of the largest element, or of the largest of `scale`."""
     assert found.shape == exact.shape and found.dtype == torch.float32
     error = (found.double() - exact).abs().max().item()
-    assert error <= relative * exact.abs().max().item()
+    assert error <= relative * (exact if scale is None else scale).abs().max().item()
+
+
+def size_of_variance_terms(case: Case, exact: Callable[..., Tensor]) -> Tensor:
+    """The variance's gradient sums pixels of either sign, and rounds as they do: sum of sizes."""
+    variance = case.variance.double().requires_grad_()
+    others = [number.double() for number in case.numbers]
+    moved = exact(*others[:2], variance, *others[3:])
+    pixels = (moved * projection(moved)).sum((0, 1))
+    terms = [torch.autograd.grad(pixel, variance, retain_graph=True)[0] for pixel in pixels]
+    return torch.stack(terms).abs().sum(0)
 
 
 def check(
@@ -154,7 +175,9 @@ def check(
     true, exact_gradients = run(case, F64, exact)
     assert_close(moved, true, relative)
     for found, expected in zip(gradients, exact_gradients, strict=True):
-        assert_close(found, expected, relative)
+        of_variance = expected.shape == case.variance.shape
+        scale = size_of_variance_terms(case, exact) if of_variance else None
+        assert_close(found, expected, relative, scale)
 
 
 @pytest.mark.parametrize(
