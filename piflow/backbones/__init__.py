@@ -1,7 +1,7 @@
-"""Backbones by family, and codecs by name.
+"""Backbones by family, the codecs of their latents and the encoders of their prompts.
 
-A family's module is imported when the family is first used: each pulls in a good part of
-diffusers.
+A family is a folder here: its record is the folder's `FAMILY`, which is light, as this file is; all
+else is imported when it is first used, and brings torch and a good part of diffusers.
 """
 
 from __future__ import annotations
@@ -9,22 +9,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from piflow.backbones.base import Backbone, Conditioning, OutputLayer
-from piflow.backbones.codec import Codec, PixelCodec, VAECodec, build_codec
-from piflow.config import ModelConfig
-from piflow.sharding.weights import StoredTensor
-
 if TYPE_CHECKING:
+    from piflow.backbones.base import Backbone, Conditioning, OutputLayer
+    from piflow.backbones.codec import Codec, PixelCodec, VAECodec, build_codec
     from piflow.backbones.dit.backbone import DiTBackbone
     from piflow.backbones.flux.backbone import FluxBackbone
     from piflow.backbones.flux2.backbone import Flux2Backbone
+    from piflow.backbones.load import DTYPES, family_class, load_backbone, load_empty_backbone
     from piflow.backbones.qwen_image.backbone import QwenImageBackbone
     from piflow.backbones.sd3.backbone import SD3Backbone
 
 __all__ = [
+    "DTYPES",
     "Backbone",
     "Codec",
     "Conditioning",
@@ -42,58 +38,20 @@ __all__ = [
     "load_empty_backbone",
 ]
 
-FAMILIES = {  # name -> class, in the module of the name
-    "flux": "FluxBackbone",
-    "flux2": "Flux2Backbone",
-    "qwen_image": "QwenImageBackbone",
-    "sd3": "SD3Backbone",
-    "dit": "DiTBackbone",
+_HOMES = {  # module here -> the names of this package that it holds
+    "base": ("Backbone", "Conditioning", "OutputLayer"),
+    "codec": ("Codec", "PixelCodec", "VAECodec", "build_codec"),
+    "dit.backbone": ("DiTBackbone",),
+    "flux.backbone": ("FluxBackbone",),
+    "flux2.backbone": ("Flux2Backbone",),
+    "load": ("DTYPES", "family_class", "load_backbone", "load_empty_backbone"),
+    "qwen_image.backbone": ("QwenImageBackbone",),
+    "sd3.backbone": ("SD3Backbone",),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def family_class(family: str) -> type[Backbone]:
-    """The backbone class of `model.family`."""
-    module = importlib.import_module(f"piflow.backbones.{family}.backbone")
-    backbone_class: type[Backbone] = getattr(module, FAMILIES[family])
-    return backbone_class
 
 
 def __getattr__(name: str) -> Any:
-    """The families' classes, as names of this package."""
-    for family, class_name in FAMILIES.items():
-        if name == class_name:
-            return family_class(family)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def load_backbone(
-    model: ModelConfig,
-    *,
-    device: torch.device | str = "cpu",
-    embedded_guidance: float | None = None,
-) -> Backbone:
-    """The recipe's transformer as it is on disk: the teacher, with no adapters.
-
-    Raises:
-        ValueError: a folder that isn't this family's model, or guidance that doesn't fit it.
-    """
-    return family_class(model.family).load(
-        model.path,
-        dtype=DTYPES[model.dtype],
-        device=device,
-        embedded_guidance=embedded_guidance,
-    )
-
-
-def load_empty_backbone(
-    model: ModelConfig, *, embedded_guidance: float | None = None
-) -> tuple[Backbone, dict[nn.Parameter, StoredTensor]]:
-    """`load_backbone`, less the weights: parameters on "meta", and where their values lie.
-
-    Raises:
-        ValueError: as `load_backbone`.
-    """
-    return family_class(model.family).load_empty(
-        model.path, dtype=DTYPES[model.dtype], embedded_guidance=embedded_guidance
-    )

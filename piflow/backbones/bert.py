@@ -75,3 +75,12 @@ class BertModel:
         pooled = ((states * mask).sum(1) / mask.sum(1)).cpu()
         tokens = text.split_rows(states, inputs["attention_mask"].sum(1).tolist())
         return [text.Embedding(*row) for row in zip(tokens, pooled.unbind(), strict=True)]
+
+
+def load(config: BertEncoderConfig, device: str) -> BertModel:
+    """The models of a recipe's section, on this device.
+
+    Raises:
+        FileNotFoundError, ValueError: as `BertModel`.
+    """
+    return BertModel(config, device)

@@ -11,16 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from piflow import storage
-from piflow.config import ModelConfig
-
-FAMILY_VAES = {  # by class; a family's members may differ in weights and normalisation
-    "flux": "AutoencoderKL",
-    "flux2": "AutoencoderKLFlux2",
-    "qwen_image": "AutoencoderKLQwenImage",
-    "sd3": "AutoencoderKL",
-    "dit": "AutoencoderKL",
-}
-_UNPACKED = ("sd3", "dit")  # the model cuts latents into patches; the others get tokens of 2×2
+from piflow.config import ModelConfig, find_family
 
 
 class Codec(Protocol):
@@ -72,10 +63,10 @@ def build_codec(model: ModelConfig) -> Codec:
     if model.codec == "pixels":
         return PixelCodec()
     codec = VAECodec(vae_uri(model))
-    expected = FAMILY_VAES[model.family]
-    if codec.name != expected:
+    expected = find_family(model.family).vaes
+    if codec.name not in expected:
         raise ValueError(
-            f"model.family = {model.family} goes with a VAE of class {expected}, "
+            f"model.family = {model.family} goes with a VAE of class {' or '.join(expected)}, "
             f"{vae_uri(model)} holds a {codec.name}: its latents would mean nothing to the "
             "teacher; set model.vae to the family's VAE, or correct model.family"
         )
@@ -94,7 +85,7 @@ def check_channels(model: ModelConfig, codec: Codec) -> None:
     taken = config.get("in_channels")
     if taken is None:  # the class's own default, which the first step knows
         return
-    expected = taken if model.family in _UNPACKED else taken // 4
+    expected = taken // 4 if find_family(model.family).packs_latents else taken
     if channels != expected:
         source = f"the VAE {vae_uri(model)}" if model.codec == "vae" else "model.codec = pixels"
         raise ValueError(

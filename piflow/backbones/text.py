@@ -39,6 +39,27 @@ class PromptModel(Protocol):
         ...
 
 
+class EncoderModule(Protocol):
+    """What the module that an encoder's config names holds, each for configs of its own kind."""
+
+    def identity(self, config: Any) -> EncoderIdentity:
+        """What decides the embeddings; the files are read for their hash, no model is loaded.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: the folder holds no encoder of this kind, or it takes fewer tokens.
+        """
+        ...
+
+    def load(self, config: Any, device: str) -> PromptModel:
+        """The models, on this device.
+
+        Raises:
+            FileNotFoundError, ValueError: as `identity`; or weights that don't load.
+        """
+        ...
+
+
 class TextEncoder:
     """Encodes any number of prompts, those of similar length together.
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from piflow import storage
 from piflow.backbones.base import PATCH, Conditioning, OutputLayer, unpack
@@ -49,6 +50,7 @@ class TransformerBackbone(ABC):
         self.module: nn.Module = self.adapt(module)
         self.dtype: torch.dtype = next(module.parameters()).dtype
         self.embedded_guidance = embedded_guidance
+        self._counted: dict[tuple[int, int, int], int] = {}
         features, self.width = self.output_layer().projection.weight.shape
         self.latent_channels: int = features // (PATCH * PATCH)
 
@@ -140,14 +142,43 @@ class TransformerBackbone(ABC):
             ValueError: shapes that don't fit the model.
         """
 
-    @abstractmethod
     def flops(self, height: int, width: int, text_tokens: int) -> int:
-        """Floating-point operations of one sample's forward pass; see `piflow.backbones.flops`.
+        """Floating-point operations of one sample's forward pass: its matrix products.
+
+        They are counted by PyTorch, once for each size, in a pass of an empty copy of the model. A
+        family may give a closed form (`piflow.backbones.flops`), which needs no pass.
 
         Args:
             height, width: of the latents.
             text_tokens: L, padding included.
         """
+        size = (height, width, text_tokens)
+        if size not in self._counted:
+            self._counted[size] = self._count_flops(height, width, text_tokens)
+        return self._counted[size]
+
+    def _count_flops(self, height: int, width: int, text_tokens: int) -> int:
+        with torch.device("meta"):
+            module = self.model_class.from_config(self._config).eval()
+            empty = type(self)(module, embedded_guidance=self.embedded_guidance)
+            x = torch.empty(1, self.latent_channels, height, width)
+            counter = FlopCounterMode(display=False)
+            with torch.no_grad(), counter:
+                empty.output_tokens(x, torch.empty(1), empty.blank_conditioning(text_tokens))
+        return int(counter.get_total_flops())
+
+    def blank_conditioning(self, text_tokens: int) -> Conditioning:
+        """One prompt of zeros, in the shapes that the model takes, on PyTorch's default device.
+
+        Args:
+            text_tokens: L, padding included.
+        """
+        pooled = self._config.get("pooled_projection_dim")
+        return Conditioning(
+            torch.zeros(1, text_tokens, self._config["joint_attention_dim"]),
+            torch.full((1,), text_tokens),
+            torch.zeros(1, pooled) if pooled else None,
+        )
 
     @property
     def config(self) -> dict[str, Any]:

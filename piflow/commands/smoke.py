@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from piflow.config import ClassLabelEncoderConfig, Recipe
+from piflow.config import Recipe, find_family
+from piflow.config.family import resolve
 from piflow.testing.shrink import (
     MODEL,
     NUM_PROMPTS,
@@ -93,11 +94,8 @@ def write_inputs(recipe: Recipe, folder: Path) -> None:
         guidance_embeds=recipe.guidance.embedded is not None,
         seed=recipe.seed,
     )
-    if isinstance(recipe.encoder, ClassLabelEncoderConfig):
-        classes = recipe.encoder.num_classes
-        prompts = [str(number) for number in range(min(classes, NUM_PROMPTS))]
-    else:
-        prompts = storage.read_bytes(PROMPTS).decode().splitlines()[:NUM_PROMPTS]
+    texts = storage.read_bytes(PROMPTS).decode().splitlines()[:NUM_PROMPTS]
+    prompts = recipe.encoder.example_prompts(texts)
     sizes: dict[str, int] = {}
     if embed.height_column is not None and embed.width_column is not None:
         sizes = {embed.height_column: embed.height, embed.width_column: embed.width}
@@ -172,32 +170,16 @@ def _some_prompts(recipe: Recipe) -> list[str]:
 
 def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     """Load the adapter as its users do, and draw one picture with it."""
-    from piflow.inference import (
-        PiDiTPipeline,
-        PiFlux2Pipeline,
-        PiFluxPipeline,
-        PiQwenImagePipeline,
-        PiSD3Pipeline,
-    )
     from piflow.inference.settings import load_student
 
-    if not (base / "model_index.json").exists():  # parts of no family's pipeline
+    pipeline = find_family(recipe.model.family).pipeline
+    if pipeline is None or not (base / "model_index.json").exists():  # parts of no pipeline
         load_student(adapter)
         return
-    pipelines: dict[str, Any] = {
-        "flux": PiFluxPipeline,
-        "flux2": PiFlux2Pipeline,
-        "qwen_image": PiQwenImagePipeline,
-        "sd3": PiSD3Pipeline,
-        "dit": PiDiTPipeline,
-    }
-    pipe = pipelines[recipe.model.family].from_pretrained(base, adapter=adapter)
+    pipe = resolve(pipeline).from_pretrained(base, adapter=adapter)
     pipe.set_progress_bar_config(disable=True)
     prompt = _some_prompts(recipe)[0]
-    if recipe.model.family == "dit":
-        pipe([int(prompt)])
-    else:
-        pipe(prompt=prompt, height=recipe.embed.height, width=recipe.embed.width)
+    pipe(**pipe.call_arguments(prompt, recipe.embed.height, recipe.embed.width))
 
 
 def _quiet() -> None:

@@ -4,23 +4,23 @@ A recipe is one YAML file. Every key has its meaning and unit in the file of its
 keys are refused, and an error names the key, what came and what is allowed. Nothing heavy is
 imported here, so mistakes surface before anything is started or rented.
 
-Imports `piflow.storage` alone.
+Imports `piflow.storage` alone; a family's record is imported by the name that a recipe gives it.
 """
 
 from piflow.config.data import EmbedConfig
-from piflow.config.identity import differences, flatten
-from piflow.config.model import (
+from piflow.config.encoder import (
     BertEncoderConfig,
     ClassLabelEncoderConfig,
     EncoderConfig,
     Flux2EncoderConfig,
     FluxEncoderConfig,
-    Fp8TeacherConfig,
-    LoRAConfig,
-    ModelConfig,
     QwenImageEncoderConfig,
     SD3EncoderConfig,
+    TextEncoderConfig,
 )
+from piflow.config.family import BUILT_IN, Family, FamilyEncoder, find_family
+from piflow.config.identity import differences, flatten
+from piflow.config.model import Fp8TeacherConfig, LoRAConfig, ModelConfig
 from piflow.config.objective import (
     DXPolicyConfig,
     FlowMatchingConfig,
@@ -42,6 +42,7 @@ from piflow.config.training import (
 )
 
 __all__ = [
+    "BUILT_IN",
     "BertEncoderConfig",
     "ClassLabelEncoderConfig",
     "DXPolicyConfig",
@@ -50,6 +51,8 @@ __all__ = [
     "EmbedConfig",
     "EncoderConfig",
     "EvaluationConfig",
+    "Family",
+    "FamilyEncoder",
     "FlowMatchingConfig",
     "Flux2EncoderConfig",
     "FluxEncoderConfig",
@@ -67,9 +70,11 @@ __all__ = [
     "RecipeError",
     "RuntimeConfig",
     "SD3EncoderConfig",
+    "TextEncoderConfig",
     "TrackingConfig",
     "TrainingConfig",
     "differences",
+    "find_family",
     "flatten",
     "load_recipe",
     "parse_recipe",

@@ -10,16 +10,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from piflow.config import identity
 from piflow.config.data import EmbedConfig
-from piflow.config.model import (
-    BertEncoderConfig,
-    ClassLabelEncoderConfig,
-    Flux2EncoderConfig,
-    FluxEncoderConfig,
-    LoRAConfig,
-    ModelConfig,
-    QwenImageEncoderConfig,
-    SD3EncoderConfig,
-)
+from piflow.config.family import BUILT_IN, FamilyEncoder, find_family
+from piflow.config.model import LoRAConfig, ModelConfig
 from piflow.config.objective import (
     DXPolicyConfig,
     FlowMatchingConfig,
@@ -60,15 +52,7 @@ class Recipe(Section):
     """URI of the run's folder: checkpoints, samples, state."""
 
     model: ModelConfig
-    encoder: Annotated[
-        Annotated[BertEncoderConfig, Tag("bert")]
-        | Annotated[FluxEncoderConfig, Tag("flux")]
-        | Annotated[Flux2EncoderConfig, Tag("flux2")]
-        | Annotated[QwenImageEncoderConfig, Tag("qwen_image")]
-        | Annotated[SD3EncoderConfig, Tag("sd3")]
-        | Annotated[ClassLabelEncoderConfig, Tag("class_label")],
-        _by_type("bert"),
-    ]
+    encoder: FamilyEncoder
     embed: EmbedConfig
     policy: Annotated[
         Annotated[GMFlowPolicyConfig, Tag("gmflow")] | Annotated[DXPolicyConfig, Tag("dx")],
@@ -97,7 +81,7 @@ class Recipe(Section):
                 f"a step are too few for runtime.num_workers = {self.runtime.num_workers}: every "
                 f"worker needs one; use at most {most} workers"
             )
-        taken = _ENCODERS[self.model.family]
+        taken = find_family(self.model.family).encoder_types
         if self.encoder.type not in taken:
             raise ValueError(
                 f"model.family = {self.model.family} doesn't go with encoder.type = "
@@ -163,11 +147,12 @@ class Recipe(Section):
         size = self.runtime.context_parallel
         if size == 1:
             return self
-        if self.model.family not in _SPLITTABLE:
+        if not find_family(self.model.family).splits_tokens:
+            able = [name for name in BUILT_IN if find_family(name).splits_tokens]
             raise ValueError(
                 f"runtime.context_parallel = {size} follows diffusers' plan of where a model's "
                 f"tokens are split, and model.family = {self.model.family} has none "
-                f"({', '.join(_SPLITTABLE)} do); leave it out"
+                f"({', '.join(able)} do); leave it out"
             )
         if self.objective.type == "pi_id" and self.lora is not None and self.lora.dropout:
             raise ValueError(
@@ -175,7 +160,7 @@ class Recipe(Section):
                 f"runtime.context_parallel = {size} workers have parts of one; use lora.dropout 0, "
                 "or leave context_parallel out"
             )
-        tokens = 0 if isinstance(self.encoder, ClassLabelEncoderConfig) else self.encoder.max_tokens
+        tokens = self.encoder.text_tokens
         if tokens % size:
             raise ValueError(
                 f"encoder.max_tokens ({tokens}) must be a multiple of runtime.context_parallel "
@@ -254,14 +239,3 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The resolved recipe, every default filled in."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-_ENCODERS = {  # the family's own; bert is for models that were trained with it
-    "flux": ("flux", "bert"),
-    "flux2": ("flux2", "bert"),
-    "qwen_image": ("qwen_image", "bert"),
-    "sd3": ("sd3", "bert"),
-    "dit": ("class_label",),
-}
-
-_SPLITTABLE = ("flux", "flux2", "qwen_image")  # families with a plan for context parallelism

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from piflow.config import identity
-from piflow.config.model import (
-    BertEncoderConfig,
-    ClassLabelEncoderConfig,
-    Flux2EncoderConfig,
-    FluxEncoderConfig,
-    QwenImageEncoderConfig,
-    SD3EncoderConfig,
-)
-from piflow.config.objective import (
-    DXPolicyConfig,
-    FlowMatchingConfig,
-    GMFlowPolicyConfig,
-    PiIDConfig,
-)
+from piflow.config.family import encoder_kind, find_family
+from piflow.config.model import ModelConfig
 from piflow.config.recipe import Recipe
 from piflow.config.section import RecipeError, Section
 
@@ -64,10 +54,11 @@ def parse_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
             f"{source}: {identity.VERSION_KEY} must be a whole number, got {version!r}"
         )
     tree = {**identity.migrate(tree, version), identity.VERSION_KEY: identity.SCHEMA}
+    tree = _with_defaults(tree)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = "\n".join(f"  - {_explain(problem)}" for problem in error.errors())
+        problems = "\n".join(f"  - {_explain(problem, tree)}" for problem in error.errors())
         raise RecipeError(f"{source} has {error.error_count()} problem(s):\n{problems}") from error
 
 
@@ -90,13 +81,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: the value is not valid YAML: {error}") from error
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, tree: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(part for part in location if part not in _VARIANTS) or "(whole recipe)"
     if problem["type"] == "extra_forbidden":
-        return (
-            f"unknown key {key!r}; allowed here: {', '.join(_section(location[:-1]).model_fields)}"
-        )
+        allowed = ", ".join(_section(location[:-1], tree).model_fields)
+        return f"unknown key {key!r}; allowed here: {allowed}"
     if problem["type"] == "missing":
         return f"missing key {key!r}"
     if problem["type"] == "union_tag_invalid":
@@ -108,32 +98,59 @@ def _explain(problem: Any) -> str:
     return f"{key}: {message}"
 
 
-_VARIANTS: dict[str, type[Section]] = {
-    "bert": BertEncoderConfig,
-    "flux": FluxEncoderConfig,
-    "flux2": Flux2EncoderConfig,
-    "qwen_image": QwenImageEncoderConfig,
-    "sd3": SD3EncoderConfig,
-    "class_label": ClassLabelEncoderConfig,
-    "gmflow": GMFlowPolicyConfig,
-    "dx": DXPolicyConfig,
-    "pi_id": PiIDConfig,
-    "flow_matching": FlowMatchingConfig,
-}
+def _variants() -> dict[str, type[Section]]:
+    """A union's tags, which stand in an error's place after the union's key, and their classes."""
+    members = [get_args(field.annotation) for field in Recipe.model_fields.values()]
+    kinds = [get_args(member)[0] for member in chain(*members) if get_origin(member) is Annotated]
+    return {kind.model_fields["type"].default: kind for kind in kinds}
 
 
-def _section(location: list[str]) -> type[BaseModel]:
-    """The section at `location`; a variant's tag stands in it after the union's key."""
+_VARIANTS = _variants()
 
+
+def _section(location: list[str], tree: dict[str, Any]) -> type[BaseModel]:
+    """The section at `location`, whose class may depend on what the recipe says there."""
     section: Any = Recipe
     for part in location:
         if part in _VARIANTS:
             section = _VARIANTS[part]
+        elif section is Recipe and part == "encoder":
+            section = encoder_kind(tree[part], _family(tree))
         elif not part.isdigit():  # a number is a place in a list
             annotation = section.model_fields[part].annotation
             members = [item for item in get_args(annotation) if item is not type(None)]
             section = members[0] if members else annotation  # of a list or an optional section
     return section
+
+
+def _with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe leaves out, as its family has it."""
+    family = _family(tree)
+    return tree if family is None else _filled(tree, find_family(family).defaults)
+
+
+def _filled(tree: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults under a tree; those of another variant than the tree's don't count."""
+    filled = {**defaults, **tree}
+    for key, default in defaults.items():
+        section = filled[key]
+        if isinstance(section, dict) and isinstance(default, Mapping):
+            other = section.get("type", default.get("type")) != default.get("type")
+            filled[key] = section if other and "type" in default else _filled(section, default)
+    return filled
+
+
+def _family(tree: dict[str, Any]) -> str | None:
+    """The family that a recipe's tree names, if there is such a one."""
+    model = tree.get("model")
+    name = model.get("family", _FAMILY) if isinstance(model, dict) else None
+    try:
+        return name if isinstance(name, str) and find_family(name) else None
+    except ValueError:
+        return None
+
+
+_FAMILY = ModelConfig.model_fields["family"].default
 
 
 def recipes_folder() -> Path:

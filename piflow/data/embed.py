@@ -31,9 +31,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from piflow import storage
 from piflow.backbones.codec import absolute_paths, build_codec, check_channels
-from piflow.backbones.encoders import absolute_path, check_prompts, encoder_identity
+from piflow.backbones.encoders import encoder_identity
 from piflow.backbones.text import EncodedPrompt
-from piflow.config import Flux2EncoderConfig, FluxEncoderConfig, Recipe, SD3EncoderConfig
+from piflow.config import Recipe
 from piflow.data.background import quiet_context, remote_cause
 from piflow.data.encode import encode_row_groups, load_encoder
 from piflow.data.layout import (
@@ -158,7 +158,8 @@ def prepare_online(
         as `embed_prompts`.
     """
     prompts = recipe_prompts(recipe)
-    check_prompts(recipe.encoder, (prompt.text for prompt in prompts.prompts))
+    for prompt in prompts.prompts:
+        recipe.encoder.check_prompt(prompt.text)
     small, content = small_recipe(recipe, prompts, evaluation=evaluation)
     storage.write_bytes(small.embed.prompts, content)
     return embed_prompts(small, session, show_progress=show_progress)
@@ -191,8 +192,8 @@ def verify(recipe: Recipe) -> None:
 
 def _plan(recipe: Recipe, prompts: PromptSet) -> _Job:
     negative = recipe.guidance.negative_prompt
-    check_prompts(recipe.encoder, (prompt.text for prompt in prompts.prompts))
-    check_prompts(recipe.encoder, [negative])
+    for text in (*(prompt.text for prompt in prompts.prompts), negative):
+        recipe.encoder.check_prompt(text)
     layout = store_layout(recipe, prompts, encoder_identity(recipe.encoder))
     if recipe.embed.image_column is not None:
         layout = _with_latents(recipe, layout)
@@ -378,7 +379,7 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
         fn_constructor_args=(
             recipe.model_copy(
                 update={
-                    "encoder": absolute_path(recipe.encoder),
+                    "encoder": recipe.encoder.absolute(),
                     "model": absolute_paths(recipe.model),
                 }
             ),
@@ -536,12 +537,10 @@ def _present_buckets(job: _Job, shards: list[ShardEntry]) -> tuple[Bucket, ...]:
 def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
     """Unpadded prompts are short; with all padding one has 8 to 31 MB until it is stored."""
     config, encoder = recipe.encoder, job.inputs.encoder
-    if isinstance(config, FluxEncoderConfig | SD3EncoderConfig):
-        pads, advice = config.padding == "keep", ", or set encoder.padding = drop"
-    else:
-        pads, advice = isinstance(config, Flux2EncoderConfig), ""
-    if not pads:
+    if not config.keeps_padding:
         return
+    can_drop = "padding" in type(config).model_fields
+    advice = ", or set encoder.padding = drop" if can_drop else ""
     prompt = 4 * encoder.max_tokens * encoder.hidden_size
     shards = min(2, len(job.plans))  # one is written while the next is encoded
     largest = shards * prompt * max(len(plan.prompts) for plan in job.plans)

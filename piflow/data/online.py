@@ -28,7 +28,6 @@ import numpy as np
 import pyarrow as pa
 
 from piflow import storage
-from piflow.backbones.encoders import absolute_path
 from piflow.config import Recipe
 from piflow.data.background import quiet_context, remote_cause
 from piflow.data.encode import load_encoder
@@ -267,7 +266,7 @@ def _encode(recipe: Recipe, layout: Layout, groups: list[int]) -> Iterator[pa.Ta
     dataset = source.map_batches(
         EncodeRowGroup,
         fn_constructor_args=(
-            recipe.model_copy(update={"encoder": absolute_path(recipe.encoder)}),
+            recipe.model_copy(update={"encoder": recipe.encoder.absolute()}),
             layout.inputs,
             ray.put(layout.shards),
         ),

@@ -122,6 +122,10 @@ class FewStepPipeline(DiffusionPipeline, ABC):
                 total_substeps=few_step.total_substeps,
             )
 
+    def call_arguments(self, prompt: str, height: int, width: int) -> dict[str, Any]:
+        """What a call takes for a prompt as recipes have it, and a picture's size in pixels."""
+        return {"prompt": prompt, "height": height, "width": width}
+
     @abstractmethod
     def _reader(self, arguments: dict[str, Any]) -> TokenReader:
         """How this call's samples are read; refuses and completes the call's arguments."""

@@ -47,6 +47,10 @@ class PiDiTPipeline(FewStepPipeline, DiTPipeline):
 
     __call__ = few_step_call(DiTPipeline, num_inference_steps=None, guidance_scale=1.0)
 
+    def call_arguments(self, prompt: str, height: int, width: int) -> dict[str, Any]:
+        """The class that the prompt names; the size is the model's own."""
+        return {"class_labels": [int(prompt)]}
+
     def _reader(self, arguments: dict[str, Any]) -> PlainLatents:
         refuse_guidance(arguments, "guidance_scale", ())
         return PlainLatents(self._student.head)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Field,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -18,8 +17,8 @@ from pydantic import (
 
 from piflow import storage
 from piflow.backbones import Conditioning, load_backbone
-from piflow.backbones.encoders import absolute_path, build_encoder
-from piflow.config import EncoderConfig, ModelConfig, Recipe
+from piflow.backbones.encoders import build_encoder
+from piflow.config import FamilyEncoder, ModelConfig, Recipe
 from piflow.roles.adapter import Adapter, load_adapter
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
@@ -40,7 +39,7 @@ class SamplingSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: ModelConfig  # the base and its codec, with absolute URIs
-    encoder: Annotated[EncoderConfig, Field(discriminator="type")]  # with an absolute URI
+    encoder: FamilyEncoder  # with an absolute URI
     height: int  # pixels
     width: int
     few_step: FewStep
@@ -73,7 +72,7 @@ class SamplingSettings(BaseModel):
         """
         return cls(
             model=_absolute_model(recipe.model),
-            encoder=absolute_path(recipe.encoder),
+            encoder=recipe.encoder.absolute(),
             height=recipe.embed.height,
             width=recipe.embed.width,
             few_step=FewStep.of(recipe.distillation()),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from piflow.config import ClassLabelEncoderConfig, Recipe
+from piflow.config import Recipe
 
 SAFE_SHARE = 0.85  # of the free memory: the rest is for kernels' workspaces and fragmentation
 GIB = 2**30
@@ -128,9 +128,8 @@ def tokens_of(recipe: Recipe) -> int:
     embed = recipe.embed
     sizes = [(embed.height, embed.width), *((bucket[0], bucket[1]) for bucket in embed.buckets)]
     side = _LATENT_PIXEL[recipe.model.codec] * _PATCH
-    encoder = recipe.encoder
-    text = 0 if isinstance(encoder, ClassLabelEncoderConfig) else encoder.max_tokens
-    return max(-(-height // side) * -(-width // side) for height, width in sizes) + text
+    picture = max(-(-height // side) * -(-width // side) for height, width in sizes)
+    return picture + recipe.encoder.text_tokens
 
 
 def fits(needed: ReplicaBytes, free: int) -> bool:

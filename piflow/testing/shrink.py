@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from piflow.config import (
-    BertEncoderConfig,
-    ClassLabelEncoderConfig,
-    Recipe,
-    parse_recipe,
-)
+from piflow.config import Recipe, TextEncoderConfig, parse_recipe
 
 STEPS = 2  # optimiser steps of the first run; the resumed one does one more
 
@@ -83,11 +78,11 @@ def shrink(
 
 
 def _small_encoder(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    if isinstance(recipe.encoder, ClassLabelEncoderConfig):
+    encoder = recipe.encoder
+    if not isinstance(encoder, TextEncoderConfig):
         return {}
-    own = isinstance(recipe.encoder, BertEncoderConfig)  # no part of a pipeline's folder
-    path = folder / MODEL / "encoder" if own else folder / MODEL
-    return {"path": str(path), "max_tokens": min(recipe.encoder.max_tokens, _MAX_TOKENS)}
+    path = folder / MODEL if encoder.in_pipeline else folder / MODEL / "encoder"
+    return {"path": str(path), "max_tokens": min(encoder.max_tokens, _MAX_TOKENS)}
 
 
 def _small_embed(recipe: Recipe, folder: Path, gpus: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from piflow import storage
 from piflow.backbones.codec import absolute_paths, build_codec, check_channels
-from piflow.backbones.encoders import absolute_path, encoder_identity
+from piflow.backbones.encoders import encoder_identity
 from piflow.config import Recipe
 from piflow.data.online import open_store
 from piflow.data.pictures import codec_identity
@@ -88,7 +88,7 @@ def _absolute(recipe: Recipe) -> Recipe:
         update={
             "run_dir": storage.absolute(recipe.run_dir),
             "embed": recipe.embed.model_copy(update=uris),
-            "encoder": absolute_path(recipe.encoder),
+            "encoder": recipe.encoder.absolute(),
             "model": absolute_paths(recipe.model),
         }
     )

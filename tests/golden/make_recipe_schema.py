@@ -23,7 +23,13 @@ REQUIRED = "(required)"
 def schema() -> dict[str, Any]:
     """Version, and section -> key that decides results -> default in JSON."""
     exported = (getattr(config, name) for name in config.__all__)
-    sections = [item for item in exported if isinstance(item, type) and issubclass(item, Section)]
+    sections = [
+        item
+        for item in exported
+        if isinstance(item, type)
+        and issubclass(item, Section)
+        and not ("type" in item.model_fields and item.model_fields["type"].is_required())
+    ]  # a variant that leaves its type open is what others derive from
     return {"schema": SCHEMA, "defaults": {item.__name__: _defaults(item) for item in sections}}
 
 

@@ -104,6 +104,11 @@ class DiTBackbone(TransformerBackbone):
         """See `TransformerBackbone`."""
         return flops.dit(self._config, height * width // PATCH**2)
 
+    def blank_conditioning(self, text_tokens: int) -> Conditioning:
+        """The first class."""
+        one = torch.ones(1, dtype=torch.long)
+        return Conditioning(torch.zeros(1, 1, 1), one, torch.zeros(1, 1))
+
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `(B, C, S, S)` at noise levels sigma `(B,)` in [0, 1] -> `(B, SS/4, F)`.
 

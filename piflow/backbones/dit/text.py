@@ -23,28 +23,12 @@ def identity(config: ClassLabelEncoderConfig) -> EncoderIdentity:
     )
 
 
-def to_class(prompt: str, num_classes: int) -> int:
-    """A prompt's class; the empty prompt is the null class, `num_classes`.
-
-    Raises:
-        ValueError: it isn't a whole number of 0 … num_classes - 1.
-    """
-    if prompt == "":
-        return num_classes
-    if not (prompt.isascii() and prompt.isdecimal()) or int(prompt) >= num_classes:
-        raise ValueError(
-            f"the prompt {prompt!r} is not a class of encoder.num_classes = {num_classes}; write "
-            f"whole numbers from 0 to {num_classes - 1}, or the empty prompt for no class"
-        )
-    return int(prompt)
-
-
 class ClassLabels:
     """One token of zeros, for families without text; pooled holds the class's number."""
 
     def __init__(self, config: ClassLabelEncoderConfig) -> None:
         self.identity = identity(config)
-        self._num_classes = config.num_classes
+        self._to_class = config.to_class
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Always one."""
@@ -53,6 +37,11 @@ class ClassLabels:
     def forward(self, prompts: Sequence[str]) -> list[Embedding]:
         """Float32 holds every class number below 2^24 exactly."""
         return [
-            Embedding(torch.zeros(1, 1), torch.tensor([float(to_class(text, self._num_classes))]))
-            for text in prompts
+            Embedding(torch.zeros(1, 1), torch.tensor([float(self._to_class(prompt))]))
+            for prompt in prompts
         ]
+
+
+def load(config: ClassLabelEncoderConfig, device: str) -> ClassLabels:
+    """There is nothing to load, so the device doesn't matter."""
+    return ClassLabels(config)

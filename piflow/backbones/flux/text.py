@@ -85,3 +85,12 @@ class FluxTextModels:
         return [
             text.Embedding(*row) for row in zip(tokens, pooled.float().cpu().unbind(), strict=True)
         ]
+
+
+def load(config: FluxEncoderConfig, device: str) -> FluxTextModels:
+    """The models of a recipe's section, on this device.
+
+    Raises:
+        FileNotFoundError, ValueError: as `FluxTextModels`.
+    """
+    return FluxTextModels(config, device)

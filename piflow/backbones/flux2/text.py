@@ -107,3 +107,12 @@ class Flux2TextModel:
         return self._tokenizer.apply_chat_template(
             conversations, add_generation_prompt=False, tokenize=True, return_dict=True, **options
         )
+
+
+def load(config: Flux2EncoderConfig, device: str) -> Flux2TextModel:
+    """The models of a recipe's section, on this device.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Flux2TextModel`.
+    """
+    return Flux2TextModel(config, device)

@@ -103,3 +103,12 @@ class QwenImageTextModel:
         counts = (inputs.attention_mask.sum(1) - DROPPED_TOKENS).tolist()
         tokens = text.split_rows(states[:, DROPPED_TOKENS:], counts)
         return [text.Embedding(row, None) for row in tokens]
+
+
+def load(config: QwenImageEncoderConfig, device: str) -> QwenImageTextModel:
+    """The models of a recipe's section, on this device.
+
+    Raises:
+        FileNotFoundError, ValueError: as `QwenImageTextModel`.
+    """
+    return QwenImageTextModel(config, device)

@@ -120,3 +120,12 @@ class SD3TextModels:
         inputs = text.pad(self._clip_tokenizers[number], prompts, self._clip_length)
         output = self._clips[number](inputs.input_ids.to(self._device), output_hidden_states=True)
         return output.hidden_states[-2], output.text_embeds
+
+
+def load(config: SD3EncoderConfig, device: str) -> SD3TextModels:
+    """The models of a recipe's section, on this device.
+
+    Raises:
+        FileNotFoundError, ValueError: as `SD3TextModels`.
+    """
+    return SD3TextModels(config, device)

@@ -10,8 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from piflow import config
-from piflow.config import Recipe, RecipeError, differences, load_recipe, parse_recipe
-from piflow.config.recipe import _ENCODERS
+from piflow.config import BUILT_IN, Recipe, RecipeError, differences, load_recipe, parse_recipe
 
 MINIMAL: dict[str, Any] = {
     "name": "test",
@@ -388,7 +387,7 @@ def test_an_unknown_variant_names_the_known_ones() -> None:
     assert expected in refusal(policy={"type": "gm"})
     message = refusal(encoder={"type": "t5", "path": "x"})
     assert (
-        "encoder.type: expected one of 'bert', 'flux', 'flux2', 'qwen_image', 'sd3', 'class_label'"
+        "encoder.type: expected one of 'flux', 'bert', 'flux2', 'qwen_image', 'sd3', 'class_label'"
         in message
     )
     assert "policy: " in refusal(policy=3)
@@ -422,7 +421,7 @@ def test_all_weights_are_trained_without_lora() -> None:
 
 
 def test_a_family_goes_with_its_own_encoder_or_with_bert() -> None:
-    families = list(_ENCODERS)
+    families = list(BUILT_IN)
     encoders = {name: {"type": name, "path": "x"} for name in (*families[:-1], "bert")}
     encoders["class_label"] = {"type": "class_label"}
     for family in families:

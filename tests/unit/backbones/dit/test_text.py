@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from piflow.backbones.encoders import build_encoder, check_prompts, encoder_identity
+from piflow.backbones.encoders import build_encoder, encoder_identity
 from piflow.config import BertEncoderConfig, ClassLabelEncoderConfig
 
 CONFIG = ClassLabelEncoderConfig(num_classes=1000)
@@ -23,8 +23,15 @@ def test_other_prompts_are_refused(prompt: str) -> None:
     with pytest.raises(ValueError, match="is not a class of encoder.num_classes = 1000; write"):
         build_encoder(CONFIG).encode(["1", prompt])
     with pytest.raises(ValueError, match="is not a class"):
-        check_prompts(CONFIG, ["1", prompt])
-    check_prompts(BertEncoderConfig(path="unused"), ["1", prompt])
+        CONFIG.check_prompt(prompt)
+    CONFIG.check_prompt("1")
+    BertEncoderConfig(path="unused").check_prompt(prompt)
+
+
+def test_examples_are_the_first_classes() -> None:
+    assert ClassLabelEncoderConfig(num_classes=2).example_prompts(["a", "b", "c"]) == ["0", "1"]
+    assert CONFIG.example_prompts(["a", "b", "c"]) == ["0", "1", "2"]
+    assert BertEncoderConfig(path="unused").example_prompts(["a", "b"]) == ["a", "b"]
 
 
 def test_the_identity_is_the_number_of_classes() -> None:

@@ -1,0 +1,157 @@
+"""A family of models: one record that says where its parts are, and how a recipe's name finds it.
+
+The record is light, and so must the module be that holds it: recipes are read without torch. Its
+heavy parts are named "module:attribute" and imported when they are used. A family is one folder
+and one entry of `BUILT_IN`, or a package of somebody else's:
+
+    model.family: flux                  ours
+    model.family: bria                  an entry point of the group `piflow.families`
+    model.family: bria_family           a module with a record called FAMILY
+    model.family: somewhere:BRIA        a record of another name
+
+The workers of a run find it in the same way, so the package must be importable there too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, SerializeAsAny, ValidationInfo
+from pydantic_core import PydanticKnownError
+
+from piflow.config.encoder import EncoderConfig
+
+BUILT_IN = {  # name -> the module that holds its FAMILY
+    "flux": "piflow.backbones.flux",
+    "flux2": "piflow.backbones.flux2",
+    "qwen_image": "piflow.backbones.qwen_image",
+    "sd3": "piflow.backbones.sd3",
+    "dit": "piflow.backbones.dit",
+}
+GROUP = "piflow.families"
+_RECORD = "FAMILY"
+_BERT = "bert"  # of families that take it, where a recipe's encoder has no type
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What piflow knows of one family of models.
+
+    Attributes:
+        backbone: "module:class" of its `piflow.backbones.Backbone`.
+        encoders: the kinds of prompt encoder that it takes, its own first.
+        vaes: classes of the VAEs whose latents it takes; `piflow.backbones.codec` knows
+            AutoencoderKL, AutoencoderKLFlux2 and AutoencoderKLQwenImage.
+        packs_latents: whether config.json's `in_channels` counts the features of a packed 2×2
+            patch, or the latents' channels.
+        splits_tokens: whether its diffusers class has a plan for context parallelism.
+        tiny: dotted name of a module that is a `piflow.backbones.tiny.TinyModel`, for
+            `piflow smoke`; None: it can't be tried so.
+        pipeline: "module:class" of its `piflow.inference.base.FewStepPipeline`; None: its students
+            are sampled by `piflow sample` alone.
+        defaults: recipe keys, nested as in a recipe, for what a recipe of this family leaves out.
+    """
+
+    backbone: str
+    encoders: tuple[type[EncoderConfig], ...]
+    vaes: tuple[str, ...] = ("AutoencoderKL",)
+    packs_latents: bool = True
+    splits_tokens: bool = False
+    tiny: str | None = None
+    pipeline: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def encoder_types(self) -> tuple[str, ...]:
+        """What `encoder.type` may be."""
+        return tuple(kind.model_fields["type"].default for kind in self.encoders)
+
+
+@functools.cache
+def find_family(name: str) -> Family:
+    """The record that a recipe's `model.family` names.
+
+    Raises:
+        ValueError: there is none of this name, its module doesn't import, or it is something else.
+    """
+    reference = BUILT_IN.get(name) or _plug_ins().get(name, name)
+    module_name, _, attribute = reference.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, TypeError, ValueError) as error:  # the latter two: no name of a module
+        raise ValueError(_unknown(name, f"importing it: {error}")) from error
+    record = getattr(module, attribute or _RECORD, None)
+    if not isinstance(record, Family):
+        found = f"{module_name} has no piflow.config.Family called {attribute or _RECORD}"
+        raise ValueError(_unknown(name, found))
+    return record
+
+
+def resolve(reference: str) -> Any:
+    """What "module" or "module:attribute" names.
+
+    Raises:
+        ValueError: there is no such thing.
+    """
+    module_name, _, attribute = reference.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+        return getattr(module, attribute) if attribute else module
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"a family's record names {reference}, which can't be imported: {error}; correct the "
+            "record, or install what it needs"
+        ) from error
+
+
+def _plug_ins() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def _unknown(name: str, why: str) -> str:
+    known = ", ".join([*BUILT_IN, *sorted(_plug_ins().keys() - BUILT_IN.keys())])
+    return (
+        f"expected one of {known}, or a family of another package, named by its module or "
+        f"module:attribute and importable here and on all workers; {name!r} is neither ({why})"
+    )
+
+
+def encoder_kind(section: Mapping[str, Any], family: str | None) -> type[EncoderConfig]:
+    """The class of an encoder's section, by its `type` and the family beside it.
+
+    A kind of another family of ours is found too, so that it can be refused by its name.
+
+    Args:
+        family: None: not known, since it is wrong itself.
+
+    Raises:
+        PydanticKnownError: there is no such type.
+    """
+    own = () if family is None else find_family(family).encoders
+    ours = (kind for name in BUILT_IN for kind in find_family(name).encoders)
+    kinds: dict[Any, type[EncoderConfig]] = {}
+    for kind in (*own, *ours):
+        kinds.setdefault(kind.model_fields["type"].default, kind)
+    takes_bert = not own or any(kind.model_fields["type"].default == _BERT for kind in own)
+    tag = section.get("type", _BERT if takes_bert else next(iter(kinds)))
+    if tag not in kinds:
+        expected = ", ".join(repr(name) for name in kinds)
+        context = {"discriminator": "type", "tag": str(tag), "expected_tags": expected}
+        raise PydanticKnownError("union_tag_invalid", context)
+    return kinds[tag]
+
+
+def _of_kind(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, dict):
+        return value
+    model = info.data.get("model")  # absent if it is wrong itself
+    return encoder_kind(value, None if model is None else model.family).model_validate(value)
+
+
+FamilyEncoder = Annotated[SerializeAsAny[EncoderConfig], BeforeValidator(_of_kind)]
+"""The encoder section beside a `model` section, whose family says what kinds there are."""
