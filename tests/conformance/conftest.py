@@ -12,10 +12,7 @@ latents' size, not square if the family allows that.
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -37,7 +34,6 @@ from piflow.backbones import (
     SD3Backbone,
 )
 
-GUIDE = Path(__file__).parents[2] / "docs" / "bring-your-own-teacher.md"
 Case = tuple[Backbone, Conditioning, tuple[int, int]]
 
 
@@ -124,12 +120,10 @@ def dit() -> Case:
 
 
 def documented() -> Case:
-    """The worked example of docs/bring-your-own-teacher.md, as it stands there."""
-    (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
-    names: dict[str, Any] = {"__name__": "documented"}
-    exec(compile(code, str(GUIDE), "exec"), names)
-    case: Case = names["tiny"]()
-    return case
+    """The worked example of docs/bring-your-own-teacher.md."""
+    from bria_family import tiny
+
+    return tiny.case()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,6 +12,7 @@ PAGES = [
     *sorted((REPOSITORY / "docs").glob("*.md")),
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
 ]
+PACKAGE = REPOSITORY / "tests" / "plugins" / "bria_family"
 FOLDERS = "piflow|pipelines|tests|docs|benchmarks"
 
 
@@ -37,3 +38,10 @@ def test_readme_has_every_folder_in_a_line() -> None:
     folders = {path.parent.name for path in (REPOSITORY / "piflow").glob("*/__init__.py")}
     missing = {name for name in folders if f"{name}/`" not in table}
     assert folders and missing == set()
+
+
+def test_the_guides_family_is_the_package_that_tests_run() -> None:
+    guide = (REPOSITORY / "docs" / "bring-your-own-teacher.md").read_text()
+    shown = re.findall(r"^`bria_family/(\w+\.py)`:\n\n```python\n(.*?)^```$", guide, re.M | re.S)
+    assert dict(shown) == {path.name: path.read_text() for path in PACKAGE.glob("*.py")}
+    assert guide.count("```python") == len(shown)
