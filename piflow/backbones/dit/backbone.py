@@ -101,8 +101,14 @@ class DiTBackbone(TransformerBackbone):
         return DiTTokens(module)
 
     def flops(self, height: int, width: int, text_tokens: int) -> int:
-        """See `TransformerBackbone`."""
-        return flops.dit(self._config, height * width // PATCH**2)
+        """Each block embeds the time anew."""
+        config, picture = self._config, height * width // PATCH**2
+        d, blocks = flops.hidden_size(config), config["num_layers"]
+        weights = flops.patch_ends(config, d, picture)
+        per_token = 16 if config["activation_fn"].endswith("glu") else 12  # gates are 4·d² more
+        embedder = flops.mlp(flops.TIME_FEATURES, d)
+        weights += blocks * (per_token * d * d * picture + 6 * d * d + embedder)
+        return 2 * weights + blocks * flops.attention(d, picture)
 
     def blank_conditioning(self, text_tokens: int) -> Conditioning:
         """The first class."""

@@ -81,8 +81,18 @@ class FluxBackbone(TransformerBackbone):
             )
 
     def flops(self, height: int, width: int, text_tokens: int) -> int:
-        """See `TransformerBackbone`."""
-        return flops.flux(self._config, height * width // PATCH**2, text_tokens)
+        """Double blocks, and single blocks whose attention and MLP share their layers."""
+        config, picture = self._config, height * width // PATCH**2
+        d, joined = flops.hidden_size(config), picture + text_tokens
+        double, single = config["num_layers"], config["num_single_layers"]
+        embedders = 2 if config["guidance_embeds"] else 1
+        pooled = config["pooled_projection_dim"]
+        weights = flops.ends(config, d, picture, text_tokens)
+        weights += embedders * flops.mlp(flops.TIME_FEATURES, d)
+        weights += flops.mlp(pooled, d) if pooled else 0
+        weights += double * 12 * d * d * (joined + 1)  # the one: both streams' modulation
+        weights += single * (12 * d * d * joined + 3 * d * d)
+        return 2 * weights + (double + single) * flops.attention(d, joined)
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.

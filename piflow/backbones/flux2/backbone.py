@@ -80,8 +80,16 @@ class Flux2Backbone(TransformerBackbone):
             )
 
     def flops(self, height: int, width: int, text_tokens: int) -> int:
-        """See `TransformerBackbone`."""
-        return flops.flux2(self._config, height * width // PATCH**2, text_tokens)
+        """Gated MLPs of three parts, and modulation that all blocks of a kind share."""
+        config, picture = self._config, height * width // PATCH**2
+        d, joined = flops.hidden_size(config), picture + text_tokens
+        blocks = config["num_layers"] + config["num_single_layers"]
+        embedders = 2 if config["guidance_embeds"] else 1
+        inner = int(d * config["mlp_ratio"])
+        weights = flops.ends(config, d, picture, text_tokens)
+        weights += embedders * flops.mlp(config["timestep_guidance_channels"], d) + 15 * d * d
+        weights += blocks * (4 * d * d + 3 * d * inner) * joined
+        return 2 * weights + blocks * flops.attention(d, joined)
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.

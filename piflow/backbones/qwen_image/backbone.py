@@ -88,8 +88,12 @@ class QwenImageBackbone(TransformerBackbone):
         return ("img_mlp.net.0.proj", "img_mlp.net.2", *text, *time)
 
     def flops(self, height: int, width: int, text_tokens: int) -> int:
-        """See `TransformerBackbone`."""
-        return flops.qwen_image(self._config, height * width // PATCH**2, text_tokens)
+        """Double blocks alone."""
+        config, picture = self._config, height * width // PATCH**2
+        d, joined, blocks = flops.hidden_size(config), picture + text_tokens, config["num_layers"]
+        weights = flops.ends(config, d, picture, text_tokens) + flops.mlp(flops.TIME_FEATURES, d)
+        weights += blocks * 12 * d * d * (joined + 1)
+        return 2 * weights + blocks * flops.attention(d, joined)
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.

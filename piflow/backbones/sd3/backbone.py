@@ -88,8 +88,19 @@ class SD3Backbone(TransformerBackbone):
         return SD3Tokens(module)
 
     def flops(self, height: int, width: int, text_tokens: int) -> int:
-        """See `TransformerBackbone`."""
-        return flops.sd3(self._config, height * width // PATCH**2, text_tokens)
+        """Double blocks; the last writes no text, some see the picture twice."""
+        config, picture = self._config, height * width // PATCH**2
+        d, joined, blocks = flops.hidden_size(config), picture + text_tokens, config["num_layers"]
+        twice = len(config["dual_attention_layers"])
+        weights = flops.patch_ends(config, d, picture)
+        weights += config["joint_attention_dim"] * d * text_tokens
+        weights += flops.mlp(flops.TIME_FEATURES, d) + flops.mlp(config["pooled_projection_dim"], d)
+        weights += blocks * 12 * d * d * (joined + 1)
+        # less what the last block lacks: the text's output and MLP, and modulation
+        weights -= 9 * d * d * text_tokens + 4 * d * d
+        weights += twice * (4 * d * d * picture + 3 * d * d)
+        attention = blocks * flops.attention(d, joined) + twice * flops.attention(d, picture)
+        return 2 * weights + attention
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.
