@@ -10,12 +10,7 @@ Imports `piflow.storage` alone; a family's record is imported by the name that a
 from piflow.config.data import EmbedConfig
 from piflow.config.encoder import (
     BertEncoderConfig,
-    ClassLabelEncoderConfig,
     EncoderConfig,
-    Flux2EncoderConfig,
-    FluxEncoderConfig,
-    QwenImageEncoderConfig,
-    SD3EncoderConfig,
     TextEncoderConfig,
 )
 from piflow.config.family import BUILT_IN, Family, FamilyEncoder, find_family
@@ -44,7 +39,6 @@ from piflow.config.training import (
 __all__ = [
     "BUILT_IN",
     "BertEncoderConfig",
-    "ClassLabelEncoderConfig",
     "DXPolicyConfig",
     "DeepSpeedConfig",
     "EMAConfig",
@@ -54,8 +48,6 @@ __all__ = [
     "Family",
     "FamilyEncoder",
     "FlowMatchingConfig",
-    "Flux2EncoderConfig",
-    "FluxEncoderConfig",
     "Fp8TeacherConfig",
     "GMFlowPolicyConfig",
     "GuidanceConfig",
@@ -65,11 +57,9 @@ __all__ = [
     "ParameterGroupConfig",
     "PiIDConfig",
     "PolicyConfig",
-    "QwenImageEncoderConfig",
     "Recipe",
     "RecipeError",
     "RuntimeConfig",
-    "SD3EncoderConfig",
     "TextEncoderConfig",
     "TrackingConfig",
     "TrainingConfig",

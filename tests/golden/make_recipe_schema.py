@@ -22,15 +22,16 @@ REQUIRED = "(required)"
 
 def schema() -> dict[str, Any]:
     """Version, and section -> key that decides results -> default in JSON."""
+    return {"schema": SCHEMA, "defaults": {item.__name__: _defaults(item) for item in sections()}}
+
+
+def sections() -> list[type[Section]]:
+    """All sections of a recipe, variants and our families' encoders too, by their names."""
     exported = (getattr(config, name) for name in config.__all__)
-    sections = [
-        item
-        for item in exported
-        if isinstance(item, type)
-        and issubclass(item, Section)
-        and not ("type" in item.model_fields and item.model_fields["type"].is_required())
-    ]  # a variant that leaves its type open is what others derive from
-    return {"schema": SCHEMA, "defaults": {item.__name__: _defaults(item) for item in sections}}
+    found = {item for item in exported if isinstance(item, type) and issubclass(item, Section)}
+    found -= {config.EncoderConfig, config.TextEncoderConfig}  # what kinds of encoder derive from
+    found |= {kind for name in config.BUILT_IN for kind in config.find_family(name).encoders}
+    return sorted(found, key=lambda item: item.__name__)
 
 
 def _defaults(section: type[Section]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 
 from piflow.backbones.encoders import build_encoder
+from piflow.backbones.flux import FluxEncoderConfig
 from piflow.commands import embed
-from piflow.config import FluxEncoderConfig, Recipe, parse_recipe
+from piflow.config import Recipe, parse_recipe
 from piflow.data import embed as embed_job
 from piflow.data import stream as stream_module
 from piflow.data.batch import MicroBatch, StreamBatch

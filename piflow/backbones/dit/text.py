@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from piflow.backbones.dit import ClassLabelEncoderConfig
 from piflow.backbones.text import Embedding
-from piflow.config import ClassLabelEncoderConfig
 from piflow.storage.fingerprint import EncoderIdentity
 
 

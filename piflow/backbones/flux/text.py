@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from piflow.backbones import text
-from piflow.config import FluxEncoderConfig
+from piflow.backbones.flux import FluxEncoderConfig
 from piflow.storage.fingerprint import EncoderIdentity
 
 MAX_TOKENS = 512  # FluxPipeline takes no longer prompts

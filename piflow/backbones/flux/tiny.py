@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from piflow.backbones import tiny
-from piflow.config import EncoderConfig, FluxEncoderConfig, ModelConfig
+from piflow.backbones.flux import FluxEncoderConfig
+from piflow.config import EncoderConfig, ModelConfig
 
 
 def transformer(

@@ -1,6 +1,31 @@
 """FLUX.2."""
 
-from piflow.config import BertEncoderConfig, Family, Flux2EncoderConfig
+from __future__ import annotations
+
+from typing import Literal
+
+from piflow.config import BertEncoderConfig, Family, TextEncoderConfig
+from piflow.config.section import Positive
+
+
+class Flux2EncoderConfig(TextEncoderConfig):
+    """FLUX.2's text encoder: Mistral 3 after the family's system message, three layers' states."""
+
+    module = "piflow.backbones.flux2.text"
+    tiny = "piflow.backbones.flux2.tiny"
+
+    type: Literal["flux2"] = "flux2"
+    path: str
+    """URI of a folder with text_encoder and tokenizer."""
+
+    max_tokens: Positive = 512
+    """Tokens, with the system message's, that a prompt is padded or cut to."""
+
+    @property
+    def keeps_padding(self) -> bool:
+        """Always: the model has no mask."""
+        return True
+
 
 FAMILY = Family(
     backbone="piflow.backbones.flux2.backbone:Flux2Backbone",

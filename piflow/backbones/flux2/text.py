@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from piflow.backbones import text
-from piflow.config import Flux2EncoderConfig
+from piflow.backbones.flux2 import Flux2EncoderConfig
 from piflow.storage.fingerprint import EncoderIdentity
 
 LAYERS = (10, 20, 30)  # whose states are taken

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from piflow.backbones import tiny
+from piflow.backbones.flux2 import Flux2EncoderConfig
 from piflow.backbones.flux2.text import LAYERS
-from piflow.config import EncoderConfig, Flux2EncoderConfig, ModelConfig
+from piflow.config import EncoderConfig, ModelConfig
 
 
 def transformer(

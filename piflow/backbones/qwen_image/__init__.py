@@ -1,6 +1,26 @@
 """Qwen-Image."""
 
-from piflow.config import BertEncoderConfig, Family, QwenImageEncoderConfig
+from __future__ import annotations
+
+from typing import Literal
+
+from piflow.config import BertEncoderConfig, Family, TextEncoderConfig
+from piflow.config.section import Positive
+
+
+class QwenImageEncoderConfig(TextEncoderConfig):
+    """Qwen-Image's text encoder: Qwen2.5-VL under the family's template."""
+
+    module = "piflow.backbones.qwen_image.text"
+    tiny = "piflow.backbones.qwen_image.tiny"
+
+    type: Literal["qwen_image"] = "qwen_image"
+    path: str
+    """URI of a folder with text_encoder and tokenizer."""
+
+    max_tokens: Positive = 512
+    """Tokens after the template's, at most 1024."""
+
 
 FAMILY = Family(
     backbone="piflow.backbones.qwen_image.backbone:QwenImageBackbone",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from piflow import storage
 from piflow.backbones import text
-from piflow.config import QwenImageEncoderConfig
+from piflow.backbones.qwen_image import QwenImageEncoderConfig
 from piflow.storage import fingerprint
 from piflow.storage.fingerprint import EncoderIdentity
 

@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 from piflow.backbones import tiny
+from piflow.backbones.qwen_image import QwenImageEncoderConfig
 from piflow.backbones.qwen_image.text import TEMPLATE
-from piflow.config import EncoderConfig, ModelConfig, QwenImageEncoderConfig
+from piflow.config import EncoderConfig, ModelConfig
 
 
 def transformer(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from piflow.backbones import text
-from piflow.config import SD3EncoderConfig
+from piflow.backbones.sd3 import SD3EncoderConfig
 from piflow.storage.fingerprint import EncoderIdentity
 
 MAX_TOKENS = 512  # StableDiffusion3Pipeline takes no longer prompts

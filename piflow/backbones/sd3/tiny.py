@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from piflow.backbones import tiny
-from piflow.config import EncoderConfig, ModelConfig, SD3EncoderConfig
+from piflow.backbones.sd3 import SD3EncoderConfig
+from piflow.config import EncoderConfig, ModelConfig
 
 
 def transformer(

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from piflow import config
 from piflow.config import BUILT_IN, Recipe, RecipeError, differences, load_recipe, parse_recipe
+from tests.golden.make_recipe_schema import sections
 
 MINIMAL: dict[str, Any] = {
     "name": "test",
@@ -36,12 +37,6 @@ def recipe_file(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     return path
-
-
-def sections() -> list[type[BaseModel]]:
-    """All sections of a recipe, the variants of unions too."""
-    exported = (getattr(config, name) for name in config.__all__)
-    return [item for item in exported if isinstance(item, type) and issubclass(item, BaseModel)]
 
 
 # -------------------------------------------------------------------------------------- mistakes

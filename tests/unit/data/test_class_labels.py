@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from piflow.backbones.dit import ClassLabelEncoderConfig
 from piflow.backbones.encoders import build_encoder
-from piflow.config import ClassLabelEncoderConfig
 from piflow.data.prompts import Prompt
 from piflow.data.reader import EmbeddingStore
 

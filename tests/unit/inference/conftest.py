@@ -23,7 +23,8 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     """
     import torch
 
-    from piflow.config import ClassLabelEncoderConfig, LoRAConfig, ModelConfig
+    from piflow.backbones.dit import ClassLabelEncoderConfig
+    from piflow.config import LoRAConfig, ModelConfig
     from piflow.inference.settings import SETTINGS_KEY, SamplingSettings
     from piflow.roles.adapter import save_adapter
     from piflow.roles.heads import PolicyClock
@@ -193,7 +194,7 @@ def dit_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sd3_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stable Diffusion 3.5's kind: two CLIP models and T5, classifier-free guidance."""
-    from piflow.config import SD3EncoderConfig
+    from piflow.backbones.sd3 import SD3EncoderConfig
 
     return _tiny("sd3", SD3EncoderConfig, tmp_path_factory.mktemp("sd3_base"))
 
@@ -201,7 +202,7 @@ def sd3_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def flux2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FLUX.2-dev's kind: embedded guidance, Mistral 3, an autoencoder with a batch norm."""
-    from piflow.config import Flux2EncoderConfig
+    from piflow.backbones.flux2 import Flux2EncoderConfig
 
     return _tiny("flux2", Flux2EncoderConfig, tmp_path_factory.mktemp("flux2_base"))
 

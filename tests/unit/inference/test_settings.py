@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from piflow.backbones import Conditioning
+from piflow.backbones.flux import FluxEncoderConfig
 from piflow.config import (
     BertEncoderConfig,
     EMAConfig,
-    FluxEncoderConfig,
     ModelConfig,
     OptimizerConfig,
     Recipe,

@@ -11,18 +11,14 @@ from torch import Tensor
 
 from piflow import storage
 from piflow.backbones import build_codec, load_backbone
+from piflow.backbones.dit import ClassLabelEncoderConfig
 from piflow.backbones.encoders import build_encoder
+from piflow.backbones.flux import FluxEncoderConfig
+from piflow.backbones.flux2 import Flux2EncoderConfig
+from piflow.backbones.qwen_image import QwenImageEncoderConfig
 from piflow.backbones.qwen_image.text import DROPPED_TOKENS, TEMPLATE
-from piflow.config import (
-    BertEncoderConfig,
-    ClassLabelEncoderConfig,
-    EncoderConfig,
-    Flux2EncoderConfig,
-    FluxEncoderConfig,
-    ModelConfig,
-    QwenImageEncoderConfig,
-    SD3EncoderConfig,
-)
+from piflow.backbones.sd3 import SD3EncoderConfig
+from piflow.config import BertEncoderConfig, EncoderConfig, ModelConfig
 from piflow.inference.settings import SamplingSettings, encode_prompts
 from piflow.testing.models import save_model
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from piflow.backbones.dit import ClassLabelEncoderConfig
 from piflow.backbones.encoders import build_encoder, encoder_identity
-from piflow.config import BertEncoderConfig, ClassLabelEncoderConfig
+from piflow.config import BertEncoderConfig
 
 CONFIG = ClassLabelEncoderConfig(num_classes=1000)
 

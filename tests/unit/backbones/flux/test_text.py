@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from piflow.backbones.encoders import build_encoder, encoder_identity
+from piflow.backbones.flux import FluxEncoderConfig
 from piflow.backbones.text import TextEncoder
-from piflow.config import FluxEncoderConfig
 
 MAX_TOKENS = 12
 PROMPTS = ["red heart", "", "a cat of a red heart in a red cup of tea", "Two  hearts"]

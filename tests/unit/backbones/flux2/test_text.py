@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from piflow.backbones.encoders import build_encoder, encoder_identity
+from piflow.backbones.flux2 import Flux2EncoderConfig
 from piflow.backbones.text import TextEncoder
-from piflow.config import Flux2EncoderConfig, ModelConfig
+from piflow.config import ModelConfig
 from piflow.testing.models import save_model
 
 MAX_TOKENS = 20

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from piflow.backbones.encoders import build_encoder, encoder_identity
+from piflow.backbones.qwen_image import QwenImageEncoderConfig
 from piflow.backbones.qwen_image.text import DROPPED_TOKENS, TEMPLATE
 from piflow.backbones.text import TextEncoder
-from piflow.config import QwenImageEncoderConfig
 
 TEMPLATE_BYTES = len(TEMPLATE.replace("<|im_start|>", "s").replace("<|im_end|>", "e")) - 2
 MAX_TOKENS = TEMPLATE_BYTES - DROPPED_TOKENS + 20  # the tiny tokenizer's tokens are bytes

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from piflow.backbones.encoders import build_encoder, encoder_identity
+from piflow.backbones.sd3 import SD3EncoderConfig
 from piflow.backbones.text import TextEncoder
-from piflow.config import ModelConfig, SD3EncoderConfig
+from piflow.config import ModelConfig
 from piflow.testing.models import save_model
 
 T5_TOKENS, CLIP_TOKENS = 12, 16
