@@ -11,7 +11,6 @@ from statistics import mean
 from typing import Any
 
 import ray.train.torch
-import torch.distributed as dist
 from ray.train.collective import broadcast_from_rank_zero
 
 from piflow import storage
@@ -26,6 +25,7 @@ from piflow.runs.tracking import SystemMetrics, Tracker
 from piflow.runtime.mailbox import Failure, StopReason
 from piflow.runtime.stopping import Stops
 from piflow.runtime.watchdog import Watchdog
+from piflow.sharding.everyone import everyone
 from piflow.training.build import Assembly
 from piflow.training.checkpoint import CheckpointError, RunState
 from piflow.training.checkpoint_writer import CheckpointSaver, restore_newest
@@ -175,10 +175,7 @@ class TrainLoop:
         done = step + 1
         if self.training.damaged_rows == "stop" or not self._is_logged(done):
             return
-        counts: list[Any] = [dict(self.replaced)]
-        if dist.is_initialized():
-            counts = [None] * dist.get_world_size()
-            dist.all_gather_object(counts, dict(self.replaced))
+        counts = everyone(dict(self.replaced))
         if self.rank == 0:
             total = sum((Counter(rank) for rank in counts), Counter())
             self.tracker.log_metrics({"replaced_rows": float(total.total())}, step=done)

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from ray.train.collective import broadcast_from_rank_zero
 
 from piflow.config import Recipe
@@ -30,6 +29,7 @@ from piflow.runtime.mailbox import Failure
 from piflow.runtime.stopping import Stops
 from piflow.runtime.watchdog import Watchdog
 from piflow.sharding import Strategy
+from piflow.sharding.everyone import everyone
 from piflow.training.build import Assembly, assemble
 from piflow.training.placement import strategy_for
 from piflow.training.step import NonFiniteError
@@ -168,11 +168,7 @@ def _assemble_or_tell(
         assembly = assemble(recipe, store, strategy, device)
     except ValueError as error:
         problem = str(error)
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    first = next((text for text in problems if text is not None), None)
+    first = next((text for text in everyone(problem) if text is not None), None)
     if first is None:
         return assembly
     if ray.train.get_context().get_world_rank() == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from piflow.sharding.tensors import SplitTensor, clip_grad_norm, gather
-from piflow.training import optimizer_state
+from piflow.sharding.tensors import Part, SplitTensor, clip_grad_norm, local_shard, part_of
 
 
 class Strategy(Protocol):
@@ -65,24 +64,25 @@ class Strategy(Protocol):
         """
         ...
 
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU by name on rank 0; an empty dict on the others."""
+    def part(self, tensor: Tensor) -> Part:
+        """What this worker holds of a prepared parameter, and where in the whole it lies."""
+        ...
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The values of `part`, where nobody asks for their place."""
         ...
 
     def saved_parameter(self, parameter: Tensor) -> Tensor | SplitTensor:
         """What a checkpoint holds of a prepared parameter, trained or not."""
         ...
 
-    def saved_state(
+    def split_state(
         self, optimizer: Optimizer, parameter: nn.Parameter
-    ) -> Mapping[str, Tensor | SplitTensor]:
-        """The same of a trained parameter's optimiser state, by key; may be empty at first."""
-        ...
+    ) -> Mapping[str, SplitTensor] | None:
+        """A trained parameter's optimiser state, by key, where the strategy has split it.
 
-    def allocate_state(
-        self, optimizer: Optimizer, parameter: nn.Parameter, keys: Collection[str]
-    ) -> None:
-        """Makes the optimiser's state of those `keys` that it has, to be filled."""
+        None: the optimiser's own tensors are all of it, shaped and sharded as the parameter.
+        """
         ...
 
 
@@ -102,18 +102,18 @@ class InPlaceStrategy(ABC):
         """Whether backward passes inside average gradients over the workers, or only add up."""
 
     def adopt(self, optimizers: Sequence[Optimizer]) -> None:
-        """See `Strategy`; there is nothing to do."""
+        """The optimisers move the parameters where they are: there is nothing to take over."""
         return
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """See `Strategy`."""
+        """Adds up gradients; the last pass averages them over the workers."""
         with self.gradient_sync(last):
             loss.backward()
 
     def update(
         self, parameters: Iterable[nn.Parameter], optimizers: Sequence[Optimizer], max_norm: float
     ) -> float:
-        """See `Strategy`."""
+        """Clips, then lets every optimiser step, unless the norm isn't finite."""
         norm = self.clip_grad_norm(parameters, max_norm)
         if math.isfinite(norm):
             for optimizer in optimizers:
@@ -124,25 +124,21 @@ class InPlaceStrategy(ABC):
         """Clips to `max_norm` in place; returns the global norm before (inf: only measures)."""
         return clip_grad_norm(parameters, max_norm)
 
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `Strategy`."""
-        return gather(tensors, self.rank)
+    def part(self, tensor: Tensor) -> Part:
+        """Of a whole tensor, or of one that torch shards."""
+        return part_of(tensor)
 
-    def saved_parameter(self, parameter: Tensor) -> Tensor | SplitTensor:
+    def local(self, tensor: Tensor) -> Tensor:
+        """The tensor itself, or its shard."""
+        return local_shard(tensor)
+
+    def saved_parameter(self, parameter: Tensor) -> Tensor:
         """The parameter itself: a checkpoint is read into it."""
         return parameter.detach()
 
-    def saved_state(
-        self, optimizer: Optimizer, parameter: nn.Parameter
-    ) -> Mapping[str, Tensor | SplitTensor]:
-        """The optimiser's own tensors."""
-        return optimizer_state.state_tensors(optimizer, parameter)
-
-    def allocate_state(
-        self, optimizer: Optimizer, parameter: nn.Parameter, keys: Collection[str]
-    ) -> None:
-        """See `Strategy`."""
-        optimizer_state.allocate_state(optimizer, parameter, keys)
+    def split_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
+        """The optimiser holds it itself."""
+        return
 
 
 def require_process_group(strategy: str) -> tuple[int, int]:

@@ -26,7 +26,7 @@ BUCKET_BYTES = 64 * 2**20  # gradients that are reduced at once; as much memory 
 
 
 class DDPStrategy(InPlaceStrategy):
-    """See `piflow.sharding.base.Strategy`. The process group must be up (nccl or gloo).
+    """Replicas, as a `Strategy`. The process group must be up (nccl or gloo).
 
     Raises:
         ValueError: it isn't.

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,15 +29,14 @@ from torch.optim import Optimizer
 
 from piflow.config import DeepSpeedConfig
 from piflow.sharding.base import require_process_group
-from piflow.sharding.tensors import SplitTensor, first_value, is_partitioned, whole_shape
-from piflow.training.optimizer_state import allocate_state
+from piflow.sharding.tensors import Part, SplitTensor, part_of
 
 _STEP = "step"  # AdamW's count, one a flat tensor
-_STATE = (_STEP, "exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedStrategy:
-    """See `piflow.sharding.base.Strategy`. The process group must be up (nccl or gloo).
+    """ZeRO, as a `Strategy`. The process group must be up (nccl or gloo).
 
     One AdamW moves everything, and in one step every backward pass has to reach the same trained
     parameters (stage 3 keeps the last gradient of a parameter that gets none).
@@ -83,12 +82,13 @@ class DeepSpeedStrategy:
             others = [module for module in self._modules if module is not trained[0]]
             self._engines += [self._engine(module, None) for module in others]
         for flat in self._flat_weights():
-            allocate_state(optimizers[0], flat, _STATE)
+            moments = {key: torch.zeros_like(flat, requires_grad=False) for key in _MOMENTS}
+            optimizers[0].state[flat] = {_STEP: torch.zeros(()), **moments}
         if self.config.stage < 3:  # done in the first step else, too late to restore a checkpoint
             self._engines[0].optimizer._lazy_init_hp_params_optimizer_state()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """See `Strategy`.
+        """The engine's backward pass: it reduces gradients as its stage wants.
 
         Raises:
             ValueError: called before `adopt`.
@@ -102,7 +102,7 @@ class DeepSpeedStrategy:
     def update(
         self, parameters: Iterable[nn.Parameter], optimizers: Sequence[Optimizer], max_norm: float
     ) -> float:
-        """See `Strategy`; the engine knows parameters and optimiser."""
+        """The engine's step, which knows parameters and optimiser."""
         engine = self._training_engine()
         engine.optimizer.clip_grad = max_norm if math.isfinite(max_norm) else 0.0
         engine.step()
@@ -110,31 +110,24 @@ class DeepSpeedStrategy:
             return math.nan
         return float(engine.get_global_grad_norm())
 
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on rank 0's CPU, one at a time; an empty dict on the others."""
-        gathered: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            with self._whole(tensor) as whole:
-                if self.rank == 0:
-                    gathered[name] = whole.detach().cpu().clone()
-        return gathered
+    def part(self, tensor: Tensor) -> Part:
+        """Under stage 3 flat, of equal size on all workers; the last one's end is padding."""
+        return _part(tensor)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """As `part`, with the padding."""
+        return _part(tensor).values
 
     def saved_parameter(self, parameter: Tensor) -> SplitTensor:
-        """See `Strategy`."""
+        """It comes together whole, since its parts are no rows."""
         return _Weight(self, parameter)
 
-    def saved_state(
+    def split_state(
         self, optimizer: Optimizer, parameter: nn.Parameter
     ) -> Mapping[str, SplitTensor]:
-        """See `Strategy`."""
+        """AdamW's count and moments; they are there from `adopt` on."""
         counts = [optimizer.state[flat][_STEP] for flat in self._flat_weights()]
-        moments = [key for key in _STATE if key != _STEP]
-        return {_STEP: _Count(counts), **{key: _Moment(self, parameter, key) for key in moments}}
-
-    def allocate_state(
-        self, optimizer: Optimizer, parameter: nn.Parameter, keys: Collection[str]
-    ) -> None:
-        """It is there from `adopt` on."""
+        return {_STEP: _Count(counts), **{key: _Moment(self, parameter, key) for key in _MOMENTS}}
 
     def _training_engine(self) -> Any:
         if not self._engines:
@@ -198,7 +191,7 @@ class DeepSpeedStrategy:
     @contextmanager
     def _whole(self, tensor: Tensor) -> Iterator[Tensor]:
         """All of a parameter, for the time of the context."""
-        if not is_partitioned(tensor):
+        if not _is_split(tensor):
             yield tensor
             return
         with self._deepspeed.zero.GatheredParameters([tensor]):
@@ -206,12 +199,12 @@ class DeepSpeedStrategy:
 
 
 class _Weight:
-    """A trained parameter, an average's or a frozen one; see `SplitTensor`."""
+    """A trained parameter, an average's or a frozen one."""
 
     def __init__(self, strategy: DeepSpeedStrategy, parameter: Any) -> None:
         self._strategy = strategy
         self._parameter = parameter
-        self.shape = whole_shape(parameter)
+        self.shape = _part(parameter).shape
         self.dtype = parameter.dtype
 
     def whole(self) -> Tensor:
@@ -225,8 +218,8 @@ class _Weight:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         parameter = self._parameter
-        if is_partitioned(parameter):
-            part = _part_of(whole, parameter)
+        if _is_split(parameter):
+            part = _values_of_part(whole, _part(parameter))
             parameter.ds_tensor.copy_(part)
             if parameter.requires_grad:
                 safe_set_local_fp32_param(parameter, part)
@@ -237,13 +230,13 @@ class _Weight:
 
 
 class _Moment:
-    """One of AdamW's moments of a trained parameter; see `SplitTensor`."""
+    """One of AdamW's moments of a trained parameter."""
 
     def __init__(self, strategy: DeepSpeedStrategy, parameter: nn.Parameter, key: str) -> None:
         self._strategy = strategy
         self._parameter = parameter
         self._key = key
-        self.shape = whole_shape(parameter)
+        self.shape = _part(parameter).shape
         self.dtype = torch.float32
 
     def whole(self) -> Tensor:
@@ -255,11 +248,11 @@ class _Moment:
 
     @torch.no_grad()
     def fill(self, whole: Tensor) -> None:
-        """See `SplitTensor`."""
+        """On this worker's part, or all of it."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        if is_partitioned(self._parameter):
-            part = _part_of(whole, self._parameter)
+        if _is_split(self._parameter):
+            part = _values_of_part(whole, _part(self._parameter))
             safe_set_local_optimizer_state(self._parameter, part, self._key)
         else:
             safe_set_full_optimizer_state(self._parameter, whole, self._key)
@@ -278,7 +271,7 @@ class _Count:
         return self._counts[0].clone()
 
     def fill(self, whole: Tensor) -> None:
-        """See `SplitTensor`."""
+        """All counts alike."""
         for count in self._counts:
             count.copy_(whole)
 
@@ -312,10 +305,21 @@ def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _part_of(whole: Tensor, parameter: Any) -> Tensor:
+def _is_split(tensor: Any) -> bool:
+    """Whether stage 3 has split it: it is empty then, and its part hangs on it as `ds_tensor`."""
+    return hasattr(tensor, "ds_tensor")
+
+
+def _part(tensor: Any) -> Part:
+    if not _is_split(tensor):
+        return part_of(tensor)
+    values = tensor.ds_tensor.detach()
+    return Part(values, tensor.ds_zero_partition_rank * values.numel(), tensor.ds_shape)
+
+
+def _values_of_part(whole: Tensor, part: Part) -> Tensor:
     """This worker's values of a whole tensor, flat; the last worker's end is padded with zeros."""
-    size, first = parameter.ds_tensor.numel(), first_value(parameter)
-    part = torch.zeros(size, dtype=whole.dtype, device=parameter.ds_tensor.device)
-    values = whole.reshape(-1)[first : first + size]
-    part[: len(values)].copy_(values)
-    return part
+    mine = torch.zeros(part.values.numel(), dtype=whole.dtype, device=part.values.device)
+    values = whole.reshape(-1)[part.first : part.first + len(mine)]
+    mine[: len(values)].copy_(values)
+    return mine

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, TypeGuard
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 
 class SplitTensor(Protocol):
@@ -31,42 +32,68 @@ class SplitTensor(Protocol):
         ...
 
 
-def local_shard(tensor: Tensor) -> Tensor:
-    """This worker's part of a tensor, sharing its memory, without gradient history."""
-    detached = tensor.detach()
-    if isinstance(detached, DTensor):
-        return detached.to_local()
-    if is_partitioned(tensor):
-        part: Tensor = tensor.ds_tensor.detach()
-        return part
-    return detached
+@dataclass(frozen=True)
+class Part:
+    """What a worker holds of a tensor: consecutive values of the whole, in row-major order.
 
-
-def is_partitioned(tensor: Any) -> TypeGuard[Any]:
-    """Whether DeepSpeed's stage 3 has split it.
-
-    The parameter itself is empty then. This worker's part hangs on it as `ds_tensor`, flat, of
-    equal size on all workers; the last one's end is padding.
+    Attributes:
+        values: sharing the tensor's memory, without gradient history. Padding may follow the last.
+        first: number of the first value.
+        shape: of the whole tensor.
     """
-    return hasattr(tensor, "ds_tensor")
+
+    values: Tensor
+    first: int
+    shape: torch.Size
 
 
-def whole_shape(tensor: Tensor) -> torch.Size:
-    """A tensor's shape, also where DeepSpeed has only left its parts."""
-    shape: torch.Size = tensor.ds_shape if is_partitioned(tensor) else tensor.shape
-    return shape
+def part_of(tensor: Tensor) -> Part:
+    """This worker's part of a whole tensor, or of one that torch shards.
+
+    Raises:
+        ValueError: it is sharded along another dimension than the first.
+    """
+    detached = tensor.detach()
+    if not isinstance(detached, DTensor):
+        return Part(detached, 0, tensor.shape)
+    first = _first_row(detached) * math.prod(tensor.shape[1:])
+    return Part(detached.to_local(), first, tensor.shape)
 
 
-def first_value(parameter: Any) -> int:
-    """Number of the first value, in row-major order, of this worker's part (`is_partitioned`)."""
-    first: int = parameter.ds_zero_partition_rank * parameter.ds_tensor.numel()
+def local_shard(tensor: Tensor) -> Tensor:
+    """The values of `part_of`, however the tensor is sharded."""
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
+
+
+def _first_row(tensor: DTensor) -> int:
+    """Number of the first row that this rank keeps, as `torch.chunk` splits each mesh dimension."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError("this rank isn't in the device mesh that its parameters are sharded over")
+    first, rows = 0, tensor.shape[0]
+    for place, index, size in zip(
+        tensor.placements, coordinate, tensor.device_mesh.shape, strict=True
+    ):
+        if place.is_replicate():
+            continue
+        if place != Shard(0):
+            raise ValueError(
+                f"expected parameters sharded along their first dimension, got {place}"
+            )
+        share = -(-rows // size)
+        skipped = min(index * share, rows)
+        first, rows = first + skipped, min(share, rows - skipped)
+    if rows != tensor.to_local().shape[0]:
+        raise ValueError(f"expected {rows} rows on this rank, got {tensor.to_local().shape[0]}")
     return first
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """`InPlaceStrategy.clip_grad_norm`, of whole or sharded parameters.
+    """Clips gradients to `max_norm` in place (inf: not); returns their global norm before.
 
-    Those without gradient count 0.
+    Args:
+        parameters: whole or sharded; those without gradient count 0.
     """
     trained = list(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
@@ -75,14 +102,3 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     if math.isfinite(max_norm):
         torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return float(norm)
-
-
-def gather(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """`Strategy.gather` of whole or sharded tensors, one at a time."""
-    gathered: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        detached = tensor.detach()
-        whole = detached.full_tensor() if isinstance(detached, DTensor) else detached
-        if rank == 0:
-            gathered[name] = whole.cpu().clone()
-    return gathered

@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import torch
 from pyarrow import NativeFile
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from piflow import storage
-from piflow.sharding.tensors import first_value, is_partitioned, whole_shape
+from piflow.sharding.tensors import Part, part_of
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 BUFFER_BYTES = 16 * 2**20
@@ -139,18 +139,23 @@ def missing(
 
 @torch.no_grad()
 def fill(
-    module: nn.Module, stored: Mapping[str, StoredTensor], *, device: torch.device | str
+    module: nn.Module,
+    stored: Mapping[str, StoredTensor],
+    *,
+    device: torch.device | str,
+    part: Callable[[Tensor], Part] = part_of,
 ) -> None:
-    """Reads the named parameters and buffers from their files, of sharded ones this rank's rows.
+    """Reads the named parameters and buffers from their files, of sharded ones this rank's part.
 
     Values are converted to the parameter's dtype. Not a collective: ranks don't wait for each
     other.
 
     Args:
-        module: plain, sharded by `fully_shard` along the first dimension, or by DeepSpeed's stage
-            3; parameters that `stored` doesn't name stay as they are.
+        module: plain, or sharded by a strategy; parameters that `stored` doesn't name stay as they
+            are.
         stored: by the module's names.
-        device: where the values go; DeepSpeed has made room for them already.
+        device: where the values of parameters without storage go; others stay where they are.
+        part: what this rank holds of a parameter, as the strategy says that sharded it.
 
     Raises:
         ValueError: a name that the module lacks, another shape, or a parameter that is split along
@@ -168,34 +173,24 @@ def fill(
         system, path = storage.filesystem(uri)
         with system.open_input_file(path) as file:
             for name, source in entries:
-                target = targets[name]
-                shape = tuple(whole_shape(target))
-                if shape != source.shape:
-                    raise ValueError(f"{name} is {shape} in the model and {source.shape} in {uri}")
-                if is_partitioned(target):
-                    _read_part(file, source, target, buffer)
-                    continue
-                values[name] = _read(file, source, target, device, buffer)
+                mine = part(targets[name])
+                if tuple(mine.shape) != source.shape:
+                    raise ValueError(
+                        f"{name} is {tuple(mine.shape)} in the model and {source.shape} in {uri}"
+                    )
+                if mine.values.is_meta:
+                    mine = replace(mine, values=torch.empty_like(mine.values, device=device))
+                    values[name] = _like(targets[name], mine.values)
+                _read_part(file, source, mine, buffer)
     module.load_state_dict(values, strict=False, assign=True)
 
 
-def _read(
-    file: NativeFile,
-    source: StoredTensor,
-    target: Tensor,
-    device: torch.device | str,
-    buffer: bytearray,
-) -> Tensor:
-    """A tensor like the target, with the stored values of the rows that this rank keeps."""
+def _like(target: Tensor, local: Tensor) -> Tensor:
+    """The local values as a tensor that is sharded as the target is."""
     if not isinstance(target, DTensor):
-        whole = torch.empty(target.shape, dtype=target.dtype, device=device)
-        _read_values(file, source, 0, whole, buffer)
-        return whole
-    first, shape = _first_row(target), target.to_local().shape
-    rows = torch.empty(shape, dtype=target.dtype, device=device)
-    _read_values(file, source, first * math.prod(source.shape[1:]), rows, buffer)
+        return local
     return DTensor.from_local(
-        rows,
+        local,
         target.device_mesh,
         target.placements,
         run_check=False,
@@ -204,12 +199,11 @@ def _read(
     )
 
 
-def _read_part(file: NativeFile, source: StoredTensor, target: Any, buffer: bytearray) -> None:
-    """Fills this rank's part of a parameter that DeepSpeed has split, in place."""
-    part, first = target.ds_tensor, first_value(target)
-    count = min(part.numel(), math.prod(source.shape) - first)
-    if count > 0:  # a small parameter's last parts may be padding alone
-        _read_values(file, source, first, part[:count], buffer)
+def _read_part(file: NativeFile, source: StoredTensor, part: Part, buffer: bytearray) -> None:
+    """Fills a part with its stored values; what lies beyond the last one is padding."""
+    count = min(part.values.numel(), math.prod(source.shape) - part.first)
+    if count > 0:  # the last workers may hold padding alone
+        _read_values(file, source, part.first, part.values.view(-1)[:count], buffer)
 
 
 def _read_values(
@@ -234,29 +228,6 @@ def _read_whole(file: NativeFile, view: memoryview, uri: str) -> None:
         if not got:
             raise OSError(f"{uri} ended early: it was changed while it was read; copy it again")
         view = view[got:]
-
-
-def _first_row(tensor: DTensor) -> int:
-    """Number of the first row that this rank keeps, as `torch.chunk` splits each mesh dimension."""
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:
-        raise ValueError("this rank isn't in the device mesh that its parameters are sharded over")
-    first, rows = 0, tensor.shape[0]
-    for place, index, size in zip(
-        tensor.placements, coordinate, tensor.device_mesh.shape, strict=True
-    ):
-        if place.is_replicate():
-            continue
-        if place != Shard(0):
-            raise ValueError(
-                f"expected parameters sharded along their first dimension, got {place}"
-            )
-        share = -(-rows // size)
-        skipped = min(index * share, rows)
-        first, rows = first + skipped, min(share, rows - skipped)
-    if rows != tensor.to_local().shape[0]:
-        raise ValueError(f"expected {rows} rows on this rank, got {tensor.to_local().shape[0]}")
-    return first
 
 
 def _tensors_of(uri: str) -> dict[str, StoredTensor]:

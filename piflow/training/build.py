@@ -162,8 +162,9 @@ def prepared_trio(recipe: Recipe, strategy: Strategy) -> Trio:
     for module in trio.modules:
         strategy.prepare(module, trio.block_classes)
     if stored:
-        trained = next(iter(trio.trainable_parameters().values()))
-        fill(trio.backbone.module, stored, device=trained.device)  # the host, if it offloads
+        # where the trained weights are: the host, if the strategy offloads
+        device = next(iter(trio.trainable_parameters().values())).device
+        fill(trio.backbone.module, stored, device=device, part=strategy.part)
     return trio
 
 

@@ -28,7 +28,9 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from piflow import storage
+from piflow.sharding.everyone import everyone, rank
 from piflow.sharding.tensors import SplitTensor
+from piflow.training.optimizer_state import allocate_state, saved_state
 from piflow.training.step import Trainer
 
 STATE_FILE = "state.json"
@@ -107,11 +109,11 @@ def write_shards(
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    me = rank()
     return {
         file.name: FileRecord(file.stat().st_size, storage.sha256(str(file)))
         for file in sorted(folder.iterdir())
-        if file.name.startswith(f"__{rank}_") or (rank == 0 and file.name == _METADATA_FILE)
+        if file.name.startswith(f"__{me}_") or (me == 0 and file.name == _METADATA_FILE)
     }
 
 
@@ -126,14 +128,11 @@ def gather_files(
     Raises:
         CheckpointError: a worker had a problem.
     """
-    everyone: list[tuple[dict[str, FileRecord], str | None]] = [(dict(mine), problem)]
-    if dist.is_initialized():
-        everyone = everyone * dist.get_world_size()
-        dist.all_gather_object(everyone, (dict(mine), problem), group=group)
-    problems = [f"worker {rank}: {text}" for rank, (_, text) in enumerate(everyone) if text]
+    found = everyone((dict(mine), problem), group)
+    problems = [f"worker {rank}: {text}" for rank, (_, text) in enumerate(found) if text]
     if problems:
         raise CheckpointError("; ".join(problems))
-    return {name: record for part, _ in everyone for name, record in sorted(part.items())}
+    return {name: record for part, _ in found for name, record in sorted(part.items())}
 
 
 def state_file(state: RunState, files: Mapping[str, FileRecord]) -> bytes:
@@ -144,16 +143,6 @@ def state_file(state: RunState, files: Mapping[str, FileRecord]) -> bytes:
         SHA256_KEY: {name: record.sha256 for name, record in files.items()},
     }
     return json.dumps({**content, CHECKSUM_KEY: _checksum(content)}, indent=1).encode()
-
-
-def save_checkpoint(folder: Path, trainer: Trainer, state: RunState) -> None:
-    """Write a checkpoint and wait for it; every worker calls it with one shared folder.
-
-    Runs save behind the training steps: see `piflow.training.checkpoint_writer`.
-    """
-    files = gather_files(write_shards(folder, snapshot(trainer)), None)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        (folder / STATE_FILE).write_bytes(state_file(state, files))
 
 
 def load_state(folder: Path) -> RunState:
@@ -271,11 +260,7 @@ def _verified_by_all(folder: Path) -> RunState:
         state = verify_checkpoint(folder)
     except DamagedCheckpointError as error:
         problem = str(error)
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    first = next((text for text in problems if text is not None), None)
+    first = next((text for text in everyone(problem) if text is not None), None)
     if state is None or first is not None:
         raise DamagedCheckpointError(first)
     return state
@@ -325,7 +310,7 @@ def _tree(trainer: Trainer) -> dict[str, Tensor | SplitTensor]:
     strategy = trainer.strategy
     for name, parameter in trainer.parameters.items():
         tree[f"trainable.{name}"] = strategy.saved_parameter(parameter)
-        state = strategy.saved_state(trainer.optimizer_of(parameter), parameter)
+        state = saved_state(strategy, trainer.optimizer_of(parameter), parameter)
         for key, value in state.items():
             tree[f"optimizer.{name}.{key}"] = value
     for name, tensor in trainer.ema_parameters.items():
@@ -338,7 +323,9 @@ def _allocate_optimizer_state(trainer: Trainer, stored: dict[str, Any]) -> None:
     for name, parameter in trainer.parameters.items():
         prefix = f"optimizer.{name}."
         keys = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
-        trainer.strategy.allocate_state(trainer.optimizer_of(parameter), parameter, keys)
+        optimizer = trainer.optimizer_of(parameter)
+        if trainer.strategy.split_state(optimizer, parameter) is None:
+            allocate_state(optimizer, parameter, keys)
 
 
 def _without_fresh_state(

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint import CheckpointException
 from piflow import storage
 from piflow.config import TrainingConfig
 from piflow.runs import folder as run_folder
+from piflow.sharding.everyone import of_rank_0, rank
 from piflow.training.checkpoint import (
     STATE_FILE,
     CheckpointError,
@@ -80,7 +81,7 @@ class CheckpointSaver:
         self.training = training
         self._before_seal = before_seal
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._rank = rank()
         self._saves: list[Future[Saved]] = []  # not yet taken; the last may be running
 
     def save(self, trainer: Trainer, state: RunState) -> Future[Saved]:
@@ -208,13 +209,11 @@ def restore_newest(
 
 def _candidates(run_dir: str) -> dict[int, str]:
     """As rank 0 sees them, so that all workers try the same ones."""
-    found: list[dict[int, str]] = [{}]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    found: dict[int, str] = {}
+    if rank() == 0:
         run_folder.delete_half_written(run_dir)
-        found = [run_folder.sealed_checkpoints(run_dir)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+        found = run_folder.sealed_checkpoints(run_dir)
+    return of_rank_0(found)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from piflow.backbones.base import Backbone, Conditioning
@@ -26,6 +25,7 @@ from piflow.roles.fp8 import velocity_error
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
+from piflow.sharding.everyone import sum_over_workers
 from piflow.training.step import micro_batch_generator
 
 Pictures = Callable[[Sequence[str], torch.Generator], Tensor]
@@ -123,9 +123,7 @@ class PiIDObjective:
         schedule = self.few_step.schedule
         levels = [schedule.sigma(segment.tau_src) for segment in self.few_step.segments]
         sums = velocity_error(teacher, exact, self._noise(batch, generator), [*levels, 0.0])
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        off, length = sums.tolist()
+        off, length = sum_over_workers(sums).tolist()
         return math.sqrt(off / length)
 
     def settings(self, step: int) -> ImitationSettings:

@@ -8,6 +8,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from piflow.sharding.base import Strategy
+from piflow.sharding.tensors import SplitTensor
+
 MIN_BLOCK, MAX_BLOCK = 16, 256  # values that share one scale in 8-bit moments
 
 
@@ -27,6 +30,14 @@ def state_tensors(
         return optimizer.state_tensors(parameter)
     state: dict[str, Tensor] = optimizer.state.get(parameter, {})
     return state
+
+
+def saved_state(
+    strategy: Strategy, optimizer: torch.optim.Optimizer, parameter: nn.Parameter
+) -> Mapping[str, Tensor | SplitTensor]:
+    """What a checkpoint holds of a trained parameter's optimiser state, by key."""
+    split = strategy.split_state(optimizer, parameter)
+    return state_tensors(optimizer, parameter) if split is None else split
 
 
 def allocate_state(

@@ -24,6 +24,7 @@ from piflow.planning.memory import (
     shard_bytes,
 )
 from piflow.sharding import DeepSpeedStrategy, Strategy, build_strategy
+from piflow.sharding.everyone import of_rank_0, rank
 from piflow.sharding.weights import parameters_on_meta
 from piflow.training.build import build_empty_trio
 
@@ -135,11 +136,8 @@ def _decide_together(recipe: Recipe, world_size: int, device: torch.device) -> t
         )
     smallest = torch.tensor(free_bytes(device, world_size), device=device)
     dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    decision: list[tuple[Sharing, str] | None] = [None]
-    if dist.get_rank() == 0:
-        decision = [_measure_and_choose(recipe, int(smallest))]
-    dist.broadcast_object_list(decision, src=0)
-    (chosen,) = decision
+    chosen = _measure_and_choose(recipe, int(smallest)) if rank() == 0 else None
+    chosen = of_rank_0(chosen)
     if chosen is None:
         raise ValueError("rank 0 sent no choice of a strategy: all ranks must call strategy_for")
     return chosen

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from piflow.config import OptimizerConfig, TrainingConfig
@@ -28,7 +27,7 @@ from piflow.data.batch import MicroBatch
 from piflow.ema import ema_beta, ema_update
 from piflow.imitation import PartOfLoss
 from piflow.sharding.base import Strategy
-from piflow.sharding.tensors import local_shard
+from piflow.sharding.everyone import everyone, sum_over_workers
 from piflow.training.optimizers import build_optimizers, set_learning_rate
 
 _ADVICE = (
@@ -242,14 +241,13 @@ class Trainer:
             for prompt_id in batch.prompt_ids
         ]
         total = torch.stack(losses).sum()  # finite losses have a finite sum
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        return float(total) / (self.num_micro_batches * self.context_parallel), suspects
+        samples = self.num_micro_batches * self.context_parallel
+        return float(sum_over_workers(total)) / samples, suspects
 
     @torch.no_grad()
     def _update_ema(self, step: int) -> None:
-        ema = [local_shard(tensor) for tensor in self.ema_parameters.values()]
-        source = [local_shard(parameter) for parameter in self.parameters.values()]
+        ema = [self.strategy.local(tensor) for tensor in self.ema_parameters.values()]
+        source = [self.strategy.local(parameter) for parameter in self.parameters.values()]
         config = self.training.ema
         beta = ema_beta(step, start=config.start, gamma=config.gamma, beta=config.beta)
         ema_update(ema, source, beta)
@@ -265,12 +263,8 @@ def _or_nan(loss: Tensor) -> Tensor:
 
 def _what_is_not_finite(step: int, loss: float, grad_norm: float, suspects: list[str]) -> str:
     """Every worker calls this: the suspects of all of them are gathered."""
-    everyone = [suspects]
-    if dist.is_initialized():
-        everyone = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, suspects)
     # a group's workers name the same ones
-    prompt_ids = dict.fromkeys(prompt_id for part in everyone for prompt_id in part)
+    prompt_ids = dict.fromkeys(prompt_id for part in everyone(suspects) for prompt_id in part)
     return (
         f"step {step}: loss {loss}, gradient norm {grad_norm}, expected finite numbers "
         f"(prompt ids: {', '.join(prompt_ids)})."

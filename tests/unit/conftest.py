@@ -150,22 +150,33 @@ def make_flux_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., A
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
-    """(script, folder, world_size) -> runs `script folder RANK WORLD_SIZE`; all must succeed."""
+    """Runs `script folder RANK WORLD_SIZE *arguments` in that many processes; all must succeed."""
 
-    def run(script: Path, folder: Path, world_size: int = 2) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    def run(
+        script: Path,
+        folder: Path,
+        world_size: int = 2,
+        *arguments: str,
+        timeout: float = 120,
+        **variables: str,
+    ) -> None:
+        known = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         processes = [
             subprocess.Popen(
-                [sys.executable, str(script), str(folder), str(rank), str(world_size)],
-                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                [sys.executable, str(script), str(folder), str(rank), str(world_size), *arguments],
+                env={**os.environ, **known, **variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
             for rank in range(world_size)
-        ]  # fmt: skip
+        ]
         try:
-            outputs = [process.communicate(timeout=120)[0] for process in processes]
+            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()
+        print(outputs[0])  # shown where a test fails
         assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)
 
     return run

@@ -33,9 +33,10 @@ from piflow.sampling import sample_few_step
 from piflow.schedule import FewStep
 from piflow.sharding.single import SingleStrategy
 from piflow.training.build import build_trio
-from piflow.training.checkpoint import RunState, save_checkpoint
+from piflow.training.checkpoint import RunState
 from piflow.training.export import export_adapter, student_of_checkpoint
 from piflow.training.step import Trainer
+from tests.unit.whole import save_checkpoint
 
 
 def recipe(flux_folder: Path, **sections: Any) -> Recipe:

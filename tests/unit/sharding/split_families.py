@@ -21,6 +21,7 @@ from piflow.sharding import FSDPStrategy
 from piflow.training.context_parallel import split_tokens
 from tests.conformance import conftest as families
 from tests.unit.sharding.training import CPU, student_loss
+from tests.unit.whole import gather
 
 FAMILIES = ("flux2", "qwen_image")  # training.py is about flux
 
@@ -52,7 +53,7 @@ def gradients(family: str, strategy: FSDPStrategy | None = None) -> dict[str, Te
     else:
         strategy.backward(2 * loss, last=True)  # both have the loss, and their mean is taken
         parameters = trio.trainable_parameters().items()
-        found = strategy.gather({n: p.grad for n, p in parameters if p.grad is not None})
+        found = gather(strategy, {n: p.grad for n, p in parameters if p.grad is not None})
     return {**found, "loss": loss.detach()}
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -48,15 +45,15 @@ class Results(dict[Any, Any]):
     All runs of as many processes are done when the first of them is asked for.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run_ranks: Callable[..., None]) -> None:
         super().__init__()
-        self._folder = folder
+        self._folder, self._run_ranks = folder, run_ranks
 
     def __missing__(self, key: Any) -> Any:
         run = None if isinstance(key, str) else Run(*key)
         world_size = 2 if run is None else TRAINING.world_size(run)
         name = "slow" if run in TRAINING.SLOW else "quick"
-        launch(self._folder, world_size, name)
+        self._run_ranks(SCRIPT, self._folder, world_size, name, timeout=540)
         self.update(torch.load(self._folder / f"{name}-{world_size}.pt"))
         return dict(self)[key]
 
@@ -71,29 +68,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def several_processes(folder: Path) -> Results:
-    return Results(folder)
-
-
-def launch(folder: Path, world_size: int, name: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), str(rank), str(world_size), name],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=540)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    print(outputs[0])  # seconds a run
-    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)
+def several_processes(folder: Path, run_ranks: Callable[..., None]) -> Results:
+    return Results(folder, run_ranks)
 
 
 @pytest.fixture(scope="module")

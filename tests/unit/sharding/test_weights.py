@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +108,9 @@ def test_full_training_and_one_worker_load_the_base_whole(folders: dict[str, Pat
 
 @pytest.fixture(scope="module")
 def ranks(
-    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    folders: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    run_ranks: Callable[..., None],
 ) -> list[dict[str, Any]]:
     """What two FSDP ranks on gloo found, each in its own process."""
     folder = tmp_path_factory.mktemp("ranks")
@@ -127,23 +127,7 @@ def ranks(
     (folder / "recipes.json").write_text(json.dumps(recipes))
     save_layers(folder / "uneven")
     # a fixed threshold: freed tensors go back to the system, not to a heap that hides the next ones
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), str(rank), "2"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    run_ranks(SCRIPT, folder, timeout=200, MALLOC_MMAP_THRESHOLD_=str(2**20))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

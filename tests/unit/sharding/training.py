@@ -25,12 +25,13 @@ from piflow.backbones import Conditioning, FluxBackbone
 from piflow.config import OptimizerConfig, Recipe, parse_recipe
 from piflow.roles.heads import PolicyClock
 from piflow.roles.trio import Trio
-from piflow.sharding import Strategy, local_shard
+from piflow.sharding import Strategy
 from piflow.sharding.ddp import average_gradients
 from piflow.training.blocks import prepare_blocks
 from piflow.training.context_parallel import split_tokens
 from piflow.training.optimizers import build_optimizers
 from piflow.training.placement import strategy_for
+from tests.unit.whole import gather
 
 CPU = torch.device("cpu")
 # traces and differentiates as the default does, whose C++ takes minutes; for four processes
@@ -270,7 +271,7 @@ def train(run: Run, folder: Path) -> Result:
         config = OptimizerConfig(type=recipe.training.optimizer.type, lr=1e-3)
         parameters = dict(backbone.module.named_parameters())
         run_steps(result, strategy, recipe, parameters, config, backbone)
-        result.trained = strategy.gather(dict(backbone.module.named_parameters()))
+        result.trained = gather(strategy, dict(backbone.module.named_parameters()))
         return result
     trio = build(recipe)
     prepare_blocks(
@@ -281,12 +282,12 @@ def train(run: Run, folder: Path) -> Result:
     for module in trio.modules:
         strategy.prepare(module, trio.block_classes)
     weights = [p for module in trio.modules for p in module.parameters()]
-    result.held = sum(local_shard(weight).nbytes for weight in weights)
+    result.held = sum(strategy.local(weight).nbytes for weight in weights)
     config = OptimizerConfig(type=recipe.training.optimizer.type, lr=1e-3)
     run_steps(result, strategy, recipe, trio.trainable_parameters(), config, trio)
-    result.trained = strategy.gather(trio.trainable_parameters())
-    result.ema = strategy.gather(trio.ema_parameters())
-    after = strategy.gather(frozen(trio))
+    result.trained = gather(strategy, trio.trainable_parameters())
+    result.ema = gather(strategy, trio.ema_parameters())
+    after = gather(strategy, frozen(trio))
     result.base_unchanged = all(torch.equal(tensor, base[name]) for name, tensor in after.items())
     x, sigma, cond = inputs(99, 0)
     result.drawn["velocity"] = trio.ema(x, sigma, cond).velocity(x, 0.5 * sigma)
@@ -330,9 +331,9 @@ def frozen(trio: Trio) -> dict[str, nn.Parameter]:
     }
 
 
-def digest(parameters: Iterable[nn.Parameter]) -> str:
+def digest(strategy: Strategy, parameters: Iterable[nn.Parameter]) -> str:
     """sha256 of this process's own values."""
-    values = [local_shard(parameter).numpy().tobytes() for parameter in parameters]
+    values = [strategy.local(parameter).numpy().tobytes() for parameter in parameters]
     return hashlib.sha256(b"".join(values)).hexdigest()
 
 
@@ -369,7 +370,7 @@ def run_steps(
         result.norms.append(strategy.update(parameters.values(), optimizers, 0.05))
         if isinstance(model, Trio):
             model.update_ema(0.5)
-    result.digest = digest(parameters.values())
+    result.digest = digest(strategy, parameters.values())
 
 
 def replica_gradients(rank: int) -> list[Tensor | None]:

@@ -29,6 +29,7 @@ from piflow.roles.trio import Trio
 from piflow.sharding import FSDPStrategy, Strategy, build_strategy, local_shard
 from piflow.sharding.weights import WEIGHTS_FILE, fill, stored_tensors
 from piflow.training.build import build_trio, prepared_trio
+from tests.unit.whole import gather
 
 CPU = torch.device("cpu")
 Way = Callable[[Recipe, Strategy], Trio]
@@ -97,7 +98,7 @@ def differences(recipe: Recipe) -> list[str]:
 
 def gathered_differences(recipe: Recipe, strategy: Strategy) -> list[str]:
     """What of a trio that was streamed isn't as it is stored, once it is whole again on rank 0."""
-    found = strategy.gather(tensors(streamed(recipe, strategy)))
+    found = gather(strategy, tensors(streamed(recipe, strategy)))
     stored = tensors(build_trio(recipe))
     if strategy.rank == 0 and list(found) != list(stored):
         return ["names"]
@@ -141,7 +142,7 @@ def growth(make: Way, recipe: Recipe, strategy: Strategy) -> dict[str, int]:
     before = memory("VmRSS")
     trio = make(recipe, strategy)
     grown = memory("VmHWM") - before
-    shards = {name: local_shard(tensor) for name, tensor in tensors(trio).items()}
+    shards = {name: strategy.local(tensor) for name, tensor in tensors(trio).items()}
     return {"growth": grown, "shards": sum(shard.nbytes for shard in shards.values())}
 
 

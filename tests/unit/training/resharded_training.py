@@ -24,7 +24,9 @@ from piflow.imitation import PartOfLoss
 from piflow.sharding import Strategy, build_strategy
 from piflow.sharding.tensors import SplitTensor
 from piflow.training.checkpoint import RunState, load_checkpoint, save_checkpoint
+from piflow.training.optimizer_state import saved_state
 from piflow.training.step import NonFiniteError, Trainer
+from tests.unit.whole import gather_saved, save_checkpoint
 
 KINDS = ("adamw", "adamw8bit")
 STRATEGIES = {  # name -> strategy, ZeRO stage, what DeepSpeed offloads
@@ -105,14 +107,10 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     for name, parameter in trainer.parameters.items():
         tensors[f"weight {name}"] = strategy.saved_parameter(parameter)
         tensors[f"ema {name}"] = strategy.saved_parameter(trainer.ema_parameters[name])
-        state = strategy.saved_state(trainer.optimizer_of(parameter), parameter)
+        state = saved_state(strategy, trainer.optimizer_of(parameter), parameter)
         for key, value in state.items():
             tensors[f"{key} {name}"] = value
-    wholes = {
-        name: value if isinstance(value, Tensor) else value.whole()
-        for name, value in tensors.items()
-    }
-    return strategy.gather(wholes)
+    return gather_saved(tensors)
 
 
 def strategy_named(name: str, world_size: int) -> Strategy:

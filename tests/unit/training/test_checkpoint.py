@@ -28,11 +28,11 @@ from piflow.training.checkpoint import (
     load_checkpoint,
     load_state,
     load_tensors,
-    save_checkpoint,
     snapshot,
     verify_checkpoint,
 )
 from piflow.training.step import Trainer
+from tests.unit.whole import save_checkpoint
 
 STATE = RunState(3, 12, "0123456789abcdef", "run-id", {"name": "test", "seed": 0})
 

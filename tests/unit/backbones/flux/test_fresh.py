@@ -13,9 +13,10 @@ from piflow.backbones.flux.fresh import average_of, fresh_backbone
 from piflow.config import ModelConfig, TrainingConfig, parse_recipe
 from piflow.runs import folder as run_folder
 from piflow.sharding.single import SingleStrategy
-from piflow.training.checkpoint import RunState, save_checkpoint
+from piflow.training.checkpoint import RunState
 from piflow.training.export import export_teacher
 from piflow.training.step import Trainer
+from tests.unit.whole import save_checkpoint
 
 
 def test_first_prediction_is_zero_and_the_loaded_weights_are_not_used(
