@@ -23,7 +23,7 @@ from piflow.config import DeepSpeedConfig, EMAConfig, OptimizerConfig, TrainingC
 from piflow.imitation import PartOfLoss
 from piflow.sharding import Strategy, build_strategy
 from piflow.sharding.tensors import SplitTensor
-from piflow.training.checkpoint import RunState, load_checkpoint, save_checkpoint
+from piflow.training.checkpoint import RunState, load_checkpoint
 from piflow.training.optimizer_state import saved_state
 from piflow.training.step import NonFiniteError, Trainer
 from tests.unit.whole import gather_saved, save_checkpoint
