@@ -39,7 +39,6 @@ from piflow.roles.heads import (
     PolicyHead,
     build_head,
 )
-from piflow.sharding.tensors import local_shard
 
 if TYPE_CHECKING:
     from piflow.roles.adapter import Adapter
@@ -236,7 +235,9 @@ class Trio:
         else:
             roles = SharedBackbone(backbone, {STUDENT: head, EMA: copy.deepcopy(head)})
         trio = cls(roles)
-        trio.update_ema(0.0)
+        ema_update(
+            list(trio.ema_parameters().values()), list(trio.trainable_parameters().values()), 0
+        )
         return trio.train(True)
 
     @classmethod
@@ -311,16 +312,6 @@ class Trio:
     def ema_parameters(self) -> dict[str, nn.Parameter]:
         """The EMA's weights, same names and order; without `requires_grad`."""
         return self._parameters_of(EMA)
-
-    @torch.no_grad()
-    def update_ema(self, beta: float) -> None:
-        """ema ← beta·ema + (1-beta)·student, in place on this worker's shards."""
-        averages, student = self.ema_parameters(), self.trainable_parameters()
-        ema_update(
-            [local_shard(average) for average in averages.values()],
-            [local_shard(parameter) for parameter in student.values()],
-            beta,
-        )
 
     @torch.no_grad()
     def load_student(self, tensors: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from piflow.config import (
     PolicyConfig,
     parse_recipe,
 )
-from piflow.ema import karras_beta
+from piflow.ema import ema_update, karras_beta
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.heads import GMHead, PolicyClock
 from piflow.roles.trio import Trio
@@ -105,7 +105,9 @@ def training_steps(trio: Trio, inputs: Any, betas: list[float]) -> list[dict[str
         target = trio.teacher_velocity(*inputs)
         (trio.student(*inputs).velocity(x, 0.5 * sigma) - 2 * target).square().mean().backward()
         optimizer.step()
-        trio.update_ema(beta)
+        ema_update(
+            list(trio.ema_parameters().values()), list(trio.trainable_parameters().values()), beta
+        )
         weights = trio.trainable_parameters()
         history.append({name: weight.detach().clone() for name, weight in weights.items()})
     return history
@@ -369,7 +371,9 @@ def test_lora_dropout_acts_on_the_student_in_training_alone(
 ) -> None:
     trio = build(flux_folder, lora=LoRAConfig(rank=4, dropout=0.5))
     disturb(trio)
-    trio.update_ema(0.0)
+    ema_update(
+        list(trio.ema_parameters().values()), list(trio.trainable_parameters().values()), 0.0
+    )
     assert not torch.equal(student_velocity(trio, flux_inputs), student_velocity(trio, flux_inputs))
     ema = [trio.ema(*flux_inputs).velocity(*flux_inputs[:2]) for _ in range(2)]
     assert torch.equal(ema[0], ema[1])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from piflow.backbones import Conditioning, FluxBackbone
 from piflow.config import OptimizerConfig, Recipe, parse_recipe
+from piflow.ema import ema_update
 from piflow.roles.heads import PolicyClock
 from piflow.roles.trio import Trio
 from piflow.sharding import Strategy
@@ -369,7 +370,12 @@ def run_steps(
             result.losses[step, index] = float(loss.detach())
         result.norms.append(strategy.update(parameters.values(), optimizers, 0.05))
         if isinstance(model, Trio):
-            model.update_ema(0.5)
+            average, student = model.ema_parameters(), model.trainable_parameters()
+            ema_update(
+                [strategy.local(tensor) for tensor in average.values()],
+                [strategy.local(tensor) for tensor in student.values()],
+                0.5,
+            )
     result.digest = digest(strategy, parameters.values())
 
 
