@@ -81,9 +81,17 @@ def hash_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def as_in_schema_0(deciding: dict[str, Any]) -> dict[str, Any]:
-    """An identity as version 0.1.0 made it, of today's `deciding_values`."""
-    return _with_prompts(_without(deciding, SINCE_SCHEMA_0), _CLASSES, _CLASSES_OF_SCHEMA_0)
+def as_in_schema_0(deciding: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """An identity as version 0.1.0 made it, for where only its hash was stored.
+
+    A key that it didn't have is left out only with its default: another value is no run of then.
+
+    Args:
+        deciding: today's `deciding_values`.
+        changed: today's `changed_values`.
+    """
+    unknown = SINCE_SCHEMA_0 - flatten(changed).keys()
+    return _with_prompts(_without(deciding, unknown), _CLASSES, _CLASSES_OF_SCHEMA_0)
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

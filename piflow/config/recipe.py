@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from piflow.config import identity
 from piflow.config.data import EmbedConfig
@@ -208,25 +208,31 @@ class Recipe(Section):
 
         Args:
             recipe_hash: as the run's record or a checkpoint has it.
-            stored: the identity beside it, where there is one.
+            stored: the identity beside it; None: version 0.1.0's checkpoints have a hash alone.
         """
         if recipe_hash == self.hash():
             return True
-        if stored is not None and identity.VERSION_KEY in stored:
+        if stored is not None:
             return self._identity_of(stored) == self.identity()
-        return recipe_hash == identity.hash_of(identity.as_in_schema_0(self.deciding()))
+        old = identity.as_in_schema_0(self.deciding(), self.identity())
+        return recipe_hash == identity.hash_of(old)
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:
-        """Dotted keys in which a stored identity differs from this recipe, with both values."""
-        if identity.VERSION_KEY not in stored:  # schema 0 stored every key
-            return identity.differences(self.deciding(), identity.migrate(stored, 0))
-        other = self._of_identity(stored)
-        return identity.differences(self.deciding(), other.deciding())
+        """Dotted keys in which a stored identity differs from this recipe, with both values.
+
+        Raises:
+            RecipeError: it has a newer schema version than this piflow knows.
+        """
+        try:
+            return identity.differences(self.deciding(), self._of_identity(stored).deciding())
+        except ValidationError:  # no recipe of today says the same; schema 0 stored defaults too
+            ours = self.identity() if identity.VERSION_KEY in stored else self.deciding()
+            return identity.differences(ours, dict(stored))
 
     def _of_identity(self, stored: Mapping[str, Any]) -> Recipe:
         """The recipe of a stored identity, in which nothing that isn't part of it counts."""
         tree = {key: value for key, value in stored.items() if key != identity.VERSION_KEY}
-        tree = identity.migrate(tree, stored[identity.VERSION_KEY])
+        tree = identity.migrate(tree, stored.get(identity.VERSION_KEY, 0))
         embed = {**tree["embed"], "store": self.embed.store}
         return Recipe.model_validate({**tree, "run_dir": self.run_dir, "embed": embed})
 

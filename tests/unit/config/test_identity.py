@@ -118,7 +118,7 @@ def test_runs_of_version_0_1_0_are_recognised_by_their_hash(name: str) -> None:
 def test_an_old_record_goes_on_and_a_difference_is_named(tmp_path: Path) -> None:
     """Version 0.1.0 stored the whole identity."""
     ours = recipe(run_dir=str(tmp_path))
-    old = identity.as_in_schema_0(ours.deciding())
+    old = identity.as_in_schema_0(ours.deciding(), ours.identity())
     record = RunRecord(identity.hash_of(old), old, "sqlite:///x", "run", "manifest")
     run_folder.write_record(str(tmp_path), record)
     assert require_same_recipe(ours) == record
@@ -127,6 +127,39 @@ def test_an_old_record_goes_on_and_a_difference_is_named(tmp_path: Path) -> None
         RunDirectoryError, match=r"(?s)lora.rank: 8 here, 256 there.*seed: 5 here, 0"
     ):
         require_same_recipe(other)
+
+
+def test_an_old_identity_is_migrated_whatever_its_hash() -> None:
+    """So a key that was renamed or has come since doesn't matter to it."""
+    ours = recipe(embed={**MINIMAL["embed"], "prompts": NEW_CLASSES})
+    old = {**ours.deciding(), "embed": {**ours.deciding()["embed"], "prompts": OLD_CLASSES}}
+    del old["training"]["micro_batch_size"]  # as if it had come since
+    assert ours.is_run_of("another hash", old) and ours.differences(old) == []
+    assert not ours.is_run_of("another hash", {**old, "seed": 5})
+    assert ours.differences({**old, "seed": 5}) == ["seed: 0 here, 5 there"]
+
+
+def test_an_old_hash_is_no_run_with_a_key_that_came_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if `seed` were such a key: its default is what the old run did."""
+    without = {key: value for key, value in recipe().deciding().items() if key != "seed"}
+    monkeypatch.setattr(identity, "SINCE_SCHEMA_0", frozenset({"seed"}))
+    assert recipe().is_run_of(identity.hash_of(without))
+    assert not recipe(seed=5).is_run_of(identity.hash_of(without))
+
+
+def test_what_no_recipe_of_today_says_is_still_named() -> None:
+    """Such as a run of a family that isn't installed here."""
+    ours = recipe()
+    stored = {**ours.identity(), "model": {"family": "nobodys.family", "path": "teacher"}}
+    assert not ours.is_run_of("another hash", stored)
+    assert ours.differences(stored) == ["model.family: '(absent)' here, 'nobodys.family' there"]
+
+
+def test_a_record_of_a_newer_version_says_so() -> None:
+    stored = {**recipe().identity(), "schema_version": 2}
+    assert not recipe().is_run_of("another hash", stored)
+    with pytest.raises(RecipeError, match="use the piflow that wrote it, or a newer one"):
+        recipe().differences(stored)
 
 
 def test_a_record_of_this_version_goes_on_and_a_difference_is_named(tmp_path: Path) -> None:
