@@ -1,10 +1,10 @@
 """Makes `formats`: a run, stores, a checkpoint and adapters as today's version writes them.
 
-They are there so that a later version can prove that it reads them. What is committed was written by
-version 0.1.0, before recipes had a schema version; this is that version's script with today's names.
-Run it with a version whose formats are to be kept, and not again after a change of formats: a file
-that can't be read any more is what `tests/integration/test_formats.py` shall find, which speaks of
-version 0.1.0's hashes. From the repository's root:
+They are there so that a later version can prove that it reads them. What is committed was
+written by version 0.1.0, before recipes had a schema version; this is its script, with today's
+names. Run it with a version whose formats are to be kept, and not again after a change of
+formats: a file that can't be read any more is what `tests/integration/test_formats.py` shall
+find, which expects version 0.1.0's hashes. From the repository's root:
 
     PYTHONPATH=. python -m tests.golden.make_formats
 
