@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
-from piflow import storage
 from piflow.config.section import Positive, Variant
 
 
@@ -70,6 +69,8 @@ class TextEncoderConfig(EncoderConfig):
 
     def absolute(self) -> Self:
         """The same with an absolute path."""
+        from piflow import storage  # here, since it imports pyarrow, and recipes are read without
+
         return self.model_copy(update={"path": storage.absolute(self.path)})
 
 

@@ -23,7 +23,7 @@ from piflow.config import BUILT_IN, find_family, load_recipe
 load_recipe("tests/plugins/bria.yaml")
 for name in BUILT_IN:
     find_family(name)
-print(sorted({"torch", "diffusers", "transformers", "ray"} & set(sys.modules)))
+print(sorted({"torch", "diffusers", "transformers", "ray", "numpy", "pyarrow"} & set(sys.modules)))
 """
 
 
