@@ -7,7 +7,8 @@ and one entry of `BUILT_IN`, or a package of somebody else's:
     model.family: flux                  ours
     model.family: bria                  an entry point of the group `piflow.families`
     model.family: bria_family           a module with a record called FAMILY
-    model.family: somewhere:BRIA        a record of another name
+    model.family: models.bria           the same of a module in a package, or a record in a module
+    model.family: models:BRIA           a record of any name, in a module
 
 The workers of a run find it in the same way, so the package must be importable there too.
 """
@@ -82,7 +83,13 @@ def find_family(name: str) -> Family:
     reference = BUILT_IN.get(name) or _plug_ins().get(name, name)
     module_name, _, attribute = reference.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            package, _, last = module_name.rpartition(".")
+            if error.name != module_name or attribute or not package:
+                raise
+            module_name, attribute, module = package, last, importlib.import_module(package)
     except (ImportError, TypeError, ValueError) as error:  # the latter two: no name of a module
         raise ValueError(_unknown(name, f"importing it: {error}")) from error
     record = getattr(module, attribute or _RECORD, None)

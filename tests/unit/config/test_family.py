@@ -88,7 +88,7 @@ def test_all_that_a_record_names_is_there(name: str) -> None:
 # ---------------------------------------------------------------------------------- somebody else's
 
 
-@pytest.mark.parametrize("name", ["bria_family", "bria_family:FAMILY"])
+@pytest.mark.parametrize("name", ["bria_family", "bria_family:FAMILY", "bria_family.FAMILY"])
 def test_a_module_brings_a_family_with_its_encoder_and_defaults(name: str) -> None:
     found = recipe(name)
     assert find_family(name) is BRIA
@@ -122,7 +122,8 @@ def test_an_entry_point_brings_a_family(tmp_path: Path, monkeypatch: pytest.Monk
     ("name", "why"),
     [
         ("fluxx", "No module named 'fluxx'"),
-        ("bria_family.nowhere", "No module named 'bria_family.nowhere'"),
+        ("bria_family.nowhere", "bria_family has no piflow.config.Family called nowhere"),
+        ("nowhere.bria", "No module named 'nowhere'"),
         ("bria_family:WRONG", "bria_family has no piflow.config.Family called WRONG"),
         ("json", "json has no piflow.config.Family called FAMILY"),
         ("", "Empty module name"),
