@@ -28,12 +28,14 @@ _CLASSES_OF_SCHEMA_0 = "package://pipelines/recipes/imagenet_classes.txt"
 _CLASSES = "package://piflow.backbones.dit/imagenet_classes.txt"
 
 
-def migrate(tree: Mapping[str, Any], version: int) -> dict[str, Any]:
+def migrate(tree: Mapping[str, Any], version: Any) -> dict[str, Any]:
     """A recipe's tree, or a part of one, of an older schema version, as it is written today.
 
     Raises:
         RecipeError: the version is newer than this piflow's, or is none.
     """
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise RecipeError(f"{VERSION_KEY} must be a whole number, got {version!r}")
     if not 0 <= version <= SCHEMA:
         raise RecipeError(
             f"{VERSION_KEY} = {version} isn't known to this piflow, which reads 0 to {SCHEMA}; use "

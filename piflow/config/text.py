@@ -49,10 +49,6 @@ def parse_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
         RecipeError: names each wrong key, the value that came and what is allowed.
     """
     version = tree.get(identity.VERSION_KEY, identity.SCHEMA)
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise RecipeError(
-            f"{source}: {identity.VERSION_KEY} must be a whole number, got {version!r}"
-        )
     tree = {**identity.migrate(tree, version), identity.VERSION_KEY: identity.SCHEMA}
     tree = _with_defaults(tree)
     try:

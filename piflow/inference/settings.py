@@ -18,7 +18,7 @@ from pydantic import (
 from piflow import storage
 from piflow.backbones import Conditioning, load_backbone
 from piflow.backbones.encoders import build_encoder
-from piflow.config import FamilyEncoder, ModelConfig, Recipe
+from piflow.config import FamilyEncoder, ModelConfig, Recipe, identity
 from piflow.roles.adapter import Adapter, load_adapter
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
@@ -33,7 +33,8 @@ SECTIONS = {"ema": "ema", "student": "trainable"}
 class SamplingSettings(BaseModel):
     """What sampling needs beside the weights; kept in the safetensors metadata as JSON.
 
-    There the schedule's numbers are keys beside the others.
+    There the schedule's numbers are keys beside the others, and the schema version tells how
+    `model` and `encoder` are meant; version 0.1.0 wrote none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,20 +49,22 @@ class SamplingSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _nest(cls, data: Any) -> Any:
-        """Gathers the schedule's keys."""
+        """Gathers the schedule's keys, and brings the recipe's to today's schema."""
         if not isinstance(data, dict) or "few_step" in data:
             return data
         names = {field.name for field in fields(FewStep)}
         few_step = {name: value for name, value in data.items() if name in names}
         others = {name: value for name, value in data.items() if name not in names}
-        return {**others, "few_step": few_step}
+        parts = {name: others[name] for name in ("model", "encoder") if name in others}
+        migrated = identity.migrate(parts, others.pop(identity.VERSION_KEY, 0))
+        return {**others, **{name: migrated[name] for name in parts}, "few_step": few_step}
 
     @model_serializer(mode="wrap")
     def _flatten(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The inverse of `_nest`."""
         tree: dict[str, Any] = serialise(self)
         few_step = tree.pop("few_step")
-        return {**tree, **few_step}
+        return {identity.VERSION_KEY: identity.SCHEMA, **tree, **few_step}
 
     @classmethod
     def of(cls, recipe: Recipe) -> SamplingSettings:

@@ -23,6 +23,7 @@ from piflow.config import (
     OptimizerConfig,
     Recipe,
     TrainingConfig,
+    identity,
     parse_recipe,
 )
 from piflow.imitation import PartOfLoss
@@ -284,6 +285,40 @@ def test_an_adapter_without_settings(
     save_file(tensors, out / WEIGHTS_FILE, metadata={"base_model": str(flux_folder)})
     with pytest.raises(ValueError, match="carries no piflow_settings: it was not exported by pif"):
         load_student(str(out))
+
+
+def test_settings_of_an_older_schema_are_migrated(
+    flux_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if schema 2 had renamed `path` of the model, and added a key that is none of theirs."""
+
+    def renamed(tree: dict[str, Any]) -> dict[str, Any]:
+        model = {"path" if key == "folder" else key: item for key, item in tree["model"].items()}
+        return {"seed": 7, **tree, "model": model}
+
+    ours = SamplingSettings.of(recipe(flux_folder))
+    old = json.loads(ours.model_dump_json())
+    assert old["schema_version"] == 1
+    assert SamplingSettings.model_validate_json(json.dumps(old)) == ours
+    old["model"]["folder"] = old["model"].pop("path")
+    monkeypatch.setattr(identity, "SCHEMA", 2)
+    monkeypatch.setitem(identity.MIGRATIONS, 1, renamed)
+    assert SamplingSettings.model_validate_json(json.dumps(old)) == ours
+    assert json.loads(ours.model_dump_json())["schema_version"] == 2
+
+
+def test_settings_without_a_schema_version_are_those_of_version_0_1_0(flux_folder: Path) -> None:
+    ours = SamplingSettings.of(recipe(flux_folder))
+    old = json.loads(ours.model_dump_json())
+    del old["schema_version"]
+    assert SamplingSettings.model_validate_json(json.dumps(old)) == ours
+
+
+@pytest.mark.parametrize("version", [3, "1", None])
+def test_settings_of_a_schema_that_is_not_known(version: Any, flux_folder: Path) -> None:
+    tree = json.loads(SamplingSettings.of(recipe(flux_folder)).model_dump_json())
+    with pytest.raises(ValueError, match="schema_version (= 3 isn't known|must be a whole number)"):
+        SamplingSettings.model_validate_json(json.dumps({**tree, "schema_version": version}))
 
 
 @pytest.mark.parametrize("text", ["{", json.dumps({"family": "flux"}), json.dumps({"new": 1})])
