@@ -91,16 +91,20 @@ def test_a_new_key_with_its_default_changes_no_hash() -> None:
 
 
 def test_a_changed_default_needs_a_new_schema_version() -> None:
-    """With it a migration that writes the old default out; a new key needs neither.
-
-    Either way, `python -m tests.golden.make_recipe_schema` writes the file anew. A new key that
-    decides results also goes into `SINCE_SCHEMA_0`, as long as schema 0 is read.
-    """
+    """With it a migration that writes the old default out; a new key needs neither."""
     golden, found = json.loads(GOLDEN.read_text()), schema()
     for section, defaults in golden["defaults"].items():
         kept = {key: found["defaults"].get(section, {}).get(key) for key in defaults}
-        assert kept == defaults or found["schema"] > golden["schema"], section
-    assert found == golden, "write the golden file anew"
+        assert kept == defaults or found["schema"] > golden["schema"], (
+            f"{section}: a default changed, or a key went, without a new schema version: raise "
+            "SCHEMA in piflow/config/identity.py, and add a function to MIGRATIONS there that "
+            "writes the old default into an older tree, or renames or drops the key"
+        )
+    assert found == golden, (
+        "keys or the schema version are new: write them down by `python -m "
+        "tests.golden.make_recipe_schema`; a new key that decides results also goes into "
+        "SINCE_SCHEMA_0 in piflow/config/identity.py, as long as checkpoints of then are read"
+    )
 
 
 # -------------------------------------------------------------------------------- across versions
