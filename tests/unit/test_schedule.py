@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from piflow.schedule import FlowSchedule, num_substeps, sample_segments, segments
+from piflow.schedule import FewStep, FlowSchedule, num_substeps, sample_segments, segments
 
 
 @given(st.floats(0.1, 20), st.floats(0, 1))
@@ -49,6 +49,29 @@ def test_segment_boundaries(nfe: int, scale: float) -> None:
 
 def test_published_segment_size() -> None:
     assert segments(4, 0.5)[0].size == pytest.approx(0.2857142857)
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 4, 8])
+@pytest.mark.parametrize("scale", [0.25, 1.0])
+def test_a_few_step_schedule_is_its_numbers(nfe: int, scale: float) -> None:
+    few_step = FewStep(nfe, scale, shift=2.0, total_substeps=16)
+    assert few_step.segments == segments(nfe, scale) and few_step.schedule == FlowSchedule(2.0)
+    assert few_step.segment_size == pytest.approx(few_step.segments[0].size)
+    assert FewStep.of(few_step) == few_step and len({few_step, FewStep.of(few_step)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((0, 0.5, 3.2, 128), "nfe >= 1"),
+        ((4, 0.0, 3.2, 128), "final_step_size_scale in"),
+        ((4, 0.5, 0.0, 128), "shift > 0"),
+        ((4, 0.5, 3.2, 0), "total_substeps >= 1"),
+    ],
+)
+def test_a_few_step_schedule_refuses_bad_numbers(numbers: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FewStep(*numbers)
 
 
 def test_sampled_segments_are_drawn_by_size() -> None:

@@ -454,3 +454,11 @@ def test_pictures_from_the_store_need_an_image_column() -> None:
     plain = parse_recipe(MINIMAL)
     assert "image_column" not in plain.identity()["embed"]
     assert with_pictures.identity()["embed"]["image_column"] == "image"
+
+
+def test_only_a_distillation_has_a_student() -> None:
+    distilling = recipe(objective={"nfe": 3})
+    assert distilling.distillation() is distilling.objective
+    pretraining = recipe(objective={"type": "flow_matching"})
+    with pytest.raises(ValueError, match="got flow_matching.*use `piflow pretrain`"):
+        pretraining.distillation()

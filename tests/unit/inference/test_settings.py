@@ -204,6 +204,35 @@ def test_relative_places_are_made_absolute(tmp_path: Path) -> None:
     assert again == settings
 
 
+def test_the_schedules_numbers_are_keys_beside_the_others() -> None:
+    """As adapters have them since version 0.1.0."""
+    stored = {
+        "model": {"path": "/base/transformer"},
+        "encoder": {"type": "bert", "path": "package://an.encoder"},
+        "height": 16,
+        "width": 8,
+        "nfe": 3,
+        "final_step_size_scale": 0.25,
+        "shift": 2.0,
+        "total_substeps": 16,
+        "embedded_guidance": 3.5,
+    }
+    settings = SamplingSettings.model_validate_json(json.dumps(stored))
+    assert settings.few_step == FewStep(3, 0.25, 2.0, 16)
+    written = json.loads(settings.model_dump_json())
+    assert written.keys() == stored.keys()
+    assert {key: written[key] for key in stored if key not in ("model", "encoder")} == {
+        key: value for key, value in stored.items() if key not in ("model", "encoder")
+    }
+    for change in ({"nfe": 0}, {"shift": "fast"}, {"steps": 4}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            SamplingSettings.model_validate_json(json.dumps(stored | change))
+    for key in ("nfe", "shift", "total_substeps"):
+        without = {name: value for name, value in stored.items() if name != key}
+        with pytest.raises(ValueError, match=key):
+            SamplingSettings.model_validate_json(json.dumps(without))
+
+
 def test_class_labels_are_encoded(flux_folder: Path) -> None:
     ours = of_family("dit", flux_folder, mode="gm", lora=None)
     cond = encode_prompts(SamplingSettings.of(ours), ["7", "", "0"])
