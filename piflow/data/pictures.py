@@ -67,14 +67,16 @@ def fit_picture(content: bytes, height: int, width: int) -> Tensor:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            picture = _on_white(ImageOps.exif_transpose(image))
-    except (MemoryError, BadPictureError):
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except MemoryError:
         raise
     except UnidentifiedImageError as error:
         # its message holds an address in memory; ours are the same always
         raise BadPictureError("no image file of a kind that Pillow knows") from error
     except Exception as error:  # damaged bytes lead Pillow's plugins to all kinds of errors
         raise BadPictureError(f"not a readable image file ({error})") from error
+    picture = _on_white(upright)  # outside: an error of ours is no bad picture
     if picture.width < width or picture.height < height:
         raise BadPictureError(
             f"{picture.height}x{picture.width} pixels are too few for {height}x{width}"

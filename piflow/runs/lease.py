@@ -18,9 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -72,9 +70,28 @@ class Owner:
         return self.pid == os.getpid() and self.process != PROCESS  # before the machine restarted
 
 
+class Ownership:
+    """Whether the folder is still this driver's; on a local disk it is, until the process ends.
+
+    Attributes:
+        lost: who took over meanwhile, because this driver couldn't reach the store.
+    """
+
+    lost: RunTakenError | None = None
+
+    def require(self) -> None:
+        """Go on only as the owner.
+
+        Raises:
+            RunTakenError: another driver has taken over.
+        """
+        if self.lost is not None:
+            raise self.lost
+
+
 @contextmanager
-def owned(run_dir: str) -> Iterator[None]:
-    """Own the run's folder while the block runs.
+def owned(run_dir: str) -> Iterator[Ownership]:
+    """Own the run's folder while the block runs, which asks now and then whether it still does.
 
     Raises:
         RunTakenError: another driver owns it; or has taken it over, because this one couldn't
@@ -84,8 +101,8 @@ def owned(run_dir: str) -> Iterator[None]:
     uri = storage.join(run_dir, OWNER_FILE)
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     mine = Owner(PROCESS, socket.gethostname(), os.getpid(), now)
-    with _leased(uri, mine) if storage.scheme(uri) == "s3" else _locked(uri, mine):
-        yield
+    with _leased(uri, mine) if storage.scheme(uri) == "s3" else _locked(uri, mine) as ownership:
+        yield ownership
 
 
 def require_owner(run_dir: str, process: str) -> None:
@@ -104,7 +121,7 @@ def require_owner(run_dir: str, process: str) -> None:
 
 
 @contextmanager
-def _locked(uri: str, mine: Owner) -> Iterator[None]:
+def _locked(uri: str, mine: Owner) -> Iterator[Ownership]:
     path = Path(storage.filesystem(uri)[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
@@ -114,7 +131,7 @@ def _locked(uri: str, mine: Owner) -> Iterator[None]:
             raise _taken(uri, _parse(path.read_bytes())) from error
         _write(path, mine.to_json())
         try:
-            yield
+            yield Ownership()
         finally:
             _write(path, b"")
 
@@ -130,17 +147,17 @@ def _write(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _leased(uri: str, mine: Owner) -> Iterator[None]:
-    lease = _Lease(uri, mine, _take(uri, mine))
+def _leased(uri: str, mine: Owner) -> Iterator[Ownership]:
+    ownership = Ownership()
+    lease = _Lease(uri, mine, _take(uri, mine), ownership)
     thread = threading.Thread(target=lease.renew, name="ownership", daemon=True)
     thread.start()
     try:
-        yield
+        yield ownership
     finally:
         lease.ended.set()
         thread.join()
-        if lease.taken is not None:
-            raise lease.taken
+        ownership.require()
         try:
             conditional.delete_if(uri, lease.version)
         except OSError:
@@ -183,24 +200,22 @@ def _require_dead(uri: str, version: str, owner: Owner) -> None:
 class _Lease:
     """An owner's file on an object store, kept fresh by a thread."""
 
-    def __init__(self, uri: str, owner: Owner, version: str) -> None:
+    def __init__(self, uri: str, owner: Owner, version: str, ownership: Ownership) -> None:
         self.uri = uri
+        self.ownership = ownership
         self.owner = owner
         self.version = version
         self.ended = threading.Event()
-        self.taken: RunTakenError | None = None
 
     def renew(self) -> None:
-        """Until it has ended, or somebody else took over: that interrupts the main thread."""
+        """Until it has ended, or somebody else took over, which `ownership` then says."""
         while not self.ended.wait(RENEW_SECONDS):
             try:
                 self._write()
             except OSError:
                 continue  # the store is away: nobody else can write there either
             except RunTakenError as error:
-                self.taken = error
-                print(f"piflow: {error}", file=sys.stderr, flush=True)
-                os.kill(os.getpid(), signal.SIGINT)
+                self.ownership.lost = error
                 return
 
     def _write(self) -> None:

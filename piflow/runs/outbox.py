@@ -10,6 +10,9 @@ Nothing is taken out before it is delivered or written to the folder, so an entr
 twice: after a lost answer, or a kill between a delivery and the deletion of its file. `deliver`
 must recognise what is there. An entry carries the time when it was put, not when it arrives.
 
+An entry that the server refuses, or that fails in a way nobody foresaw, is set aside in a file of
+its own with the traceback (refused-*.json): the others go on, and it is counted and told.
+
 Memory is bounded: beyond 32 MiB entries go to the folder, and if that refuses too, beyond 64 MiB
 the oldest pictures and files are dropped, then the oldest of all; they are counted and told.
 """
@@ -20,6 +23,7 @@ import json
 import logging
 import threading
 import time
+import traceback
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -37,6 +41,7 @@ _BULKY_BYTES = 4096  # entries from this size on are dropped first
 _BATCH = 200  # entries that `deliver` is shown at once
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds between tries
 _CLOSING_PAUSE = 0.5
+_REFUSED = "refused"  # files of entries that the server takes at no time
 _log = logging.getLogger(__name__)
 
 
@@ -189,15 +194,32 @@ class Outbox:
                 return True
             done = self._deliver(batch)
         except EntryRefusedError as error:
-            _log.warning("MLflow refused a %s, which is left out: %s", batch[0].kind, error)
+            place = self._set_aside(batch[0], error)
+            # with the traceback: an error that nobody foresaw may be one of ours
+            _log.warning("not delivered to MLflow, kept in %s", place, exc_info=error)
             with self._changed:
-                self._lost[f"{batch[0].kind}, refused"] += 1
+                self._lost[f"{batch[0].kind}, refused and set aside"] += 1
             done = 1
         except (OSError, RunRefusedError) as error:
             self._note_failure(error)
             return False
         self._note_delivery(batch[:done])
         return True
+
+    def _set_aside(self, entry: Entry, error: Exception) -> str:
+        """Keep an entry that can't be delivered, with the reason; others must not wait for it.
+
+        Returns:
+            Where it lies, or why it is lost.
+        """
+        place = storage.join(self._folder, f"{_REFUSED}-{uuid.uuid4().hex[:8]}.json")
+        reason = "".join(traceback.format_exception(error))
+        content = json.dumps({"entry": asdict(entry), "reason": reason}, indent=1)
+        try:
+            storage.write_bytes(place, content.encode())
+        except OSError as problem:
+            return f"nowhere: {problem}"
+        return place
 
     def _next(self) -> list[Entry]:
         """The oldest entries: a file's, if there are any."""

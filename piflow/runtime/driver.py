@@ -15,7 +15,7 @@ from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runs import folder as run_folder
 from piflow.runs import tracking
 from piflow.runs.folder import RunRecord
-from piflow.runs.lease import PROCESS, owned
+from piflow.runs.lease import PROCESS, Ownership, owned
 from piflow.runs.tracking import MlflowTracker, RunStatus, Tracker, deliver_kept, finish
 from piflow.runtime.mailbox import Departure, StopReason
 from piflow.runtime.progress import mailbox_with_bar
@@ -51,7 +51,7 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
         StoppedError: a signal ended it before the last step.
     """
     run = preflight(recipe)  # a command that is refused leaves nothing behind
-    with owned(recipe.run_dir):
+    with owned(recipe.run_dir) as ownership:
         run = _unchanged(run)
         record = run.record
         if record is not None and run.steps_done >= recipe.training.steps:
@@ -68,7 +68,7 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
             mailbox_with_bar(recipe.name, recipe.training.steps, show=show_progress) as mailbox,
             Signals() as signals,
         ):
-            return _attempts(run, record, mailbox, signals, tracker)
+            return _attempts(run, record, mailbox, signals, tracker, ownership)
 
 
 def _unchanged(run: Run) -> Run:
@@ -129,7 +129,14 @@ def _collectives(runtime: RuntimeConfig) -> str:
     return "cpu:gloo,cuda:nccl" if runtime.offload == "cpu" else "nccl"
 
 
-def _attempts(run: Run, record: RunRecord, mailbox: Any, signals: Signals, tracker: Tracker) -> int:
+def _attempts(
+    run: Run,
+    record: RunRecord,
+    mailbox: Any,
+    signals: Signals,
+    tracker: Tracker,
+    ownership: Ownership,
+) -> int:
     """Workers from the newest checkpoint on, again and again until the last step is done.
 
     Ray Train restarts workers that fail, `runtime.max_failures` times. Another attempt is made here
@@ -150,7 +157,7 @@ def _attempts(run: Run, record: RunRecord, mailbox: Any, signals: Signals, track
         arguments = (attempt, run.absolute, record, store, mailbox)
         # Ray would handle Ctrl-C in the main thread, and leave the steps since the last checkpoint
         threading.Thread(target=_fit, args=arguments, name="fit", daemon=True).start()
-        _watch(attempt, mailbox, signals, tracker)
+        _watch(attempt, mailbox, signals, tracker, ownership)
         left: Departure = ray.get(mailbox.departure.remote())
         if left.failure is not None:
             raise _FAILURES[left.failure.kind](left.failure.message)
@@ -173,12 +180,23 @@ def _attempts(run: Run, record: RunRecord, mailbox: Any, signals: Signals, track
             return left.step
 
 
-def _watch(attempt: Future[Any], mailbox: Any, signals: Signals, tracker: Tracker) -> None:
-    """Until the workers have ended: signals go to them, and their events to MLflow."""
+def _watch(
+    attempt: Future[Any],
+    mailbox: Any,
+    signals: Signals,
+    tracker: Tracker,
+    ownership: Ownership,
+) -> None:
+    """Until the workers have ended: signals go to them, and their events to MLflow.
+
+    Raises:
+        RunTakenError: another driver owns the run by now; its workers can't seal a checkpoint.
+    """
     import ray
 
     while not attempt.done():
         wait([attempt], timeout=_POLL_SECONDS)
+        ownership.require()
         signals.pass_on(mailbox)
         for name, text in ray.get(mailbox.take_events.remote()):
             tracker.event(name, text)

@@ -18,17 +18,23 @@ _S3_OPTIONS = ("endpoint_override", "region", "scheme")
 
 def s3_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """An S3 client with time limits and retries, which `FileSystem.from_uri` can't set."""
-    options = s3_place(uri).options
-    parsed, path = fs.FileSystem.from_uri(uri)  # finds out an AWS bucket's region
+    bucket, key, options = s3_place(uri)
+    endpoint = options.get("endpoint_override")
     system = fs.S3FileSystem(
-        region=parsed.region,
+        region=options.get("region") or (None if endpoint else _aws_region(bucket)),
         scheme=options.get("scheme", "https"),
-        endpoint_override=options.get("endpoint_override"),
+        endpoint_override=endpoint,
         connect_timeout=CONNECT_SECONDS,
         request_timeout=REQUEST_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
     )
-    return system, path
+    return system, f"{bucket}/{key}" if key else bucket
+
+
+@lru_cache(maxsize=256)
+def _aws_region(bucket: str) -> str:
+    """An AWS bucket's region, which costs a request: asked once a process."""
+    return str(fs.resolve_s3_region(bucket))
 
 
 class S3Place(NamedTuple):

@@ -42,7 +42,8 @@ def test_a_wrong_clock_and_s3(offset: str, clock: Path, s3_server: S3Server) -> 
     """Promise: data goes on, its client finds the difference; what can't says what is wrong."""
     uri = storage.join(s3_server.uri, "clock")
     script = f"""
-from piflow import objects, storage
+from piflow import storage
+from piflow.storage import conditional
 storage.write_bytes({uri!r}, b'1')
 assert storage.read_bytes({uri!r}) == b'1'
 conditional.read({uri!r})

@@ -29,7 +29,7 @@ PICTURES = 50  # which the prompts take in turns
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from piflow.config.recipe import load_recipe; from pipelines import embed; "
+    "import sys; from piflow.config import load_recipe; from piflow.commands import embed; "
     "embed.main(load_recipe(sys.argv[1]), show_progress=False)",
 ]
 

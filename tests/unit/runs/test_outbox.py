@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -196,14 +197,20 @@ def test_without_a_folder_the_oldest_pictures_go_first(
     assert f"tracking-lost: {10 - len(pictures)} of picture, dropped" in server.notices
 
 
-def test_one_wrong_entry_is_left_out_and_told(server: Server, box: Callable[..., Outbox]) -> None:
+def test_one_wrong_entry_is_set_aside_and_told(
+    server: Server, box: Callable[..., Outbox], tmp_path: Path
+) -> None:
     server.refused = {3}
     ours = box()
     for step in (3, 4, 5, 6):
         ours.put(entry(step))
     assert ours.close(20) is None
     assert server.taken == [4, 5, 6]
-    assert server.notices == ["tracking-lost: 1 of metrics, refused"]
+    [kept] = tmp_path.glob("refused-*.json")
+    assert server.notices == ["tracking-lost: 1 of metrics, refused and set aside"]
+    content = json.loads(kept.read_text())
+    assert content["entry"]["step"] == 3, "nothing is lost"
+    assert "EntryRefusedError" in content["reason"] and "Traceback" in content["reason"]
 
 
 def test_a_refusing_server_is_not_asked_again_by_itself(

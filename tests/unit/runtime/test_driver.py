@@ -12,6 +12,7 @@ import pytest
 import ray
 import ray.train
 
+from piflow.runs.lease import Ownership, RunTakenError
 from piflow.runs.tracking import Tracker
 from piflow.runtime import driver
 from piflow.runtime.mailbox import Failure, Mailbox, StopReason
@@ -81,12 +82,12 @@ def attempts(
     monkeypatch.setattr(driver, "_fit", fit)
     run = Mock()
     run.recipe.runtime.max_failures = max_failures
-    signals = Signals()
+    signals, ownership = Signals(), Ownership()
 
     def loop() -> int:
-        return driver._attempts(run, Mock(), handle, signals, tracker)
+        return driver._attempts(run, Mock(), handle, signals, tracker, ownership)
 
-    loop.signals, loop.left = signals, left  # type: ignore[attr-defined]
+    loop.signals, loop.left, loop.ownership = signals, left, ownership  # type: ignore[attr-defined]
     return handle, tracker, loop
 
 
@@ -138,4 +139,13 @@ def test_workers_that_failed_too_often_end_the_run(monkeypatch: pytest.MonkeyPat
     failed = ray.train.WorkerGroupError("", {1: Remote(TRACEBACK)})
     _, _, loop = attempts(monkeypatch, failed, StopReason.NONE)
     with pytest.raises(driver.WorkersFailedError, match="shard-00000.parquet is corrupt"):
+        loop()
+
+
+def test_a_driver_whose_run_was_taken_over_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a signal, which would look like somebody's Ctrl-C."""
+    _, _, loop = attempts(monkeypatch, StopReason.NONE)
+    monkeypatch.setattr(driver, "_fit", lambda *_: None)  # workers that go on and on
+    loop.ownership.lost = RunTakenError("it belongs to process 1 on another-machine")
+    with pytest.raises(RunTakenError, match="process 1 on another-machine"):
         loop()
