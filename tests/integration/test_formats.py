@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "formats"
 EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
 
-# What may be off: ten times and more what other instruction sets of a CPU make of it. A checkpoint
+# What may be off: 7 to 30 times what other instruction sets of a CPU make of it. A checkpoint
 # without its optimiser or its average, or an adapter without LoRA, is off by 1e-4 and more.
 WEIGHTS = 1e-6
 LOSSES = 3e-6  # relative
@@ -108,6 +108,11 @@ def test_a_shipped_recipe_is_still_there_and_the_same(name: str) -> None:
 
 
 def test_identity_is_recognised(gm: Recipe) -> None:
+    """The record's by itself, a checkpoint's by the hash; another recipe's by neither."""
+    other = load_recipe(GOLDEN / "pictures" / "recipe.yaml")
+    assert gm.is_run_of(EXPECTED["gm"]["recipe_hash"])
+    assert other.is_run_of(EXPECTED["pictures"]["recipe_hash"])
+    assert not other.is_run_of(EXPECTED["gm"]["recipe_hash"])
     assert gm.is_run_of("another hash", EXPECTED["gm"]["identity"])
     assert gm.differences(EXPECTED["gm"]["identity"]) == []
     other = gm.model_copy(update={"seed": 5})
@@ -217,7 +222,9 @@ def test_run_goes_on(gm: Recipe, tracked: tuple[Any, str]) -> None:
     client, run_id = tracked
     assert distill.main(gm, show_progress=False) == gm.training.steps
     newest = storage.local_folder(run_folder.newest_checkpoint(gm.run_dir))
-    assert load_state(newest).step == gm.training.steps
+    state, record = load_state(newest), run_folder.require_run(gm)
+    assert state.step == gm.training.steps
+    assert record.identity == state.identity == gm.identity(), "from now on in today's form"
     weights = {
         f"{section}.{name}": tensor
         for section in ("trainable", "ema")
