@@ -171,7 +171,7 @@ def _works(
     _student_has_learnt([found[step] for step in sorted(found)])
     adapter = load_adapter(str(tmp_path / "adapter"))
     assert adapter.is_full_model == (recipe.lora is None)
-    assert settings_of(adapter, "adapter").nfe == recipe.objective.model_dump()["nfe"]
+    assert settings_of(adapter, "adapter").few_step.nfe == recipe.objective.model_dump()["nfe"]
     pictures = sorted((tmp_path / "samples").glob("*-*.png"))
     assert len(pictures) == 4 and len({Image.open(path).tobytes() for path in pictures}) == 4
 
