@@ -205,7 +205,7 @@ def test_relative_places_are_made_absolute(tmp_path: Path) -> None:
 
 
 def test_the_schedules_numbers_are_keys_beside_the_others() -> None:
-    """As adapters have them since version 0.1.0."""
+    """As adapters have them since version 0.1.0, which wrote no schema version."""
     stored = {
         "model": {"path": "/base/transformer"},
         "encoder": {"type": "bert", "path": "package://an.encoder"},
@@ -334,13 +334,6 @@ def test_settings_of_an_older_schema_are_migrated(
     monkeypatch.setitem(identity.MIGRATIONS, 1, renamed)
     assert SamplingSettings.model_validate_json(json.dumps(old)) == ours
     assert json.loads(ours.model_dump_json())["schema_version"] == 2
-
-
-def test_settings_without_a_schema_version_are_those_of_version_0_1_0(flux_folder: Path) -> None:
-    ours = SamplingSettings.of(recipe(flux_folder))
-    old = json.loads(ours.model_dump_json())
-    del old["schema_version"]
-    assert SamplingSettings.model_validate_json(json.dumps(old)) == ours
 
 
 @pytest.mark.parametrize("version", [3, "1", None])
