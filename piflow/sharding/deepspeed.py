@@ -115,7 +115,7 @@ class DeepSpeedStrategy:
         return _part(tensor)
 
     def local(self, tensor: Tensor) -> Tensor:
-        """As `part`, with the padding."""
+        """The values that `part` names; under stage 3 the last worker's end with padding."""
         return _part(tensor).values
 
     def saved_parameter(self, parameter: Tensor) -> SplitTensor:

@@ -27,7 +27,7 @@ from piflow.sharding.base import InPlaceStrategy, require_process_group
 
 
 class FSDPStrategy(InPlaceStrategy):
-    """See `piflow.sharding.base.Strategy`. The process group must be up (nccl or gloo).
+    """Shards of whole rows, by torch's `fully_shard`. The process group must be up (nccl or gloo).
 
     Args:
         shard_size: workers that hold one copy between them; None: all.

@@ -12,7 +12,7 @@ from piflow.sharding.base import InPlaceStrategy
 
 
 class SingleStrategy(InPlaceStrategy):
-    """See `piflow.sharding.base.Strategy`."""
+    """The one worker holds everything, and its gradients are the mean already."""
 
     rank = 0
     world_size = 1

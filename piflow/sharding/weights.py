@@ -5,7 +5,8 @@
 
 Reading is by byte ranges, from local files and object stores alike: nothing is downloaded whole,
 nothing is mapped into memory and no disk is used. A rank holds its shards and one buffer of
-`BUFFER_BYTES` at a time, however large the files are.
+`BUFFER_BYTES` at a time, however large the files are. torch's own `HuggingFaceStorageReader` opens
+each file by safetensors' `safe_open`, which maps local files only: it can't read an object store.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ The writers of all workers agree through a group of their own: collectives of tw
 group would meet in another order on another worker. `state.json` comes last, so that a kill at any
 moment leaves folders that don't count (see `piflow.runs.folder`) and the previous checkpoint as it
 was.
+
+`dcp.async_save` ends where the shards are written. Upload, the workers' agreement, `state.json` and
+retention come after it, in the same thread; so the thread is ours, and in it `dcp.save` writes.
 """
 
 from __future__ import annotations
@@ -208,7 +211,7 @@ def restore_newest(
 
 
 def _candidates(run_dir: str) -> dict[int, str]:
-    """As rank 0 sees them, so that all workers try the same ones."""
+    """URIs by step, listed by rank 0 for all workers, so that all try the same ones."""
     found: dict[int, str] = {}
     if rank() == 0:
         run_folder.delete_half_written(run_dir)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from piflow.backbones import FluxBackbone
 from piflow.config import LoRAConfig, RecipeError, load_recipe
 from piflow.roles.fp8 import Fp8Linears, TeacherPrecisionError, check_error, velocity_error
+from piflow.roles.trio import Trio
+from piflow.training.build import build_trio
 from tests.unit.sharding import training
 from tests.unit.sharding.training import FULL, LORA, Run
 
@@ -70,7 +72,7 @@ def test_a_model_without_a_fitting_layer_is_refused() -> None:
 def test_the_teacher_alone_is_in_fp8(scenario: str, folder: Path) -> None:
     """Student and EMA are the same to the bit, in values and gradients, and so is the base."""
     recipe = training.recipe_of(Run(scenario, "single"), folder)
-    plain, ours = training.build(recipe), training.build(recipe)
+    plain, ours = build_trio(recipe), build_trio(recipe)
     ours.use_fp8_teacher()
     x, sigma, cond = training.inputs(0, 0)
     teacher = plain.teacher_velocity(x, sigma, cond)
@@ -96,7 +98,7 @@ def test_the_teacher_alone_is_in_fp8(scenario: str, folder: Path) -> None:
 
 def test_adapters_and_output_layers_are_left_out(folder: Path) -> None:
     backbone = FluxBackbone.load(folder / "flux")
-    trio = training.Trio.from_backbone(
+    trio = Trio.from_backbone(
         backbone,
         LoRAConfig(rank=16),
         training.recipe_of(Run(LORA, "single")).policy,

@@ -11,10 +11,12 @@ import copy
 import hashlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,16 +24,18 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from piflow.backbones import Conditioning, FluxBackbone
-from piflow.config import OptimizerConfig, Recipe, parse_recipe
-from piflow.ema import ema_update
-from piflow.roles.heads import PolicyClock
+from piflow.backbones.flux.fresh import average_of
+from piflow.config import Recipe, parse_recipe
+from piflow.data.batch import MicroBatch
+from piflow.imitation import PartOfLoss
 from piflow.roles.trio import Trio
 from piflow.sharding import Strategy
 from piflow.sharding.ddp import average_gradients
 from piflow.training.blocks import prepare_blocks
+from piflow.training.build import build_trio, prepared_trio
 from piflow.training.context_parallel import split_tokens
-from piflow.training.optimizers import build_optimizers
 from piflow.training.placement import strategy_for
+from piflow.training.step import Trainer
 from tests.unit.whole import gather
 
 CPU = torch.device("cpu")
@@ -190,7 +194,13 @@ def recipe_of(run: Run, folder: Path | str = "unused") -> Recipe:
         "policy": {"num_gaussians": 3, "logstd_inner_dim": 16},
         "lora": {"rank": 4, "dropout": 0.1},
         "embed": {"prompts": "p", "store": "s", "height": 16, "width": 16},
-        "training": {"batch_size": MICRO_BATCHES, "micro_batch_size": 1},
+        "objective": {"final_step_size_scale": 1 / 3},
+        "training": {
+            "batch_size": MICRO_BATCHES,
+            "micro_batch_size": 1,
+            "optimizer": {"lr": 1e-3, "warmup_steps": 0, "clip_norm": 0.05},
+            "ema": {"start": 0, "beta": 0.5},
+        },
         "runtime": {"num_workers": world_size(run)},
     }
     changes = [SCENARIOS[run.scenario], {"runtime": STRATEGIES[run.strategy]}]
@@ -205,7 +215,7 @@ def _merged(tree: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     for key, value in other.items():
         old = both.get(key)
         sections = isinstance(old, dict) and isinstance(value, dict)
-        merge = sections and key != "policy"  # of another kind, it has other keys
+        merge = sections and key not in ("policy", "objective")  # another kind has other keys
         both[key] = _merged(old, value) if merge else value
     return both
 
@@ -239,6 +249,13 @@ def inputs(step: int, index: int) -> tuple[Tensor, Tensor, Conditioning]:
     return x, sigma, cond
 
 
+def micro_batch(step: int, index: int) -> MicroBatch:
+    """The same sample, as data hands it to the trainer."""
+    x, _, cond = inputs(step, index)
+    sides = 2 * HEIGHT, 2 * WIDTH
+    return MicroBatch(index, ("",), ("",), cond.tokens, cond.num_tokens, cond.pooled, *sides, x)
+
+
 def student_loss(trio: Trio, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
     """Student, two teacher calls and an EMA call, as a distillation step orders them."""
     policy = trio.student(x, sigma, cond)
@@ -257,42 +274,58 @@ def pretraining_loss(
     return (backbone(x, sigma, cond) - x).square().mean()
 
 
+class Recorded:
+    """An objective for `Trainer`: `student_loss`, or `pretraining_loss`; keeps what they were."""
+
+    def __init__(self, model: Trio | FluxBackbone) -> None:
+        self._model = model
+        self.seen: dict[tuple[int, int], float] = {}  # by (step, micro-batch)
+
+    def losses(
+        self, batch: MicroBatch, step: int, generator: torch.Generator
+    ) -> Iterator[PartOfLoss]:
+        torch.manual_seed(1000 * step + batch.index)  # LoRA dropout, as in the golden files
+        x, sigma, cond = inputs(step, batch.index)
+        if isinstance(self._model, Trio):
+            loss = student_loss(self._model, x, sigma, cond)
+        else:
+            loss = pretraining_loss(self._model, x, sigma, cond)
+        self.seen[step, batch.index] = float(loss.detach())
+        yield loss, True
+
+
 def train(run: Run, folder: Path) -> Result:
     """Five optimiser steps of four micro-batches, spread over the strategy's processes."""
     recipe = recipe_of(run, folder)
     strategy, _ = strategy_for(recipe, world_size(run), CPU)
-    result = Result()
-    if run.scenario not in DISTILLATIONS:
-        backbone = FluxBackbone.load(folder / "flux")
-        prepare_blocks(
-            recipe.runtime, backbone, [backbone.module], backend=COMPILERS[strategy.world_size]
-        )
-        split_tokens(backbone, [backbone.module], recipe.runtime.context_parallel, CPU)
-        strategy.prepare(backbone.module, backbone.block_classes)
-        config = OptimizerConfig(type=recipe.training.optimizer.type, lr=1e-3)
-        parameters = dict(backbone.module.named_parameters())
-        run_steps(result, strategy, recipe, parameters, config, backbone)
-        result.trained = gather(strategy, dict(backbone.module.named_parameters()))
-        return result
-    trio = build(recipe)
-    prepare_blocks(
-        recipe.runtime, trio.backbone, trio.modules, backend=COMPILERS[strategy.world_size]
-    )
-    split_tokens(trio.backbone, trio.modules, recipe.runtime.context_parallel, CPU)
-    base = {name: p.detach().clone() for name, p in frozen(trio).items()}
-    for module in trio.modules:
-        strategy.prepare(module, trio.block_classes)
+    if run.scenario in DISTILLATIONS:
+        return distil(recipe, strategy)
+    backbone = FluxBackbone.load(folder / "flux")
+    average = average_of(backbone)
+    modules = (backbone.module, average.module)
+    prepare_blocks(recipe.runtime, backbone, modules, backend=COMPILERS[strategy.world_size])
+    split_tokens(backbone, modules, recipe.runtime.context_parallel, CPU)
+    for module in modules:
+        strategy.prepare(module, backbone.block_classes)
+    weights, averages = (dict(module.named_parameters()) for module in modules)
+    return run_steps(Recorded(backbone), weights, averages, strategy, recipe)
+
+
+def distil(recipe: Recipe, strategy: Strategy) -> Result:
+    """The recipe's trio, trained; its base and its teacher are compared with untouched ones."""
+    compiler = partial(prepare_blocks, backend=COMPILERS[strategy.world_size])
+    with mock.patch("piflow.training.build.prepare_blocks", compiler):
+        trio = prepared_trio(recipe, strategy)
     weights = [p for module in trio.modules for p in module.parameters()]
-    result.held = sum(strategy.local(weight).nbytes for weight in weights)
-    config = OptimizerConfig(type=recipe.training.optimizer.type, lr=1e-3)
-    run_steps(result, strategy, recipe, trio.trainable_parameters(), config, trio)
-    result.trained = gather(strategy, trio.trainable_parameters())
-    result.ema = gather(strategy, trio.ema_parameters())
-    after = gather(strategy, frozen(trio))
+    held = sum(strategy.local(weight).nbytes for weight in weights)
+    trained, averages = trio.trainable_parameters(), trio.ema_parameters()
+    result = run_steps(Recorded(trio), trained, averages, strategy, recipe)
+    result.held = held
+    base, after = frozen(build_trio(recipe)), gather(strategy, frozen(trio))
     result.base_unchanged = all(torch.equal(tensor, base[name]) for name, tensor in after.items())
     x, sigma, cond = inputs(99, 0)
     result.drawn["velocity"] = trio.ema(x, sigma, cond).velocity(x, 0.5 * sigma)
-    loaded = FluxBackbone.load(folder / "flux", dtype=DTYPES[recipe.model.dtype])
+    loaded = FluxBackbone.load(recipe.model.path, dtype=DTYPES[recipe.model.dtype])
     # weights mapped from a file lie at odd addresses, where the CPU's matrix products round
     # otherwise than at aligned ones: replicas keep those, shards are copies
     untouched = (loaded, FluxBackbone(copy.deepcopy(loaded.module)))
@@ -307,20 +340,6 @@ def train(run: Run, folder: Path) -> Result:
     return result
 
 
-def build(recipe: Recipe) -> Trio:
-    """A GM student by LoRA; or a DX student, all of whose weights are trained."""
-    trio = Trio.from_backbone(
-        FluxBackbone.load(recipe.model.path, dtype=DTYPES[recipe.model.dtype]),
-        recipe.lora,
-        recipe.policy,
-        PolicyClock(0.3, 3.2),
-        generator=torch.Generator().manual_seed(0),
-    )
-    if recipe.model.fp8_teacher is not None:
-        trio.use_fp8_teacher()
-    return trio
-
-
 def frozen(trio: Trio) -> dict[str, nn.Parameter]:
     """Everything that is neither trained nor averaged: the base with the teacher's output layer."""
     own = {id(p) for p in [*trio.trainable_parameters().values(), *trio.ema_parameters().values()]}
@@ -332,51 +351,36 @@ def frozen(trio: Trio) -> dict[str, nn.Parameter]:
     }
 
 
-def digest(strategy: Strategy, parameters: Iterable[nn.Parameter]) -> str:
-    """sha256 of this process's own values."""
-    values = [strategy.local(parameter).numpy().tobytes() for parameter in parameters]
-    return hashlib.sha256(b"".join(values)).hexdigest()
-
-
 def run_steps(
-    result: Result,
+    objective: Recorded,
+    parameters: dict[str, nn.Parameter],
+    averages: dict[str, nn.Parameter],
     strategy: Strategy,
     recipe: Recipe,
-    parameters: dict[str, nn.Parameter],
-    config: OptimizerConfig,
-    model: FluxBackbone | Trio,
-) -> None:
-    optimizers = build_optimizers(parameters, config)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if "eps" in group and config.type != "muon":
-                group["eps"] = (
-                    1e-6  # else noise in gradients of nearly 0 is scaled up to full steps
-                )
-    strategy.adopt(optimizers)
+) -> Result:
+    """What the product's own trainer makes of the prepared parameters."""
     together = recipe.runtime.context_parallel  # workers of one micro-batch
+    trainer = Trainer(
+        objective, parameters, averages, strategy, recipe.training, 0, context_parallel=together
+    )
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            if "eps" in group and recipe.training.optimizer.type != "muon":
+                # else noise in gradients of nearly 0 is scaled up to full steps
+                group["eps"] = 1e-6
     mine = range(strategy.rank // together, MICRO_BATCHES, strategy.world_size // together)
-    for step in range(STEPS):
-        for parameter in parameters.values():
-            parameter.grad = None
-        for index in mine:
-            torch.manual_seed(1000 * step + index)  # LoRA dropout
-            arguments = inputs(step, index)
-            if isinstance(model, Trio):
-                loss = student_loss(model, *arguments)
-            else:
-                loss = pretraining_loss(model, *arguments)
-            strategy.backward(loss * together / len(mine), last=index == mine[-1])
-            result.losses[step, index] = float(loss.detach())
-        result.norms.append(strategy.update(parameters.values(), optimizers, 0.05))
-        if isinstance(model, Trio):
-            average, student = model.ema_parameters(), model.trainable_parameters()
-            ema_update(
-                [strategy.local(tensor) for tensor in average.values()],
-                [strategy.local(tensor) for tensor in student.values()],
-                0.5,
-            )
-    result.digest = digest(strategy, parameters.values())
+    norms = [
+        trainer.step(step, [micro_batch(step, index) for index in mine]).grad_norm
+        for step in range(STEPS)
+    ]
+    values = [strategy.local(parameter).numpy().tobytes() for parameter in parameters.values()]
+    return Result(
+        losses=objective.seen,
+        norms=norms,
+        trained=gather(strategy, parameters),
+        ema=gather(strategy, averages),
+        digest=hashlib.sha256(b"".join(values)).hexdigest(),
+    )
 
 
 def replica_gradients(rank: int) -> list[Tensor | None]:

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from piflow.roles.trio import Trio
 from piflow.training.blocks import prepare_blocks
+from piflow.training.build import build_trio
 from tests.unit.sharding import training
 from tests.unit.sharding.training import AGAIN, COMPILE, LORA, SOME_AGAIN, Run
 
@@ -38,7 +39,7 @@ def gradients(trio: Trio, size: int) -> dict[str, torch.Tensor]:
 
 def built(folder: Path, *options: str, backend: str = "aot_eager") -> Trio:
     recipe = training.recipe_of(Run(LORA, "single", options), folder)
-    trio = training.build(recipe)
+    trio = build_trio(recipe)
     prepare_blocks(recipe.runtime, trio.backbone, trio.modules, backend=backend)
     return trio
 
