@@ -142,11 +142,17 @@ def sample(
     base: Annotated[
         str | None, typer.Option(help="base model folder; default: the adapter's", metavar="URI")
     ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help="module of a family that no installed package registers; is imported"),
+    ] = None,
 ) -> None:
     """Draw pictures from an exported adapter."""
     from piflow.commands import sample as pipeline
 
-    pipeline.main(adapter, prompt, out=out, count=count, seed=seed, nfe=nfe, base=base)
+    pipeline.main(
+        adapter, prompt, out=out, count=count, seed=seed, nfe=nfe, base=base, family=family
+    )
 
 
 @app.command(epilog="Example: `piflow demo --set training.steps=100`")

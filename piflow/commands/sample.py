@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from piflow.config import find_family
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,6 +22,7 @@ def main(
     seed: int = 0,
     nfe: int | None = None,
     base: str | None = None,
+    family: str | None = None,
 ) -> list[Path]:
     """Write `count` PNG pictures a prompt, with seeds from `seed` on, and a grid of them all.
 
@@ -32,6 +35,8 @@ def main(
         ValueError: an empty prompt, numbers of steps that the student doesn't run at, or an adapter
             that doesn't load.
     """
+    if family is not None:
+        find_family(family)  # the user's own word: adapters can't have modules imported
     if blank := [prompt for prompt in prompts if not prompt.strip()]:
         raise ValueError(f"expected a prompt that says something, got {blank[0]!r}")
     import torch

@@ -13,7 +13,7 @@ from piflow.config.encoder import (
     EncoderConfig,
     TextEncoderConfig,
 )
-from piflow.config.family import BUILT_IN, Family, FamilyEncoder, find_family
+from piflow.config.family import BUILT_IN, Family, FamilyEncoder, find_family, require_known
 from piflow.config.identity import differences, flatten
 from piflow.config.model import Fp8TeacherConfig, LoRAConfig, ModelConfig
 from piflow.config.objective import (
@@ -68,4 +68,5 @@ __all__ = [
     "flatten",
     "load_recipe",
     "parse_recipe",
+    "require_known",
 ]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -97,6 +98,30 @@ def find_family(name: str) -> Family:
         found = f"{module_name} has no piflow.config.Family called {attribute or _RECORD}"
         raise ValueError(_unknown(name, found))
     return record
+
+
+def require_known(name: str, where: str) -> None:
+    """Let a file name a family only if that imports nothing that nobody here asked for.
+
+    A recipe is the user's own word, and may name any module. A file of somebody else's, such as an
+    adapter, is data: it may name a family of ours, one that an installed package has registered, or
+    one that this process has imported already.
+
+    Raises:
+        ValueError: the family is none of these; names `where` it stands, and what to do.
+    """
+    if name in BUILT_IN or name in _plug_ins():
+        return
+    module_name = name.partition(":")[0]
+    package, _, last = module_name.rpartition(".")
+    record = getattr(sys.modules.get(package), last, None)
+    if module_name in sys.modules or isinstance(record, Family):
+        return
+    raise ValueError(
+        f"{where} is of the family {name!r}, which no installed package has registered: a file of "
+        "somebody else's must not have modules imported. If you know and trust that module, say "
+        f"so with --family {name}, or register it as an entry point of the group {GROUP}"
+    )
 
 
 def resolve(reference: str) -> Any:

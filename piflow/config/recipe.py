@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from piflow.config import identity
 from piflow.config.data import EmbedConfig
-from piflow.config.family import BUILT_IN, FamilyEncoder, find_family
+from piflow.config.family import BUILT_IN, FamilyEncoder, find_family, require_known
 from piflow.config.model import LoRAConfig, ModelConfig
 from piflow.config.objective import (
     DXPolicyConfig,
@@ -20,7 +20,7 @@ from piflow.config.objective import (
     PiIDConfig,
 )
 from piflow.config.runtime import RuntimeConfig
-from piflow.config.section import NonNegative, Operational, Section, Variant
+from piflow.config.section import NonNegative, Operational, RecipeError, Section, Variant
 from piflow.config.tracking import EvaluationConfig, TrackingConfig
 from piflow.config.training import TrainingConfig
 
@@ -34,6 +34,9 @@ def _by_type(default: str) -> Discriminator:
         return value.type if isinstance(value, Variant) else default
 
     return Discriminator(tag)
+
+
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)  # of a stored identity
 
 
 class Recipe(Section):
@@ -225,7 +228,9 @@ class Recipe(Section):
         """
         try:
             return identity.differences(self.deciding(), self._of_identity(stored).deciding())
-        except ValidationError:  # no recipe of today says the same; schema 0 stored defaults too
+        except RecipeError:
+            raise
+        except _UNREADABLE:  # no recipe of today says the same; schema 0 stored defaults too
             ours = self.identity() if identity.VERSION_KEY in stored else self.deciding()
             return identity.differences(ours, dict(stored))
 
@@ -233,13 +238,16 @@ class Recipe(Section):
         """The recipe of a stored identity, in which nothing that isn't part of it counts."""
         tree = {key: value for key, value in stored.items() if key != identity.VERSION_KEY}
         tree = identity.migrate(tree, stored.get(identity.VERSION_KEY, 0))
+        family = tree["model"].get("family", self.model.family)
+        if family != self.model.family:
+            require_known(family, "the stored recipe")
         embed = {**tree["embed"], "store": self.embed.store}
         return Recipe.model_validate({**tree, "run_dir": self.run_dir, "embed": embed})
 
     def _identity_of(self, stored: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
             return self._of_identity(stored).identity()
-        except ValueError:  # no recipe of today says the same
+        except _UNREADABLE:  # no recipe of today says the same
             return None
 
     def to_yaml(self) -> str:

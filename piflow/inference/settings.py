@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from pydantic import (
 from piflow import storage
 from piflow.backbones import Conditioning, load_backbone
 from piflow.backbones.encoders import build_encoder
-from piflow.config import FamilyEncoder, ModelConfig, Recipe, identity
+from piflow.config import FamilyEncoder, ModelConfig, Recipe, identity, require_known
 from piflow.roles.adapter import Adapter, load_adapter
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
@@ -95,6 +96,7 @@ def settings_of(adapter: Adapter, where: str) -> SamplingSettings:
             f"{where} carries no {SETTINGS_KEY}: it was not exported by piflow, which notes the "
             "encoder, picture size and schedule there"
         )
+    _require_known_family(text, where)
     try:
         return SamplingSettings.model_validate_json(text)
     except ValidationError as error:
@@ -104,6 +106,16 @@ def settings_of(adapter: Adapter, where: str) -> SamplingSettings:
             f"{where}: {SETTINGS_KEY} are not those of this piflow ({place}: {first['msg']}): "
             "export it again"
         ) from error
+
+
+def _require_known_family(text: str, where: str) -> None:
+    """Before the settings are read, which looks the family up."""
+    try:
+        family = json.loads(text)["model"].get("family")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # refused for that by whoever reads it whole
+    if isinstance(family, str):
+        require_known(family, where)
 
 
 def load_student(folder: str, base: str | None = None) -> tuple[Trio, SamplingSettings]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from bria_family import FAMILY as BRIA
 from bria_family import BriaEncoderConfig
 
 from piflow.config import BUILT_IN, Family, Recipe, RecipeError, find_family, parse_recipe
-from piflow.config.family import resolve
+from piflow.config.family import require_known, resolve
+from piflow.inference.settings import SETTINGS_KEY, settings_of
 
 REPOSITORY = Path(__file__).parents[3]
 LIGHT = """
@@ -184,3 +187,38 @@ def _with_defaults(monkeypatch: pytest.MonkeyPatch, defaults: dict[str, Any]) ->
 def test_what_a_record_names_wrongly_is_told() -> None:
     with pytest.raises(ValueError, match="names bria_family.backbone:Wrong, which can't be import"):
         resolve("bria_family.backbone:Wrong")
+
+
+# --------------------------------------------------------------------------- named by somebody else
+
+
+def test_a_file_has_no_module_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted module would leave a mark."""
+    mark = tmp_path / "mark"
+    for name in ("planted", "package_of_it"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("planted", "planted:FAMILY", "package_of_it.planted", "os.path", "json:loads"):
+        if name.startswith(("os", "json")):  # imported already, so that nothing runs
+            require_known(name, "the adapter")
+            continue
+        with pytest.raises(ValueError, match=rf"the adapter is of the family '{name}'.*--family"):
+            require_known(name, "the adapter")
+    for name in (*BUILT_IN, "bria_family", "bria_family:FAMILY"):
+        require_known(name, "the adapter")
+    assert not mark.exists()
+
+
+def test_an_adapter_has_no_module_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "planted_family.py").write_text(f"open({str(mark)!r}, 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = json.dumps({"model": {"family": "planted_family", "path": "x"}})
+    adapter = SimpleNamespace(metadata={SETTINGS_KEY: text})
+    with pytest.raises(ValueError, match="adapter/ is of the family 'planted_family'"):
+        settings_of(adapter, "adapter/")  # type: ignore[arg-type]
+    ours = recipe("flux")
+    stored = {**ours.identity(), "model": {"family": "planted_family", "path": "teacher"}}
+    assert not ours.is_run_of("another hash", stored)
+    assert any("planted_family" in line for line in ours.differences(stored))
+    assert not mark.exists()
