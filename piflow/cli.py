@@ -198,6 +198,12 @@ def show_recipe(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     sys.stdout.write(_load(recipe, overrides).to_yaml())
 
 
+def run(command: str) -> None:
+    """One command as a program of its own: a script's options are the command's."""
+    sys.argv.insert(1, command)
+    main()
+
+
 def main() -> None:
     """Console entry point: expected mistakes are one message and exit code 1, not a traceback.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -140,3 +141,16 @@ def test_smoke_keeps_no_files_among_others(
     assert run_main("smoke", str(RECIPE), "--keep", str(tmp_path), monkeypatch=monkeypatch) == 1
     assert f"{tmp_path} holds something" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "pipelines").glob("*.py")), ids=str)
+def test_a_pipeline_is_its_command(script: Path) -> None:
+    """What schedulers start: the same options, the same errors, the same exit code."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    arguments = ["no-such.yaml", *(["--prompt", "x"] if script.stem == "sample" else [])]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and "piflow: " in done.stderr and "no-such.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
