@@ -16,7 +16,7 @@ def text_parts(encoder: BertEncoderConfig) -> list[tuple[str, Any]]:
 
 
 def _tokenizer() -> Any:
-    """Of letters."""
+    """A tokenizer whose tokens are letters."""
     from transformers import BertTokenizer
 
     marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

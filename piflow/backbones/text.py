@@ -269,20 +269,20 @@ class Parts:
         return config
 
     def sha256(self) -> str:
-        """See `files_sha256`."""
+        """One hash of all models' and tokenizers' files."""
         return files_sha256(
             {self.uris[part]: self.folders[part] for part in self._models},
             {self.uris[part]: self.folders[part] for part in self._tokenizers},
         )
 
     def load_model(self, model_class: type, part: str, device: str) -> Any:
-        """See `load_model`."""
+        """The part's model, frozen, on the device."""
         return load_model(model_class, self.folders[part], self.uris[part], device=device)
 
     def load_tokenizer(
         self, tokenizer_class: type, part: str, padding_side: str | None = "right"
     ) -> Any:
-        """See `load_tokenizer`."""
+        """The part's tokenizer."""
         return load_tokenizer(tokenizer_class, self.folders[part], self.uris[part], padding_side)
 
 

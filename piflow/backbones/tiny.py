@@ -59,12 +59,12 @@ class TinyEncoder(Protocol):
 
 
 def channels(model: ModelConfig) -> int:
-    """Of the latents."""
+    """The latents' channels."""
     return _CHANNELS[model.codec]
 
 
 def kl_options(size: int) -> dict[str, Any]:
-    """Of an `AutoencoderKL` or one of its kind."""
+    """Constructor options of an `AutoencoderKL` or one of its kind."""
     return {
         "block_out_channels": (4, 4),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -86,7 +86,7 @@ def kl_vae(size: int) -> Any:
 
 
 def flow_scheduler() -> Any:
-    """As the families that shift by the picture's size have it."""
+    """The scheduler of families that shift time by the picture's size."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
@@ -107,7 +107,7 @@ def clip_tokenizer() -> Any:
 
 
 def clip_config(tokenizer: Any, layers: int) -> Any:
-    """Of a CLIP text model with this tokenizer."""
+    """Configuration of a CLIP text model with this tokenizer."""
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(

@@ -56,7 +56,7 @@ class EmbedConfig(Section):
     """
 
     seed: NonNegative = 0
-    """Of the choice among buckets, with the prompt's text."""
+    """The seed of the choice among buckets, with the prompt's text."""
 
     store: Operational[str]
     """URI of the embedding store's folder; in online mode, of the folder for the few embeddings

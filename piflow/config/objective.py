@@ -118,10 +118,10 @@ class FlowMatchingConfig(Variant):
     """Time shift of the sampler in evaluation."""
 
     logit_mean: float = 0.3
-    """Sigma = sigmoid(normal(mean, std))."""
+    """Mean of the normal variable whose sigmoid is the noise level sigma."""
 
     logit_std: PositiveFloat = 1.0
-    """See logit_mean."""
+    """Standard deviation of that variable."""
 
     prompt_dropout: Fraction = 0.1
     """Share trained on the empty prompt, for CFG."""

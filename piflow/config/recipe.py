@@ -43,13 +43,13 @@ class Recipe(Section):
     """One run, whole."""
 
     schema_version: Operational[Literal[1]] = 1
-    """Of the keys and their defaults; an older recipe that says so is read as it was meant."""
+    """The version of the keys and their defaults: a recipe of an older one is read as it was meant."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
-    """Of the run and, unless tracking says otherwise, the registered model."""
+    """The name of the run and, unless tracking says otherwise, of the registered model."""
 
     seed: NonNegative = 0
-    """Of weights, noise and the order of prompts."""
+    """The seed of weights, noise and the order of prompts."""
 
     run_dir: Operational[str]
     """URI of the run's folder: checkpoints, samples, state."""

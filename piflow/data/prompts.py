@@ -281,7 +281,7 @@ def _split(name: str) -> str | None:
 
 
 def _folder(uri: str) -> str:
-    """Of a file, without an S3 URI's query; for comparison only."""
+    """A file's folder, without an S3 URI's query; for comparison only."""
     return os.path.dirname(uri.partition("?")[0] if storage.scheme(uri) == "s3" else uri)
 
 

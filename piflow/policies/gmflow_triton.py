@@ -108,7 +108,7 @@ def _store_mixture(
 def _step_numbers(
     sigma: tl.tensor, delta: tl.tensor, source: tl.tensor, variance: tl.tensor,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """Of a substep: factors of y, drift and c in q; zeta; 1 / d; -delta / sigma."""
+    """A substep's numbers: factors of y, drift and c in q; zeta; 1 / d; -delta / sigma."""
     sigma = tl.maximum(sigma, _SIGMA_MIN)
     source = tl.maximum(source, _SIGMA_MIN)
     rho = (1 - sigma) / sigma

@@ -175,7 +175,7 @@ class SeparateBackbones:
         return {name: parameter for name, parameter in named if id(parameter) not in head}
 
     def train(self, mode: bool) -> None:
-        """Of the student alone."""
+        """Switch dropout on or off in the student; teacher and EMA never have it."""
         for module in self.modules:
             module.eval()
         self.backbone.module.train(mode)

@@ -52,11 +52,11 @@ class LifecycleCallback(ControllerCallback, WorkerGroupCallback):
         TrainController.worker_group_cls = _TidyWorkerGroup
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """See Ray Train."""
+        """Workers run from now on: remember them, to save before a resize."""
         self._group, self._told = worker_group, False
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        """See Ray Train."""
+        """There are none to save any more."""
         self._group = None
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:

@@ -125,7 +125,7 @@ class InPlaceStrategy(ABC):
         return clip_grad_norm(parameters, max_norm)
 
     def part(self, tensor: Tensor) -> Part:
-        """Of a whole tensor, or of one that torch shards."""
+        """All of a whole tensor, or this worker's rows of one that torch shards."""
         return part_of(tensor)
 
     def local(self, tensor: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def _pretraining(
 def _clean_latents(
     recipe: Recipe, store: EmbeddingStore, codec: Codec, device: torch.device
 ) -> CleanLatents:
-    """Of the store's prompts' pictures: the store's own, or of emoji drawn on the fly."""
+    """Latents of the prompts' pictures: those in the store, or of emoji drawn on the fly."""
     if recipe.objective.pictures == "store":
         store.require_latents()
         return stored_latents

@@ -71,7 +71,7 @@ class Flux2TextModel:
         self._device = device
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Of system message and prompt."""
+        """Tokens of the system message and the prompt together."""
         return [len(ids) for ids in self._tokens(prompts, truncation=False)["input_ids"]]
 
     def forward(self, prompts: Sequence[str]) -> list[text.Embedding]:

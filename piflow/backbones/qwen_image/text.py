@@ -84,7 +84,7 @@ class QwenImageTextModel:
         self._device = device
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Of the prompt and the template's end."""
+        """Tokens of the prompt and of the template's end."""
         counts = text.count_tokens(self._tokenizer, [TEMPLATE.format(text) for text in prompts])
         return [count - DROPPED_TOKENS for count in counts]
 

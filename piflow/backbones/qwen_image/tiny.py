@@ -56,7 +56,7 @@ def text_parts(encoder: QwenImageEncoderConfig) -> list[tuple[str, Any]]:
 
 
 def _qwen_tokenizer() -> Any:
-    """Of bytes, and of the words of the family's template.
+    """A tokenizer of bytes, and of the words of the family's template.
 
     The pipeline drops as many tokens as the template has with the real tokenizer, a word each, so
     with bytes alone `max_tokens` would leave nothing of the prompt.

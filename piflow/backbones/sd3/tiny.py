@@ -57,7 +57,7 @@ def text_parts(encoder: SD3EncoderConfig) -> list[tuple[str, Any]]:
 
 
 def _clip_with_projection(tokenizer: Any) -> Any:
-    """Of two layers: Stable Diffusion 3 takes the states of the last but one."""
+    """A model of two layers: Stable Diffusion 3 takes the states of the last but one."""
     from transformers import CLIPTextModelWithProjection
 
     return CLIPTextModelWithProjection(tiny.clip_config(tokenizer, layers=2))
