@@ -43,7 +43,7 @@ class Recipe(Section):
     """One run, whole."""
 
     schema_version: Operational[Literal[1]] = 1
-    """The version of the keys and their defaults: a recipe of an older one is read as it was meant."""
+    """Version of the keys and defaults: a recipe of an older one is read as it was meant."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     """The name of the run and, unless tracking says otherwise, of the registered model."""

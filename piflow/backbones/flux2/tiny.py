@@ -54,7 +54,7 @@ def text_parts(encoder: Flux2EncoderConfig) -> list[tuple[str, Any]]:
 
 
 def _chat_tokenizer() -> Any:
-    """A tokenizer of bytes with a chat template; FLUX.2's system message, which every prompt has, is a token.
+    """A tokenizer of bytes with a chat template; FLUX.2's system message is one token of it.
 
     It pads on the left, so that a token's place depends on its prompt's length.
     """
