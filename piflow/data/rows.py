@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -9,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from piflow.backbones.text import EncodedPrompt
 from piflow.data.manifest import LatentDtype, LatentInputs, StoreInputs, TokenDtype
 from piflow.data.prompts import Prompt
+from piflow.storage.fingerprint import EncoderIdentity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from piflow.backbones.text import EncodedPrompt
 
 
 SCHEMA = pa.schema(
@@ -159,11 +164,15 @@ def dequantize(
 
 @cache
 def _fp8_values() -> NDArray[np.float32]:
-    """What each byte is as e4m3, ``(256,)``."""
-    import torch
+    """What each byte is as e4m3, ``(256,)``: 1 bit of sign, 4 of exponent, 3 of mantissa.
 
-    codes = torch.arange(256, dtype=torch.uint8)
-    return codes.view(torch.float8_e4m3fn).float().numpy()
+    Without torch, whose import takes longer than a reading process's other work at its start.
+    """
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    numbers = np.ldexp(np.where(exponent == 0, 0, 8) + mantissa, np.maximum(exponent, 1) - 10)
+    numbers[codes & 127 == 127] = np.nan
+    return np.where(codes < 128, numbers, -numbers).astype(np.float32)
 
 
 def _contents(column: pa.ChunkedArray) -> NDArray[np.uint8]:
@@ -230,45 +239,116 @@ def latent_bytes(latent: Tensor | None, dtype: LatentDtype) -> bytes | None:
     return stored.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _decode_latents(table: pa.Table, inputs: StoreInputs) -> tuple[Tensor, ...] | None:
-    import torch
-
-    if inputs.latents is None or "latent" not in table.column_names:
-        return None
-    contents, shapes = table["latent"].to_pylist(), table["latent_shape"].to_pylist()
-    if None in contents:  # an empty or negative prompt
-        return None
-    stored = torch.bfloat16 if inputs.latents.dtype == "bf16" else torch.float32
-    return tuple(
-        torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy()).view(stored).view(shape)
-        .float()
-        for content, shape in zip(contents, shapes, strict=True)
-    )  # fmt: skip
-
-
 def decode_rows(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
     """Rows as they lie on disk -> padded tensors."""
+    return as_tensors(decoded(table, inputs), inputs)
+
+
+def decoded(table: pa.Table, inputs: StoreInputs) -> pa.Table:
+    """Rows as they lie on disk -> the same rows with lists of float32 numbers in place of bytes.
+
+    Of tokens, still without padding, of pooled vectors and of latents; other columns stay as they
+    are. Without torch, so that a reading process starts fast.
+    """
+    numbers = {"tokens": _dequantized(table, inputs)}
+    if table.num_rows and not table["pooled"].null_count:
+        numbers["pooled"] = _floats(table["pooled"], "fp32")
+    if inputs.latents and "latent" in table.column_names and not table["latent"].null_count:
+        numbers["latent"] = _floats(table["latent"], inputs.latents.dtype)
+    for name, values in numbers.items():
+        lists = _lists(table[name], values)
+        table = table.set_column(table.column_names.index(name), name, lists)
+    return table
+
+
+def _dequantized(table: pa.Table, inputs: StoreInputs) -> NDArray[np.float32]:
+    """All token states of all rows."""
+    sizes = [count * inputs.encoder.hidden_size for count in table["num_tokens"].to_pylist()]
+    numbers, contents = np.empty(sum(sizes), np.float32), _contents(table["tokens"])
+    width, start = 1 if inputs.dtype == "fp8" else 2, 0
+    for size, scale in zip(sizes, table["scale"].to_pylist(), strict=True):
+        end = start + size
+        content = contents[start * width : end * width]
+        dequantize(content, scale, inputs.dtype, numbers[start:end])
+        start = end
+    return numbers
+
+
+def _floats(column: pa.ChunkedArray, dtype: LatentDtype) -> NDArray[np.float32]:
+    """All numbers of a column of bytes, one row after the other."""
+    contents = _contents(column).copy()  # aligned
+    if dtype == "fp32":
+        return contents.view("<f4")
+    numbers = np.empty(len(contents) // 2, np.float32)
+    dequantize(contents, 1.0, "bf16", numbers)
+    return numbers
+
+
+def _lists(column: pa.ChunkedArray, numbers: NDArray[np.float32]) -> pa.Array:
+    """A column of bytes as lists of its numbers."""
+    sizes = pc.binary_length(column).to_numpy().astype(np.int64)
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes * len(numbers) // max(sizes.sum(), 1), out=offsets[1:])
+    return pa.LargeListArray.from_arrays(offsets, numbers)
+
+
+def as_tensors(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
+    """Decoded rows as tensors.
+
+    They share the table's memory where no padding is needed, so nobody may write to them.
+    """
     import torch
 
-    encoder = inputs.encoder
     counts = table["num_tokens"].to_pylist()
-    tokens = np.zeros((table.num_rows, encoder.max_tokens, encoder.hidden_size), np.float32)
-    contents, start = _contents(table["tokens"]), 0
-    for row, count, scale in zip(tokens, counts, table["scale"].to_pylist(), strict=True):
-        end = start + count * encoder.hidden_size * (1 if inputs.dtype == "fp8" else 2)
-        dequantize(contents[start:end], scale, inputs.dtype, row[:count].reshape(-1))
-        start = end
     pooled = None
-    if table.num_rows and not table["pooled"].null_count:
-        vectors = np.array(_contents(table["pooled"])).view("<f4")
-        pooled = torch.from_numpy(vectors.reshape(table.num_rows, -1))
+    if table.num_rows and pa.types.is_large_list(table["pooled"].type):
+        pooled = _tensor(_numbers(table["pooled"])).view(table.num_rows, -1)
     return EmbeddingBatch(
         prompt_ids=tuple(table["prompt_id"].to_pylist()),
         prompts=tuple(table["prompt"].to_pylist()),
         heights=tuple(table["height"].to_pylist()),
         widths=tuple(table["width"].to_pylist()),
-        tokens=torch.from_numpy(tokens),
+        tokens=_tensor(_padded(_numbers(table["tokens"]), counts, inputs.encoder)),
         num_tokens=torch.tensor(counts, dtype=torch.int64),
         pooled=pooled,
-        latents=_decode_latents(table, inputs),
+        latents=_latents(table),
     )
+
+
+def _padded(
+    numbers: NDArray[np.float32], counts: list[int], encoder: EncoderIdentity
+) -> NDArray[np.float32]:
+    """Tokens ``(m, L, D)``, zeros beyond each row's count."""
+    rows = numbers.reshape(-1, encoder.hidden_size)
+    shape = len(counts), encoder.max_tokens, encoder.hidden_size
+    if all(count == encoder.max_tokens for count in counts):
+        return rows.reshape(shape)
+    tokens, end = np.zeros(shape, np.float32), 0
+    for row, count in zip(tokens, counts, strict=True):
+        row[:count] = rows[end : end + count]
+        end += count
+    return tokens
+
+
+def _latents(table: pa.Table) -> tuple[Tensor, ...] | None:
+    """Each row's latents; None without them, and for an empty or a negative prompt."""
+    if "latent" not in table.column_names or table["latent"].null_count:
+        return None
+    shapes = table["latent_shape"].to_pylist()
+    numbers = _tensor(_numbers(table["latent"])).split([math.prod(shape) for shape in shapes])
+    return tuple(part.view(shape) for part, shape in zip(numbers, shapes, strict=True))
+
+
+def _numbers(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """All numbers of a column of lists, without a copy of one chunk."""
+    chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def _tensor(numbers: NDArray[np.float32]) -> Tensor:
+    """A tensor in the array's memory."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(numbers)

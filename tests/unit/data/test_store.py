@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -344,3 +346,16 @@ def test_other_inputs_prompts_or_damage_forbid_reuse(
     column = pq.ParquetFile(path).metadata.row_group(0).column(6)
     _damage(path, column.data_page_offset + column.total_compressed_size - 1)
     assert reusable_shard(uri, plan, inputs) is None
+
+
+def test_a_reading_process_imports_no_torch() -> None:
+    """In a fresh interpreter: the import would be most of the time until the first batch."""
+    program = (
+        "import sys\n"
+        "import piflow.data.ray_reader\n"
+        "print([m for m in ('torch', 'transformers', 'diffusers', 'ray') if m in sys.modules])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == "[]"
