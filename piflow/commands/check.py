@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from piflow.config import Recipe
+from piflow.data.reader import EmbeddingStore
 from piflow.planning.memory import GIB, replica_bytes, shard_bytes
 from piflow.training.placement import measure
 from piflow.training.preflight import Run, preflight
@@ -29,16 +30,17 @@ def main(recipe: Recipe) -> Run:
 
 
 def _about_data(run: Run) -> Iterator[tuple[str, str]]:
-    manifest, embed = run.store.manifest, run.recipe.embed
-    sizes = ", ".join(f"{b.height}x{b.width} ({b.rows:,})" for b in manifest.buckets)
-    yield "prompts", f"{manifest.num_rows:,} in sizes {sizes}"
-    if embed.mode == "online":
-        yield "store", f"none: prompts are encoded while training runs; pictures' in {embed.store}"
+    store, layout = run.store, run.store.layout
+    sizes = ", ".join(f"{b.height}x{b.width} ({b.rows:,})" for b in layout.buckets)
+    yield "prompts", f"{layout.num_rows:,} in sizes {sizes}"
+    if isinstance(store, EmbeddingStore):
+        files = store.manifest.files
+        megabytes = sum(entry.bytes for entry in files) / 1e6
+        yield "store", f"{store.uri}, {len(files)} files, {megabytes:,.1f} MB"
     else:
-        megabytes = sum(entry.bytes for entry in manifest.files) / 1e6
-        yield "store", f"{run.store.uri}, {len(manifest.files)} files, {megabytes:,.1f} MB"
-        yield "manifest", run.store.manifest_hash[:16]
-    encoder = manifest.encoder
+        yield "store", f"none: prompts are encoded while training runs; pictures' in {store.uri}"
+    yield "embeddings", store.manifest_hash[:16]
+    encoder = layout.inputs.encoder
     yield "encoder", f"{encoder.name}, weights {encoder.weights_sha256[:16]}"
     if run.codec is not None:
         yield "latents", f"of {run.codec.name}, weights {run.codec.weights_sha256[:16]}"

@@ -95,6 +95,11 @@ class Layout:
     buckets: tuple[Bucket, ...]
     shards: list[ShardPlan]
 
+    @property
+    def num_rows(self) -> int:
+        """Prompts, the empty and the negative ones not counted."""
+        return self.inputs.num_prompts
+
 
 def recipe_prompts(recipe: Recipe) -> PromptSet:
     """The recipe's distinct prompts.

@@ -22,6 +22,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,14 +30,15 @@ import pyarrow as pa
 
 from piflow import storage
 from piflow.config import Recipe
-from piflow.data.background import quiet_context, remote_cause
+from piflow.data.background import ahead, quiet_context, remote_cause
+from piflow.data.blocks import StreamPlan, with_replaced
 from piflow.data.encode import load_encoder
-from piflow.data.layout import Layout, ShardPlan, recipe_prompts, store_layout
-from piflow.data.manifest import ShardEntry, StoreError, StoreInputs, StoreManifest
-from piflow.data.order import StreamOrder
+from piflow.data.layout import Layout, recipe_prompts, store_layout
+from piflow.data.manifest import StoreError, StoreInputs
+from piflow.data.order import PlannedStep, RowGroups, StreamOrder
 from piflow.data.prompts import Prompt, PromptSet
-from piflow.data.reader import EmbeddingStore, RowReader
-from piflow.data.rows import EmbeddingBatch, encoded_table
+from piflow.data.reader import EmbeddingStore, PromptStore, rows_by_hash, take_rows
+from piflow.data.rows import EmbeddingBatch, decoded, encoded_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,7 +49,7 @@ SAMPLE_PROMPTS = 4  # of the pictures drawn along a run, those with the smallest
 _OBJECT_STORE_BYTES = 1024 * 2**20  # encoded row groups that wait in Ray's object store
 
 
-def open_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
+def open_store(recipe: Recipe, *, evaluation: bool = False) -> PromptStore:
     """The store that a recipe's run reads; in online mode one that is only planned.
 
     Args:
@@ -64,8 +66,8 @@ def open_store(recipe: Recipe, *, evaluation: bool = False) -> EmbeddingStore:
     return OnlineStore(small, store_layout(recipe, prompts, small.manifest.encoder))
 
 
-class OnlineStore(EmbeddingStore):
-    """The store that a recipe's prompts would make: all of its order, and a few embeddings.
+class OnlineStore:
+    """The store that a recipe's prompts would make: where its rows lie, and a few embeddings.
 
     Args:
         small: the store of the prompts that are embedded ahead.
@@ -73,23 +75,19 @@ class OnlineStore(EmbeddingStore):
     """
 
     def __init__(self, small: EmbeddingStore, layout: Layout) -> None:
-        manifest = StoreManifest(
-            inputs=layout.inputs,
-            inputs_sha256=layout.inputs.digest,
-            buckets=layout.buckets,
-            shards=tuple(_planned_entry(plan) for plan in layout.shards),
-            empty_prompt=small.manifest.empty_prompt,
-            truncated_prompts=0,
-            negative_prompts=small.manifest.negative_prompts,
-        )
-        super().__init__(small.uri, manifest)
-        self._small = small
+        self.uri = small.uri
         self.layout = layout
+        self._small = small
+        self.empty_prompt = small.empty_prompt
+        self.negative_prompt = small.negative_prompt
+        self.require_encoder = small.require_encoder
+        self.require_latents = small.require_latents
+        self.require_negative_prompt = small.require_negative_prompt
 
     @property
     def manifest_hash(self) -> str:
         """Hex sha256 of everything that the embeddings follow from."""
-        return self.manifest.inputs_sha256
+        return self.layout.inputs.digest
 
     def index(self) -> pa.Table:
         """As a store's, of all prompts."""
@@ -110,11 +108,9 @@ class OnlineStore(EmbeddingStore):
             )
         return self._small.read([places[name] for name in ids])
 
-
-def _planned_entry(plan: ShardPlan) -> ShardEntry:
-    return ShardEntry(
-        path=plan.path, rows=len(plan.prompts), bytes=0, sha256="", row_groups=plan.row_groups
-    )
+    def first_by_hash(self, count: int) -> EmbeddingBatch:
+        """The ``count`` prompts with the smallest ids, which were embedded ahead."""
+        return self.read(rows_by_hash(self.index())[:count].tolist())
 
 
 def _index(prompts: Sequence[Prompt]) -> pa.Table:
@@ -174,7 +170,7 @@ class Needs:
     closed: tuple[Visit, ...]
 
 
-def needs(order: StreamOrder, reader: RowReader, steps: range) -> Iterator[Needs]:
+def needs(order: StreamOrder, groups: RowGroups, steps: range) -> Iterator[Needs]:
     """What each of the steps needs of all ranks' row groups; the same on every rank."""
     left: dict[Visit, int] = {}  # rows that later steps need
     first: dict[int, int] = {}  # each bucket's place in its sequence when the steps begin
@@ -184,12 +180,11 @@ def needs(order: StreamOrder, reader: RowReader, steps: range) -> Iterator[Needs
         rows = order.rows(bucket, place, order.batch_size)
         epochs = np.arange(place, place + order.batch_size) // order.bucket_rows(bucket)
         found = [
-            Visit(*pair)
-            for pair in zip(epochs.tolist(), reader.group_of(rows).tolist(), strict=True)
+            Visit(*pair) for pair in zip(epochs.tolist(), groups.of(rows).tolist(), strict=True)
         ]
         opened = tuple(visit for visit in dict.fromkeys(found) if visit not in left)
         for visit in opened:
-            left[visit] = _rows_from(order, reader, bucket, first[bucket], visit)
+            left[visit] = _rows_from(order, groups, bucket, first[bucket], visit)
         for visit in found:
             left[visit] -= 1
         closed = tuple(visit for visit in dict.fromkeys(found) if not left[visit])
@@ -198,13 +193,13 @@ def needs(order: StreamOrder, reader: RowReader, steps: range) -> Iterator[Needs
         yield Needs(opened, closed)
 
 
-def _rows_from(order: StreamOrder, reader: RowReader, bucket: int, place: int, visit: Visit) -> int:
+def _rows_from(order: StreamOrder, groups: RowGroups, bucket: int, place: int, visit: Visit) -> int:
     """How many of a visit's rows come at a place of the bucket's sequence or later."""
     begin = visit.epoch * order.bucket_rows(bucket)
-    total = len(reader.group_rows[visit.group])
+    total = int(groups.sizes[visit.group])
     if begin >= place:
         return total
-    before = reader.group_of(order.rows(bucket, begin, place - begin))
+    before = groups.of(order.rows(bucket, begin, place - begin))
     return total - int((before == visit.group).sum())
 
 
@@ -223,8 +218,8 @@ class RowGroupEncoder:
     ) -> None:
         if not isinstance(store, OnlineStore):
             raise TypeError("expected a recipe with embed.mode = online")
-        order = StreamOrder(store.manifest, recipe.seed, recipe.training.batch_size)
-        planned = needs(order, RowReader(store), range(*steps))
+        order = StreamOrder(store.layout, recipe.seed, recipe.training.batch_size)
+        planned = needs(order, RowGroups(store.layout), range(*steps))
         self._visits = [visit for step in planned for visit in step.opened]
         self._tables = _encode(recipe, store.layout, [visit.group for visit in self._visits])
         self._num_ranks = num_ranks
@@ -300,34 +295,47 @@ class EncodeRowGroup:
         return encoded_table(prompts, self._encoder.encode(texts, self._batch_size), self._dtype)
 
 
-class EncodedRows(RowReader):
-    """One rank's row groups: taken from the encoding actor, kept while steps need them.
+class EncodedReader:
+    """Reads what the encoding actor has encoded, in place of files.
 
     Args:
-        store: the planned store.
-        order: the stream's.
         encoder: handle of the encoding actor.
-        steps: the ones that the encoding actor was made for.
+        steps: the ones that it was made for; the stream ends with the last.
     """
 
-    def __init__(
-        self, store: EmbeddingStore, order: StreamOrder, encoder: Any, steps: range
-    ) -> None:
-        super().__init__(store)
-        self.steps = steps
+    def __init__(self, encoder: Any, steps: range) -> None:
         self._encoder = encoder
-        self._needs = needs(order, self, steps)
-        self._taken = 0
-        self._closed: tuple[Visit, ...] = ()
-        self._open: dict[Visit, pa.RecordBatch] = {}
-        self._encoded: dict[int, pa.RecordBatch] = {}
+        self._steps = steps
 
-    def advance(self) -> None:
-        """Go on to the next step: take the row groups that it opens, drop the ones used up.
+    def read(self, plan: StreamPlan) -> Iterator[tuple[PlannedStep, pa.Table]]:
+        """See `Reader`.
 
         Raises:
             ValueError: the encoder can't take a prompt, or gave numbers that aren't finite.
         """
+        groups = RowGroups(plan.store.layout)
+        held = _HeldGroups(self._encoder, needs(plan.order, groups, self._steps))
+
+        def rows(step: PlannedStep) -> tuple[PlannedStep, pa.Table]:
+            table = take_rows(held.advance(), groups, step.rows)
+            table = with_replaced(table, [None] * len(step.rows))
+            return step, decoded(table, plan.store.layout.inputs)
+
+        return ahead(rows, islice(plan.steps(), len(self._steps)))
+
+
+class _HeldGroups:
+    """One rank's row groups: taken from the encoding actor, kept while steps need them."""
+
+    def __init__(self, encoder: Any, needed: Iterator[Needs]) -> None:
+        self._encoder = encoder
+        self._needs = needed
+        self._taken = 0
+        self._closed: tuple[Visit, ...] = ()
+        self._open: dict[Visit, pa.RecordBatch] = {}
+
+    def advance(self) -> dict[int, pa.RecordBatch]:
+        """Go on to the next step: take what it opens, drop what is used up; all that are held."""
         import ray
 
         for visit in self._closed:
@@ -341,12 +349,7 @@ class EncodedRows(RowReader):
             self._open[visit] = table.combine_chunks().to_batches()[0]
             self._taken += 1
         self._closed = step.closed
-        self._encoded = {visit.group: rows for visit, rows in self._open.items()}
-
-    def _row_groups(
-        self, numbers: list[int], following: NDArray[np.int64] | None = None
-    ) -> dict[int, pa.RecordBatch]:
-        return {number: self._encoded[number] for number in numbers}
+        return {visit.group: rows for visit, rows in self._open.items()}
 
 
 def start_encoder(recipe: Recipe, store: Any, start: int, num_ranks: int) -> Any:

@@ -1,15 +1,16 @@
-"""The order of the training stream, as a pure function of manifest, seed and batch size."""
+"""The order of the training stream, as a pure function of store layout, seed and batch size."""
 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from piflow.data.manifest import StoreManifest
+from piflow.data.manifest import Bucket, RowGroup, StoreInputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,10 +21,58 @@ WINDOW_GROUPS = 8  # row groups that are shuffled together
 _BATCH_ORDER = 0  # counter word of the generator that orders batches; bucket b has b + 1
 
 
-def epoch_rows(manifest: StoreManifest, seed: int, epoch: int, bucket: int) -> NDArray[np.int64]:
+class ShardLayout(Protocol):
+    """One file's row groups."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def row_groups(self) -> tuple[RowGroup, ...]: ...
+
+
+class StoreLayout(Protocol):
+    """Where rows lie: in a store's manifest, or in the plan of a store that isn't written."""
+
+    @property
+    def inputs(self) -> StoreInputs: ...
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]: ...
+
+    @property
+    def shards(self) -> Sequence[ShardLayout]: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+
+class RowGroups:
+    """A store's row groups, numbered through all shards, and the rows that they hold."""
+
+    def __init__(self, layout: StoreLayout) -> None:
+        sizes = [group.rows for shard in layout.shards for group in shard.row_groups]
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self.sizes: NDArray[np.int64] = np.diff(self._ends, prepend=0)
+
+    def of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row groups that rows are in."""
+        return np.searchsorted(self._ends, rows, side="right")
+
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows' places in their row groups."""
+        groups = self.of(rows)
+        return rows - self._ends[groups] + self.sizes[groups]
+
+    def rows(self, group: int) -> NDArray[np.int64]:
+        """The rows of a row group."""
+        return np.arange(self._ends[group] - self.sizes[group], self._ends[group])
+
+
+def epoch_rows(layout: StoreLayout, seed: int, epoch: int, bucket: int) -> NDArray[np.int64]:
     """All row numbers of a bucket in the order of an epoch, ``(n_b,)``."""
     generator = _philox(seed, epoch, bucket + 1)
-    groups = _bucket_groups(manifest, bucket)
+    groups = _bucket_groups(layout, bucket)
     order = _permutation(generator, len(groups))
     windows = []
     for start in range(0, len(groups), WINDOW_GROUPS):
@@ -36,16 +85,16 @@ class StreamOrder:
     """Rows of any optimiser step, found without replaying the steps before it.
 
     Args:
-        manifest: the store's manifest.
+        layout: the store's.
         seed: the stream's seed, 0 ≤ seed < 2^64.
         batch_size: prompts an optimiser step, over all ranks.
     """
 
-    def __init__(self, manifest: StoreManifest, seed: int, batch_size: int) -> None:
-        self._manifest = manifest
+    def __init__(self, layout: StoreLayout, seed: int, batch_size: int) -> None:
+        self._layout = layout
         self.seed = seed
         self.batch_size = batch_size
-        self._sizes = [bucket.rows for bucket in manifest.buckets]
+        self._sizes = [bucket.rows for bucket in layout.buckets]
         # a batch lies in one or two epochs of its bucket, and the buckets take turns
         self._rows = lru_cache(2 * len(self._sizes))(self._epoch_rows)
         self._buckets = lru_cache(2)(self._epoch_buckets)
@@ -83,7 +132,7 @@ class StreamOrder:
 
     def groups(self, bucket: int) -> list[int]:
         """A bucket's row groups, numbered through all shards."""
-        groups = (group for shard in self._manifest.shards for group in shard.row_groups)
+        groups = (group for shard in self._layout.shards for group in shard.row_groups)
         return [number for number, group in enumerate(groups) if group.bucket == bucket]
 
     def _batches_before(self, epoch: int) -> int:
@@ -102,13 +151,13 @@ class StreamOrder:
         return buckets[_permutation(_philox(self.seed, epoch, _BATCH_ORDER), len(buckets))]
 
     def _epoch_rows(self, bucket: int, epoch: int) -> NDArray[np.int64]:
-        return epoch_rows(self._manifest, self.seed, epoch, bucket)
+        return epoch_rows(self._layout, self.seed, epoch, bucket)
 
 
-def _bucket_groups(manifest: StoreManifest, bucket: int) -> list[tuple[int, int]]:
+def _bucket_groups(layout: StoreLayout, bucket: int) -> list[tuple[int, int]]:
     """(first row, end) of each of a bucket's row groups."""
     groups, start = [], 0
-    for shard in manifest.shards:
+    for shard in layout.shards:
         for group in shard.row_groups:
             if group.bucket == bucket:
                 groups.append((start, start + group.rows))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from piflow.data.background import quiet_context, remote_cause
-from piflow.data.blocks import Block, BlockReader
+from piflow.data.blocks import Block, BlockReader, StreamPlan, blocks, by_step, columns, stored
 from piflow.data.manifest import DamagedRows, StoreManifest
 from piflow.data.order import PlannedStep, StreamOrder
 from piflow.data.reader import EmbeddingStore, RowReader
+from piflow.data.rows import decoded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,9 +23,46 @@ if TYPE_CHECKING:
 
 _OBJECT_STORE_BYTES = 512 * 2**20  # what one rank's dataset may hold in Ray's object store
 
+_DATASET_BLOCKS = 64  # blocks of one Ray dataset
+
+_START_NEXT = 16  # blocks before its end at which the next dataset is started
+
+
+class RayReader:
+    """Reads a store through Ray Data: an actor reads and decodes, the rank takes what is ready.
+
+    Every rank has its own dataset over the next 64 blocks; the following one is started before it
+    is used up.
+    """
+
+    def read(self, plan: StreamPlan) -> Iterator[tuple[PlannedStep, pa.Table]]:
+        """See `Reader`."""
+        return by_step(_blocks_read(plan))
+
+
+def _blocks_read(plan: StreamPlan) -> Iterator[tuple[Block, pa.Table]]:
+    """Datasets follow one another without a gap."""
+    planned = blocks(plan)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="next-dataset")
+    try:
+        now = list(islice(planned, _DATASET_BLOCKS))
+        tables = _start_dataset(plan, now)
+        while True:
+            upcoming = list(islice(planned, _DATASET_BLOCKS))
+            following: Future[Iterator[pa.Table]] | None = None
+            for number, block in enumerate(now):
+                if following is None and number >= len(now) - _START_NEXT:
+                    following = pool.submit(_start_dataset, plan, upcoming)
+                yield block, _require_block(next(tables, None), block)
+            if following is None:
+                raise RuntimeError("a dataset of the training stream held no step")
+            now, tables = upcoming, following.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
 
 class ReadRows:
-    """Ray Data's reading actor: a block's plan in, its rows as they lie on disk out."""
+    """Ray Data's reading actor: a block's plan in, its decoded rows out."""
 
     def __init__(
         self,
@@ -37,6 +76,7 @@ class ReadRows:
         manifest = StoreManifest.model_validate_json(manifest_json)
         store = EmbeddingStore(store_uri, manifest, damaged_rows)
         order = StreamOrder(manifest, seed, batch_size)
+        self._inputs = manifest.inputs
         self._reader = BlockReader(store, order, RowReader(store, columns))
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
@@ -48,7 +88,8 @@ class ReadRows:
             for step, bucket, places, rows in zip(*plans, strict=True)
         )
         block = Block(tuple(steps), following)
-        return self._reader.read(block).append_column("step", pa.array(_step_numbers(block)))
+        table = decoded(self._reader.read(block), self._inputs)
+        return table.append_column("step", pa.array(_step_numbers(block)))
 
 
 def _step_numbers(block: Block) -> NDArray[np.int64]:
@@ -63,16 +104,12 @@ def _item(block: Block) -> dict[str, Any]:
     return stacked | {"following": block.following}
 
 
-def start_dataset(
-    store: EmbeddingStore,
-    order: StreamOrder,
-    blocks: list[Block],
-    columns: list[str] | None,
-) -> Iterator[pa.Table]:
+def _start_dataset(plan: StreamPlan, planned: list[Block]) -> Iterator[pa.Table]:
     """Start reading; returns when the first block's rows are there."""
     import ray
 
-    items = [_item(block) for block in blocks]
+    store, order = stored(plan), plan.order
+    items = [_item(block) for block in planned]
     source = ray.data.from_items(items, override_num_blocks=len(items))
     context = quiet_context(source)
     context.target_max_block_size = None  # one block an item, however large
@@ -87,7 +124,7 @@ def start_dataset(
             store.damaged_rows,
             order.seed,
             order.batch_size,
-            columns,
+            columns(plan),
         ),
         batch_size=1,
         batch_format="numpy",
@@ -108,7 +145,7 @@ def _tables(dataset: Any) -> Iterator[pa.Table]:
         raise remote_cause(error) from error
 
 
-def require_block(table: pa.Table | None, block: Block) -> pa.Table:
+def _require_block(table: pa.Table | None, block: Block) -> pa.Table:
     """The rows that Ray gave, after a check that they are the block's, in full."""
     found = np.array([]) if table is None else table["step"].to_numpy()
     expected = _step_numbers(block)

@@ -32,7 +32,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +50,7 @@ from piflow.data.manifest import (
     other_encoder,
     read_manifest,
 )
+from piflow.data.order import RowGroups, StoreLayout
 from piflow.data.parquet import open_parquet
 from piflow.data.rows import EmbeddingBatch, cut_rows, decode_rows
 from piflow.storage.fingerprint import CodecIdentity, EncoderIdentity
@@ -59,6 +60,54 @@ if TYPE_CHECKING:
 
 
 _READS = 4  # row groups that are read side by side
+
+
+class PromptStore(Protocol):
+    """What training and evaluation ask of a store, be it written or only planned."""
+
+    uri: str
+
+    @property
+    def layout(self) -> StoreLayout:
+        """Where rows lie."""
+        ...
+
+    @property
+    def manifest_hash(self) -> str:
+        """Hex sha256 that names the embeddings."""
+        ...
+
+    def index(self) -> pa.Table:
+        """``row``, ``prompt_id``, ``prompt``, ``height``, ``width`` of all rows."""
+        ...
+
+    def read(self, rows: Sequence[int]) -> EmbeddingBatch:
+        """Decode the rows with these numbers, in this order."""
+        ...
+
+    def first_by_hash(self, count: int) -> EmbeddingBatch:
+        """The ``count`` rows with the smallest prompt ids."""
+        ...
+
+    def empty_prompt(self) -> EmbeddingBatch:
+        """The embedding of "", one row."""
+        ...
+
+    def negative_prompt(self, text: str) -> EmbeddingBatch:
+        """The embedding of a recipe's `guidance.negative_prompt`, one row."""
+        ...
+
+    def require_encoder(self, expected: EncoderIdentity) -> None:
+        """Check that the embeddings are this encoder's; raises `StoreError`."""
+        ...
+
+    def require_latents(self, codec: CodecIdentity | None = None) -> None:
+        """Check that there are pictures' latents, of this codec; raises `StoreError`."""
+        ...
+
+    def require_negative_prompt(self, text: str) -> None:
+        """Check that this negative prompt is there; raises `StoreError`."""
+        ...
 
 
 class EmbeddingStore:
@@ -100,6 +149,11 @@ class EmbeddingStore:
                     f"manifest says {entry.bytes}; {REMEDY}"
                 )
         return store
+
+    @property
+    def layout(self) -> StoreLayout:
+        """Where rows lie, as the manifest says."""
+        return self.manifest
 
     @property
     def manifest_hash(self) -> str:
@@ -175,8 +229,9 @@ class EmbeddingStore:
             columns.append("picture")
         reader = RowReader(self, columns=columns)
         tables = []
-        for group, rows in enumerate(reader.group_rows):
+        for group in range(len(reader.groups.sizes)):
             if self.damaged_rows == "stop" or reader.is_readable(group):
+                rows = reader.groups.rows(group)
                 tables.append(reader.rows(rows).append_column("row", pa.array(rows)))
         return pa.concat_tables(tables)
 
@@ -192,11 +247,10 @@ class EmbeddingStore:
             ValueError: the store has fewer rows that can be read.
         """
         index = self.index()
-        order = np.argsort(np.array(index["prompt_id"].to_pylist()), kind="stable")
-        rows = index["row"].to_numpy()[order]
+        rows = rows_by_hash(index)
         if self.damaged_rows == "replace":
             reader = RowReader(self)
-            readable = (row for row in rows if reader.is_readable(int(reader.group_of(row))))
+            readable = (row for row in rows if reader.is_readable(int(reader.groups.of(row))))
             rows = np.array(list(islice(readable, count)), dtype=np.int64)
         if count > len(rows):
             raise ValueError(
@@ -239,6 +293,12 @@ class EmbeddingStore:
         return decode_rows(table, self.manifest.inputs)
 
 
+def rows_by_hash(index: pa.Table) -> NDArray[np.int64]:
+    """The row numbers of a store's index, by prompt id."""
+    order = np.argsort(np.array(index["prompt_id"].to_pylist()), kind="stable")
+    return index["row"].to_numpy()[order]
+
+
 class RowReader:
     """Reads rows by number; keeps the row groups used last, and no file open.
 
@@ -261,26 +321,13 @@ class RowReader:
         self._cache: dict[int, OrderedDict[int, Future[pa.RecordBatch]]] = {}
         self._metadata: dict[int, pq.FileMetaData] = {}  # of shards, as far as they were opened
         self._opening: dict[int, Lock] = {}  # of shards
-        self.damaged: set[int] = set()  # row groups, numbered through all shards
+        self.groups = RowGroups(store.manifest)
+        self.damaged: set[int] = set()  # row groups
 
     @cached_property
     def _groups(self) -> list[tuple[int, int]]:
         shards = self._store.manifest.shards
         return [(s, g) for s, entry in enumerate(shards) for g in range(len(entry.row_groups))]
-
-    @cached_property
-    def _ends(self) -> NDArray[np.int64]:
-        shards = self._store.manifest.shards
-        return np.cumsum([group.rows for entry in shards for group in entry.row_groups])
-
-    @property
-    def group_rows(self) -> list[NDArray[np.int64]]:
-        """Row numbers of each row group."""
-        return np.split(np.arange(self._ends[-1]), self._ends[:-1])
-
-    def group_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row groups, numbered through all shards, that rows are in."""
-        return np.searchsorted(self._ends, numbers, side="right")
 
     def group_name(self, group: int) -> str:
         """A row group as messages name it."""
@@ -316,11 +363,8 @@ class RowReader:
         Raises:
             StoreError: a row group can't be read; names shard and row group.
         """
-        owners = self.group_of(numbers)
-        found, indices = np.unique(owners, return_inverse=True)
-        groups = self._row_groups(found.tolist(), following)
-        places = numbers - np.concatenate([[0], self._ends])[owners]
-        return cut_rows([groups[group] for group in found.tolist()], indices, places)
+        found = np.unique(self.groups.of(numbers)).tolist()
+        return take_rows(self._row_groups(found, following), self.groups, numbers)
 
     def _row_groups(
         self, numbers: list[int], following: NDArray[np.int64] | None = None
@@ -328,7 +372,7 @@ class RowReader:
         """Row groups by number; those that aren't in memory are read side by side."""
         started = self._start(numbers)
         if following is not None:
-            upcoming = np.unique(self.group_of(following)).tolist()
+            upcoming = np.unique(self.groups.of(following)).tolist()
             self._start([group for group in upcoming if group not in self.damaged])
         found = {}
         for number, reading in started.items():
@@ -389,6 +433,14 @@ class RowReader:
         path, file = self._store.manifest.shards[shard].path, self._file(shard)
         table = _read_row_group(self._store.uri, path, group, file, self._columns)
         return table.combine_chunks().to_batches()[0]
+
+
+def take_rows(
+    groups: dict[int, pa.RecordBatch], numbering: RowGroups, rows: NDArray[np.int64]
+) -> pa.Table:
+    """Rows by number, in this order, out of the row groups that they are in."""
+    found, owners = np.unique(numbering.of(rows), return_inverse=True)
+    return cut_rows([groups[group] for group in found.tolist()], owners, numbering.places(rows))
 
 
 def _open_shard(

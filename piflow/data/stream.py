@@ -25,57 +25,38 @@ each of its rows is replaced by the row at the same place of the bucket's next b
 after it, and so on until one can be read. That depends on nothing but the order and the damage, and
 no other row moves: all ranks agree without talking, and so does a run that is resumed.
 
-**Reading.**
+**Reading.** The rows come from a `Reader`, already decoded; here they become tensors and
+micro-batches::
 
-::
+    rank's process: plan (steps, row numbers) --> Ray Data: one actor reads row groups, cuts rows,
+                    tensors in its memory     <-- decodes; Arrow blocks of up to 16 steps, in order
 
-    rank's process: plan (steps, row numbers) --> Ray Data: one actor reads row groups, cuts rows
-                    tensors <-- decode thread <-- an Arrow block of up to 16 steps, in order, as on
-                                                  disk
-
-Every rank has its own dataset over the next 64 blocks; the following one is started before it is
-used up. Without Ray (``reader="local"``) the same plan is read in the process. Either way, one
-window of row groups is being read while the rows of another are cut.
+That is the `RayReader`. The `LocalReader` does the same in threads of the rank's process, and the
+`EncodedReader` gets rows from encoder actors instead of files. All of them give the same batches.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count, islice
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from piflow.data.background import ahead
 from piflow.data.batch import MicroBatch, StreamBatch
-from piflow.data.blocks import REPLACED, Block, BlockReader
+from piflow.data.blocks import REPLACED, Reader, StreamPlan
 from piflow.data.manifest import DamagedRows
-from piflow.data.order import WINDOW_GROUPS, PlannedStep, StreamOrder
-from piflow.data.ray_reader import require_block, start_dataset
-from piflow.data.reader import EmbeddingStore, RowReader
-from piflow.data.rows import SCHEMA, decode_rows
-
-if TYPE_CHECKING:
-    from piflow.data.online import EncodedRows
-
-
-_BLOCK_STEPS = 16  # optimiser steps whose rows are read together, at most
-
-_BLOCK_BYTES = 16 * 2**20  # that their rows take, if they are more than one step
-
-_DATASET_BLOCKS = 64  # blocks of one Ray dataset
-
-_START_NEXT = 16  # blocks before its end at which the next dataset is started
+from piflow.data.order import PlannedStep, StreamOrder
+from piflow.data.ray_reader import RayReader
+from piflow.data.reader import EmbeddingStore, PromptStore
+from piflow.data.rows import as_tensors
 
 
 class TrainStream:
     """One rank's share of the endless training stream.
 
     Args:
-        store: an embedding store, or its URI.
+        store: an embedding store, or its URI; or, for an `EncodedReader`, a planned one.
         seed: the order's seed.
         batch_size: prompts an optimiser step, over all ranks.
         micro_batch_size: prompts a forward pass.
@@ -83,8 +64,7 @@ class TrainStream:
         world_size: number of ranks.
         start_sample: prompts consumed before, over all ranks; a multiple of ``batch_size``.
         damaged_rows: what is done about rows in damaged row groups, of a store given by its URI.
-        reader: ``ray`` reads through Ray Data (Ray must be running), ``local`` in this process.
-        encoded: in online mode, this rank's row groups, for the steps from ``start_sample`` on.
+        reader: how rows are read; default: through Ray Data (Ray must be running).
         with_latents: read the pictures' latents too.
 
     Raises:
@@ -93,7 +73,7 @@ class TrainStream:
 
     def __init__(
         self,
-        store: str | EmbeddingStore,
+        store: str | PromptStore,
         *,
         seed: int,
         batch_size: int,
@@ -102,8 +82,7 @@ class TrainStream:
         world_size: int,
         start_sample: int = 0,
         damaged_rows: DamagedRows = "stop",
-        reader: Literal["ray", "local"] = "ray",
-        encoded: EncodedRows | None = None,
+        reader: Reader | None = None,
         with_latents: bool = False,
     ) -> None:
         _check_sizes(batch_size, micro_batch_size, rank, world_size)
@@ -116,80 +95,41 @@ class TrainStream:
         self.store = EmbeddingStore.open(store, damaged_rows) if isinstance(store, str) else store
         if with_latents:
             self.store.require_latents()
-        self._columns = None if with_latents else SCHEMA.names
-        self._order = StreamOrder(self.store.manifest, seed, batch_size)
+        numbers = np.arange(batch_size).reshape(-1, micro_batch_size)
+        self.plan = StreamPlan(
+            self.store,
+            StreamOrder(self.store.layout, seed, batch_size),
+            mine=numbers[rank::world_size].reshape(-1),
+            first_step=start_sample // batch_size,
+            with_latents=with_latents,
+        )
+        self._reader = reader or RayReader()
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
-        numbers = np.arange(batch_size).reshape(-1, micro_batch_size)
-        self._mine = numbers[rank::world_size].reshape(-1)  # this rank's part of a batch
         self._rank = rank
         self._world_size = world_size
-        self._start_step = start_sample // batch_size
-        self._reader = reader
-        self._encoded = encoded
 
     def epoch_of(self, step: int) -> float:
         """Passes over the store before `step`: prompts consumed by then over prompts in it."""
-        return step * self._batch_size / self.store.manifest.num_rows
+        return step * self._batch_size / self.store.layout.num_rows
 
     def batches(self) -> Iterator[StreamBatch]:
         """This rank's part of every optimiser step from ``start_sample`` on.
 
-        Without end, or until the last of the steps that `encoded` is for.
+        Without end, or until the last of the steps that the reader is for. Nobody may write to the
+        tensors: their memory may be Ray's.
         """
-        if self._encoded is not None:
-            rows, picks = self._encoded, BlockReader(self.store, self._order, self._encoded)
+        for step, table in self._reader.read(self.plan):
+            yield self._to_batch(step, table)
 
-            def read(plan: PlannedStep) -> StreamBatch:
-                rows.advance()
-                return self._to_batch(plan, picks.read(Block((plan,), None)))
-
-            return ahead(read, islice(self._plan(), len(rows.steps)))
-        return ahead(lambda pair: self._to_batch(*pair), self.tables())
-
-    def tables(self) -> Iterator[tuple[PlannedStep, pa.Table]]:
-        """This rank's rows of every step of a store, as they lie on disk."""
-        for block, table in self._local_tables() if self._reader == "local" else self._ray_tables():
-            start = 0
-            for plan in block.steps:
-                yield plan, table.slice(start, len(plan.rows))
-                start += len(plan.rows)
-
-    def _local_tables(self) -> Iterator[tuple[Block, pa.Table]]:
-        rows = RowReader(self.store, self._columns)
-        reader = BlockReader(self.store, self._order, rows)
-        try:
-            yield from ahead(lambda block: (block, reader.read(block)), self._blocks(), depth=1)
-        finally:
-            rows.close()
-
-    def _blocks(self) -> Iterator[Block]:
-        """The plan in blocks; a window of row groups is read ahead of the one in use."""
-        manifest, size = self.store.manifest, self._batch_size
-        window = max(1, WINDOW_GROUPS * manifest.inputs.rows_per_group // size)  # in steps
-        row_bytes = sum(shard.bytes for shard in manifest.shards) / manifest.num_rows
-        most = int(_BLOCK_BYTES / (row_bytes * len(self._mine)))
-        steps = max(1, min(_BLOCK_STEPS, window // 2, most))
-        plan, upcoming = self._plan(), deque[PlannedStep]()
-        while True:
-            upcoming.extend(islice(plan, steps + window - len(upcoming)))
-            block = tuple(upcoming.popleft() for _ in range(steps))
-            yield Block(block, np.concatenate([step.rows for step in upcoming]))
-
-    def _plan(self) -> Iterator[PlannedStep]:
-        for step in count(self._start_step):
-            bucket, start = self._order.place(step)
-            rows = self._order.rows(bucket, start, self._batch_size)
-            yield PlannedStep(step, bucket, start + self._mine, rows[self._mine])
-
-    def _to_batch(self, plan: PlannedStep, table: pa.Table) -> StreamBatch:
+    def _to_batch(self, step: PlannedStep, table: pa.Table) -> StreamBatch:
         import torch
 
-        batch = decode_rows(table, self.store.manifest.inputs)
-        bucket = self.store.manifest.buckets[plan.bucket]
+        batch = as_tensors(table, self.store.layout.inputs)
+        bucket = self.store.layout.buckets[step.bucket]
         size = self._micro_batch_size
         micro_batches = []
-        for number, start in enumerate(range(0, len(plan.rows), size)):
+        for number, start in enumerate(range(0, len(step.rows), size)):
             part = slice(start, start + size)
             micro_batches.append(
                 MicroBatch(
@@ -205,29 +145,7 @@ class TrainStream:
                 )
             )
         replaced = Counter(name for name in table[REPLACED].to_pylist() if name is not None)
-        return StreamBatch(plan.step, micro_batches, dict(replaced))
-
-    def _ray_tables(self) -> Iterator[tuple[Block, pa.Table]]:
-        """Datasets follow one another without a gap."""
-        plan = self._blocks()
-        pool = ThreadPoolExecutor(1, thread_name_prefix="next-dataset")
-        try:
-            blocks = list(islice(plan, _DATASET_BLOCKS))
-            tables = start_dataset(self.store, self._order, blocks, self._columns)
-            while True:
-                upcoming = list(islice(plan, _DATASET_BLOCKS))
-                following: Future[Iterator[pa.Table]] | None = None
-                for number, block in enumerate(blocks):
-                    if following is None and number >= len(blocks) - _START_NEXT:
-                        following = pool.submit(
-                            start_dataset, self.store, self._order, upcoming, self._columns
-                        )
-                    yield block, require_block(next(tables, None), block)
-                if following is None:
-                    raise RuntimeError("a dataset of the training stream held no step")
-                blocks, tables = upcoming, following.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        return StreamBatch(step.step, micro_batches, dict(replaced))
 
 
 def _check_sizes(batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from piflow.backbones import Codec, Conditioning, build_codec
 from piflow.config import Recipe
 from piflow.data.batch import conditioning
-from piflow.data.reader import EmbeddingStore
+from piflow.data.reader import PromptStore
 from piflow.data.select import evaluation_rows
 from piflow.evaluation.metrics import (
     Interval,
@@ -143,7 +143,7 @@ def draw(
 def evaluate(
     recipe: Recipe,
     trio: Trio,
-    store: EmbeddingStore,
+    store: PromptStore,
     device: torch.device,
     *,
     retrieve: Retrieve | None = None,

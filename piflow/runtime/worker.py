@@ -18,9 +18,10 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 
 from piflow.config import Recipe
-from piflow.data.online import EncodedRows, start_encoder
-from piflow.data.order import StreamOrder
-from piflow.data.reader import EmbeddingStore
+from piflow.data.blocks import Reader
+from piflow.data.online import EncodedReader, start_encoder
+from piflow.data.ray_reader import RayReader
+from piflow.data.reader import PromptStore
 from piflow.data.stream import TrainStream
 from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runs.tracking import MlflowTracker, NullTracker, Tracker
@@ -52,7 +53,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if ray.get(config["mailbox"].failure.remote()) is not None:
         return  # Ray Train restarts workers whatever they failed of
     recipe = Recipe.model_validate(config["recipe"])
-    store: EmbeddingStore = ray.get(config["store"])
+    store: PromptStore = ray.get(config["store"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -118,7 +119,7 @@ def _tracking(recipe: Recipe, config: dict[str, Any], rank: int) -> Iterator[Tra
         tracker.close()
 
 
-def _stream(recipe: Recipe, store: EmbeddingStore, reference: Any, start: int) -> TrainStream:
+def _stream(recipe: Recipe, store: PromptStore, reference: Any, start: int) -> TrainStream:
     """This rank's prompts from step `start` on; `reference` is Ray's to the store."""
     context = ray.train.get_context()
     return TrainStream(
@@ -129,29 +130,25 @@ def _stream(recipe: Recipe, store: EmbeddingStore, reference: Any, start: int) -
         rank=context.get_world_rank() // recipe.runtime.context_parallel,
         world_size=context.get_world_size() // recipe.runtime.context_parallel,
         start_sample=start * recipe.training.batch_size,
-        encoded=_encoded_rows(recipe, store, reference, start),
+        reader=_reader(recipe, reference, start),
         with_latents=recipe.objective.pictures == "store",
     )
 
 
-def _encoded_rows(
-    recipe: Recipe, store: EmbeddingStore, reference: Any, start: int
-) -> EncodedRows | None:
-    """In online mode this rank's row groups; rank 0 starts the actor that encodes for all."""
+def _reader(recipe: Recipe, reference: Any, start: int) -> Reader:
+    """Reads the store; in online mode, from an actor that rank 0 starts and that serves all."""
     if recipe.embed.mode == "store" or start >= recipe.training.steps:
-        return None
+        return RayReader()
     context = ray.train.get_context()
     mine = None
     if context.get_world_rank() == 0:
         mine = start_encoder(recipe, reference, start, context.get_world_size())
-    order = StreamOrder(store.manifest, recipe.seed, recipe.training.batch_size)
-    steps = range(start, recipe.training.steps)
-    return EncodedRows(store, order, broadcast_from_rank_zero(mine), steps)
+    return EncodedReader(broadcast_from_rank_zero(mine), range(start, recipe.training.steps))
 
 
 def _assemble_or_tell(
     recipe: Recipe,
-    store: EmbeddingStore,
+    store: PromptStore,
     strategy: Strategy,
     device: torch.device,
     mailbox: Any,

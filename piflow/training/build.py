@@ -21,7 +21,7 @@ from piflow.backbones.flux.fresh import average_of, fresh_backbone
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
 from piflow.data.batch import MicroBatch, conditioning
 from piflow.data.online import SAMPLE_PROMPTS
-from piflow.data.reader import EmbeddingStore
+from piflow.data.reader import PromptStore
 from piflow.flow import draw_noise
 from piflow.roles.fp8 import check_device
 from piflow.roles.guided import GuidedTeacher
@@ -80,7 +80,7 @@ class Assembly:
 
 
 def assemble(
-    recipe: Recipe, store: EmbeddingStore, strategy: Strategy, device: torch.device
+    recipe: Recipe, store: PromptStore, strategy: Strategy, device: torch.device
 ) -> Assembly:
     """Load and shard the models, and build the trainer for the recipe's objective.
 
@@ -113,7 +113,7 @@ def _distillation(
     recipe: Recipe,
     objective: PiIDConfig,
     codec: Codec,
-    store: EmbeddingStore,
+    store: PromptStore,
     strategy: Strategy,
     device: torch.device,
 ) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor], Backbone]:
@@ -172,7 +172,7 @@ def _pretraining(
     recipe: Recipe,
     objective: FlowMatchingConfig,
     codec: Codec,
-    store: EmbeddingStore,
+    store: PromptStore,
     strategy: Strategy,
     device: torch.device,
 ) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor], Backbone]:
@@ -205,7 +205,7 @@ def _pretraining(
 
 
 def _clean_latents(
-    recipe: Recipe, store: EmbeddingStore, codec: Codec, device: torch.device
+    recipe: Recipe, store: PromptStore, codec: Codec, device: torch.device
 ) -> CleanLatents:
     """Latents of the prompts' pictures: those in the store, or of emoji drawn on the fly."""
     if recipe.objective.pictures == "store":
@@ -221,12 +221,12 @@ def _clean_latents(
 @torch.no_grad()
 def _draw_samples(
     recipe: Recipe,
-    store: EmbeddingStore,
+    store: PromptStore,
     codec: Codec,
     draw: Callable[[Conditioning, Tensor], Tensor],
     device: torch.device,
 ) -> Samples:
-    batch = store.first_by_hash(min(SAMPLE_PROMPTS, store.manifest.num_rows))
+    batch = store.first_by_hash(min(SAMPLE_PROMPTS, store.layout.num_rows))
     cond = conditioning(batch, device)
     shape = codec.latent_shape(recipe.embed.height, recipe.embed.width)
     columns = []

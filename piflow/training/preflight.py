@@ -14,7 +14,7 @@ from piflow.backbones.encoders import encoder_identity
 from piflow.config import Recipe
 from piflow.data.online import open_store
 from piflow.data.pictures import codec_identity
-from piflow.data.reader import EmbeddingStore
+from piflow.data.reader import PromptStore
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunRecord
 from piflow.storage.fingerprint import CodecIdentity
@@ -37,7 +37,7 @@ class Run:
 
     recipe: Recipe
     absolute: Recipe
-    store: EmbeddingStore
+    store: PromptStore
     codec: CodecIdentity | None
     record: RunRecord | None
     checkpoints: dict[int, str]
@@ -73,7 +73,7 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     if recipe.objective.pictures == "store":
         latents = codec_identity(recipe.model)
         store.require_latents(latents)
-    sizes = [(bucket.height, bucket.width) for bucket in store.manifest.buckets]
+    sizes = [(bucket.height, bucket.width) for bucket in store.layout.buckets]
     sizes.append((recipe.embed.height, recipe.embed.width))  # of samples
     check_pictures(codec, sizes, recipe.runtime.context_parallel)
     run_folder.require_same_store(recipe, record, store.manifest_hash)

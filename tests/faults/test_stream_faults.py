@@ -13,6 +13,7 @@ import torch
 from piflow import storage
 from piflow.backbones.text import EncodedPrompt
 from piflow.data.batch import StreamBatch
+from piflow.data.blocks import LocalReader
 from piflow.data.layout import empty_prompt_plan, plan_store
 from piflow.data.manifest import SCHEMA_VERSION, StoreInputs, StoreManifest, write_manifest
 from piflow.data.prompts import Prompt, PromptSet
@@ -70,7 +71,7 @@ def _stream(uri: str) -> Any:
         rank=0,
         world_size=1,
         damaged_rows="replace",  # an outage is no damage
-        reader="local",
+        reader=LocalReader(),
     )
     return stream.batches()
 

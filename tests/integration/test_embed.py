@@ -16,12 +16,14 @@ from piflow.backbones.encoders import build_encoder
 from piflow.backbones.flux import FluxEncoderConfig
 from piflow.commands import embed
 from piflow.config import Recipe, parse_recipe
+from piflow.data import blocks, ray_reader
 from piflow.data import embed as embed_job
-from piflow.data import stream as stream_module
 from piflow.data.batch import MicroBatch, StreamBatch
+from piflow.data.blocks import LocalReader, Reader
 from piflow.data.layout import empty_prompt_plan, plan_store
 from piflow.data.manifest import SCHEMA_VERSION, StoreError, StoreInputs, StoreManifest
 from piflow.data.prompts import Prompt
+from piflow.data.ray_reader import RayReader
 from piflow.data.reader import EmbeddingStore
 from piflow.data.stream import TrainStream
 from piflow.storage.fingerprint import EncoderIdentity
@@ -246,11 +248,11 @@ def test_class_labels_in_place_of_texts(folder: Path, tmp_path: Path) -> None:
 def test_ray_reads_what_a_local_reader_reads(
     folder: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
-    monkeypatch.setattr(stream_module, "_BLOCK_STEPS", 2)
-    monkeypatch.setattr(stream_module, "_DATASET_BLOCKS", 3)  # so that datasets follow one another
-    monkeypatch.setattr(stream_module, "_START_NEXT", 1)
+    monkeypatch.setattr(blocks, "_BLOCK_STEPS", 2)
+    monkeypatch.setattr(ray_reader, "_DATASET_BLOCKS", 3)  # so that datasets follow one another
+    monkeypatch.setattr(ray_reader, "_START_NEXT", 1)
 
-    def first(reader: str, rank: int) -> list[MicroBatch]:
+    def first(reader: Reader, rank: int) -> list[MicroBatch]:
         stream = TrainStream(
             str(folder / "store"),
             seed=3,
@@ -267,7 +269,7 @@ def test_ray_reads_what_a_local_reader_reads(
         return found
 
     for rank in range(world_size):
-        for ours, theirs in zip(first("ray", rank), first("local", rank), strict=True):
+        for ours, theirs in zip(first(RayReader(), rank), first(LocalReader(), rank), strict=True):
             assert ours.index == theirs.index and ours.prompt_ids == theirs.prompt_ids
             assert (ours.height, ours.width) == (theirs.height, theirs.width)
             assert torch.equal(ours.tokens, theirs.tokens)
@@ -298,14 +300,14 @@ def test_rows_of_a_corrupt_row_group_are_replaced_through_ray(folder: Path, tmp_
     """By the same rows as without Ray, and counted; an epoch and a half."""
     copy = _corrupt_copy(folder, tmp_path)
 
-    def first(reader: str) -> list[StreamBatch]:
+    def first(reader: Reader) -> list[StreamBatch]:
         stream = TrainStream(
             str(copy), seed=0, batch_size=4, micro_batch_size=2, rank=0, world_size=1,
             damaged_rows="replace", reader=reader,
         )  # fmt: skip
         return list(islice(stream.batches(), 16))
 
-    ours, theirs = first("ray"), first("local")
+    ours, theirs = first(RayReader()), first(LocalReader())
     for a, b in zip(ours, theirs, strict=True):
         assert a.replaced == b.replaced
         for mine, other in zip(a.micro_batches, b.micro_batches, strict=True):

@@ -14,10 +14,11 @@ import torch
 from piflow.commands import embed
 from piflow.config import Recipe, parse_recipe
 from piflow.data.batch import StreamBatch
+from piflow.data.blocks import LocalReader
 from piflow.data.manifest import StoreError
-from piflow.data.online import EncodedRows, OnlineStore, Visit, needs, open_store, start_encoder
-from piflow.data.order import StreamOrder
-from piflow.data.reader import EmbeddingStore, RowReader
+from piflow.data.online import EncodedReader, OnlineStore, Visit, needs, open_store, start_encoder
+from piflow.data.order import RowGroups, StreamOrder
+from piflow.data.reader import EmbeddingStore
 from piflow.data.select import evaluation_rows
 from piflow.data.stream import TrainStream
 
@@ -70,7 +71,7 @@ def folder(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _stored(folder: Path, rank: int, world_size: int, start: int) -> list[StreamBatch]:
     stream = TrainStream(
         str(folder / "store"), seed=0, batch_size=BATCH, micro_batch_size=2, rank=rank,
-        world_size=world_size, start_sample=start * BATCH, reader="local",
+        world_size=world_size, start_sample=start * BATCH, reader=LocalReader(),
     )  # fmt: skip
     return list(islice(stream.batches(), STEPS - start))
 
@@ -85,11 +86,10 @@ def test_online_batches_are_the_stores_to_the_bit(
     streams = []
     for rank in range(world_size):
         store = open_store(recipe)
-        order = StreamOrder(store.manifest, 0, BATCH)
         stream = TrainStream(
             store, seed=0, batch_size=BATCH, micro_batch_size=2, rank=rank, world_size=world_size,
             start_sample=start * BATCH,
-            encoded=EncodedRows(store, order, encoder, range(start, STEPS)),
+            reader=EncodedReader(encoder, range(start, STEPS)),
         )  # fmt: skip
         streams.append(stream.batches())
     found = list(zip(*streams, strict=True))  # ranks side by side, until the last step
@@ -107,7 +107,7 @@ def test_online_batches_are_the_stores_to_the_bit(
                 assert torch.equal(a.pooled, b.pooled)
     visits = [Visit(*visit) for visit in ray.get(encoder.visits.remote())]
     real = EmbeddingStore.open(str(folder / "store"))
-    planned = needs(StreamOrder(real.manifest, 0, BATCH), RowReader(real), range(start, STEPS))
+    planned = needs(StreamOrder(real.layout, 0, BATCH), RowGroups(real.layout), range(start, STEPS))
     assert visits == [visit for step in planned for visit in step.opened]
     assert len(set(visits)) == len(visits)
     ray.kill(encoder)
@@ -117,7 +117,7 @@ def test_what_is_embedded_ahead_serves_guidance_and_pictures(folder: Path) -> No
     real = EmbeddingStore.open(str(folder / "store"))
     online = open_store(_recipe(folder, "online"))
     assert isinstance(online, OnlineStore)
-    assert online.manifest.inputs == real.manifest.inputs
+    assert online.layout.inputs == real.manifest.inputs
     assert online.index().to_pydict() == real.index().to_pydict()
     for ours, theirs in (
         (online.empty_prompt(), real.empty_prompt()),

@@ -13,9 +13,9 @@ from piflow.config import RecipeError, load_recipe
 from piflow.data.encode import encode_row_groups
 from piflow.data.layout import plan_store
 from piflow.data.online import Needs, Visit, needs
-from piflow.data.order import StreamOrder
+from piflow.data.order import RowGroups, StreamOrder
 from piflow.data.prompts import Prompt
-from piflow.data.reader import EmbeddingStore, RowReader
+from piflow.data.reader import EmbeddingStore
 
 MakeStore = Callable[..., EmbeddingStore]
 ONE_SIZE = {(32, 32): 103}
@@ -24,15 +24,15 @@ EMOJI = Path(__file__).parents[3] / "pipelines/recipes/emoji-flux.yaml"
 
 
 def _needs(store: EmbeddingStore, steps: range) -> list[Needs]:
-    return list(needs(StreamOrder(store.manifest, 5, 12), RowReader(store), steps))
+    return list(needs(StreamOrder(store.layout, 5, 12), RowGroups(store.layout), steps))
 
 
 def _visits(store: EmbeddingStore, step: int) -> set[Visit]:
     """What a step's rows are in, from its places in the bucket's sequence."""
-    order = StreamOrder(store.manifest, 5, 12)
+    order = StreamOrder(store.layout, 5, 12)
     bucket, place = order.place(step)
     epochs = np.arange(place, place + 12) // store.manifest.buckets[bucket].rows
-    groups = RowReader(store).group_of(order.step(step)[1])
+    groups = RowGroups(store.layout).of(order.step(step)[1])
     return {Visit(int(e), int(g)) for e, g in zip(epochs, groups, strict=True)}
 
 

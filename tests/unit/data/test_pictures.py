@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from piflow.backbones import PixelCodec
 from piflow.backbones.text import EncodedPrompt
 from piflow.config import EmbedConfig, ModelConfig
+from piflow.data.blocks import LocalReader
 from piflow.data.layout import ShardPlan, empty_prompt_plan, plan_store
 from piflow.data.manifest import (
     SCHEMA_VERSION_WITH_LATENTS,
@@ -415,7 +416,7 @@ def test_the_stream_brings_latents_in_the_order_it_has_without_them(
     def steps(with_latents: bool, world_size: int, rank: int = 0) -> list[Any]:
         stream = TrainStream(
             uri, seed=3, batch_size=4, micro_batch_size=2, rank=rank, world_size=world_size,
-            reader="local", with_latents=with_latents,
+            reader=LocalReader(), with_latents=with_latents,
         )  # fmt: skip
         return [m for step in islice(stream.batches(), 9) for m in step.micro_batches]
 
@@ -443,7 +444,7 @@ def test_a_stream_over_what_bad_pictures_left(
     assert left == 25 - len(bad)
     stream = TrainStream(
         store.uri, seed=1, batch_size=1, micro_batch_size=1, rank=0, world_size=1,
-        reader="local", with_latents=True,
+        reader=LocalReader(), with_latents=True,
     )  # fmt: skip
     batches = list(islice(stream.batches(), 2 * left))
     counts = Counter(m.prompt_ids[0] for step in batches for m in step.micro_batches)
@@ -457,7 +458,7 @@ def test_a_store_without_pictures_is_refused_where_they_are_needed(
     with pytest.raises(StoreError, match="no pictures' latents.*embed.image_column"):
         TrainStream(
             plain.uri, seed=0, batch_size=2, micro_batch_size=2, rank=0, world_size=1,
-            reader="local", with_latents=True,
+            reader=LocalReader(), with_latents=True,
         )  # fmt: skip
     store = make_latent_store()
     store.require_latents(CodecIdentity(name="c", weights_sha256="ef" * 32))

@@ -16,6 +16,7 @@ import torch
 from piflow.backbones.text import EncodedPrompt
 from piflow.data import reader as store_module
 from piflow.data.batch import MicroBatch, StreamBatch
+from piflow.data.blocks import LocalReader
 from piflow.data.manifest import DamagedRows, StoreError
 from piflow.data.order import StreamOrder, epoch_rows
 from piflow.data.prompts import Prompt
@@ -51,7 +52,7 @@ def _batches(
         world_size=world_size,
         start_sample=start * 12,
         damaged_rows=damaged_rows,
-        reader="local",
+        reader=LocalReader(),
     )
     batches = list(islice(stream.batches(), count))
     assert [batch.step for batch in batches] == list(range(start, start + count))
@@ -275,7 +276,13 @@ def test_damage_in_mid_run_stops_the_stream_and_is_named(
 ) -> None:
     store = make_store(ONE_SIZE)
     stream = TrainStream(
-        store.uri, seed=5, batch_size=12, micro_batch_size=2, rank=0, world_size=1, reader="local"
+        store.uri,
+        seed=5,
+        batch_size=12,
+        micro_batch_size=2,
+        rank=0,
+        world_size=1,
+        reader=LocalReader(),
     )
     _damage(store, "shard-00010.parquet", damage)  # 3 rows, opened by a later step
     kind = "open" if damage == "missing" else "read row group 0 of"
@@ -368,7 +375,13 @@ def test_batches_of_encoders_without_a_pooled_vector(make_store: MakeStore) -> N
 def test_epoch_counts_passes_over_the_store(make_store: MakeStore) -> None:
     store = make_store(ONE_SIZE)
     stream = TrainStream(
-        store.uri, seed=0, batch_size=12, micro_batch_size=2, rank=0, world_size=1, reader="local"
+        store.uri,
+        seed=0,
+        batch_size=12,
+        micro_batch_size=2,
+        rank=0,
+        world_size=1,
+        reader=LocalReader(),
     )
     assert stream.epoch_of(0) == 0.0
     assert stream.epoch_of(103) == 12.0

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from piflow.backbones import Conditioning, FluxBackbone
 from piflow.config import Recipe, parse_recipe
+from piflow.data.blocks import LocalReader
 from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import EmbeddingStore
 from piflow.data.stream import TrainStream
@@ -56,7 +57,13 @@ def recipe(store: EmbeddingStore, flux_folder: Path, **sections: Any) -> Recipe:
 def train(ours: Recipe, store: EmbeddingStore, steps: int) -> tuple[Assembly, list[float]]:
     assembly = assemble(ours, store, SingleStrategy(CPU), CPU)
     stream = TrainStream(
-        store.uri, seed=0, batch_size=4, micro_batch_size=2, rank=0, world_size=1, reader="local"
+        store.uri,
+        seed=0,
+        batch_size=4,
+        micro_batch_size=2,
+        rank=0,
+        world_size=1,
+        reader=LocalReader(),
     )
     batches = stream.batches()
     losses = [
@@ -104,7 +111,13 @@ def test_operations_of_training_are_those_of_its_calls(
     ours = recipe(store, flux_folder, **KINDS[kind])
     assembly, _ = train(ours, store, 1)
     stream = TrainStream(
-        store.uri, seed=0, batch_size=4, micro_batch_size=2, rank=0, world_size=1, reader="local"
+        store.uri,
+        seed=0,
+        batch_size=4,
+        micro_batch_size=2,
+        rank=0,
+        world_size=1,
+        reader=LocalReader(),
     )
     batch = next(iter(stream.batches())).micro_batches[0]
     forward = FluxBackbone.load(flux_folder).flops(16, 16, batch.tokens.shape[1])
@@ -135,7 +148,13 @@ def test_an_fp8_teacher_is_measured_on_a_batch(store: EmbeddingStore, flux_folde
     assembly, losses = train(recipe(store, flux_folder, model=model), store, 1)
     assert assembly.teacher_error is not None
     stream = TrainStream(
-        store.uri, seed=0, batch_size=4, micro_batch_size=2, rank=0, world_size=1, reader="local"
+        store.uri,
+        seed=0,
+        batch_size=4,
+        micro_batch_size=2,
+        rank=0,
+        world_size=1,
+        reader=LocalReader(),
     )
     batch = next(stream.batches()).micro_batches[0]
     error = assembly.teacher_error(batch, 0)
