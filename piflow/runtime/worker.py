@@ -46,9 +46,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
     Args:
         config: `recipe` (plain values, local paths absolute), `recipe_hash` and `identity` (of the
-            recipe as it was written),
-            `tracking_uri`, `run_id`, `store` (reference to the opened store), `mailbox` (actor
-            handle), `owner` (the driver that may write).
+            recipe as it was written), `tracking_uri`, `run_id`, `store` (reference to the opened
+            store), `mailbox` (actor handle), `owner` (the driver that may write).
     """
     if ray.get(config["mailbox"].failure.remote()) is not None:
         return  # Ray Train restarts workers whatever they failed of
