@@ -9,9 +9,10 @@ For each place a store of made-up embeddings is written, then read in turn, once
 * by `TrainStream`: one epoch of the training order (shuffled row groups, rows shuffled in windows
   of 8), a batch of 64 at a time, into Arrow tables of the same columns;
 * the same with decoding to padded float32 tensors, which pyarrow's scan doesn't do;
-* with ``--ray``, afterwards and beside a second scan, both of these through Ray Data, as training
-  reads: the rows go from an actor's process through Ray's object store. The time until the first
-  step is there is left out.
+* with ``--ray``, afterwards and in a table of its own, batches as training takes them from the
+  `RayReader`, whose actor decodes and hands the rows on through Ray's object store, against those
+  of the `LocalReader`: the time until the first batch, rows/s from then on, and the CPU time from
+  the start, of the rank's own process and of it with all of Ray's.
 
 MB are 10^6 bytes of the files' content. A first round isn't counted; of the others the medians are
 given, and of the ratios to the same round's scan also the least and the largest. The ratio by CPU
@@ -22,22 +23,26 @@ one.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import torch
 
 from piflow import storage
 from piflow.backbones.text import EncodedPrompt
+from piflow.data.blocks import LocalReader, Reader
 from piflow.data.layout import empty_prompt_plan, plan_store
 from piflow.data.manifest import SCHEMA_VERSION, StoreInputs, StoreManifest, write_manifest
 from piflow.data.prompts import Prompt, PromptSet
+from piflow.data.ray_reader import RayReader
 from piflow.data.reader import EmbeddingStore
 from piflow.data.stream import TrainStream
 from piflow.data.writer import write_shard
@@ -99,7 +104,7 @@ def scan(store: EmbeddingStore) -> int:
     return rows
 
 
-def stream(store: EmbeddingStore, reader: Literal["local", "ray"]) -> TrainStream:
+def stream(store: EmbeddingStore, reader: Reader) -> TrainStream:
     """The only rank's stream."""
     return TrainStream(
         store.uri, seed=0, batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1,
@@ -108,14 +113,15 @@ def stream(store: EmbeddingStore, reader: Literal["local", "ray"]) -> TrainStrea
 
 
 def read_in_order(store: EmbeddingStore) -> int:
-    """One epoch in training order, as Arrow tables."""
-    steps = islice(stream(store, "local").tables(), store.manifest.num_rows // BATCH)
-    return sum(table.num_rows for _, table in steps)
+    """One epoch in training order, as Arrow tables of what lies on disk."""
+    reader = LocalReader()
+    steps = reader.undecoded(stream(store, reader).plan)
+    return sum(table.num_rows for _, table in islice(steps, store.manifest.num_rows // BATCH))
 
 
 def decode_in_order(store: EmbeddingStore) -> int:
     """One epoch in training order, as padded tensors."""
-    steps = islice(stream(store, "local").batches(), store.manifest.num_rows // BATCH)
+    steps = islice(stream(store, LocalReader()).batches(), store.manifest.num_rows // BATCH)
     return sum(len(micro.prompts) for batch in steps for micro in batch.micro_batches)
 
 
@@ -149,8 +155,67 @@ def measure(store: EmbeddingStore, rounds: int) -> dict[str, Times]:
     return times
 
 
-def measure_ray(store: EmbeddingStore, rounds: int) -> dict[str, Times]:
-    """The scan again and Ray Data's times; other processes work too, so without CPU time."""
+class CpuTime:
+    """CPU seconds of this process and of those that it starts, also of ones that end meanwhile."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, float], float] = {}
+        self._poll()
+        self._before = dict(self._seen)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def seconds(self) -> tuple[float, float]:
+        """Until now: this process's own, and all together. Ends the measurement."""
+        self._ended.set()
+        self._thread.join()
+        self._poll()
+        spent = {key: time - self._before.get(key, 0) for key, time in self._seen.items()}
+        own = sum(time for (pid, _), time in spent.items() if pid == os.getpid())
+        return own, sum(spent.values())
+
+    def _follow(self) -> None:
+        while not self._ended.wait(0.5):
+            self._poll()
+
+    def _poll(self) -> None:
+        me = psutil.Process()
+        for process in [me, *me.children(recursive=True)]:
+            try:
+                times = process.cpu_times()
+                self._seen[process.pid, process.create_time()] = times.user + times.system
+            except psutil.NoSuchProcess:
+                pass
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An epoch's batches through a reader; seconds."""
+
+    first_batch: float
+    others: float
+    own_cpu: float
+    all_cpu: float
+
+
+def read_batches(store: EmbeddingStore, reader: Reader) -> Reading:
+    """Read one epoch as training does."""
+    cpu, start = CpuTime(), time.perf_counter()
+    batches = stream(store, reader).batches()
+    next(batches)
+    first = time.perf_counter()
+    for _ in islice(batches, store.manifest.num_rows // BATCH - 1):
+        pass
+    end = time.perf_counter()
+    own, everything = cpu.seconds()
+    batches.close()
+    time.sleep(2)  # until Ray has ended the actors
+    return Reading(first - start, end - first, own, everything)
+
+
+def compare_readers(store: EmbeddingStore, rounds: int) -> None:
+    """Print the table of readers; they take turns, and a first round isn't counted."""
     import ray
 
     ray.init(
@@ -159,28 +224,22 @@ def measure_ray(store: EmbeddingStore, rounds: int) -> dict[str, Times]:
         log_to_driver=False,
         ignore_reinit_error=True,
     )
-    times = {SCAN: Times()}
-    for _ in range(rounds):
-        clock = time.perf_counter()
-        scan(store)
-        times[SCAN].clock.append(time.perf_counter() - clock)
-        for kind in ("Arrow", "tensors"):
-            reader = stream(store, "ray")
-            name = f"training order, {kind}, Ray Data"
-            seconds = _after_the_first(
-                store, reader.tables() if kind == "Arrow" else reader.batches()
-            )
-            times.setdefault(name, Times()).clock.append(seconds)
-    return times
-
-
-def _after_the_first(store: EmbeddingStore, steps: Iterator[object]) -> float:
-    """Seconds from the second step of an epoch on."""
-    next(steps)
-    start = time.perf_counter()
-    for _ in islice(steps, store.manifest.num_rows // BATCH - 1):
-        pass
-    return time.perf_counter() - start
+    readings: dict[str, list[Reading]] = {"LocalReader": [], "RayReader": []}
+    for number in range(rounds + 1):
+        for reader in (LocalReader(), RayReader()):
+            reading = read_batches(store, reader)
+            if number:
+                readings[type(reader).__name__].append(reading)
+    rows = store.manifest.num_rows - BATCH
+    print(
+        "\n| reader | first batch, s | rows/s | rank's CPU, s | all CPU, s |\n|---|---|---|---|---|"
+    )
+    for name, found in readings.items():
+        first, others, own, everything = (
+            float(np.median([getattr(reading, field) for reading in found]))
+            for field in ("first_batch", "others", "own_cpu", "all_cpu")
+        )
+        print(f"| {name} | {first:.2f} | {rows / others:,.0f} | {own:.2f} | {everything:.2f} |")
 
 
 def report(place: str, store: EmbeddingStore, times: dict[str, Times]) -> None:
@@ -224,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             try:
                 report(storage.scheme(uri), store, measure(store, arguments.rounds))
                 if arguments.ray:
-                    report(storage.scheme(uri), store, measure_ray(store, arguments.rounds))
+                    compare_readers(store, arguments.rounds)
             finally:
                 storage.delete_folder(uri)
 
