@@ -18,6 +18,7 @@ from piflow import storage
 from piflow.backbones import Conditioning, build_codec
 from piflow.config import Recipe
 from piflow.data.batch import conditioning
+from piflow.data.blocks import LocalReader
 from piflow.data.reader import EmbeddingStore
 from piflow.data.stream import TrainStream
 from piflow.inference.settings import SamplingSettings, encode_prompts, load_student
@@ -76,7 +77,7 @@ def train(recipe: Recipe) -> Trained:
             rank=0,
             world_size=1,
             start_sample=0 if state is None else state.samples,
-            reader="local",
+            reader=LocalReader(),
             with_latents=recipe.objective.pictures == "store",
         )
         batches = iter(stream.batches())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from piflow.config import find_family
 from piflow.inference.settings import settings_of
 from piflow.roles.adapter import load_adapter
 from piflow.runs import folder as run_folder
@@ -36,6 +37,7 @@ def test_a_plugins_recipe_works_from_prompts_to_pictures(tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout[-8000:]
     assert set(run_folder.checkpoints(str(files / "run"))) == {2, 3}
     adapter = load_adapter(str(files / "adapter"))
+    find_family("bria_family")  # an adapter can't have it imported
     settings = settings_of(adapter, "adapter")
     assert (settings.model.family, settings.encoder.type) == ("bria_family", "bria")
     assert len(list((files / "samples").glob("*-*.png"))) == 4
