@@ -81,14 +81,6 @@ class Conditioning:
             pooled,
         )
 
-    def slice(self, start: int, stop: int) -> Conditioning:
-        """Samples `start` to `stop` (exclusive)."""
-        return Conditioning(
-            self.tokens[start:stop],
-            self.num_tokens[start:stop],
-            None if self.pooled is None else self.pooled[start:stop],
-        )
-
     def expand(self, batch: int) -> Conditioning:
         """A batch of one, shown `batch` times without a copy (the empty prompt of CFG).
 

@@ -37,8 +37,6 @@ SCHEMA = pa.schema(
     ]
 )
 
-LATENT_COLUMNS = ("picture", "latent", "latent_shape")
-
 SCHEMA_WITH_LATENTS = pa.schema(
     [
         *SCHEMA,

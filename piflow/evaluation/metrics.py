@@ -71,13 +71,11 @@ def psnr(a: Tensor, b: Tensor, data_range: float = PICTURE_RANGE) -> Tensor:
 
 
 def endpoint_psnr(pictures: Tensor, reference: Tensor, data_range: float = PICTURE_RANGE) -> float:
-    """The headline: PSNR in dB of the squared error averaged over all pictures ``(B, ...)``."""
+    """The headline: PSNR in dB of the squared error averaged over all pictures ``(B, ...)``.
+
+    It is at most the average of the pictures' own PSNRs, since -log is convex (Jensen).
+    """
     return float(psnr_of_error(squared_error(pictures, reference).mean(), data_range))
-
-
-def mean_psnr(pictures: Tensor, reference: Tensor, data_range: float = PICTURE_RANGE) -> float:
-    """The average of the pictures' own PSNRs in dB; at least `endpoint_psnr` (Jensen)."""
-    return float(psnr(pictures, reference, data_range).mean())
 
 
 def pairwise_diversity(pictures: Tensor) -> Tensor:

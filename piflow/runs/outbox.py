@@ -6,12 +6,19 @@
                    memory full, keep(), close(): what isn't delivered -----> 000001-*.jsonl, ...
                               server back, or the next process: files first, in order
 
+Who owns what: the folder's files, what was read of the first of them and the requests belong to
+the writer thread; the queue belongs to both, under the lock `_changed`. Whoever moves the queue to
+a file (either thread) has it in `_writing` meanwhile, and the writer waits for that before it
+delivers, so that the order stays.
+
 Nothing is taken out before it is delivered or written to the folder, so an entry may be delivered
 twice: after a lost answer, or a kill between a delivery and the deletion of its file. `deliver`
 must recognise what is there. An entry carries the time when it was put, not when it arrives.
 
 An entry that the server refuses, or that fails in a way nobody foresaw, is set aside in a file of
-its own with the traceback (refused-*.json): the others go on, and it is counted and told.
+its own with the traceback (refused-*.json): the others go on, and it is counted and told. If the
+folder refuses that file, the entry stays where it is, the others wait, and both are tried again, as
+when the server is away.
 
 Memory is bounded: beyond 32 MiB entries go to the folder, and if that refuses too, beyond 64 MiB
 the oldest pictures and files are dropped, then the oldest of all; they are counted and told.
@@ -194,11 +201,8 @@ class Outbox:
                 return True
             done = self._deliver(batch)
         except EntryRefusedError as error:
-            place = self._set_aside(batch[0], error)
-            # with the traceback: an error that nobody foresaw may be one of ours
-            _log.warning("not delivered to MLflow, kept in %s", place, exc_info=error)
-            with self._changed:
-                self._lost[f"{batch[0].kind}, refused and set aside"] += 1
+            if not self._set_aside(batch[0], error):
+                return False
             done = 1
         except (OSError, RunRefusedError) as error:
             self._note_failure(error)
@@ -206,20 +210,26 @@ class Outbox:
         self._note_delivery(batch[:done])
         return True
 
-    def _set_aside(self, entry: Entry, error: Exception) -> str:
+    def _set_aside(self, entry: Entry, error: EntryRefusedError) -> bool:
         """Keep an entry that can't be delivered, with the reason; others must not wait for it.
 
         Returns:
-            Where it lies, or why it is lost.
+            Whether the folder took it; if not, it is still to be delivered.
         """
         place = storage.join(self._folder, f"{_REFUSED}-{uuid.uuid4().hex[:8]}.json")
         reason = "".join(traceback.format_exception(error))
-        content = json.dumps({"entry": asdict(entry), "reason": reason}, indent=1)
+        # repr: a value that JSON has no form for may be what was wrong with the entry
+        content = json.dumps({"entry": asdict(entry), "reason": reason}, indent=1, default=repr)
         try:
             storage.write_bytes(place, content.encode())
         except OSError as problem:
-            return f"nowhere: {problem}"
-        return place
+            self._note_failure(OSError(f"{error}; and it can't be set aside in {place}: {problem}"))
+            return False
+        # with the traceback: an error that nobody foresaw may be one of ours
+        _log.warning("not delivered to MLflow, kept in %s", place, exc_info=error)
+        with self._changed:
+            self._lost[f"{entry.kind}, refused and set aside"] += 1
+        return True
 
     def _next(self) -> list[Entry]:
         """The oldest entries: a file's, if there are any."""

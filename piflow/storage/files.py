@@ -49,9 +49,23 @@ _PARTIAL = ".partial"  # suffix of a local file that is still being written
 
 _COPY_BYTES = 8 * 2**20
 
-_REFUSED = re.compile(  # in the words of pyarrow's client
-    "HTTP status 40[0-3]|ACCESS_DENIED|ACCESS_KEY_ID|SIGNATURE|TOKEN|SKEWED|INTERNAL_FAILURE"
-)
+# pyarrow has no field for an error's code: it stands at one place of the message, behind it the
+# HTTP status where the AWS SDK has no name for the error
+_AWS_ERROR = re.compile(r"AWS Error ([A-Z_]+)(?: \(HTTP status (\d+)\))?")
+
+_REFUSING_CODES = {
+    "ACCESS_DENIED",
+    "INTERNAL_FAILURE",  # no keys at all, or an answer that the SDK can't read
+    "INVALID_ACCESS_KEY_ID",
+    "INVALID_CLIENT_TOKEN_ID",
+    "INVALID_SIGNATURE",
+    "MISSING_AUTHENTICATION_TOKEN",
+    "REQUEST_TIME_TOO_SKEWED",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "UNRECOGNIZED_CLIENT",
+}
+
+_REFUSING_STATUSES = {"400", "401", "402", "403"}
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -90,13 +104,21 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, PermissionError) or not _REFUSED.search(str(error)):
+        if isinstance(error, PermissionError) or not _is_refusal(error):
             raise
-
         reason = refusal(uri) if scheme(uri) == "s3" else None
         if reason is None:
             raise
         raise PermissionError(errno.EACCES, f"{uri}: {reason}") from error
+
+
+def _is_refusal(error: OSError) -> bool:
+    """Whether pyarrow's S3 client says that the store won't, not that it can't be reached."""
+    found = _AWS_ERROR.search(str(error))
+    if found is None:
+        return False
+    code, status = found.groups()
+    return code in _REFUSING_CODES or status in _REFUSING_STATUSES
 
 
 def _explains(

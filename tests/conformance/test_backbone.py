@@ -20,6 +20,7 @@ from piflow.backbones import Backbone, Conditioning, OutputLayer
 from piflow.backbones.base import pack
 from piflow.roles import lora
 from piflow.sharding import FSDPStrategy
+from tests.conformance.samples import samples
 from tests.unit.whole import gather
 
 Make = Callable[[], tuple[Backbone, Conditioning, tuple[int, int]]]
@@ -129,7 +130,7 @@ def test_every_input_counts(case: Case) -> None:
     """And every place of the latents reaches every other (attention, not position alone)."""
     whole = case.velocity()
     later = case.backbone.teacher_velocity(case.x, case.sigma * 0.9, case.cond)
-    turned = Conditioning.cat([case.cond.slice(1, case.batch), case.cond.slice(0, 1)])
+    turned = Conditioning.cat([samples(case.cond, 1, case.batch), samples(case.cond, 0, 1)])
     other = case.backbone.teacher_velocity(case.x, case.sigma, turned)
     touched = case.x.clone()
     touched[:, :, -1, -1] += 3.0
@@ -143,7 +144,7 @@ def test_a_sample_does_not_depend_on_its_batch(case: Case) -> None:
     whole = case.velocity()
     for i in range(case.batch):
         alone = case.backbone.teacher_velocity(
-            case.x[i : i + 1], case.sigma[i : i + 1], case.cond.slice(i, i + 1)
+            case.x[i : i + 1], case.sigma[i : i + 1], samples(case.cond, i, i + 1)
         )
         torch.testing.assert_close(alone, whole[i : i + 1], atol=1e-5, rtol=0)
 

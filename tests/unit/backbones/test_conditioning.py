@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from piflow.backbones import Conditioning
+from tests.conformance.samples import samples
 
 
 def make(batch: int, *, length: int = 3, pooled: bool = True) -> Conditioning:
@@ -17,7 +18,7 @@ def make(batch: int, *, length: int = 3, pooled: bool = True) -> Conditioning:
 
 def test_cat_of_slices_is_the_whole() -> None:
     whole = make(5)
-    joined = Conditioning.cat([whole.slice(0, 2), whole.slice(2, 5)])
+    joined = Conditioning.cat([samples(whole, 0, 2), samples(whole, 2, 5)])
     assert whole.pooled is not None and joined.pooled is not None
     assert torch.equal(joined.tokens, whole.tokens)
     assert torch.equal(joined.num_tokens, whole.num_tokens)

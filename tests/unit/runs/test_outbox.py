@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -211,6 +212,52 @@ def test_one_wrong_entry_is_set_aside_and_told(
     content = json.loads(kept.read_text())
     assert content["entry"]["step"] == 3, "nothing is lost"
     assert "EntryRefusedError" in content["reason"] and "Traceback" in content["reason"]
+
+
+def test_a_wrong_entry_that_cannot_be_set_aside_is_not_lost(
+    server: Server,
+    box: Callable[..., Outbox],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(outbox, "_FIRST_PAUSE", 0.01)
+    server.refused = {3}
+    write = storage.write_bytes
+    full = threading.Event()
+    full.set()
+
+    def write_bytes(uri: str, content: bytes) -> None:
+        if full.is_set() and "refused-" in uri:
+            raise OSError(errno.ENOSPC, "no space left")
+        write(uri, content)
+
+    monkeypatch.setattr(storage, "write_bytes", write_bytes)
+    ours = box()
+    for step in (3, 4):
+        ours.put(entry(step))
+    until(lambda: server.tries >= 3)
+    assert not server.taken, "nothing overtakes it"
+    assert "not this one; and it can't be set aside" in caplog.text and "no space" in caplog.text
+    full.clear()
+    assert ours.close(20) is None
+    assert server.taken == [4]
+    [kept] = tmp_path.glob("refused-*.json")
+    assert json.loads(kept.read_text())["entry"]["step"] == 3
+    assert "tracking-lost: 1 of metrics, refused and set aside" in server.notices
+
+
+def test_a_wrong_entry_without_a_form_in_json_is_set_aside(
+    server: Server, box: Callable[..., Outbox], tmp_path: Path
+) -> None:
+    server.refused = {3}
+    ours = box()
+    ours.put(Entry("metrics", 0, 3, {"value": complex(1, 2)}))
+    ours.put(entry(4))
+    assert ours.close(20) is None
+    assert server.taken == [4]
+    [kept] = tmp_path.glob("refused-*.json")
+    assert json.loads(kept.read_text())["entry"]["data"] == {"value": "(1+2j)"}
 
 
 def test_a_refusing_server_is_not_asked_again_by_itself(
