@@ -15,7 +15,7 @@ from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runs import folder as run_folder
 from piflow.runs import tracking
 from piflow.runs.folder import RunRecord
-from piflow.runs.lease import PROCESS, Ownership, owned
+from piflow.runs.lease import PROCESS, Ownership, RunTakenError, owned
 from piflow.runs.tracking import MlflowTracker, RunStatus, Tracker, deliver_kept, finish
 from piflow.runtime.mailbox import Departure, StopReason
 from piflow.runtime.progress import mailbox_with_bar
@@ -91,16 +91,20 @@ def _tracked(run: Run) -> Iterator[tuple[RunRecord, Tracker]]:
     record = _recorded(run)
     recipe, uri, run_id = run.absolute, record.tracking_uri, record.mlflow_run_id
     tracker = MlflowTracker(uri, run_id, recipe.run_dir)
-    status: RunStatus = "FAILED"
+    status: RunStatus | None = "FAILED"
     try:
         yield record, tracker
         status = "FINISHED"
     except StoppedError:
         status = "KILLED"
         raise
+    except RunTakenError:
+        status = None  # the run goes on under its new owner
+        raise
     finally:
         tracker.close()
-        _tell_undelivered(finish(uri, run_id, recipe.run_dir, status))
+        if status is not None:
+            _tell_undelivered(finish(uri, run_id, recipe.run_dir, status))
 
 
 def _recorded(run: Run) -> RunRecord:

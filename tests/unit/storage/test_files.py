@@ -285,3 +285,26 @@ def test_remote_folders_are_downloaded_once_and_again_when_they_change(
     second = storage.local_folder("s3://bucket/model", cache)
     assert (second / "sub" / "weights").read_bytes() == b"three"
     assert sorted(cache.iterdir()) == sorted([first, second])  # no partial folder stays
+
+
+@pytest.mark.parametrize(
+    ("message", "refused"),
+    [
+        (
+            "for key 'x' in bucket 'b': AWS Error ACCESS_DENIED during HeadObject operation: No",
+            True,
+        ),
+        (
+            "AWS Error UNKNOWN (HTTP status 400) during HeadObject operation: No response body.",
+            True,
+        ),
+        (
+            "AWS Error UNKNOWN (HTTP status 500) during HeadObject operation: No response body.",
+            False,
+        ),
+        ("for key 'MY_TOKEN' in bucket 'b': AWS Error NETWORK_CONNECTION during GetObject", False),
+        ("No space left on device: '/data/ACCESS_DENIED'", False),
+    ],
+)
+def test_a_refusal_is_told_by_the_code_and_not_by_a_name(message: str, refused: bool) -> None:
+    assert files._is_refusal(OSError(message)) == refused
