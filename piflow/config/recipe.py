@@ -186,21 +186,21 @@ class Recipe(Section):
 
     def deciding(self) -> dict[str, Any]:
         """What decides a run's results, with its value, defaults as well."""
-        tree = identity.deciding_values(self)
-        if self.embed.image_column is None:  # how pictures are stored then decides nothing
-            del tree["embed"]["image_column"], tree["embed"]["latent_dtype"]
-        if self.training.optimizer.decay_fraction:  # the learning rate then depends on the length
-            tree["training"]["steps"] = self.training.steps
-        return tree
+        return self._as_it_counts(identity.deciding_values(self))
 
     def identity(self) -> dict[str, Any]:
         """What decides a run's results and isn't as the schema's defaults have it."""
-        tree = identity.changed_values(self)
-        if self.embed.image_column is None:
-            tree["embed"].pop("latent_dtype", None)
-        if self.training.optimizer.decay_fraction:
-            tree["training"]["steps"] = self.training.steps  # with the fraction, so it is there
+        tree = self._as_it_counts(identity.changed_values(self))
         return {identity.VERSION_KEY: identity.SCHEMA, **tree}
+
+    def _as_it_counts(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """What decides results, by its fields, less and more what other keys make of it."""
+        if self.embed.image_column is None:  # how pictures are stored then decides nothing
+            for key in ("image_column", "latent_dtype"):
+                tree["embed"].pop(key, None)
+        if self.training.optimizer.decay_fraction:  # the learning rate then depends on the length
+            tree["training"]["steps"] = self.training.steps
+        return tree
 
     def hash(self) -> str:
         """sha256 (16 hex digits) of `identity()`."""

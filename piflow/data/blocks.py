@@ -119,7 +119,7 @@ class LocalReader:
     """Reads a store's files in threads of the rank's own process."""
 
     def read(self, plan: StreamPlan) -> Iterator[tuple[PlannedStep, pa.Table]]:
-        """See `Reader`."""
+        """Each step with its rows, decoded in a thread ahead of the steps."""
         inputs = plan.store.layout.inputs
         yield from ahead(lambda pair: (pair[0], decoded(pair[1], inputs)), self.undecoded(plan))
 

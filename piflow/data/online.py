@@ -90,7 +90,7 @@ class OnlineStore:
         return self.layout.inputs.digest
 
     def index(self) -> pa.Table:
-        """As a store's, of all prompts."""
+        """``row``, ``prompt_id``, ``prompt``, ``height``, ``width`` of all prompts."""
         return _index([prompt for plan in self.layout.shards for prompt in plan.prompts])
 
     def read(self, rows: Sequence[int]) -> EmbeddingBatch:
@@ -214,7 +214,7 @@ class RowGroupEncoder:
     """
 
     def __init__(
-        self, recipe: Recipe, store: EmbeddingStore, steps: tuple[int, int], num_ranks: int
+        self, recipe: Recipe, store: PromptStore, steps: tuple[int, int], num_ranks: int
     ) -> None:
         if not isinstance(store, OnlineStore):
             raise TypeError("expected a recipe with embed.mode = online")
@@ -308,7 +308,7 @@ class EncodedReader:
         self._steps = steps
 
     def read(self, plan: StreamPlan) -> Iterator[tuple[PlannedStep, pa.Table]]:
-        """See `Reader`.
+        """Each step with its rows, once their row groups are encoded.
 
         Raises:
             ValueError: the encoder can't take a prompt, or gave numbers that aren't finite.

@@ -36,7 +36,7 @@ class RayReader:
     """
 
     def read(self, plan: StreamPlan) -> Iterator[tuple[PlannedStep, pa.Table]]:
-        """See `Reader`."""
+        """Each step with its rows, from the blocks that the actor has decoded."""
         return by_step(_blocks_read(plan))
 
 

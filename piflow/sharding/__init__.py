@@ -19,7 +19,6 @@ from piflow.sharding.ddp import DDPStrategy
 from piflow.sharding.deepspeed import DeepSpeedStrategy
 from piflow.sharding.fsdp import FSDPStrategy
 from piflow.sharding.single import SingleStrategy
-from piflow.sharding.tensors import local_shard
 
 __all__ = [
     "DDPStrategy",
@@ -28,7 +27,6 @@ __all__ = [
     "SingleStrategy",
     "Strategy",
     "build_strategy",
-    "local_shard",
 ]
 
 

@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from piflow.backbones import Conditioning
 from piflow.config import DeepSpeedConfig, Recipe, parse_recipe
 from piflow.roles.trio import Trio
-from piflow.sharding import FSDPStrategy, Strategy, build_strategy, local_shard
+from piflow.sharding import FSDPStrategy, Strategy, build_strategy
+from piflow.sharding.tensors import local_shard
 from piflow.sharding.weights import WEIGHTS_FILE, fill, stored_tensors
 from piflow.training.build import build_trio, prepared_trio
 from tests.unit.whole import gather

@@ -54,9 +54,9 @@ def recipe(store: EmbeddingStore, flux_folder: Path, **sections: Any) -> Recipe:
     )
 
 
-def train(ours: Recipe, store: EmbeddingStore, steps: int) -> tuple[Assembly, list[float]]:
-    assembly = assemble(ours, store, SingleStrategy(CPU), CPU)
-    stream = TrainStream(
+def stream_of(store: EmbeddingStore) -> TrainStream:
+    """The only rank's."""
+    return TrainStream(
         store.uri,
         seed=0,
         batch_size=4,
@@ -65,6 +65,11 @@ def train(ours: Recipe, store: EmbeddingStore, steps: int) -> tuple[Assembly, li
         world_size=1,
         reader=LocalReader(),
     )
+
+
+def train(ours: Recipe, store: EmbeddingStore, steps: int) -> tuple[Assembly, list[float]]:
+    assembly = assemble(ours, store, SingleStrategy(CPU), CPU)
+    stream = stream_of(store)
     batches = stream.batches()
     losses = [
         assembly.trainer.step(batch.step, batch.micro_batches).loss
@@ -110,15 +115,7 @@ def test_operations_of_training_are_those_of_its_calls(
     monkeypatch.setattr(FluxBackbone, "output_tokens", count)
     ours = recipe(store, flux_folder, **KINDS[kind])
     assembly, _ = train(ours, store, 1)
-    stream = TrainStream(
-        store.uri,
-        seed=0,
-        batch_size=4,
-        micro_batch_size=2,
-        rank=0,
-        world_size=1,
-        reader=LocalReader(),
-    )
+    stream = stream_of(store)
     batch = next(iter(stream.batches())).micro_batches[0]
     forward = FluxBackbone.load(flux_folder).flops(16, 16, batch.tokens.shape[1])
     weights = 1 if ours.lora and kind != "flow-matching" else 2
@@ -147,15 +144,7 @@ def test_an_fp8_teacher_is_measured_on_a_batch(store: EmbeddingStore, flux_folde
     assert plain.teacher_error is None
     assembly, losses = train(recipe(store, flux_folder, model=model), store, 1)
     assert assembly.teacher_error is not None
-    stream = TrainStream(
-        store.uri,
-        seed=0,
-        batch_size=4,
-        micro_batch_size=2,
-        rank=0,
-        world_size=1,
-        reader=LocalReader(),
-    )
+    stream = stream_of(store)
     batch = next(stream.batches()).micro_batches[0]
     error = assembly.teacher_error(batch, 0)
     assert 1e-4 < error < 0.1 and error == assembly.teacher_error(batch, 0)
