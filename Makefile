@@ -63,7 +63,7 @@ quick: lint
 	else OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -q -x $$tests; fi
 
 unit: install-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/unit tests/recipes tests/conformance
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/unit tests/security tests/recipes tests/conformance
 
 integration: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/integration

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 UNIT = Path("tests/unit")
+SECURITY = Path("tests/security")
 
 
 def changed_files(commit: str) -> list[str]:
@@ -29,6 +30,8 @@ def unit_tests_of(files: Iterable[str], root: Path = Path()) -> list[str]:
 
 
 def _test_of(file: Path, root: Path) -> Path | None:
+    if file.is_relative_to(SECURITY):
+        return file if file.name.startswith("test_") else SECURITY
     if file.is_relative_to(UNIT) and file.name.startswith("test_") and file.suffix == ".py":
         return file
     if file.is_relative_to(UNIT):  # a conftest or a helper of a folder's tests

@@ -1,8 +1,9 @@
 """Files on local disks, S3, the Hugging Face hub and in packages, all named by one URI.
 
-`uri.py` takes URIs apart, `files.py` reads and writes what they name, `s3.py` and `hub.py` know
-their services, `conditional.py` writes objects only if nobody else did, and `fingerprint.py`
-hashes model folders. Callers say `storage.join(...)`, `storage.read_bytes(...)` and so on.
+`foreign.py` checks names, texts and JSON from outside, `uri.py` takes URIs apart, `files.py` reads
+and writes what they name, `s3.py` and `hub.py` know their services, `conditional.py` writes objects
+only if nobody else did, and `fingerprint.py` hashes model folders. Callers say `storage.join(...)`,
+`storage.read_bytes(...)` and so on.
 
 Imports nothing else of piflow.
 """
