@@ -27,7 +27,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import wraps
@@ -37,6 +37,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pyarrow import fs
 
+from piflow.storage.foreign import relative_name, shown
 from piflow.storage.hub import hub_filesystem, hub_place, hub_snapshot
 from piflow.storage.s3 import refusal, s3_filesystem, s3_place
 from piflow.storage.uri import READ_ONLY, local_path, member, package_path, scheme
@@ -46,6 +47,8 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _PARTIAL = ".partial"  # suffix of a local file that is still being written
+
+_LISTED_BY_SERVERS = ("s3", "hf")  # schemes whose names of files come from elsewhere
 
 _COPY_BYTES = 8 * 2**20
 
@@ -143,15 +146,35 @@ def exists(uri: str) -> bool:
 
 @_explains
 def file_sizes(uri: str, *, recursive: bool = True) -> dict[str, int]:
-    """Finished files below a folder, sorted: relative path -> bytes; {} without a folder."""
+    """Finished files below a folder, sorted: relative path -> bytes; {} without a folder.
+
+    Raises:
+        ForeignDataError: an object store or the hub names a file that isn't below the folder.
+    """
     system, path = filesystem(uri)
-    selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
-    sizes = {
-        os.path.relpath(info.path, path).replace(os.sep, "/"): int(info.size)
-        for info in system.get_file_info(selector)
-        if info.type == fs.FileType.File and not info.path.endswith(_PARTIAL)
+    found = {
+        name: int(info.size)
+        for name, info in _files_below(system, path, uri, recursive=recursive).items()
     }
-    return dict(sorted(sizes.items()))
+    return {name: size for name, size in found.items() if not name.endswith(_PARTIAL)}
+
+
+def _files_below(
+    system: fs.FileSystem, root: str, uri: str, *, recursive: bool = True
+) -> dict[str, fs.FileInfo]:
+    """Files below a folder by their paths relative to it, sorted.
+
+    A local disk has no names that lead out of a folder. An object's key is any text, and so is
+    what a server answers, so those are checked before a path is made of them.
+    """
+    infos = system.get_file_info(fs.FileSelector(root, recursive=recursive, allow_not_found=True))
+    prefix, where = f"{root.rstrip('/')}/", f"the listing of {shown(uri)}"
+    named = {
+        info.path.removeprefix(prefix): info for info in infos if info.type == fs.FileType.File
+    }
+    if scheme(uri) in _LISTED_BY_SERVERS:
+        named = {relative_name(name, where=where): info for name, info in named.items()}
+    return dict(sorted(named.items()))
 
 
 def list_files(uri: str, *, recursive: bool = True) -> list[str]:
@@ -261,6 +284,9 @@ def delete_file(uri: str) -> None:
 def delete_folder(uri: str) -> None:
     """Delete a folder and all below it; nothing happens if it isn't there.
 
+    Links are never followed: a link in the folder's place, or below it, goes, what it points to
+    stays.
+
     Raises:
         ValueError: the URI is read-only, a whole bucket or the root of a file system.
     """
@@ -283,6 +309,7 @@ def local_folder(uri: str, cache_dir: Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder, or it is empty.
+        ForeignDataError: the store names a file that isn't below the folder; nothing is written.
     """
     if scheme(uri) == "hf":
         return hub_snapshot(uri)
@@ -291,14 +318,14 @@ def local_folder(uri: str, cache_dir: Path | None = None) -> Path:
         if not Path(path).is_dir():
             raise FileNotFoundError(errno.ENOENT, "no such folder", uri)
         return Path(path)
-    infos = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
-    files = sorted((i.path, i.size, i.mtime_ns) for i in infos if i.type == fs.FileType.File)
-    if not files:
+    found = _files_below(system, path, uri)
+    if not found:
         raise FileNotFoundError(errno.ENOENT, "no such folder, or it is empty", uri)
-    key = hashlib.sha256(repr((uri, files)).encode()).hexdigest()[:24]
+    files = [(info.path, info.size, info.mtime_ns) for info in found.values()]
+    key = hashlib.sha256(repr((uri, sorted(files))).encode()).hexdigest()[:24]
     target = (cache_dir or _default_cache()) / key
     if not target.is_dir():
-        _download(system, path, [name for name, _, _ in files], target)
+        _download(system, found, target)
     return target
 
 
@@ -310,17 +337,23 @@ def for_ranges(uri: str) -> str:
     return str(local_folder(uri)) if scheme(uri) == "hf" else uri
 
 
-def _download(system: fs.FileSystem, root: str, files: list[str], target: Path) -> None:
-    """Copy into a fresh folder, then rename: a folder under its final name is complete."""
+def _download(system: fs.FileSystem, files: Mapping[str, fs.FileInfo], target: Path) -> None:
+    """Copy into a fresh folder, then rename: a folder under its final name is complete.
+
+    Args:
+        system: where the files lie.
+        files: by their checked paths below `target`.
+        target: the folder to be.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=_PARTIAL, dir=target.parent))
     try:
-        for name in files:
-            destination = fresh / os.path.relpath(name, root)
+        for name, info in files.items():
+            destination = fresh / name
             destination.parent.mkdir(parents=True, exist_ok=True)
             with (
-                system.open_input_stream(name, compression=None) as source,
-                destination.open("wb") as copy,
+                system.open_input_stream(info.path, compression=None) as source,
+                open(destination, "xb", opener=_without_links) as copy,
             ):
                 shutil.copyfileobj(source, copy, _COPY_BYTES)
         try:
@@ -330,6 +363,10 @@ def _download(system: fs.FileSystem, root: str, files: list[str], target: Path) 
                 raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _default_cache() -> Path:

@@ -19,6 +19,8 @@ MAX_JSON_DEPTH = 64
 
 _MAX_NAME = 1024  # characters; the longest key that S3 takes
 
+_MAX_PART = 255  # bytes; the longest name of a file or folder that a disk takes
+
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
@@ -57,6 +59,7 @@ def relative_name(name: object, *, where: str) -> str:
         raise ForeignDataError(f"{where} names the file {shown(repr(name))}; {expected}")
     wrong = (
         len(name) > _MAX_NAME
+        or any(len(part.encode(errors="replace")) > _MAX_PART for part in name.split("/"))
         or "\\" in name
         or any(part in ("", ".", "..") for part in name.split("/"))
         or any(unicodedata.category(character) in ("Cc", "Cs") for character in name)

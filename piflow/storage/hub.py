@@ -17,6 +17,9 @@ _HUB_URI = re.compile(
     r"hf://(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?"
 )
 
+# names that would lie outside of the snapshot's folder
+_OUTSIDE = ["/*", "..", "../*", "*/../*", "*/.."]
+
 
 @dataclass(frozen=True)
 class _HubPlace:
@@ -68,6 +71,7 @@ def hub_snapshot(uri: str) -> Path:
             repo_type=place.repo_type,
             revision=place.revision,
             allow_patterns=f"{place.path}/*" if place.path else None,
+            ignore_patterns=_OUTSIDE,
         )
     folder = Path(root, place.path)
     if not folder.is_dir():
