@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from piflow import storage
 from piflow.backbones.codec import absolute_paths, build_codec, check_channels
@@ -63,6 +62,7 @@ from piflow.data.pictures import BadPictureError, LatentEncoder, codec_identity
 from piflow.data.prompts import PromptSet
 from piflow.data.reader import EmbeddingStore
 from piflow.data.writer import ShardReport, reusable_shard, write_shard
+from piflow.progress import progress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -340,21 +340,13 @@ def _require_wanted(recipe: Recipe, manifest: StoreManifest) -> None:
 def _encode(
     recipe: Recipe, job: _Job, missing: list[ShardPlan], session: Session, console: Console
 ) -> Generator[_Finished]:
-    """Run the encoder actors over the missing shards, with a bar that counts prompts."""
+    """Run the encoder actors over the missing shards, and show how many prompts are done."""
     if not missing:
         return
-    bar = Progress(
-        TextColumn("embed: prompts"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=console.quiet,
-    )
-    with session(recipe), bar:
-        task = bar.add_task("embed", total=sum(len(plan.prompts) for plan in missing))
+    total = sum(len(plan.prompts) for plan in missing)
+    with session(recipe), progress("embed: prompts", total, console=console) as bar:
         for row in _run(recipe, job, missing):
-            bar.advance(task, row["prompts"])
+            bar.advance(row["prompts"])
             if row["entry"]:
                 yield _Finished(
                     ShardEntry.model_validate_json(row["entry"]),

@@ -192,7 +192,8 @@ class TrainLoop:
         if self.rank:
             return
         done = metrics.step + 1
-        self.mailbox.update.remote(done, f"loss {metrics.loss:.4f}")
+        speed = self.training.batch_size / seconds
+        self.mailbox.update.remote(done, f"loss {metrics.loss:.4f}, {speed:.3g} samples/s")
         if not self._is_logged(done):
             return
         values = {
@@ -202,7 +203,7 @@ class TrainLoop:
             "epoch": epoch,
             "samples": float(done * self.training.batch_size),
             "step_seconds": seconds,
-            "samples_per_second": self.training.batch_size / seconds,
+            "samples_per_second": speed,
             "tflops_per_second": 1e-12 * self.training.batch_size * flops / seconds,
             "data_wait_seconds": waited,
             "data_wait_share": sum(self.waits) / sum(self.seconds),

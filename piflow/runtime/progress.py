@@ -1,4 +1,4 @@
-"""A progress bar in the driver's terminal for a loop that runs in remote workers.
+"""Progress in the driver's terminal or log of a loop that runs in remote workers.
 
 worker rank 0 --update()--> Mailbox (actor) <--read()-- driver thread --> terminal
 """
@@ -11,15 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from piflow.progress import progress
 from piflow.runtime.mailbox import start_mailbox
 
 _POLL_SECONDS = 0.5
@@ -27,26 +20,15 @@ _POLL_SECONDS = 0.5
 
 @contextmanager
 def mailbox_with_bar(name: str, total: int, *, show: bool) -> Iterator[Any]:
-    """A new mailbox, and a bar over `total` steps, as it has them, while the block runs."""
+    """A new mailbox, and the progress over `total` steps, as it has them, while the block runs."""
     mailbox = start_mailbox()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-        disable=not show,
-    )
     done = threading.Event()
+    with progress(f"{name}: steps", total, show=show) as bar:
 
-    def poll() -> None:
-        while not done.wait(_POLL_SECONDS):
-            step, text = ray.get(mailbox.read.remote())
-            bar.update(task, completed=step, text=text)
+        def poll() -> None:
+            while not done.wait(_POLL_SECONDS):
+                bar.update(*ray.get(mailbox.read.remote()))
 
-    with bar:
-        task = bar.add_task(f"{name}: steps", total=total, text="starting workers")
         thread = threading.Thread(target=poll, daemon=True)
         thread.start()
         try:
@@ -54,5 +36,4 @@ def mailbox_with_bar(name: str, total: int, *, show: bool) -> Iterator[Any]:
         finally:
             done.set()
             thread.join()
-            step, text = ray.get(mailbox.read.remote())
-            bar.update(task, completed=step, text=text)
+            bar.update(*ray.get(mailbox.read.remote()))
