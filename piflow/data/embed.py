@@ -34,6 +34,7 @@ from piflow.backbones.encoders import encoder_identity
 from piflow.backbones.text import EncodedPrompt
 from piflow.config import Recipe
 from piflow.data.background import quiet_context, remote_cause
+from piflow.data.cluster import require_resources
 from piflow.data.encode import encode_row_groups, load_encoder
 from piflow.data.layout import (
     Layout,
@@ -123,6 +124,7 @@ def embed_prompts(recipe: Recipe, session: Session, *, show_progress: bool = Tru
         FileNotFoundError: no prompts file or no encoder folder.
         ValueError: unusable prompts or encoder, bad pictures, or the store's folder belongs to
             other inputs.
+        ResourcesError: the cluster has no room for an encoder.
         OSError: the storage refused.
     """
     console = Console(stderr=True, quiet=not show_progress)
@@ -345,6 +347,12 @@ def _encode(
         return
     total = sum(len(plan.prompts) for plan in missing)
     with session(recipe), progress("embed: prompts", total, console=console) as bar:
+        require_resources(
+            [{"CPU": 1, "GPU": recipe.embed.gpus_per_encoder}],
+            what="an encoder",
+            keys="embed.gpus_per_encoder",
+            timeout=recipe.runtime.worker_start_timeout,
+        )
         for row in _run(recipe, job, missing):
             bar.advance(row["prompts"])
             if row["entry"]:

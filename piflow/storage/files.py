@@ -21,6 +21,7 @@ outage of half a minute is sat out, and a refusal (wrong keys) fails at once.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -304,8 +305,9 @@ def local_folder(uri: str, cache_dir: Path | None = None) -> Path:
 
     Local and package folders are returned as they are. Objects are downloaded once into
     ``cache_dir`` (default ``$XDG_CACHE_HOME/piflow`` or ``~/.cache/piflow``), in a folder named by
-    the URI and every file's size and time, so a changed source is downloaded anew. What comes from
-    the hub lies in the hub client's own cache (``HF_HOME``), and is found there without a network.
+    the URI and every file's size and time, so a changed source is downloaded anew. Of several
+    processes of a machine one downloads, and the others wait for it. What comes from the hub lies
+    in the hub client's own cache (``HF_HOME``), and is found there without a network.
 
     Raises:
         FileNotFoundError: there is no such folder, or it is empty.
@@ -325,7 +327,9 @@ def local_folder(uri: str, cache_dir: Path | None = None) -> Path:
     key = hashlib.sha256(repr((uri, sorted(files))).encode()).hexdigest()[:24]
     target = (cache_dir or _default_cache()) / key
     if not target.is_dir():
-        _download(system, found, target)
+        with _downloading(target):
+            if not target.is_dir():
+                _download(system, found, target)
     return target
 
 
@@ -335,6 +339,27 @@ def for_ranges(uri: str) -> str:
     A machine then downloads it once, however many workers and restarts read it.
     """
     return str(local_folder(uri)) if scheme(uri) == "hf" else uri
+
+
+@contextmanager
+def _downloading(target: Path) -> Iterator[None]:
+    """A block that one process of those sharing the cache is in; it looks again for `target`.
+
+    The kernel lets go of the lock of a process that was killed, and what that one left half done
+    is deleted here. Where a file system has no locks, everybody downloads.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    name = target.with_name(f"{target.name}.lock")
+    with name.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            yield
+            return
+        for left in target.parent.glob(f"{target.name}.*{_PARTIAL}"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+        name.unlink(missing_ok=True)  # whoever waits for it, or comes now, finds the folder
 
 
 def _download(system: fs.FileSystem, files: Mapping[str, fs.FileInfo], target: Path) -> None:

@@ -5,7 +5,12 @@ import gzip
 import hashlib
 import importlib.metadata
 import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -285,6 +290,65 @@ def test_remote_folders_are_downloaded_once_and_again_when_they_change(
     second = storage.local_folder("s3://bucket/model", cache)
     assert (second / "sub" / "weights").read_bytes() == b"three"
     assert sorted(cache.iterdir()) == sorted([first, second])  # no partial folder stays
+
+
+_SLOW_DOWNLOAD = """
+import sys, time
+from pathlib import Path
+from pyarrow import fs
+from piflow import storage
+from piflow.storage import files
+
+remote, cache = sys.argv[1:]
+files.filesystem = lambda uri: (fs.SubTreeFileSystem(remote, fs.LocalFileSystem()), "model")
+def slow(*arguments):
+    print("begun", flush=True)
+    time.sleep(60)
+
+files.shutil.copyfileobj = slow
+storage.local_folder("s3://bucket/model", Path(cache))
+"""
+
+
+def test_one_process_of_a_machine_downloads_and_the_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is killed in the middle; of the eight that wait, one downloads."""
+    (tmp_path / "remote" / "model").mkdir(parents=True)
+    (tmp_path / "remote" / "model" / "weights").write_bytes(b"one")
+    cache = tmp_path / "cache"
+    remote = fs.SubTreeFileSystem(str(tmp_path / "remote"), fs.LocalFileSystem())
+    monkeypatch.setattr(files, "filesystem", lambda uri: (remote, "model"))
+    copies = []
+    copy = files.shutil.copyfileobj
+
+    def counted(*arguments: Any) -> None:
+        copies.append(arguments)
+        time.sleep(0.2)
+        copy(*arguments)
+
+    killed = subprocess.Popen(
+        [sys.executable, "-c", _SLOW_DOWNLOAD, str(tmp_path / "remote"), str(cache)],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == b"begun\n"
+        monkeypatch.setattr(files.shutil, "copyfileobj", counted)
+        with ThreadPoolExecutor(8) as pool:
+            found = [
+                pool.submit(storage.local_folder, "s3://bucket/model", cache) for _ in range(8)
+            ]
+            time.sleep(0.3)
+            assert copies == [], "they wait"
+            killed.kill()
+            [folder] = {future.result(timeout=20) for future in found}
+    finally:
+        killed.kill()
+        killed.communicate(timeout=20)
+    assert len(copies) == 1
+    assert (folder / "weights").read_bytes() == b"one"
+    assert list(cache.iterdir()) == [folder], "nothing of the killed one stays"
 
 
 @pytest.mark.parametrize(
