@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
+CLUSTER := $(VENV)/.installed-cluster
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 PARALLEL := --numprocesses logical --maxprocesses 4
@@ -11,7 +12,7 @@ FAKETIME := /usr/bin/faketime
 SINCE  := HEAD
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: install install-dev demo test lint quick unit integration test-recipes test-faults pretrain clean help
+.PHONY: install install-dev demo test lint quick unit integration test-recipes test-faults test-cluster-files render pretrain clean help
 
 help:
 	@echo "make demo         the whole pipeline on the embedded default (about 15 minutes on 2 cores)"
@@ -20,6 +21,8 @@ help:
 	@echo "make unit         the unit tests alone (seconds)"
 	@echo "make test-recipes every recipe stopped and resumed on a tiny model, slow strategies (an hour)"
 	@echo "make test-faults  killed processes, damaged files, servers that go away, clocks that jump (minutes)"
+	@echo "make test-cluster-files  what cluster/ holds, by kustomize and Kubernetes' schemas (a minute)"
+	@echo "make render       write cluster/ again from its recipe and values"
 	@echo "make pretrain     train the default teacher again (hours on a CPU)"
 	@echo "make clean        remove the environment and the runs"
 
@@ -36,6 +39,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(DEV): $(STAMP)
 	$(INSTALL) --editable '.[ray,mlflow,s3,demo,lowbit,deepspeed,dev]'
+	@touch $@
+
+$(CLUSTER): $(DEV)
+	$(INSTALL) --editable '.[ray,s3,dev,cluster]'
 	@touch $@
 
 $(FONT):
@@ -74,6 +81,12 @@ test-recipes: install-dev
 
 test-faults: install-dev $(FAKETIME)
 	$(BIN)/python -m pytest tests/faults
+
+test-cluster-files: $(CLUSTER)
+	$(BIN)/python -m pytest tests/cluster_files
+
+render: install
+	$(BIN)/piflow render cluster/recipe.yaml --target kuberay --out cluster/kuberay
 
 pretrain: install
 	$(BIN)/piflow embed pipelines/recipes/emoji-teacher.yaml

@@ -192,6 +192,35 @@ def smoke(
     pipeline.main(config, keep=keep, resume=resume, show_progress=not quiet)
 
 
+@app.command(
+    epilog=f"Example: `piflow render {DEFAULT_RECIPE} --target kuberay --values my-values.yaml`. "
+    "cluster/values.yaml is an example of values, docs/kubernetes.md says how to use what is "
+    "written."
+)
+def render(
+    recipe: RecipeArgument,
+    target: Annotated[Literal["kuberay"], typer.Option(help="what the files are for")],
+    values: Annotated[
+        Path, typer.Option(help="image, machines and limits, as YAML", metavar="FILE")
+    ] = Path("cluster/values.yaml"),
+    out: Annotated[
+        Path | None, typer.Option(help="folder; default: rendered/TARGET", metavar="FOLDER")
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Write the files that run a recipe on a cluster; start nothing."""
+    config = _load(recipe, overrides)
+    from piflow.commands import render as pipeline
+
+    pipeline.main(
+        config,
+        recipe.read_text(),
+        values=values,
+        out=out or Path("rendered") / target,
+        overrides=overrides or [],
+    )
+
+
 @app.command(name="recipe", epilog=f"Example: `piflow recipe {DEFAULT_RECIPE}`")
 def show_recipe(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Print a recipe with every default filled in; a wrong one is explained."""

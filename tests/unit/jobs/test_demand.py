@@ -1,0 +1,117 @@
+"""Machines of a stage follow from recipe and values, and what doesn't go together is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from piflow.config import Recipe, load_recipe
+from piflow.jobs.demand import Group, demand, job_name, require_reachable
+from piflow.jobs.values import Values, load_values
+
+REPOSITORY = Path(__file__).parents[3]
+VALUES = load_values(REPOSITORY / "cluster" / "values.yaml")
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(REPOSITORY / "cluster" / "recipe.yaml", list(overrides))
+
+
+def values(**sections: Any) -> Values:
+    return Values.model_validate({**VALUES.model_dump(), **sections})
+
+
+@pytest.mark.parametrize(
+    ("workers", "pods", "gpus"),
+    [("8", (1, 1), 8), ("[8, 16]", (1, 2), 8), ("[3, 16]", (1, 2), 8), ("4", (1, 1), 4)],
+)
+def test_training_gets_the_gpus_of_its_workers(
+    workers: str, pods: tuple[int, int], gpus: int
+) -> None:
+    needed = demand(recipe(f"runtime.num_workers={workers}"), VALUES, "distill")
+    group = needed.groups[0]
+    assert (group.fewest, group.most, group.gpus) == (*pods, gpus)
+    assert group.most * group.gpus == recipe(f"runtime.num_workers={workers}").runtime.max_workers
+
+
+def test_half_a_machine_is_asked_for_by_its_half() -> None:
+    group = demand(recipe("runtime.num_workers=4"), VALUES, "distill").groups[0]
+    assert group == Group("gpu", 1, 1, gpus=4, cpus=92, memory_gib=950)
+
+
+def test_gpus_that_would_be_idle_are_refused_with_the_numbers_that_fit() -> None:
+    with pytest.raises(ValueError, match=r"4 would be paid for and idle; use 8 or 16 workers"):
+        demand(recipe("runtime.num_workers=12"), VALUES, "distill")
+
+
+def test_encoders_of_an_online_run_need_gpus_beside_the_workers() -> None:
+    online = recipe("embed.mode=online", "runtime.num_workers=8", "embed.encoders=[1, 2]")
+    assert demand(online, VALUES, "distill").groups[0].most == 2  # 8 + 2 GPUs of machines with 8
+
+
+def test_fractional_gpus_of_encoders_are_rounded_up() -> None:
+    embed = recipe("embed.encoders=[1, 5]", "embed.gpus_per_encoder=0.5")
+    assert demand(embed, VALUES, "embed").groups[0].gpus == 3
+
+
+def test_evaluation_draws_on_a_gpu_of_its_own() -> None:
+    needed = demand(recipe(), VALUES, "evaluate")
+    assert needed.driver_gpus == 1 and needed.groups[0].gpus == 1
+    cpu = demand(recipe("runtime.use_gpu=false", "runtime.num_workers=2"), VALUES, "evaluate")
+    assert cpu.driver_gpus == 0 and [group.gpus for group in cpu.groups] == [0]
+
+
+def test_workers_without_gpus_share_cpu_machines() -> None:
+    cpu = recipe("runtime.use_gpu=false", "runtime.num_workers=4", "runtime.cpus_per_worker=5")
+    assert demand(cpu, VALUES, "distill").groups == (Group("cpu", 2, 2, 0, 15, 56),)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["runtime.cpus_per_worker=24"], "use at most 23"),
+        (["runtime.use_gpu=false", "runtime.cpus_per_worker=8"], "room for 4"),
+        (["runtime.use_gpu=false", "runtime.cpus_per_worker=16"], "room for 0"),
+    ],
+)
+def test_machines_that_are_too_small_are_refused(overrides: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        demand(recipe(*overrides), VALUES, "distill")
+
+
+def test_a_recipe_for_gpus_needs_machines_with_gpus() -> None:
+    with pytest.raises(ValueError, match="no gpu_machines"):
+        demand(recipe(), values(gpu_machines=None), "distill")
+
+
+def test_names_become_those_of_kubernetes() -> None:
+    assert job_name(recipe("name=a.b_c"), VALUES, "embed") == "a-b-c-embed"
+    assert job_name(recipe("name=1st"), values(run_name="first"), "embed") == "first-embed"
+    for name in ("1st", "a" * 44):
+        with pytest.raises(ValueError, match="set run_name"):
+            job_name(recipe(f"name={name}"), VALUES, "embed")
+
+
+@pytest.mark.parametrize(
+    ("override", "shared", "told"),
+    [
+        ("run_dir=runs/a", None, "run_dir = runs/a"),
+        ("model.vae=/models/vae", "/mnt/piflow", "model.vae"),
+        ("embed.store=../a", "/mnt/piflow", "embed.store"),
+        ("embed.prompts=/mnt/piflow-other/p.txt", "/mnt/piflow", "embed.prompts"),
+        ("tracking.uri=null", None, "tracking.uri is empty"),
+        ("tracking.uri=sqlite:///a.db", None, "one machine"),
+    ],
+)
+def test_places_that_not_all_machines_reach_are_refused(
+    override: str, shared: str | None, told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        require_reachable(recipe(override), shared)
+
+
+def test_places_in_a_shared_folder_are_reached() -> None:
+    require_reachable(recipe("run_dir=runs/a", "embed.store=/mnt/piflow/s"), "/mnt/piflow")
+    require_reachable(recipe("embed.prompts=package://piflow.demo/prompts.txt"), None)
