@@ -54,6 +54,7 @@ from piflow.data.manifest import (
     StoreError,
     StoreInputs,
     StoreManifest,
+    read_inputs,
     read_manifest,
     require_same_inputs,
     write_manifest,
@@ -240,8 +241,7 @@ def _finished_store(job: _Job) -> StoreManifest | None:
             return None  # files are missing: make them anew
     unfinished = storage.join(job.store, JOB_FILE)
     if storage.exists(unfinished):
-        found = StoreInputs.model_validate_json(storage.read_bytes(unfinished))
-        require_same_inputs(job.store, found, job.inputs)
+        require_same_inputs(job.store, read_inputs(unfinished), job.inputs)
     return None
 
 
@@ -295,7 +295,11 @@ def _reusable(job: _Job, bad_share: float) -> dict[str, _Finished]:
     found: dict[str, _Finished] = {}
     present = set(storage.list_files(job.store))
     for plan in job.plans:
-        kept = reusable_shard(job.store, plan, job.inputs) if plan.path in present else None
+        kept = (
+            reusable_shard(job.store, plan, job.inputs, job.buckets)
+            if plan.path in present
+            else None
+        )
         if kept is not None and len(kept[1].skipped) <= bad_share * len(plan.prompts):
             found[plan.path] = _Finished(*kept)
     return found

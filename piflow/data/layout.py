@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from piflow.config import Recipe
-from piflow.data.manifest import EMPTY_PROMPT, SCHEMA_VERSION, Bucket, RowGroup, StoreInputs
+from piflow.data.manifest import (
+    EMPTY_PROMPT,
+    SCHEMA_VERSION,
+    Bucket,
+    RowGroup,
+    StoreInputs,
+    shard_name,
+)
 from piflow.data.prompts import Prompt, PromptSet, read_prompts
 from piflow.storage.fingerprint import EncoderIdentity
 
@@ -59,8 +66,7 @@ def plan_store(
     for number, start in enumerate(range(0, len(rows), rows_per_shard)):
         part = rows[start : start + rows_per_shard]
         groups = _row_groups([bucket for bucket, _ in part], rows_per_group)
-        path = f"shard-{number:05d}.parquet"
-        shards.append(ShardPlan(path, tuple(prompt for _, prompt in part), groups))
+        shards.append(ShardPlan(shard_name(number), tuple(prompt for _, prompt in part), groups))
     return buckets, shards
 
 

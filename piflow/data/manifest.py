@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Literal
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from piflow import storage
 from piflow.storage.fingerprint import CodecIdentity, EncoderIdentity, Record
+from piflow.storage.foreign import ForeignDataError, parse_object, shown
 
 SCHEMA_VERSION = 2
 
@@ -20,6 +24,8 @@ MANIFEST = "manifest.json"
 
 EMPTY_PROMPT = "empty-prompt.parquet"
 
+_NEGATIVE_PROMPT = r"negative-prompt-[0-9a-f]{16}\.parquet"
+
 TokenDtype = Literal["fp8", "bf16"]
 
 DamagedRows = Literal["stop", "replace"]
@@ -27,6 +33,16 @@ DamagedRows = Literal["stop", "replace"]
 LatentDtype = Literal["bf16", "fp32"]
 
 _PADDED_TOKENS = 512  # what FLUX.1's and Qwen-Image's pipelines pad to at most
+
+_MAX_BYTES = 512 * 2**20  # of a manifest; one of 100 million prompts has a quarter of it
+
+_MAX_STATES = 2**28  # numbers that a prompt's padded token states may be, 1 GiB as float32
+
+_Count = Annotated[int, Field(ge=0, lt=2**48)]
+
+_Positive = Annotated[int, Field(ge=1, lt=2**48)]
+
+_Length = Annotated[int, Field(ge=1, lt=2**20)]  # of a picture's side, or of its latents'
 
 REMEDY = "delete it and run `piflow embed` again: only what is missing is made anew"
 
@@ -57,25 +73,25 @@ class SkippedPicture(Record):
 class Bucket(Record):
     """One picture size in pixels, its prompts, and the shape of its pictures' latents."""
 
-    height: int
-    width: int
-    rows: int
-    latent_shape: tuple[int, int, int] | None = None
+    height: _Length
+    width: _Length
+    rows: _Count
+    latent_shape: tuple[_Length, _Length, _Length] | None = None
 
 
 class RowGroup(Record):
     """The unit of reading; `bucket` is an index into the manifest's buckets."""
 
-    rows: int
-    bucket: int
+    rows: _Positive
+    bucket: _Count
 
 
 class ShardEntry(Record):
     """One Parquet file of the store."""
 
     path: str
-    rows: int
-    bytes: int
+    rows: _Count
+    bytes: _Positive
     sha256: str
     row_groups: tuple[RowGroup, ...]
 
@@ -86,9 +102,9 @@ class StoreInputs(Record):
     schema_version: int
     encoder: EncoderIdentity
     dtype: TokenDtype
-    rows_per_shard: int
-    rows_per_group: int
-    num_prompts: int
+    rows_per_shard: _Positive
+    rows_per_group: _Positive
+    num_prompts: _Positive
     prompts_sha256: str
     latents: LatentInputs | None = None
 
@@ -99,14 +115,18 @@ class StoreInputs(Record):
 
 
 class StoreManifest(Record):
-    """``manifest.json``."""
+    """``manifest.json``.
+
+    It names no place outside of its folder: encoder and VAE are known by their contents, and a
+    file's name follows from its number or its prompt.
+    """
 
     inputs: StoreInputs
     inputs_sha256: str
     buckets: tuple[Bucket, ...]
     shards: tuple[ShardEntry, ...]
     empty_prompt: ShardEntry
-    truncated_prompts: int
+    truncated_prompts: _Count
     negative_prompts: tuple[ShardEntry, ...] = ()
     skipped_pictures: tuple[SkippedPicture, ...] = ()
 
@@ -133,10 +153,7 @@ class StoreManifest(Record):
     @property
     def latent_bytes(self) -> int:
         """What all latents take."""
-        if self.inputs.latents is None:
-            return 0
-        size = 2 if self.inputs.latents.dtype == "bf16" else 4
-        return size * sum(b.rows * math.prod(b.latent_shape or (0,)) for b in self.buckets)
+        return sum(bucket.rows * latent_size(self.inputs, bucket) for bucket in self.buckets)
 
     @property
     def times_smaller(self) -> float:
@@ -167,34 +184,182 @@ def write_manifest(store_uri: str, manifest: StoreManifest) -> None:
 
 
 def read_manifest(uri: str) -> StoreManifest:
-    """Read and validate ``manifest.json``.
+    """Read ``manifest.json`` and compare every number in it with every other one.
 
     Raises:
-        StoreError: it is missing, unreadable or of another version.
+        StoreError: it is missing, unreadable, of another version, or contradicts itself.
     """
+    where = storage.join(uri, MANIFEST)
     try:
-        content = storage.read_bytes(storage.join(uri, MANIFEST))
+        content = storage.read_bytes(where)
     except FileNotFoundError as error:
         raise StoreError(
             f"no embedding store at {uri}: {MANIFEST} is missing; make it with `piflow embed`"
         ) from error
+    corrupt = f"{MANIFEST} of embedding store {uri} is corrupt; {REMEDY}"
     try:
-        tree = json.loads(content)
-        version = tree["inputs"]["schema_version"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise StoreError(f"{MANIFEST} of embedding store {uri} is corrupt; {REMEDY}") from error
+        version = _version(parse_object(content, where=where, max_bytes=_MAX_BYTES))
+    except ForeignDataError as error:
+        raise StoreError(f"{corrupt}: {error}") from error
     if version not in (SCHEMA_VERSION, SCHEMA_VERSION_WITH_LATENTS):
         raise StoreError(
-            f"embedding store {uri} has format version {version}, this piflow reads "
+            f"embedding store {uri} has format version {shown(version)}, this piflow reads "
             f"{SCHEMA_VERSION} and {SCHEMA_VERSION_WITH_LATENTS}; remove the folder and make the "
             "store anew with `piflow embed`"
         )
     try:
-        return StoreManifest.model_validate(tree)
+        manifest = StoreManifest.model_validate_json(content, strict=True)
     except ValidationError as error:
+        raise StoreError(f"{corrupt}: {_explained(error)}") from error
+    problem = next(contradictions(manifest), None)
+    if problem is not None:
         raise StoreError(
-            f"{MANIFEST} of embedding store {uri} is corrupt; {REMEDY}:\n{error}"
+            f"{MANIFEST} of embedding store {uri} contradicts itself: {problem}; {REMEDY}"
+        )
+    return manifest
+
+
+def read_inputs(uri: str) -> StoreInputs:
+    """The inputs of an unfinished store, from the file at `uri`.
+
+    Raises:
+        StoreError: they can't be read; names the file.
+    """
+    try:
+        content = storage.read_bytes(uri)
+        parse_object(content, where=uri)
+        return StoreInputs.model_validate_json(content, strict=True)
+    except (ForeignDataError, ValidationError) as error:
+        problem = _explained(error) if isinstance(error, ValidationError) else str(error)
+        raise StoreError(
+            f"{uri} doesn't say whose unfinished shards lie there: {problem}; delete it if they "
+            "are of this recipe (files of others are made anew), or choose another embed.store"
         ) from error
+
+
+def _version(tree: dict[str, Any]) -> Any:
+    inputs = tree.get("inputs")
+    if not isinstance(inputs, dict) or "schema_version" not in inputs:
+        raise ForeignDataError("inputs.schema_version is missing")
+    return inputs["schema_version"]
+
+
+def _explained(error: ValidationError) -> str:
+    """What is wrong, on one line; keys may be anything that somebody wrote."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    texts = [
+        f"{shown('.'.join(str(part) for part in problem['loc']))}: {shown(problem['msg'])}"
+        for problem in problems[:3]
+    ]
+    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(texts) + more
+
+
+def contradictions(manifest: StoreManifest) -> Iterator[str]:
+    """What of a manifest's numbers and names doesn't go with the others; nothing if all does."""
+    yield from _contradicting_inputs(manifest.inputs, manifest.inputs_sha256)
+    yield from _contradicting_rows(manifest)
+    yield from _contradicting_buckets(manifest)
+    for number, shard in enumerate(manifest.shards):
+        yield from _contradicting_shard(manifest, shard, number)
+    for entry in manifest.singles:
+        if entry.row_groups != (RowGroup(rows=1, bucket=0),) or entry.rows != 1:
+            yield f"{shown(entry.path)} is of one prompt and has not one row in one row group"
+    if manifest.empty_prompt.path != EMPTY_PROMPT:
+        yield f"the empty prompt's file is {shown(manifest.empty_prompt.path)}, not {EMPTY_PROMPT}"
+    negatives = [entry.path for entry in manifest.negative_prompts]
+    for path in negatives:
+        if re.fullmatch(_NEGATIVE_PROMPT, path) is None:
+            yield f"a negative prompt's file is {shown(path)}, not negative-prompt-<id>.parquet"
+    if len(set(negatives)) != len(negatives):
+        yield "a negative prompt is there twice"
+
+
+def _contradicting_inputs(inputs: StoreInputs, digest: str) -> Iterator[str]:
+    if inputs.digest != digest:
+        yield f"inputs_sha256 is {shown(digest[:12])}…, the inputs' own is {inputs.digest[:12]}…"
+    if (inputs.schema_version == SCHEMA_VERSION_WITH_LATENTS) != (inputs.latents is not None):
+        yield (
+            f"format version {inputs.schema_version} with{'out' * (inputs.latents is None)} latents"
+        )
+    tokens, size = inputs.encoder.max_tokens, inputs.encoder.hidden_size
+    if tokens < 1 or size < 1 or tokens * size > _MAX_STATES:
+        yield f"a prompt has {tokens} tokens of {size} numbers, at most {_MAX_STATES} together"
+
+
+def _contradicting_rows(manifest: StoreManifest) -> Iterator[str]:
+    inputs, skipped = manifest.inputs, manifest.skipped_pictures
+    if manifest.num_rows + len(skipped) != inputs.num_prompts:
+        yield (
+            f"{manifest.num_rows} rows and {len(skipped)} skipped pictures of "
+            f"{inputs.num_prompts} prompts"
+        )
+    if manifest.num_rows == 0:
+        yield "no row at all"
+    if skipped and inputs.latents is None:
+        yield "skipped pictures in a store without latents"
+    if len({picture.prompt_id for picture in skipped}) != len(skipped):
+        yield "a prompt was skipped twice"
+    if manifest.truncated_prompts > manifest.num_rows:
+        yield f"{manifest.truncated_prompts} truncated prompts of {manifest.num_rows}"
+    if len(manifest.shards) != -(-inputs.num_prompts // inputs.rows_per_shard):
+        yield (
+            f"{len(manifest.shards)} shards of {inputs.rows_per_shard} rows for "
+            f"{inputs.num_prompts} prompts"
+        )
+
+
+def _contradicting_buckets(manifest: StoreManifest) -> Iterator[str]:
+    inputs = manifest.inputs
+    if len({(bucket.height, bucket.width) for bucket in manifest.buckets}) != len(manifest.buckets):
+        yield "a picture size has two buckets"
+    found = Counter[int]()
+    for shard in manifest.shards:
+        for group in shard.row_groups:
+            found[group.bucket] += group.rows
+    for number, bucket in enumerate(manifest.buckets):
+        if bucket.rows != found[number]:
+            yield f"bucket {number} has {bucket.rows} rows, its row groups hold {found[number]}"
+        if (bucket.latent_shape is None) != (inputs.latents is None):
+            yield f"bucket {number} has latents of shape {bucket.latent_shape}, the inputs differ"
+
+
+def _contradicting_shard(manifest: StoreManifest, shard: ShardEntry, number: int) -> Iterator[str]:
+    inputs, name = manifest.inputs, shard_name(number)
+    if shard.path != name:
+        yield f"the file of shard {number} is {shown(shard.path)}, not {name}"
+        return
+    held = sum(group.rows for group in shard.row_groups)
+    if shard.rows != held:
+        yield f"{name} has {shard.rows} rows, its row groups hold {held}"
+    start = number * inputs.rows_per_shard
+    planned = min(inputs.rows_per_shard, inputs.num_prompts - start)
+    if held > planned or (held < planned and not manifest.skipped_pictures):
+        yield f"{name} has {held} rows where the inputs have {planned} prompts"
+    for group in shard.row_groups:
+        if group.rows > inputs.rows_per_group:
+            yield f"{name} has a row group of {group.rows}, more than {inputs.rows_per_group} rows"
+        if group.bucket >= len(manifest.buckets):
+            yield f"{name} has rows of bucket {group.bucket}, of {len(manifest.buckets)}"
+            return
+    latents = sum(
+        group.rows * latent_size(inputs, manifest.buckets[group.bucket])
+        for group in shard.row_groups
+    )
+    if shard.bytes <= latents:
+        yield f"{name} has {shard.bytes} bytes, fewer than its {latents} of latents"
+
+
+def shard_name(number: int) -> str:
+    """The file of the shard with this number, from 0."""
+    return f"shard-{number:05d}.parquet"
+
+
+def latent_size(inputs: StoreInputs, bucket: Bucket) -> int:
+    """Bytes that a row's latents take."""
+    if inputs.latents is None or bucket.latent_shape is None:
+        return 0
+    return (2 if inputs.latents.dtype == "bf16" else 4) * math.prod(bucket.latent_shape)
 
 
 def require_same_inputs(uri: str, found: StoreInputs, expected: StoreInputs) -> None:

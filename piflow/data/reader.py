@@ -27,8 +27,9 @@ and the encoder decides its embedding.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from threading import Lock
@@ -53,7 +54,9 @@ from piflow.data.manifest import (
 from piflow.data.order import RowGroups, StoreLayout
 from piflow.data.parquet import open_parquet
 from piflow.data.rows import EmbeddingBatch, cut_rows, decode_rows
+from piflow.data.shard_checks import ContradictionError, require_footer, require_rows
 from piflow.storage.fingerprint import CodecIdentity, EncoderIdentity
+from piflow.storage.foreign import ForeignDataError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -171,19 +174,22 @@ class EmbeddingStore:
             if found != entry.sha256:
                 raise StoreError(
                     f"{entry.path} of embedding store {self.uri} is corrupt ({self._damage(entry)})"
-                    f": sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…; {REMEDY}"
+                    f": sha256 {found[:12]}…, the manifest says {shown(entry.sha256[:12])}…; "
+                    f"{REMEDY}"
                 )
 
     def _damage(self, entry: ShardEntry) -> str:
         """Which row groups of a file can't be read."""
         try:
-            file = _open_shard(self.uri, entry.path)
+            file = _open_shard(self, entry)
+        except ContradictionError as error:
+            return str(error)
         except StoreError:
             return "it can't be opened"
         damaged = []
         for group in range(file.num_row_groups):
             try:
-                _read_row_group(self.uri, entry.path, group, file, None)
+                _read_row_group(self, entry, group, file, None)
             except StoreError:
                 damaged.append(str(group))
         if damaged:
@@ -289,7 +295,7 @@ class EmbeddingStore:
         return next((e for e in self.manifest.negative_prompts if e.path == path), None)
 
     def _read_single(self, entry: ShardEntry) -> EmbeddingBatch:
-        table = _read_row_group(self.uri, entry.path, 0, None, None)
+        table = _read_row_group(self, entry, 0, _open_shard(self, entry), None)
         return decode_rows(table, self.manifest.inputs)
 
 
@@ -423,15 +429,15 @@ class RowReader:
         return self._opened(shard)
 
     def _opened(self, shard: int) -> pq.ParquetFile:
-        path = self._store.manifest.shards[shard].path
+        entry = self._store.manifest.shards[shard]
         system, folder = self._place
-        place = system, f"{folder}/{path}"
-        return _open_shard(self._store.uri, path, self._metadata.get(shard), place)
+        place = system, f"{folder}/{entry.path}"
+        return _open_shard(self._store, entry, self._metadata.get(shard), place)
 
     def _read(self, number: int) -> pa.RecordBatch:
         shard, group = self._groups[number]
-        path, file = self._store.manifest.shards[shard].path, self._file(shard)
-        table = _read_row_group(self._store.uri, path, group, file, self._columns)
+        entry, file = self._store.manifest.shards[shard], self._file(shard)
+        table = _read_row_group(self._store, entry, group, file, self._columns)
         return table.combine_chunks().to_batches()[0]
 
 
@@ -444,19 +450,37 @@ def take_rows(
 
 
 def _open_shard(
-    store_uri: str,
-    path: str,
+    store: EmbeddingStore,
+    entry: ShardEntry,
     metadata: pq.FileMetaData | None = None,
     place: tuple[Any, str] | None = None,
 ) -> pq.ParquetFile:
-    uri = storage.join(store_uri, path)
+    """A shard, whose footer is compared with the manifest unless it is given as `metadata`."""
+    uri, path = storage.join(store.uri, entry.path), entry.path
     try:
         with storage.explained(uri):
-            return open_parquet(uri, metadata, place)
+            file = open_parquet(uri, metadata, place)
     except (pa.ArrowException, OSError) as error:
-        raise _trouble(store_uri, path)(
-            f"cannot open {path} of embedding store {store_uri}: {error}; if it is damaged, "
-            f"{REMEDY}"
+        raise _trouble(store.uri, path)(
+            f"cannot open {path} of embedding store {store.uri}: {shown(error)}; if it is "
+            f"damaged, {REMEDY}"
+        ) from error
+    if metadata is None:
+        manifest = store.manifest
+        with _named(path, store.uri):
+            require_footer(file, entry, manifest.inputs, manifest.buckets)
+    return file
+
+
+@contextmanager
+def _named(what: str, store_uri: str) -> Iterator[None]:
+    """Contradictions with the name of what contradicts the manifest."""
+    try:
+        yield
+    except (ContradictionError, ForeignDataError) as error:
+        raise ContradictionError(
+            f"{what} of embedding store {store_uri} isn't what the manifest says: {error}; delete "
+            "the file and run `piflow embed` again: only what is missing is made anew"
         ) from error
 
 
@@ -474,20 +498,26 @@ def _trouble(store_uri: str, path: str) -> type[StoreError]:
 
 
 def _read_row_group(
-    store_uri: str,
-    path: str,
+    store: EmbeddingStore,
+    entry: ShardEntry,
     group: int,
-    file: pq.ParquetFile | None,
+    file: pq.ParquetFile,
     columns: list[str] | None,
 ) -> pa.Table:
-    file = file or _open_shard(store_uri, path)
+    """A row group's rows, compared with the manifest."""
+    path, manifest = entry.path, store.manifest
     try:
-        return _read_again(storage.join(store_uri, path), group, file, columns)
+        table = _read_again(storage.join(store.uri, path), group, file, columns)
     except (pa.ArrowException, OSError) as error:
-        raise _trouble(store_uri, path)(
-            f"cannot read row group {group} of {path} in embedding store {store_uri}: {error}; "
-            f"if it is damaged, {REMEDY}"
+        raise _trouble(store.uri, path)(
+            f"cannot read row group {group} of {path} in embedding store {store.uri}: "
+            f"{shown(error)}; if it is damaged, {REMEDY}"
         ) from error
+    single = entry in manifest.singles
+    bucket = None if single else manifest.buckets[entry.row_groups[group].bucket]
+    with _named(f"row group {group} of {path}", store.uri):
+        require_rows(table, entry, group, manifest.inputs, bucket)
+    return table
 
 
 def _read_again(uri: str, group: int, file: pq.ParquetFile, columns: list[str] | None) -> pa.Table:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,15 +14,14 @@ import pyarrow.parquet as pq
 from piflow import storage
 from piflow.backbones.text import EncodedPrompt
 from piflow.data.layout import ShardPlan
-from piflow.data.manifest import ShardEntry, SkippedPicture, StoreInputs
-from piflow.data.parquet import open_parquet
+from piflow.data.manifest import Bucket, ShardEntry, SkippedPicture, StoreInputs
+from piflow.data.parquet import METADATA_KEY, open_parquet, shard_facts
 from piflow.data.rows import SCHEMA, encoded_table
+from piflow.data.shard_checks import require_footer
 
 _COMPRESSION = {name: "zstd" for name in SCHEMA.names} | {"tokens": "none", "pooled": "none"}
 
 _LATENT_COMPRESSION = {"picture": "zstd", "latent": "none", "latent_shape.list.element": "zstd"}
-
-_METADATA_KEY = b"piflow"
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,21 @@ class ShardReport:
     @staticmethod
     def of_json(content: str | bytes) -> ShardReport:
         """The inverse of `to_json`."""
-        tree = json.loads(content)
-        skipped = tuple(SkippedPicture(**picture) for picture in tree.get("skipped", ()))
-        return ShardReport(tree["truncated"], tuple(tree["truncated_examples"]), skipped)
+        return ShardReport.of_facts(json.loads(content))
+
+    @staticmethod
+    def of_facts(facts: Mapping[str, Any]) -> ShardReport:
+        """What a shard's footer says.
+
+        Raises:
+            ValueError: it says something else.
+        """
+        truncated, examples = facts.get("truncated"), facts.get("truncated_examples")
+        texts = isinstance(examples, list) and all(isinstance(text, str) for text in examples)
+        if not isinstance(truncated, int) or not texts:
+            raise ValueError("the footer doesn't say which prompts were truncated")
+        skipped = tuple(map(SkippedPicture.model_validate, facts.get("skipped", ())))
+        return ShardReport(truncated, tuple(examples or ()), skipped)
 
 
 def write_shard(
@@ -77,7 +89,7 @@ def write_shard(
     facts = {"inputs_sha256": inputs.digest} | json.loads(report.to_json())
     table = encoded_table(
         plan.prompts, encoded, inputs.dtype, inputs.latents
-    ).replace_schema_metadata({_METADATA_KEY: json.dumps(facts, sort_keys=True).encode()})
+    ).replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True).encode()})
     compression = _COMPRESSION | ({} if inputs.latents is None else _LATENT_COMPRESSION)
     sink = pa.BufferOutputStream()
     writer = pq.ParquetWriter(
@@ -99,7 +111,7 @@ def write_shard(
 
 
 def reusable_shard(
-    store_uri: str, plan: ShardPlan, inputs: StoreInputs
+    store_uri: str, plan: ShardPlan, inputs: StoreInputs, buckets: Sequence[Bucket]
 ) -> tuple[ShardEntry, ShardReport] | None:
     """The entry of a shard that an earlier, interrupted job left behind; None if it must be made.
 
@@ -109,20 +121,20 @@ def reusable_shard(
     system, path = storage.filesystem(uri)
     try:
         with open_parquet(uri) as file:
-            facts = (file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"{}")
-            if json.loads(facts).get("inputs_sha256") != inputs.digest:
+            facts = shard_facts(file)
+            if facts.get("inputs_sha256") != inputs.digest:
                 return None
+            report = ShardReport.of_facts(facts)
+            skipped = {picture.prompt_id for picture in report.skipped}
+            numbers = {n for n, prompt in enumerate(plan.prompts) if prompt.prompt_id in skipped}
+            plan = plan.without(numbers)
+            size = int(system.get_file_info(path).size)
+            entry = _entry(plan, size, storage.sha256(uri))
+            require_footer(file, entry, inputs, buckets)
             ids = [i for g in range(file.num_row_groups) for i in _read_ids(file, g)]
     except (pa.ArrowException, OSError, ValueError):
         return None
-    report = ShardReport.of_json(facts)
-    skipped = {picture.prompt_id for picture in report.skipped}
-    numbers = {row for row, prompt in enumerate(plan.prompts) if prompt.prompt_id in skipped}
-    plan = plan.without(numbers)
-    if ids != [prompt.prompt_id for prompt in plan.prompts]:
-        return None
-    size = int(system.get_file_info(path).size)
-    return _entry(plan, size, storage.sha256(uri)), report
+    return (entry, report) if ids == [prompt.prompt_id for prompt in plan.prompts] else None
 
 
 def _read_ids(file: pq.ParquetFile, group: int) -> list[str]:

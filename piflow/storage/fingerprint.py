@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from piflow.storage.files import sha256
+from piflow.storage.foreign import shown
 
 
 class Record(BaseModel):
@@ -30,7 +31,8 @@ class EncoderIdentity(Record):
 
     def __str__(self) -> str:
         return (
-            f"{self.name} (weights {self.weights_sha256[:12]}, max_tokens {self.max_tokens}, "
+            f"{shown(self.name)} (weights {shown(self.weights_sha256[:12])}, "
+            f"max_tokens {self.max_tokens}, "
             f"hidden_size {self.hidden_size})"
         )
 
@@ -42,7 +44,7 @@ class CodecIdentity(Record):
     weights_sha256: str
 
     def __str__(self) -> str:
-        return f"{self.name} (weights {self.weights_sha256[:12]})"
+        return f"{shown(self.name)} (weights {shown(self.weights_sha256[:12])})"
 
 
 _MODEL_FILES = ("config.json", "*.safetensors")

@@ -382,6 +382,9 @@ def make_latent_store(tmp_path: Path) -> Callable[..., EmbeddingStore]:
         write_manifest(uri, StoreManifest(
             inputs=inputs, inputs_sha256=inputs.digest, buckets=sized, shards=tuple(entries[:-1]),
             empty_prompt=entries[-1], truncated_prompts=0,
+            skipped_pictures=tuple(
+                SkippedPicture(prompt_id=f"{n:016x}", picture=f"{n}.png", reason="bad") for n in bad
+            ),
         ))  # fmt: skip
         return EmbeddingStore.open(uri)
 
@@ -489,7 +492,8 @@ def test_rows_are_taken_out_of_a_plan() -> None:
 @pytest.mark.parametrize("bad", [(1, 4), range(6)])
 def test_a_shard_is_reused_with_what_it_left_out(tmp_path: Path, bad: Any) -> None:
     prompts = [Prompt(str(n), 8, 8, PictureSource(f"{n}.png", "")) for n in range(6)]
-    _, [plan] = plan_store(prompts, 10, 4)
+    [bucket], [plan] = plan_store(prompts, 10, 4)
+    sized = (bucket.model_copy(update={"latent_shape": (12, 4, 4)}),)
     skipped = [
         SkippedPicture(prompt_id=prompts[n].prompt_id, picture=f"{n}.png", reason="bad")
         for n in bad
@@ -499,8 +503,8 @@ def test_a_shard_is_reused_with_what_it_left_out(tmp_path: Path, bad: Any) -> No
         str(tmp_path), left, [encoded(prompt) for prompt in left.prompts], _inputs(6), skipped
     )
     assert written[1].skipped == tuple(skipped) and written[0].rows == 6 - len(bad)
-    assert reusable_shard(str(tmp_path), plan, _inputs(6)) == written
-    assert reusable_shard(str(tmp_path), left, _inputs(6)) == written
+    assert reusable_shard(str(tmp_path), plan, _inputs(6), sized) == written
+    assert reusable_shard(str(tmp_path), left, _inputs(6), sized) == written
 
 
 def test_records_without_pictures_keep_their_hashes() -> None:

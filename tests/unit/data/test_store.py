@@ -14,7 +14,13 @@ import torch
 
 from piflow.backbones.text import EncodedPrompt
 from piflow.data.layout import ShardPlan, plan_store
-from piflow.data.manifest import StoreError, StoreInputs, read_manifest, require_same_inputs
+from piflow.data.manifest import (
+    Bucket,
+    StoreError,
+    StoreInputs,
+    read_manifest,
+    require_same_inputs,
+)
 from piflow.data.prompts import Prompt
 from piflow.data.reader import EmbeddingStore, RowReader
 from piflow.data.rows import dequantize, quantize
@@ -311,6 +317,9 @@ def test_non_finite_embeddings_are_refused_by_prompt(tmp_path: Path, make_store:
 # ------------------------------------------------------------------------------------------ reuse
 
 
+BUCKETS = (Bucket(height=8, width=8, rows=6),)
+
+
 @pytest.fixture
 def shard(tmp_path: Path, make_store: MakeStore) -> tuple[str, ShardPlan, StoreInputs]:
     inputs = make_store({(32, 32): 2}).manifest.inputs
@@ -325,7 +334,7 @@ def test_a_whole_shard_is_reused_with_what_was_known_of_it(
     shard: tuple[str, ShardPlan, StoreInputs],
 ) -> None:
     uri, plan, inputs = shard
-    entry, report = reusable_shard(uri, plan, inputs) or pytest.fail("not reused")
+    entry, report = reusable_shard(uri, plan, inputs, BUCKETS) or pytest.fail("not reused")
     encoded = [EncodedPrompt(torch.ones(2, 8), torch.ones(6), i > 3) for i in range(6)]
     assert (entry, report) == write_shard(uri, plan, encoded, inputs)
     assert report.truncated == 2 and report.examples == ("p4", "p5")
@@ -335,17 +344,17 @@ def test_other_inputs_prompts_or_damage_forbid_reuse(
     shard: tuple[str, ShardPlan, StoreInputs],
 ) -> None:
     uri, plan, inputs = shard
-    assert reusable_shard(uri, plan, inputs.model_copy(update={"num_prompts": 99})) is None
+    assert reusable_shard(uri, plan, inputs.model_copy(update={"num_prompts": 99}), BUCKETS) is None
     swapped = ShardPlan(plan.path, plan.prompts[::-1], plan.row_groups)
-    assert reusable_shard(uri, swapped, inputs) is None
+    assert reusable_shard(uri, swapped, inputs, BUCKETS) is None
     path = Path(uri) / plan.path
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert reusable_shard(uri, plan, inputs) is None
+    assert reusable_shard(uri, plan, inputs, BUCKETS) is None
     path.write_bytes(whole)
     column = pq.ParquetFile(path).metadata.row_group(0).column(6)
     _damage(path, column.data_page_offset + column.total_compressed_size - 1)
-    assert reusable_shard(uri, plan, inputs) is None
+    assert reusable_shard(uri, plan, inputs, BUCKETS) is None
 
 
 def test_a_reading_process_imports_no_torch() -> None:

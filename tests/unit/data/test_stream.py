@@ -17,7 +17,7 @@ from piflow.backbones.text import EncodedPrompt
 from piflow.data import reader as store_module
 from piflow.data.batch import MicroBatch, StreamBatch
 from piflow.data.blocks import LocalReader
-from piflow.data.manifest import DamagedRows, StoreError
+from piflow.data.manifest import DamagedRows, ShardEntry, StoreError
 from piflow.data.order import StreamOrder, epoch_rows
 from piflow.data.prompts import Prompt
 from piflow.data.reader import EmbeddingStore, RowReader
@@ -179,9 +179,9 @@ def _groups_read(
     read: set[tuple[str, int]] = set()
     original = store_module._read_row_group
 
-    def recorded(uri: str, path: str, group: int, *rest: Any) -> Any:
-        read.add((path, group))
-        return original(uri, path, group, *rest)
+    def recorded(store: EmbeddingStore, entry: ShardEntry, group: int, *rest: Any) -> Any:
+        read.add((entry.path, group))
+        return original(store, entry, group, *rest)
 
     monkeypatch.setattr(store_module, "_read_row_group", recorded)
     reader = RowReader(store)
