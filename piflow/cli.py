@@ -132,12 +132,32 @@ def export(
 )
 def sample(
     adapter: Annotated[str, typer.Argument(help="adapter folder", metavar="ADAPTER")],
-    prompt: Annotated[list[str], typer.Option(help="what to draw; repeatable")],
-    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
-    count: Annotated[int, typer.Option(min=1, help="pictures a prompt")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the first picture")] = 0,
+    prompt: Annotated[list[str] | None, typer.Option(help="what to draw; repeatable")] = None,
+    prompts_file: Annotated[
+        str | None,
+        typer.Option(help="prompts, in the formats that `piflow embed` reads", metavar="URI"),
+    ] = None,
+    out: Annotated[str, typer.Option(help="folder for the pictures", metavar="URI")] = "samples",
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, help="pictures a prompt, with seeds that follow; default: 4"),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="seed of the first picture; several: exactly these"),
+    ] = None,
     nfe: Annotated[
         int | None, typer.Option(min=1, help="network evaluations; default: as trained")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="pixels; default: as trained")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="pixels; default: as trained")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 4,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one")
+    ] = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="what the base computes in; default: as in training"),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="base model folder; default: the adapter's", metavar="URI")
@@ -146,12 +166,25 @@ def sample(
         str | None,
         typer.Option(help="module of a family that no installed package registers; is imported"),
     ] = None,
+    quiet: QuietOption = False,
 ) -> None:
-    """Draw pictures from an exported adapter."""
+    """Draw pictures from an exported adapter. Run it again to go on, or for more prompts."""
     from piflow.commands import sample as pipeline
 
+    prompts = [*(prompt or [])]
+    if prompts_file is not None:
+        prompts += pipeline.prompts_of_file(prompts_file)
+    seeds = seed or [0]
+    if len(seeds) > 1 and count is not None:
+        raise typer.BadParameter("expected several --seed or a --count, not both")
     pipeline.main(
-        adapter, prompt, out=out, count=count, seed=seed, nfe=nfe, base=base, family=family
+        adapter,
+        prompts,
+        out=out,
+        seeds=seeds if len(seeds) > 1 else range(seeds[0], seeds[0] + (count or 4)),
+        choices=pipeline.Choices(nfe, base, height, width, batch_size, device, dtype),
+        family=family,
+        show_progress=not quiet,
     )
 
 

@@ -64,6 +64,15 @@ class Conditioning:
             None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
         )
 
+    def select(self, rows: Tensor) -> Conditioning:
+        """The prompts of these indices, in their order; one may come several times."""
+        rows = rows.to(self.tokens.device)
+        return Conditioning(
+            self.tokens[rows],
+            self.num_tokens[rows],
+            None if self.pooled is None else self.pooled[rows],
+        )
+
     def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
         """This conditioning where `keep` `(B,)` is true, `other` (of size one or B) elsewhere.
 

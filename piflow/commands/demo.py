@@ -40,7 +40,10 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
     result = timed("evaluate", lambda: evaluate.main(recipe, show_progress=show_progress))
     folder, version = timed("export", lambda: export.main(recipe))
     pictures = Path(storage.absolute(recipe.run_dir)) / "samples"
-    timed("sample", lambda: sample.main(folder, SAMPLE_PROMPTS, out=pictures))
+    timed(
+        "sample",
+        lambda: sample.main(folder, SAMPLE_PROMPTS, out=str(pictures), show_progress=show_progress),
+    )
     _print_summary(recipe, result, seconds, folder, version, pictures)
     return result
 

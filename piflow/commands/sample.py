@@ -2,87 +2,239 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from piflow.config import find_family
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from piflow.inference.gallery import Gallery, Request
+    from piflow.inference.settings import SamplingSettings
+    from piflow.roles.adapter import Adapter
+
+SHEET = "grid.jpg"
+_SHEET_PROMPTS, _SHEET_SEEDS = 32, 8  # at most, on the sheet
+_PROMPT_BLOCK = 256  # embedded at once: about 2 GiB of FLUX.1's token states
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How to draw; None: as the adapter was trained.
+
+    Attributes:
+        nfe: network evaluations.
+        base: URI of the base model.
+        height, width: pixels.
+        batch_size: pictures drawn at once.
+        device: "auto" is a GPU if there is one.
+        dtype: what the base computes in.
+    """
+
+    nfe: int | None = None
+    base: str | None = None
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 4
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] | None = None
 
 
 def main(
     adapter: str,
-    prompts: list[str],
+    prompts: Sequence[str],
     *,
-    out: Path,
-    count: int = 4,
-    seed: int = 0,
-    nfe: int | None = None,
-    base: str | None = None,
+    out: str,
+    seeds: Sequence[int] = range(4),
+    choices: Choices | None = None,
     family: str | None = None,
-) -> list[Path]:
-    """Write `count` PNG pictures a prompt, with seeds from `seed` on, and a grid of them all.
+    show_progress: bool = True,
+) -> list[str]:
+    """Write a PNG picture for every prompt and seed, an index of them, and a sheet.
 
-    A picture depends on its prompt and seed alone, not on what else is drawn.
+    A picture depends on its prompt and seed alone, not on what else is drawn, and is written as
+    soon as it is drawn. Those that are there, of the same adapter and settings, are not drawn
+    again.
+
+    Args:
+        out: URI of a folder; other pictures in it stay.
 
     Returns:
-        The files written, the grid last.
+        The pictures' URIs, a prompt's seeds beside one another, and the sheet's last.
 
     Raises:
-        ValueError: an empty prompt, numbers of steps that the student doesn't run at, or an adapter
-            that doesn't load.
+        ValueError: an empty prompt, no seeds, a size that doesn't divide, a GPU that isn't there,
+            numbers of steps that the student doesn't run at, or an adapter that doesn't load.
     """
+    choices = choices or Choices()
     if family is not None:
         find_family(family)  # the user's own word: adapters can't have modules imported
-    if blank := [prompt for prompt in prompts if not prompt.strip()]:
-        raise ValueError(f"expected a prompt that says something, got {blank[0]!r}")
-    import torch
+    requests = _requests(prompts, seeds)
     from transformers.utils import logging as transformers_logging
 
-    from piflow.backbones import build_codec
-    from piflow.flow import draw_noise
-    from piflow.inference.settings import encode_prompts, load_student
-    from piflow.roles.heads import GMHead
-    from piflow.sampling import check_nfe, sample_few_step
+    from piflow.inference.drawing import choose_device
+    from piflow.inference.gallery import Gallery
+    from piflow.inference.settings import read_adapter
 
+    device = choose_device(choices.device)
     transformers_logging.disable_progress_bar()
-    trio, settings = load_student(adapter, base)
-    few_step = settings.few_step if nfe is None else replace(settings.few_step, nfe=nfe)
-    check_nfe(few_step.nfe, settings.few_step.nfe, elastic=isinstance(trio.head, GMHead))
-    cond = encode_prompts(settings, prompts)
+    student, settings = read_adapter(adapter, choices.base, choices.dtype)
+    settings = _settled(student, settings, choices)
+    decides = _what_decides(adapter, student, settings)
+    gallery = Gallery(out, decides, {"adapter": adapter, "device": device.type})
+    missing = gallery.missing(requests)
+    if missing:
+        try:
+            _draw(student, settings, missing, gallery, choices.batch_size, device, show_progress)
+        finally:
+            gallery.close()
+    sheet = _write_sheet(gallery, requests, out)
+    print(
+        f"{len(missing)} pictures drawn, {len(requests) - len(missing)} were there; all are in "
+        f"{out}, with index.jsonl and {SHEET}"
+    )
+    return [*(gallery.file(request) for request in requests), sheet]
+
+
+def prompts_of_file(uri: str) -> list[str]:
+    """The prompts of a file as `piflow embed` reads it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it isn't a prompts file.
+    """
+    from piflow.data.prompts import read_prompts
+
+    return [prompt.text for prompt in read_prompts(uri, height=1, width=1).prompts]
+
+
+def _requests(prompts: Sequence[str], seeds: Sequence[int]) -> list[Request]:
+    """Every prompt with every seed, each once."""
+    from piflow.inference.gallery import Request
+
+    if not prompts:
+        raise ValueError("expected at least one prompt (--prompt or --prompts-file), got none")
+    if blank := [prompt for prompt in prompts if not prompt.strip()]:
+        raise ValueError(f"expected a prompt that says something, got {blank[0]!r}")
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"expected prompts in UTF-8, got {prompt!r}") from None
+    wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
+    if wrong or not seeds:
+        raise ValueError(f"expected seeds from 0 to 2^63 - 1, got {wrong[0] if wrong else 'none'}")
+    return [
+        Request(number, prompt, seed)
+        for number, prompt in enumerate(dict.fromkeys(prompts), 1)
+        for seed in dict.fromkeys(seeds)
+    ]
+
+
+def _settled(student: Adapter, settings: SamplingSettings, choices: Choices) -> SamplingSettings:
+    """The settings with what was chosen, checked before anything large is loaded."""
+    from piflow.backbones import build_codec
+    from piflow.config import DXPolicyConfig
+    from piflow.sampling import check_nfe
+
+    if choices.batch_size < 1:
+        raise ValueError(f"expected a batch size of at least 1, got {choices.batch_size}")
+    trained = settings.few_step.nfe
+    nfe = trained if choices.nfe is None else choices.nfe
+    check_nfe(nfe, trained, elastic=not isinstance(student.config.policy(), DXPolicyConfig))
+    settled = settings.model_copy(
+        update={
+            "height": settings.height if choices.height is None else choices.height,
+            "width": settings.width if choices.width is None else choices.width,
+            "few_step": replace(settings.few_step, nfe=nfe),
+        }
+    )
+    build_codec(settled.model).latent_shape(settled.height, settled.width)
+    return settled
+
+
+def _what_decides(adapter: str, student: Adapter, settings: SamplingSettings) -> dict[str, Any]:
+    """Everything that a picture depends on beside prompt and seed, for index and names."""
+    import hashlib
+
+    from piflow import storage
+    from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE
+
+    files = [storage.sha256(storage.join(adapter, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return {
+        "adapter_sha256": hashlib.sha256("".join(files).encode()).hexdigest(),
+        "base": settings.model.path,
+        "dtype": settings.model.dtype,
+        "height": settings.height,
+        "width": settings.width,
+        "nfe": settings.few_step.nfe,
+    }
+
+
+def _draw(
+    student: Adapter,
+    settings: SamplingSettings,
+    missing: Sequence[Request],
+    gallery: Gallery,
+    batch_size: int,
+    device: Any,
+    show_progress: bool,
+) -> None:
+    """Draw what is missing, and write each batch's pictures."""
+    import torch
+
+    from piflow.backbones import build_codec
+    from piflow.evaluation.sheet import enlarged, png_bytes, to_image
+    from piflow.inference.drawing import draw_pictures
+    from piflow.inference.settings import encode_prompts, student_of
+    from piflow.progress import progress
+
     codec = build_codec(settings.model)
-    shape = codec.latent_shape(settings.height, settings.width)
-    columns = []
-    seeds = range(seed, seed + count)
-    for number in seeds:
-        noise = draw_noise((1, *shape), torch.Generator().manual_seed(number))
-        latents = sample_few_step(
-            lambda x, sigma: trio.student(x, sigma, cond),
-            noise.expand(len(prompts), *shape),
-            few_step,
-        )
-        columns.append(codec.decode(latents))
-    return _write(torch.stack(columns, dim=1), prompts, seeds, out)
+    size = (settings.height, settings.width)
+    trio = None
+    with progress("sample: pictures", len(missing), show=show_progress) as bar:
+        for block in _blocks(missing):
+            prompts = list(dict.fromkeys(request.prompt for request in block))
+            cond = encode_prompts(settings, prompts, device.type)  # its encoder is gone after that
+            if trio is None:
+                trio = student_of(student, settings)
+                for module in trio.modules:
+                    module.to(device)
+            for start in range(0, len(block), batch_size):
+                batch = block[start : start + batch_size]
+                rows = torch.tensor([prompts.index(request.prompt) for request in batch])
+                chosen = cond.select(rows).to(device)
+                drawn = draw_pictures(
+                    trio, codec, settings.few_step, chosen, [item.seed for item in batch], size
+                )
+                for request, picture in zip(batch, drawn, strict=True):
+                    gallery.add(request, png_bytes(enlarged(to_image(picture))))
+                bar.advance(len(batch))
 
 
-def _write(pictures: Tensor, prompts: list[str], seeds: range, out: Path) -> list[Path]:
-    """One file a picture of (prompts, seeds, 3, H, W), and the grid."""
-    from piflow.evaluation.sheet import grid, to_image
-
-    out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for prompt, row in zip(prompts, pictures, strict=True):
-        for number, picture in zip(seeds, row, strict=True):
-            files.append(out / f"{_slug(prompt)}-{number}.png")
-            to_image(picture, upscale=4).save(files[-1])
-    files.append(out / "grid.png")
-    grid(list(pictures), prompts, [f"seed {number}" for number in seeds]).save(files[-1])
-    print(f"{len(files) - 1} pictures and grid.png written to {out}")
-    return files
+def _blocks(missing: Sequence[Request]) -> Iterator[list[Request]]:
+    """The pictures of at most `_PROMPT_BLOCK` prompts at a time."""
+    numbers = list(dict.fromkeys(request.number for request in missing))
+    for start in range(0, len(numbers), _PROMPT_BLOCK):
+        chosen = set(numbers[start : start + _PROMPT_BLOCK])
+        yield [request for request in missing if request.number in chosen]
 
 
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "prompt"
+def _write_sheet(gallery: Gallery, requests: Sequence[Request], out: str) -> str:
+    """A sheet of the first prompts and seeds; its URI."""
+    import io
+
+    from PIL import Image
+
+    from piflow import storage
+    from piflow.evaluation.sheet import image_grid, jpeg_bytes
+
+    seeds = list(dict.fromkeys(request.seed for request in requests))[:_SHEET_SEEDS]
+    shown = [item for item in requests if item.number <= _SHEET_PROMPTS and item.seed in seeds]
+    images = [Image.open(io.BytesIO(storage.read_bytes(gallery.file(item)))) for item in shown]
+    rows = [images[start : start + len(seeds)] for start in range(0, len(images), len(seeds))]
+    prompts = list(dict.fromkeys(request.prompt for request in shown))
+    place = storage.join(out, SHEET)
+    sheet = image_grid(rows, prompts, [f"seed {seed}" for seed in seeds])
+    storage.write_bytes(place, jpeg_bytes(sheet))
+    return place

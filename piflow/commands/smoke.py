@@ -128,7 +128,7 @@ def _parts(
     from piflow.commands import distill, embed, evaluate, export, sample
 
     adapter = str(folder / "adapter")
-    pictures = folder / "samples"
+    pictures = str(folder / "samples")
     parts: dict[str, Callable[[], object]] = {
         "model": lambda: write_inputs(small, folder),
         "embed": lambda: embed.main(small, show_progress=show_progress),
@@ -137,7 +137,13 @@ def _parts(
         "evaluate": lambda: evaluate.main(last, show_progress=show_progress),
         "export": lambda: export.main(last, out=adapter),
         "load": lambda: _load(small, folder / MODEL, adapter),
-        "sample": lambda: sample.main(adapter, _some_prompts(small), out=pictures, count=SEEDS),
+        "sample": lambda: sample.main(
+            adapter,
+            _some_prompts(small),
+            out=pictures,
+            seeds=range(SEEDS),
+            show_progress=show_progress,
+        ),
     }
     if last is small:
         del parts["resume"]

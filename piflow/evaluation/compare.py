@@ -130,12 +130,8 @@ def draw(
     for part, some in zip(
         noise.flatten(0, 1).split(batch_size), rows.split(batch_size), strict=True
     ):
-        chosen = Conditioning(
-            cond.tokens[some],
-            cond.num_tokens[some],
-            None if cond.pooled is None else cond.pooled[some],
-        )
-        pictures.append(codec.decode(method.sample(part, chosen)).clamp(-1, 1).cpu())
+        latents = method.sample(part, cond.select(some))
+        pictures.append(codec.decode(latents).clamp(-1, 1).cpu())
         advance(len(part))
     return torch.cat(pictures).unflatten(0, (prompts, seeds))
 

@@ -1,4 +1,9 @@
-"""Pictures for people: tensors to pixels, labelled grids, PNG."""
+"""Pictures for people: tensors to pixels, labelled sheets, PNG and JPEG.
+
+A picture's file holds its own pixels from 256 a side on; smaller ones are enlarged, unblurred, up
+to that. On a sheet it is at most 512 pixels a side, and a sheet is at most 24 megapixels, so that
+Pillow, browsers and MLflow take it.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,19 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-UPSCALE = 3  # demo pictures are 32 pixels a side: three screen pixels each, unblurred
+from piflow.storage.foreign import shown
+
+_ENLARGED_SIDE = 256  # pixels: nothing is enlarged beyond
+_MOST_ENLARGED = 4  # screen pixels a pixel
+_CELL_SIDE = 512  # pixels, of a picture on a sheet
+_SHEET_PIXELS = 24_000_000
+_JPEG_QUALITY = 92
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
 _GAP = 4
 _FONT_SIZE = 13
+_LINE = _FONT_SIZE + 3
 _LABEL_LINES = 3
+_LABEL_WIDTH = 240  # pixels, of the labels left of the rows
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -32,67 +45,125 @@ def to_uint8(pictures: Tensor) -> Tensor:
     return scaled.round().to(torch.uint8).movedim(-3, -1).cpu()
 
 
-def to_image(picture: Tensor, upscale: int = 1) -> Image.Image:
-    """One picture ``(3, H, W)`` in [-1, 1] as an RGB image, enlarged without smoothing."""
-    image = Image.fromarray(to_uint8(picture).numpy())
-    return image.resize((image.width * upscale, image.height * upscale), Image.Resampling.NEAREST)
+def enlargement(height: int, width: int) -> int:
+    """Screen pixels for a pixel of a picture: 1 from 256 pixels a side on, at most 4."""
+    return max(1, min(_MOST_ENLARGED, _ENLARGED_SIDE // max(height, width)))
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """One picture ``(3, H, W)`` in [-1, 1] as an RGB image, pixel by pixel."""
+    return Image.fromarray(to_uint8(picture).numpy())
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """The image by `enlargement`, without smoothing."""
+    factor = enlargement(image.height, image.width)
+    size = (image.width * factor, image.height * factor)
+    return image if factor == 1 else image.resize(size, Image.Resampling.NEAREST)
 
 
 def grid(
     rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str]
 ) -> Image.Image:
-    """A labelled sheet of pictures, enlarged `UPSCALE` times without smoothing.
+    """A labelled sheet of pictures; `image_grid` of tensors.
 
     Args:
         rows: each ``(columns, 3, H, W)`` in [-1, 1], all of one shape.
-        row_labels: one a row, written to its left.
+        row_labels, column_labels: as `image_grid`.
+
+    Raises:
+        ValueError: as `image_grid`.
+    """
+    shapes = sorted({tuple(row.shape) for row in rows})
+    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][0] == 0:
+        raise ValueError(
+            f"expected rows of pictures (columns, 3, H, W), all of one shape, got {shapes}"
+        )
+    images = [[to_image(picture) for picture in row] for row in rows]
+    return image_grid(images, row_labels, column_labels)
+
+
+def image_grid(
+    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str]
+) -> Image.Image:
+    """A labelled sheet of images: small ones enlarged, large ones made smaller.
+
+    Args:
+        rows: of equal length; all images of one size.
+        row_labels: one a row, wrapped to its left.
         column_labels: one a column, wrapped above it; cut with an ellipsis where it doesn't fit.
 
     Raises:
-        ValueError: no pictures, rows of several shapes, or a label missing or left over.
+        ValueError: no pictures, pictures of several sizes, or a label missing or left over.
     """
     _check_grid(rows, row_labels, column_labels)
-    columns, _, height, width = rows[0].shape
-    cell_w, cell_h = width * UPSCALE, height * UPSCALE
+    columns = len(column_labels)
+    cell_w, cell_h = _cell(rows[0][0], len(rows) * columns)
     font = ImageFont.load_default(_FONT_SIZE)
     headings = [_wrap(label, font, cell_w) for label in column_labels]
-    line = _FONT_SIZE + 3
-    left = _GAP + max(round(font.getlength(label)) for label in row_labels) + 2 * _GAP
-    top = _GAP + line * max(len(heading) for heading in headings) + _GAP
+    sides = [_wrap(label, font, _LABEL_WIDTH, max(1, cell_h // _LINE)) for label in row_labels]
+    widths = [round(font.getlength(text)) for lines in sides for text in lines]
+    left = _GAP + max(widths, default=0) + 2 * _GAP
+    top = _GAP + _LINE * max(len(heading) for heading in headings) + _GAP
     sheet = Image.new(
         "RGB",
         (left + columns * (cell_w + _GAP), top + len(rows) * (cell_h + _GAP)),
         _PAPER,
     )
     draw = ImageDraw.Draw(sheet)
+
+    def write(lines: Sequence[str], x: int, y: int) -> None:
+        for number, text in enumerate(lines):
+            draw.text((x, y + number * _LINE), text, _INK, font)
+
     for column, heading in enumerate(headings):
-        for index, text in enumerate(heading):
-            draw.text((left + column * (cell_w + _GAP), _GAP + index * line), text, _INK, font)
-    for row, (pictures, label) in enumerate(zip(rows, row_labels, strict=True)):
+        write(heading, left + column * (cell_w + _GAP), _GAP)
+    for row, (pictures, lines) in enumerate(zip(rows, sides, strict=True)):
         y = top + row * (cell_h + _GAP)
-        draw.text((_GAP, y + (cell_h - line) // 2), label, _INK, font)
+        write(lines, _GAP, y + (cell_h - len(lines) * _LINE) // 2)
         for column, picture in enumerate(pictures):
-            sheet.paste(to_image(picture, UPSCALE), (left + column * (cell_w + _GAP), y))
+            sheet.paste(_fitted(picture, (cell_w, cell_h)), (left + column * (cell_w + _GAP), y))
     return sheet
+
+
+def _cell(image: Image.Image, cells: int) -> tuple[int, int]:
+    """Width and height on a sheet of so many pictures."""
+    factor = float(enlargement(image.height, image.width))
+    factor = min(factor, _CELL_SIDE / max(image.size))
+    factor = min(factor, (_SHEET_PIXELS / cells / (image.width * image.height)) ** 0.5)
+    return max(1, int(image.width * factor)), max(1, int(image.height * factor))
+
+
+def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    whole = size[0] % image.width == 0 and size[1] % image.height == 0
+    resampling = Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
+    return image.resize(size, resampling, reducing_gap=None if whole else 3.0)
 
 
 def png_bytes(image: Image.Image) -> bytes:
     """The image as a PNG file's bytes."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def _wrap(text: str, font: _Font, width: int) -> list[str]:
-    """Words of ``text`` in at most `_LABEL_LINES` lines that fit ``width`` pixels."""
+def jpeg_bytes(image: Image.Image) -> bytes:
+    """The image as a JPEG file's bytes; for sheets, which in PNG would be ten times as large."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+def _wrap(text: str, font: _Font, width: int, most: int = _LABEL_LINES) -> list[str]:
+    """Words of ``text`` in at most ``most`` lines that fit ``width`` pixels."""
     lines: list[str] = []
-    for word in text.split():
+    for word in shown(text).split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] = f"{lines[-1]} {word}"
         else:
             lines.append(word)
-    kept = lines[:_LABEL_LINES]
-    if len(lines) > _LABEL_LINES:
+    kept = lines[:most]
+    if len(lines) > most:
         kept[-1] += "…"
     return [_cut(item, font, width) for item in kept]
 
@@ -108,15 +179,16 @@ def _cut(text: str, font: _Font, width: int) -> str:
 
 
 def _check_grid(
-    rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str]
+    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str]
 ) -> None:
-    shapes = sorted({tuple(row.shape) for row in rows})
-    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][0] == 0:
+    sizes = sorted({image.size for row in rows for image in row})
+    if len(sizes) != 1 or len({len(row) for row in rows}) != 1:
         raise ValueError(
-            f"expected rows of pictures (columns, 3, H, W), all of one shape, got {shapes}"
+            f"expected rows of equal length of pictures of one size, got rows of "
+            f"{sorted({len(row) for row in rows})} pictures of sizes (W, H) {sizes}"
         )
-    if len(row_labels) != len(rows) or len(column_labels) != shapes[0][0]:
+    if len(row_labels) != len(rows) or len(column_labels) != len(rows[0]):
         raise ValueError(
-            f"{len(rows)} rows of {shapes[0][0]} pictures need as many labels, got "
+            f"{len(rows)} rows of {len(rows[0])} pictures need as many labels, got "
             f"{len(row_labels)} row labels and {len(column_labels)} column labels"
         )

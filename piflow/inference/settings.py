@@ -130,22 +130,52 @@ def load_student(folder: str, base: str | None = None) -> tuple[Trio, SamplingSe
     Raises:
         ValueError: not an adapter folder, or one of another base.
     """
+    adapter, settings = read_adapter(folder, base)
+    return student_of(adapter, settings), settings
+
+
+def read_adapter(
+    folder: str, base: str | None = None, dtype: Literal["float32", "bfloat16"] | None = None
+) -> tuple[Adapter, SamplingSettings]:
+    """An adapter folder, and the settings to sample with; no model is loaded.
+
+    Args:
+        base: URI of the base model; default: the one that the student was made from.
+        dtype: what the base computes in; default: as in training.
+
+    Raises:
+        ValueError: not an adapter folder.
+    """
     adapter = load_adapter(folder)
     settings = settings_of(adapter, folder)
-    if base is not None:
-        model = settings.model.model_copy(update={"path": base})
-        settings = settings.model_copy(update={"model": model})
+    changes = {"path": base, "dtype": dtype}
+    given = {name: value for name, value in changes.items() if value is not None}
+    model = settings.model.model_copy(update=given)
+    return adapter, settings.model_copy(update={"model": model})
+
+
+def student_of(adapter: Adapter, settings: SamplingSettings) -> Trio:
+    """Teacher and student of an adapter on the CPU, the base read from where the settings say.
+
+    Raises:
+        ValueError: a base that isn't the family's model, or another one than the adapter's.
+    """
     backbone = load_backbone(settings.model, embedded_guidance=settings.embedded_guidance)
-    return Trio.from_adapter(backbone, adapter), settings
+    return Trio.from_adapter(backbone, adapter)
 
 
-def encode_prompts(settings: SamplingSettings, prompts: list[str]) -> Conditioning:
-    """Conditioning of free prompts by the student's own text encoder.
+def encode_prompts(
+    settings: SamplingSettings, prompts: list[str], device: str = "cpu"
+) -> Conditioning:
+    """Conditioning of free prompts by the student's own text encoder, on the CPU.
+
+    Args:
+        device: where the encoder runs.
 
     Raises:
         ValueError: the encoder doesn't load, or can't take a prompt.
     """
-    encoder = build_encoder(settings.encoder)
+    encoder = build_encoder(settings.encoder, device)
     encoded = encoder.encode(prompts)
     identity = encoder.identity
     tokens = torch.zeros(len(prompts), identity.max_tokens, identity.hidden_size)

@@ -37,11 +37,47 @@ def test_to_uint8_refuses_what_is_no_picture() -> None:
         sheet.to_uint8(torch.full((1, 3, 2, 2), float("nan")))
 
 
-def test_to_image_enlarges_without_smoothing() -> None:
+def test_small_pictures_are_enlarged_without_smoothing() -> None:
     picture = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    enlarged = np.asarray(sheet.to_image(picture, 3))
-    expected = sheet.to_uint8(picture).numpy().repeat(3, 0).repeat(3, 1)
-    assert np.array_equal(enlarged, expected)
+    image = sheet.to_image(picture)
+    assert np.array_equal(np.asarray(image), sheet.to_uint8(picture).numpy())
+    expected = sheet.to_uint8(picture).numpy().repeat(4, 0).repeat(4, 1)
+    assert np.array_equal(np.asarray(sheet.enlarged(image)), expected)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "factor"),
+    [(8, 8, 4), (64, 64, 4), (65, 40, 3), (128, 128, 2), (129, 64, 1), (256, 256, 1), (64, 300, 1)],
+)
+def test_nothing_is_enlarged_beyond_256_pixels(height: int, width: int, factor: int) -> None:
+    assert sheet.enlargement(height, width) == factor
+    enlarged = sheet.enlarged(Image.new("RGB", (width, height)))
+    assert enlarged.size == (width * factor, height * factor)
+
+
+def test_a_sheet_of_large_pictures_stays_small() -> None:
+    """8 x 4 pictures of 1024 pixels a side, as an evaluation has them: Pillow reads it again."""
+    noise = torch.randn(4, 3, 1024, 1024, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    drawn = sheet.grid([noise] * 8, [f"prompt {n}" for n in range(8)], ["a", "b", "c", "d"])
+    assert drawn.width * drawn.height < 12e6
+    content = sheet.jpeg_bytes(drawn)
+    assert len(content) < 16 * 2**20
+    with Image.open(io.BytesIO(content)) as again:
+        assert again.size == drawn.size and again.format == "JPEG"
+
+
+def test_a_sheet_of_many_pictures_stays_small() -> None:
+    image = Image.new("RGB", (256, 256))
+    drawn = sheet.image_grid([[image] * 8] * 64, ["x"] * 64, ["y"] * 8)
+    assert drawn.width * drawn.height < 64 * 8 * 256 * 256
+    assert drawn.width * drawn.height < Image.MAX_IMAGE_PIXELS / 2
+    assert max(drawn.size) < 65_000, "JPEG's limit"
+
+
+def test_long_and_strange_labels_take_no_room() -> None:
+    label = "\x1b[31m\u202e" + "word " * 2000
+    drawn = sheet.image_grid([[Image.new("RGB", (64, 64))]], [label], [label])
+    assert drawn.width < 600 and drawn.height < 400
 
 
 def test_grid_holds_every_picture_in_its_row_and_column() -> None:
@@ -52,7 +88,7 @@ def test_grid_holds_every_picture_in_its_row_and_column() -> None:
     for colour in torch.cat([first, second])[:, :, 0, 0]:
         rgb = sheet.to_uint8(colour[:, None, None]).flatten().numpy()
         ys, xs = np.nonzero((drawn == rgb).all(-1))
-        assert len(ys) == (32 * sheet.UPSCALE) ** 2
+        assert len(ys) == (32 * 4) ** 2
         centres.append((ys.mean(), xs.mean()))
     rows = [centre[0] for centre in centres]
     columns = [centre[1] for centre in centres]
@@ -86,6 +122,11 @@ def test_grid_refuses_what_does_not_fit_together() -> None:
         sheet.grid([row, row[:1]], ["a", "b"], ["c", "d"])
     with pytest.raises(ValueError, match="all of one shape"):
         sheet.grid([], [], [])
+    images = [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))]
+    with pytest.raises(ValueError, match="pictures of one size"):
+        sheet.image_grid([images], ["a"], ["b", "c"])
+    with pytest.raises(ValueError, match="rows of equal length"):
+        sheet.image_grid([images[:1], images[:1] * 2], ["a", "b"], ["c"])
     with pytest.raises(ValueError, match="1 row labels and 3 column labels"):
         sheet.grid([row], ["a"], ["c", "d", "e"])
 
