@@ -3,16 +3,17 @@
 Also under another strategy: names, shapes and values are the same under all of them.
 
 A checkpoint is a folder: the tensors in torch.distributed.checkpoint's format, every worker writing
-its own shards, and `state.json`, which rank 0 writes last. It lists bytes and sha256 of every file
-and its own checksum: without it the folder is half written, with it every byte is verified before
-anything is used.
+its own shards; `metadata.json`, which says where in them each tensor lies (see
+`piflow.training.checkpoint_layout`); and `state.json`, which rank 0 writes last. It lists bytes and
+sha256 of every file and its own checksum: without it the folder is half written, with it every byte
+is verified before anything is used. Nothing of it is ever unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pickle
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,12 +25,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import CheckpointException
 
 from piflow import storage
 from piflow.sharding.everyone import everyone, rank
 from piflow.sharding.tensors import SplitTensor
+from piflow.storage.foreign import ForeignDataError, parse_object, relative_name, shown
+from piflow.training.checkpoint_layout import (
+    LAYOUT_FILE,
+    Layout,
+    LayoutReader,
+    LayoutWriter,
+    read_layout,
+)
 from piflow.training.optimizer_state import allocate_state, saved_state
 from piflow.training.step import Trainer
 
@@ -38,7 +46,7 @@ FILES_KEY = "files"  # in state.json: name -> bytes of every other file
 SHA256_KEY = "sha256"  # name -> hex digest of every other file
 CHECKSUM_KEY = "checksum"  # sha256 of state.json's other keys
 _BATCH_BYTES = 2**28  # read at once of tensors that no worker holds whole
-_METADATA_FILE = ".metadata"  # torch.distributed.checkpoint's own, written by rank 0
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ def write_shards(
     with _quiet():
         dcp.save(
             dict(tensors),
-            checkpoint_id=str(folder),
+            storage_writer=LayoutWriter(str(folder)),
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
@@ -113,7 +121,7 @@ def write_shards(
     return {
         file.name: FileRecord(file.stat().st_size, storage.sha256(str(file)))
         for file in sorted(folder.iterdir())
-        if file.name.startswith(f"__{me}_") or (me == 0 and file.name == _METADATA_FILE)
+        if file.name.startswith(f"__{me}_") or (me == 0 and file.name == LAYOUT_FILE)
     }
 
 
@@ -160,6 +168,11 @@ def verify_checkpoint(folder: Path) -> RunState:
     Raises:
         DamagedCheckpointError: names the file, what was expected and what came.
     """
+    return _verified(folder)[0]
+
+
+def _verified(folder: Path) -> tuple[RunState, Layout]:
+    """State and layout of a checkpoint of which every byte is as it was written."""
     state, files = _read_state(folder)
     for name, expected in files.items():
         file = folder / name
@@ -173,7 +186,10 @@ def verify_checkpoint(folder: Path) -> RunState:
             raise _damaged(
                 folder, f"{name} has sha256 {sha256[:16]}, expected {expected.sha256[:16]}"
             )
-    return state
+    try:
+        return state, read_layout(folder, {name: file.size for name, file in files.items()})
+    except (OSError, ForeignDataError) as error:
+        raise _damaged(folder, str(error)) from error
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> RunState:
@@ -185,8 +201,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> RunState:
         DamagedCheckpointError: a file is missing, or not what was written, for any of the workers.
         CheckpointError: a tensor is missing, or its shape is another one.
     """
-    state = _verified_by_all(folder)
-    stored = _stored(folder)
+    state, stored = _verified_by_all(folder)
     _allocate_optimizer_state(trainer, stored)
     tree = _without_fresh_state(_tree(trainer), stored)
     problems = _mismatches(tree, stored)
@@ -197,10 +212,10 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> RunState:
         )
     no_dist = not dist.is_initialized()
     in_place = {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}
-    _read(in_place, folder, no_dist=no_dist)
+    _read(in_place, folder, stored, no_dist=no_dist)
     for batch in _batches(tree):
         wholes = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in batch.items()}
-        _read(wholes, folder, no_dist=no_dist)
+        _read(wholes, folder, stored, no_dist=no_dist)
         for name, part in batch.items():
             part.fill(wholes[name])
     return state
@@ -213,17 +228,16 @@ def load_tensors(folder: Path, section: str) -> dict[str, Tensor]:
         DamagedCheckpointError: the folder is no finished checkpoint, or bytes are not as written.
         CheckpointError: it lacks the section.
     """
-    verify_checkpoint(folder)
-    stored = _stored(folder)
+    _, stored = _verified(folder)
     prefix = f"{section}."
     tree = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        key: torch.empty(entry.shape, dtype=entry.dtype)
         for key, entry in stored.items()
-        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        if key.startswith(prefix)
     }
     if not tree:
         raise CheckpointError(f"checkpoint {folder} has no section {section!r}")
-    _read(tree, folder, no_dist=True)
+    _read(tree, folder, stored, no_dist=True)
     return {key.removeprefix(prefix): tensor for key, tensor in tree.items()}
 
 
@@ -235,35 +249,63 @@ def _read_state(folder: Path) -> tuple[RunState, dict[str, FileRecord]]:
             f"{folder} is not a finished checkpoint: it has no {STATE_FILE}; use another checkpoint"
         )
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_object(path.read_bytes(), where=str(path))
         checksum = content.pop(CHECKSUM_KEY)
         if checksum != _checksum(content):
             raise ValueError("its checksum is another one")
-        sizes, digests = content.pop(FILES_KEY), content.pop(SHA256_KEY)
-        files = {name: FileRecord(size, digests[name]) for name, size in sizes.items()}
-        return RunState(**content), files
+        files = _files(content.pop(FILES_KEY), content.pop(SHA256_KEY), str(path))
+        return _run_state(content), files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {error}), or was written by an earlier "
-            "version without checksums; use another checkpoint"
+            f"{path} is damaged ({type(error).__name__}: {shown(error)}), or was written by an "
+            "earlier version without checksums; use another checkpoint"
         ) from error
+
+
+def _files(sizes: dict[str, Any], digests: dict[str, Any], where: str) -> dict[str, FileRecord]:
+    """Records of a checkpoint's files, whose names stay in its folder."""
+    files = {}
+    for name, size in sizes.items():
+        digest = digests[relative_name(name, where=where)]
+        if type(size) is not int or size < 0:
+            raise ValueError(f"{shown(name)} has {shown(repr(size))} for its bytes")
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise ValueError(f"{shown(name)} has {shown(repr(digest))} for its sha256")
+        files[name] = FileRecord(size, digest)
+    return files
+
+
+def _run_state(content: dict[str, Any]) -> RunState:
+    """The state, each value of its type."""
+    state = RunState(**content)
+    counts = (state.step, state.samples)
+    texts = (state.recipe_hash, state.mlflow_run_id or "")
+    trees = (state.recipe, state.identity or {})
+    if (
+        any(type(count) is not int or count < 0 for count in counts)
+        or not all(isinstance(text, str) for text in texts)
+        or not all(isinstance(tree, dict) for tree in trees)
+        or not isinstance(state.loss, float | int | None)
+    ):
+        raise ValueError("a value has another type")
+    return state
 
 
 def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _verified_by_all(folder: Path) -> RunState:
+def _verified_by_all(folder: Path) -> tuple[RunState, Layout]:
     """Every worker looks at what it is about to read; one's problem is all workers' problem."""
-    state, problem = None, None
+    found, problem = None, None
     try:
-        state = verify_checkpoint(folder)
+        found = _verified(folder)
     except DamagedCheckpointError as error:
         problem = str(error)
     first = next((text for text in everyone(problem) if text is not None), None)
-    if state is None or first is not None:
+    if found is None or first is not None:
         raise DamagedCheckpointError(first)
-    return state
+    return found
 
 
 @contextmanager
@@ -280,19 +322,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _stored(folder: Path) -> dict[str, Any]:
-    """What the checkpoint says it holds, by flat name."""
-    try:
-        return FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
-
-
-def _read(tree: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
+def _read(tree: dict[str, Tensor], folder: Path, stored: Layout, *, no_dist: bool) -> None:
     """Fill the tensors in place."""
     try:
         with _quiet():
-            dcp.load(tree, checkpoint_id=str(folder), no_dist=no_dist)
+            dcp.load(tree, storage_reader=LayoutReader(folder, stored), no_dist=no_dist)
     except CheckpointException as error:  # not an `Exception`: nobody else would catch it
         cause, _ = next(iter(error.failures.values()))
         raise _damaged(folder, f"{type(cause).__name__}: {cause}") from error
@@ -318,7 +352,7 @@ def _tree(trainer: Trainer) -> dict[str, Tensor | SplitTensor]:
     return tree
 
 
-def _allocate_optimizer_state(trainer: Trainer, stored: dict[str, Any]) -> None:
+def _allocate_optimizer_state(trainer: Trainer, stored: Layout) -> None:
     """Optimisers make their state in the first step; a resumed one needs it before that."""
     for name, parameter in trainer.parameters.items():
         prefix = f"optimizer.{name}."
@@ -329,7 +363,7 @@ def _allocate_optimizer_state(trainer: Trainer, stored: dict[str, Any]) -> None:
 
 
 def _without_fresh_state(
-    tree: dict[str, Tensor | SplitTensor], stored: dict[str, Any]
+    tree: dict[str, Tensor | SplitTensor], stored: Layout
 ) -> dict[str, Tensor | SplitTensor]:
     """Less the state, split otherwise, of parameters that were never moved when it was saved.
 
@@ -358,12 +392,12 @@ def _batches(tree: dict[str, Tensor | SplitTensor]) -> Iterator[dict[str, SplitT
         yield batch
 
 
-def _mismatches(tree: Mapping[str, Tensor | SplitTensor], stored: dict[str, Any]) -> list[str]:
+def _mismatches(tree: Mapping[str, Tensor | SplitTensor], stored: Layout) -> list[str]:
     problems = [f"it lacks {key}" for key in tree if key not in stored]
     problems += [f"it has an unknown {key}" for key in stored if key not in tree]
     problems += [
-        f"{key} has shape {tuple(stored[key].size)}, expected {tuple(tensor.shape)}"
+        f"{key} has shape {tuple(stored[key].shape)}, expected {tuple(tensor.shape)}"
         for key, tensor in tree.items()
-        if key in stored and stored[key].size != tensor.shape
+        if key in stored and stored[key].shape != tensor.shape
     ]
     return problems

@@ -270,7 +270,7 @@ def test_a_damaged_state(content: str, saved: Path) -> None:
 
 
 def test_lost_tensors_are_named_as_a_damaged_checkpoint(saved: Path) -> None:
-    for name in (".metadata", "__0_0.distcp"):
+    for name in ("metadata.json", "__0_0.distcp"):
         content = (saved / name).read_bytes()
         (saved / name).unlink()
         with pytest.raises(CheckpointError, match="step_3.*damaged.*use another checkpoint"):
@@ -282,14 +282,14 @@ def test_lost_tensors_are_named_as_a_damaged_checkpoint(saved: Path) -> None:
 
 
 def test_a_file_that_was_cut_short(saved: Path) -> None:
-    content = (saved / ".metadata").read_bytes()
-    (saved / ".metadata").write_bytes(content[: len(content) // 2])
+    content = (saved / "metadata.json").read_bytes()
+    (saved / "metadata.json").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="step_3 is damaged.*use another checkpoint"):
         load_checkpoint(saved, make())
 
 
 @pytest.mark.parametrize("position", [0.0, 0.3, 0.999])
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "metadata.json"])
 def test_a_flipped_byte_names_the_file(name: str, position: float, saved: Path) -> None:
     """Sizes are right; nothing is used of it, not even what lies in other files."""
     file = saved / name

@@ -196,7 +196,7 @@ class Dying:
 def half(folder: Path, tensors: Mapping[str, Tensor], group: None = None) -> dict[str, FileRecord]:
     """Shards of which one is cut short, another not there yet."""
     write_shards(folder, tensors, group)
-    (folder / ".metadata").unlink()
+    (folder / "metadata.json").unlink()
     shard = folder / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:1000])
     raise OSError(errno.EIO, "the process is dead")
@@ -286,7 +286,7 @@ def test_a_new_run_has_nothing_to_go_on_from(tmp_path: Path) -> None:
     assert same(copied(fresh), before)
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "state.json"])
+@pytest.mark.parametrize("file", ["__0_0.distcp", "metadata.json", "state.json"])
 def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
     file: str, run_dir: tuple[Path, dict[int, State]]
 ) -> None:
