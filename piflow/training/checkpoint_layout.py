@@ -338,7 +338,7 @@ class _Part(io.RawIOBase):
 def _require_plain(part: _Part, where: str) -> None:
     """That a part of a file is an archive whose members are stored as they are."""
     try:
-        with ZipFile(part) as archive:  # type: ignore[arg-type]
+        with ZipFile(part) as archive:
             entries = archive.infolist()
     except (BadZipFile, ValueError, OSError, struct.error) as error:
         raise ForeignDataError(f"{where} is no archive of torch: {shown(error)}") from None

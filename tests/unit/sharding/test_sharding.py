@@ -54,7 +54,7 @@ class Results(dict[Any, Any]):
         world_size = 2 if run is None else TRAINING.world_size(run)
         name = "slow" if run in TRAINING.SLOW else "quick"
         self._run_ranks(SCRIPT, self._folder, world_size, name, timeout=540)
-        self.update(torch.load(self._folder / f"{name}-{world_size}.pt"))
+        self.update(torch.load(self._folder / f"{name}-{world_size}.pt", weights_only=True))
         return dict(self)[key]
 
 

@@ -93,7 +93,11 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     state = checkpoint_writer.restore_newest(
         run_dir, resumed, lambda uri: damaged_copy(uri, newest, folder / f"copy{rank}"), told.append
     )
-    results |= {"restored": state, "told": told, "restored tensors": whole_state(resumed)}
+    results |= {
+        "restored": None if state is None else state.step,
+        "told": told,
+        "restored tensors": whole_state(resumed),
+    }
     results["left"] = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
     if rank == 0:
         torch.save(results, folder / "results.pt")

@@ -179,7 +179,8 @@ def resharded(
         next_losses = RESHARDED.train(trainer, RESHARDED.END, RESHARDED.END + 1)
         results[kind] = {"one": saved, "losses": losses, "end": end, "next": next_losses}
     run_ranks(SCRIPT, folder)
-    results |= {f"two {key}": value for key, value in torch.load(folder / "results.pt").items()}
+    there = torch.load(folder / "results.pt", weights_only=True)
+    results |= {f"two {key}": value for key, value in there.items()}
     for name in RUNS:
         trainer = RESHARDED.make(kind_of(name), single)
         results["one", name] = RESHARDED.resumed_from(folder / "many" / name, trainer)

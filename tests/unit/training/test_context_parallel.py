@@ -29,7 +29,9 @@ def two(
 ) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("split")
     run_ranks(Path(split_families.__file__), folder)
-    results: dict[str, dict[str, torch.Tensor]] = torch.load(folder / "results.pt")
+    results: dict[str, dict[str, torch.Tensor]] = torch.load(
+        folder / "results.pt", weights_only=True
+    )
     return results
 
 

@@ -35,7 +35,7 @@ def three(
 ) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("uneven")
     run_ranks(SCRIPT, folder, world_size=3)
-    results: dict[str, dict[str, Any]] = torch.load(folder / "results.pt")
+    results: dict[str, dict[str, Any]] = torch.load(folder / "results.pt", weights_only=True)
     return results
 
 
