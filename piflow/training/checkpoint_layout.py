@@ -17,6 +17,7 @@ import errno
 import io
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,6 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from piflow import storage
 from piflow.storage.foreign import ForeignDataError, parse_object, shown
 from piflow.training.pickled_layout import DTYPE_NAMES, tree_of_pickle
 
@@ -236,7 +236,10 @@ class LayoutWriter(FileSystemWriter):
             },
         }
         content = json.dumps(tree, separators=(",", ":")).encode()
-        storage.write_bytes(str(Path(self.path) / LAYOUT_FILE), content)
+        with (Path(self.path) / LAYOUT_FILE).open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def _entry(
