@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from piflow.config.section import NonNegative, Operational, Positive, Section
+from piflow.storage.places import require_prefix
 
 
 class EmbedConfig(Section):
@@ -33,8 +34,22 @@ class EmbedConfig(Section):
     """The same for the width; both or neither."""
 
     image_column: str | None = None
-    """Column of the prompts' pictures: a path relative to the prompts file's folder, a URI or, in
-    Parquet, bytes; their latents then lie in the store.
+    """Column of the prompts' pictures: a path relative to the prompts file's folder, a URI (see
+    allow_uris) or, in Parquet, bytes; their latents then lie in the store.
+    """
+
+    allow_uris: Operational[list[str]] = []
+    """Places that rows of the prompts files may name besides the files' own folder (on S3: bucket),
+    each with all below it: local paths, s3://bucket/prefix, hf://owner/name. What a row names is
+    read with this machine's keys and rights, so list what you trust.
+    """
+
+    max_picture_pixels: Operational[int] = Field(64 * 2**20, gt=0, le=178_956_970)
+    """Larger pictures are bad pictures, unopened: one that is decoded takes 8 bytes a pixel."""
+
+    max_prompts: Operational[Positive] = 10_000_000
+    """Rows of all prompts files together, repeated ones counted; more end the job. Their texts may
+    take 1 KiB of memory each on average.
     """
 
     latent_dtype: Literal["bf16", "fp32"] = "bf16"
@@ -93,6 +108,13 @@ class EmbedConfig(Section):
     def has_several_sizes(self) -> bool:
         """Whether prompts may stand for pictures of different sizes."""
         return bool(self.buckets) or self.height_column is not None
+
+    @field_validator("allow_uris")
+    @classmethod
+    def _are_places(cls, uris: list[str]) -> list[str]:
+        for uri in uris:
+            require_prefix(uri)
+        return uris
 
     @model_validator(mode="after")
     def _columns_in_pairs(self) -> EmbedConfig:

@@ -60,11 +60,12 @@ from piflow.data.manifest import (
     write_manifest,
 )
 from piflow.data.online import small_recipe
-from piflow.data.pictures import BadPictureError, LatentEncoder, codec_identity
+from piflow.data.pictures import LatentEncoder, codec_identity
 from piflow.data.prompts import PromptSet
 from piflow.data.reader import EmbeddingStore
 from piflow.data.writer import ShardReport, reusable_shard, write_shard
 from piflow.progress import progress
+from piflow.storage.picture import BadPictureError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

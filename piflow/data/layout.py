@@ -123,6 +123,8 @@ def recipe_prompts(recipe: Recipe) -> PromptSet:
         height_column=embed.height_column,
         width_column=embed.width_column,
         image_column=embed.image_column,
+        allow_uris=embed.allow_uris,
+        max_prompts=embed.max_prompts,
         buckets=embed.buckets,
         seed=embed.seed,
     )

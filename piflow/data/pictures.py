@@ -13,31 +13,39 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from piflow import storage
 from piflow.backbones.codec import build_codec, vae_uri
 from piflow.config import EmbedConfig, ModelConfig
 from piflow.data.background import ahead
+from piflow.data.colour import to_srgb
 from piflow.data.manifest import SkippedPicture
+from piflow.data.prompt_rows import open_parquet
 from piflow.data.prompts import PictureSource, Prompt
 from piflow.storage.fingerprint import CodecIdentity, files_sha256
+from piflow.storage.foreign import ForeignDataError, shown
+from piflow.storage.picture import (
+    MAX_PICTURE_BYTES,
+    MAX_PIXELS,
+    BadPictureError,
+    open_picture,
+    pixels_of,
+)
+from piflow.storage.places import real_path
 
 _READERS = 4  # threads
 _READ_AHEAD = 16  # pictures, decoded and fitted
-
-
-class BadPictureError(ValueError):
-    """A picture that no latents can be made of; the message says why."""
+_LARGE_PIXELS = 16 * 2**20  # one that has more is decoded while no other such is
 
 
 def codec_identity(model: ModelConfig) -> CodecIdentity:
@@ -56,45 +64,30 @@ def codec_identity(model: ModelConfig) -> CodecIdentity:
     return CodecIdentity(name=name, weights_sha256=digest)
 
 
-def fit_picture(content: bytes, height: int, width: int) -> Tensor:
+def fit_picture(
+    content: bytes,
+    height: int,
+    width: int,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    name: str = "a picture",
+) -> Tensor:
     """An image file's content as ``(3, height, width)`` float32 in [-1, 1].
 
-    The picture is turned as its EXIF data says, laid on white where it is transparent, scaled down
-    (Lanczos) until it just covers the size, and cropped around its centre. It is never enlarged.
+    The picture is opened and turned by `open_picture`, its colours become sRGB by `to_srgb`, it is
+    scaled down (Lanczos) until it just covers the size, and cropped around its centre. It is never
+    enlarged.
 
     Raises:
-        BadPictureError: no image file that Pillow reads, or it is too small.
+        BadPictureError: no picture that can be opened, or it is too small or too large.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        # its message holds an address in memory; ours are the same always
-        raise BadPictureError("no image file of a kind that Pillow knows") from error
-    except Exception as error:  # damaged bytes lead Pillow's plugins to all kinds of errors
-        raise BadPictureError(f"not a readable image file ({error})") from error
-    picture = _on_white(upright)  # outside: an error of ours is no bad picture
+    picture = to_srgb(open_picture(content, max_pixels=max_pixels), name)
     if picture.width < width or picture.height < height:
         raise BadPictureError(
             f"{picture.height}x{picture.width} pixels are too few for {height}x{width}"
         )
     fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # Pillow would cut all numbers beyond 255 off
-        raise BadPictureError(
-            f"its numbers have more than 8 bits (Pillow's mode {image.mode}); convert it to 8"
-        )
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    ground = Image.new("RGBA", layer.size, "white")
-    return Image.alpha_composite(ground, layer).convert("RGB")
 
 
 class LatentEncoder:
@@ -115,6 +108,8 @@ class LatentEncoder:
         self._dtype = torch.bfloat16 if embed.latent_dtype == "bf16" else torch.float32
         self._skip = embed.bad_pictures == "skip"
         self._device = device
+        self._max_pixels = embed.max_picture_pixels
+        self._large = threading.Lock()
         self._embedded = _EmbeddedPictures(embed.image_column or "")
         self.busy = 0.0  # seconds that the codec has worked
 
@@ -143,7 +138,16 @@ class LatentEncoder:
         if source is None or not source.key:
             return BadPictureError("the row names no picture")
         try:
-            return fit_picture(self._content(source), prompt.height, prompt.width)
+            content = self._content(source)
+            # a file of a megabyte may be a large picture: one such at a time in memory
+            with self._large if pixels_of(content) > _LARGE_PIXELS else nullcontext():
+                return fit_picture(
+                    content,
+                    prompt.height,
+                    prompt.width,
+                    max_pixels=self._max_pixels,
+                    name=_named(prompt),
+                )
         except BadPictureError as error:
             return error
         except OSError as error:
@@ -155,10 +159,11 @@ class LatentEncoder:
     def _content(self, source: PictureSource) -> bytes:
         if source.row is not None:
             return self._embedded.read(source)
+        uri = real_path(source.uri, source.folders) if source.folders else source.uri
         try:
-            return storage.read_bytes(source.uri)
-        except FileNotFoundError as error:
-            raise BadPictureError(str(error)) from error
+            return storage.read_bytes(uri, max_bytes=MAX_PICTURE_BYTES)
+        except (FileNotFoundError, ForeignDataError) as error:
+            raise BadPictureError(shown(error, 500)) from error
 
     def _skipped(self, prompt: Prompt, error: BadPictureError) -> SkippedPicture:
         if self._skip:
@@ -173,7 +178,7 @@ class LatentEncoder:
 def _named(prompt: Prompt) -> str:
     """A prompt's picture as messages name it."""
     name = "" if prompt.picture is None else prompt.picture.key
-    return f"picture {name!r} of prompt {prompt.text!r}"
+    return f"picture {shown(repr(name))} of prompt {shown(repr(prompt.text))}"
 
 
 class _EmbeddedPictures:
@@ -219,14 +224,11 @@ class _EmbeddedPictures:
             self._group = group
         start = self._ends[group] - self._values.num_rows
         value = self._values[self._column][int(row - start)].as_py()
-        content = value["bytes"] if isinstance(value, dict) else value
+        content = value.get("bytes") if isinstance(value, dict) else value
         return content if isinstance(content, bytes) else None
 
     def _open(self, uri: str) -> None:
-        import pyarrow.parquet as pq
-
-        system, path = storage.filesystem(uri)
-        self._file = pq.ParquetFile(system.open_input_file(path), pre_buffer=True)
+        self._file = open_parquet(uri, [self._column], where=uri)
         metadata = self._file.metadata
         groups = range(metadata.num_row_groups)
         self._ends = np.cumsum([metadata.row_group(group).num_rows for group in groups])

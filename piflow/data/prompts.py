@@ -13,23 +13,22 @@ those that lie in a Parquet file as bytes are read once, for their hash.
 
 from __future__ import annotations
 
-import csv
 import errno
-import gzip
 import hashlib
-import io
-import json
 import os
 import re
-import zlib
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-from urllib.parse import quote
+from fnmatch import fnmatchcase
+from typing import Any
 
 from pyarrow import fs
 
 from piflow import storage
+from piflow.data.prompt_rows import MAX_PROMPT_BYTES, Columns, Row, read_rows
+from piflow.storage.foreign import shown
+from piflow.storage.places import NamedPlaces
 
 COLUMN_FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 FORMATS = (".txt", ".txt.gz", *COLUMN_FORMATS)
@@ -41,17 +40,11 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }  # words that name a split, as in the Hugging Face datasets library
-_READ_BYTES = 4 * 2**20  # one request to an object store
-_BATCH_ROWS = 1024
-_BATCH_ROWS_WITH_PICTURES = 64  # which may hold megabytes each
-
-
-class _Row(NamedTuple):
-    number: int  # in the file, from 1
-    text: Any  # this and the others as they came
-    height: Any
-    width: Any
-    picture: Any
+_PART = re.compile(r"(.*)-(\d+)-of-(\d+)(\D.*|)", re.DOTALL)
+_MOST_PARTS = 1_000_000
+_UNSEEN_CATEGORIES = ("Cc", "Cf", "Mn", "Me", "Zl", "Zp", "Zs")
+_FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are drawn as nothing
+_MEAN_CHARACTERS = 1024  # of a prompt and its picture's name: more don't fit into memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +59,7 @@ class PictureSource:
     key: str  # "" : the row names no picture
     uri: str = field(compare=False)  # of the picture's file, or of the Parquet file
     row: int | None = field(default=None, compare=False)  # in the Parquet file, from 0
+    folders: tuple[str, ...] = field(default=(), compare=False)  # a local file must lie in one
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +70,11 @@ class Prompt:
     height: int
     width: int
     picture: PictureSource | None = None
+
+    @property
+    def num_characters(self) -> int:
+        """Of the text and the picture's name."""
+        return len(self.text) + (0 if self.picture is None else len(self.picture.key))
 
     @property
     def prompt_id(self) -> str:
@@ -102,32 +101,6 @@ class PromptSet:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Columns:
-    text: str
-    height: str | None
-    width: str | None
-    picture: str | None
-
-    @property
-    def places(self) -> tuple[str | None, ...]:
-        """In the order of a `_Row`."""
-        return (self.text, self.height, self.width, self.picture)
-
-    @property
-    def optional(self) -> list[str]:
-        return [name for name in self.places[1:] if name is not None]
-
-    @property
-    def names(self) -> list[str]:
-        return [self.text, *self.optional]
-
-    def key_of(self, name: str) -> str:
-        """The recipe's key that named a column."""
-        keys = ("prompt_column", "height_column", "width_column", "image_column")
-        return f"embed.{keys[self.places.index(name)]}"
-
-
 def read_prompts(
     uri: str,
     *,
@@ -137,6 +110,8 @@ def read_prompts(
     height_column: str | None = None,
     width_column: str | None = None,
     image_column: str | None = None,
+    allow_uris: Sequence[str] = (),
+    max_prompts: int = 10_000_000,
     buckets: Sequence[Sequence[int]] = (),
     seed: int = 0,
 ) -> PromptSet:
@@ -158,33 +133,47 @@ def read_prompts(
         image_column: name of the column of pictures; None: prompts bring none. A value is a path,
             relative to its prompts file's folder or absolute, or a URI; in Parquet also the bytes
             of an image file, or a struct of ``bytes`` and ``path`` as the datasets library writes.
+        allow_uris: places that pictures may be named in besides their prompts file's folder or, on
+            S3, its bucket (`storage.places`).
+        max_prompts: rows of all files together, repeated ones counted; the distinct texts and
+            names of pictures may take 1 KiB each on average.
         buckets: (height, width) pairs in pixels; empty: all prompts get ``height`` x ``width``.
         seed: of the choice among buckets.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or nothing matches the pattern.
-        ValueError: unknown format, missing column, unreadable content, a blank prompt, a text or
-            size of a wrong type (these name file and line or row), or no prompt at all.
+        ValueError: unknown format, missing column, unreadable content, a blank or too long prompt,
+            a text or size of a wrong type, a picture in a place that rows may not name (these name
+            file and line or row), too many prompts, or no prompt at all.
     """
     if (height_column is None) != (width_column is None):
         raise ValueError(
             f"height_column is {height_column!r}, width_column is {width_column!r}; give both or "
             "neither"
         )
-    columns = _Columns(column, height_column, width_column, image_column)
+    columns = Columns(column, height_column, width_column, image_column)
 
     def default_size(text: str) -> tuple[int, int]:
         return choose_bucket(text, buckets, seed) if buckets else (height, width)
 
     distinct: dict[Prompt, None] = {}
-    count = 0
+    count = size = 0
     files = prompt_files(uri)
     root = os.path.commonpath([_folder(file) for file in files]) if len(files) > 1 else None
     for file in files:
         inside = "" if root is None else os.path.relpath(_folder(file), root).removeprefix(".")
-        for prompt in _read_file(file, inside, columns, default_size):
-            distinct[prompt] = None
+        places = NamedPlaces(file, allow_uris)
+        for prompt in _read_file(file, inside, columns, places, default_size):
             count += 1
+            if prompt not in distinct:
+                distinct[prompt] = None
+                size += prompt.num_characters
+            if count > max_prompts or size > _MEAN_CHARACTERS * max_prompts:
+                raise ValueError(
+                    f"prompts file {file}: more than {max_prompts} rows, or than "
+                    f"{_MEAN_CHARACTERS * max_prompts} characters of distinct prompts, up to here; "
+                    "if that is meant, raise embed.max_prompts"
+                )
     if not distinct:
         raise ValueError(f"prompts file {uri} holds no prompt")
     return PromptSet(tuple(distinct), count - len(distinct))
@@ -219,7 +208,8 @@ def prompt_files(uri: str) -> list[str]:
     Raises:
         FileNotFoundError: there is no such file or folder, or nothing matches the pattern.
         ValueError: a file of another format than `FORMATS`; a folder without a file to read, with
-            splits but no train split, or with several formats.
+            splits but no train split, or with several formats; or a set of numbered parts
+            (``-00000-of-00003``) that lacks one which the folder or pattern stands for.
     """
     files = storage.expand(uri)
     if files == [uri]:
@@ -228,7 +218,11 @@ def prompt_files(uri: str) -> list[str]:
         if kind == fs.FileType.NotFound:
             raise FileNotFoundError(errno.ENOENT, "no such file or folder", uri)
         if kind == fs.FileType.Directory:
-            return _dataset_files(uri)
+            files = _dataset_files(uri)
+            _require_all_parts(files, "*")
+            return files
+    else:
+        _require_all_parts(files, storage.base_name(uri))
     for file in files:
         ending = storage.suffix(file)
         if ending not in FORMATS:
@@ -268,6 +262,30 @@ def _dataset_files(uri: str) -> list[str]:
     return [storage.member(uri, name) for name in chosen]
 
 
+def _require_all_parts(files: Sequence[str], pattern: str) -> None:
+    """Check that no part of a numbered set is missing that a pattern of names would match.
+
+    Raises:
+        ValueError: names the first.
+    """
+    sets: dict[tuple[str, str, str], dict[int, str]] = {}
+    for file in files:
+        if match := _PART.fullmatch(file):
+            before, number, total, after = match.groups()
+            sets.setdefault((before, total, after), {})[int(number)] = number
+    for (before, total, after), found in sets.items():
+        width = len(next(iter(found.values())))
+        absent = (n for n in range(min(int(total), _MOST_PARTS)) if n not in found)
+        names = (f"{before}-{number:0{width}}-of-{total}{after}" for number in absent)
+        missing = next((n for n in names if fnmatchcase(storage.base_name(n), pattern)), None)
+        if missing is not None:
+            raise ValueError(
+                f"prompts file {missing} is missing: there are {len(found)} of its set of "
+                f"{int(total)} files; fetch it, or name the files to read by a pattern that "
+                "doesn't match it"
+            )
+
+
 def _split(name: str) -> str | None:
     """The split that a relative path names by its first word that is a split's, or None."""
     for word in re.findall("[a-z]+", name.lower()):
@@ -286,216 +304,109 @@ def _folder(uri: str) -> str:
 
 
 def _read_file(
-    uri: str, inside: str, columns: _Columns, default_size: Callable[[str], tuple[int, int]]
+    uri: str,
+    inside: str,
+    columns: Columns,
+    places: NamedPlaces,
+    default_size: Callable[[str], tuple[int, int]],
 ) -> Iterator[Prompt]:
     """Prompts of one file, which lies `inside` (a relative path) the folder of all files."""
-    ending = storage.suffix(uri).removesuffix(".gz")
-    unit = "row" if ending == ".parquet" else "line"
-    for row in _READERS[ending](uri, columns):
+    unit = "row" if storage.suffix(uri) == ".parquet" else "line"
+    for row in read_rows(uri, columns):
         try:
-            picture = None if columns.picture is None else _to_picture(row, uri, inside)
+            picture = None if columns.picture is None else _to_picture(row, uri, inside, places)
             prompt = _to_prompt(row, picture, default_size)
         except ValueError as error:
             raise ValueError(f"prompts file {uri}, {unit} {row.number}: {error}") from error
         yield prompt
 
 
-def _to_picture(row: _Row, uri: str, inside: str) -> PictureSource:
+def _to_picture(row: Row, uri: str, inside: str, places: NamedPlaces) -> PictureSource:
     value = row.picture
     if isinstance(value, dict):  # as the datasets library writes it
         if not value.keys() & {"bytes", "path"}:
-            raise ValueError(f"the picture must have bytes or a path, got {', '.join(value)}")
+            names = shown(", ".join(map(str, value)))
+            raise ValueError(f"the picture must have bytes or a path, got {names}")
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None or value == "":
         return PictureSource("", "")
     if isinstance(value, bytes):
         return PictureSource(f"sha256:{hashlib.sha256(value).hexdigest()}", uri, row.number - 1)
     if not isinstance(value, str):
-        raise ValueError(f"the picture must be a path, a URI or bytes, got {value!r}")
-    if "://" in value or os.path.isabs(value):
-        storage.require_valid(value)
-        return PictureSource(value, value)
-    name = quote(value) if storage.scheme(uri) == "s3" else value
-    place = storage.absolute(storage.sibling(uri, name))
-    return PictureSource(os.path.join(inside, value), place)
+        raise ValueError(f"the picture must be a path, a URI or bytes, got {shown(repr(value))}")
+    try:
+        place = places.resolve(value)
+    except ValueError as error:
+        raise ValueError(f"the picture {error}") from error
+    named_as_it_is = "://" in value or os.path.isabs(value)
+    key = value if named_as_it_is else os.path.join(inside, value)
+    is_local = storage.scheme(place) in ("file", "package")
+    return PictureSource(key, place, folders=places.folders if is_local else ())
 
 
 def _to_prompt(
-    row: _Row, picture: PictureSource | None, default_size: Callable[[str], tuple[int, int]]
+    row: Row, picture: PictureSource | None, default_size: Callable[[str], tuple[int, int]]
 ) -> Prompt:
     text, height, width = row.text, row.height, row.width
     if text is None:
         text = ""
     if not isinstance(text, str):
-        raise ValueError(f"the prompt must be a text, got {text!r}")
+        raise ValueError(f"the prompt must be a text, got {shown(repr(text))}")
     text = text.strip()
-    if not text:
-        raise ValueError("the prompt is blank; remove it or write a text")
-    if not text.isascii():
-        _require_encodable(text)
+    require_text(text)
     own = _to_pixels(height, "height"), _to_pixels(width, "width")
     if own == (None, None):
         return Prompt(text, *default_size(text), picture)
     if own[0] is None or own[1] is None:
         raise ValueError(
-            f"height is {height!r} and width {width!r}; give both, or leave both empty"
+            f"height is {shown(repr(height))} and width {shown(repr(width))}; give both, or leave "
+            "both empty"
         )
     return Prompt(text, own[0], own[1], picture)
 
 
-def _require_encodable(text: str) -> None:
-    r"""JSON can spell half a surrogate pair ("\ud83d"), which no UTF-8 text holds."""
+def require_text(text: str) -> None:
+    r"""Check what no prompt can be.
+
+    Raises:
+        ValueError: nothing that can be seen, more than `MAX_PROMPT_BYTES`, NUL characters, or half
+            a surrogate pair, which JSON can spell ("\ud83d") and no UTF-8 text holds.
+    """
     try:
-        text.encode()
+        size = len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt {text!r} is not valid Unicode ({error})") from error
+        raise ValueError(
+            f"the prompt {shown(repr(text))} is not valid Unicode ({error})"
+        ) from error
+    if size > MAX_PROMPT_BYTES:
+        raise ValueError(
+            f"the prompt has {size} bytes, at most {MAX_PROMPT_BYTES} are taken; it begins "
+            f"{shown(repr(text[:60]))}; check that each prompt stands on its own line"
+        )
+    if "\0" in text:
+        raise ValueError(
+            f"the prompt {shown(repr(text))} holds NUL characters, as UTF-16 read as UTF-8 does; "
+            "write it anew in UTF-8"
+        )
+    if not any(map(_can_be_seen, text)):
+        what = f"holds nothing that can be seen, {shown(repr(text))}" if text else "is blank"
+        raise ValueError(f"the prompt {what}; remove it or write a text")
+
+
+def _can_be_seen(character: str) -> bool:
+    if character.isalnum():
+        return character not in _FILLERS
+    # unknown characters (Cn) count: they are newer than this Python's tables
+    return unicodedata.category(character) not in _UNSEEN_CATEGORIES and character not in _FILLERS
 
 
 def _to_pixels(value: Any, name: str) -> int | None:
     if value is None or value == "":
         return None
-    if isinstance(value, str) and value.strip().isdecimal():
+    if isinstance(value, str) and len(value) < 20 and value.strip().isdecimal():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{name} must be a positive whole number of pixels, got {value!r}")
+        raise ValueError(
+            f"{name} must be a positive whole number of pixels, got {shown(repr(value))}"
+        )
     return value
-
-
-# ----------------------------------------------------------------------------------------- formats
-
-
-def _lines(uri: str) -> Iterator[str]:
-    """Lines with their ends, read and unpacked piece by piece."""
-    system, path = storage.filesystem(uri)
-    number = 0
-    with system.open_input_stream(path, compression=None) as raw:
-        stream = io.BufferedReader(raw, _READ_BYTES)
-        if storage.suffix(uri).endswith(".gz"):
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=stream))
-        try:
-            for number, line in enumerate(stream, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"prompts file {uri}, line {number}: not UTF-8 text ({error})"
-            ) from error
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"prompts file {uri}, after line {number}: not valid gzip ({error})"
-            ) from error
-
-
-def _text_rows(uri: str, columns: _Columns) -> Iterator[_Row]:
-    for name in columns.optional:
-        raise ValueError(
-            f"prompts file {uri} has no columns, but {columns.key_of(name)} is {name!r}; leave it "
-            "empty, or give a file with columns"
-        )
-    for number, line in enumerate(_lines(uri), 1):
-        yield _Row(number, line, None, None, None)
-
-
-def _json_rows(uri: str, columns: _Columns) -> Iterator[_Row]:
-    absent = set(columns.optional)  # a line may lack them, but if all lines do it is a mistake
-    number = 0
-    for number, line in enumerate(_lines(uri), 1):
-        where = f"prompts file {uri}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:  # JSONDecodeError, or a number of thousands of digits
-            raise ValueError(f"{where}: not valid JSON ({error})") from error
-        if not isinstance(entry, dict):
-            raise ValueError(
-                f'{where}: expected an object like {{"{columns.text}": "…"}}, got {line[:60]!r}'
-            )
-        if columns.text not in entry:
-            _require_columns([columns.text], list(entry), where, columns)
-        if absent:
-            absent -= entry.keys()
-        yield _Row(number, *(entry.get(name) for name in columns.places))
-    if number and absent:
-        raise ValueError(
-            f"prompts file {uri}: no line has {' or '.join(sorted(absent))}; check "
-            f"{' and '.join(columns.key_of(name) for name in sorted(absent))}"
-        )
-
-
-def _csv_rows(uri: str, columns: _Columns) -> Iterator[_Row]:
-    reader = csv.reader(_lines(uri), strict=True)
-    try:
-        header = next(reader, [])
-        _require_columns(columns.names, header, f"prompts file {uri}", columns)
-        wanted = [  # the place beyond the last column holds ""
-            len(header) if name is None else header.index(name) for name in columns.places
-        ]
-        end = reader.line_num
-        for row in reader:
-            start, end = end + 1, reader.line_num  # a quoted text may span lines
-            if len(row) > len(header):
-                raise ValueError(
-                    f"prompts file {uri}, line {start}: more fields than the header has; quote "
-                    "texts that hold commas"
-                )
-            if row:  # the reader's form of an empty line is []
-                row += [""] * (len(header) + 1 - len(row))
-                yield _Row(start, *(row[place] for place in wanted))
-    except csv.Error as error:
-        raise ValueError(f"prompts file {uri}, line {reader.line_num}: {error}") from error
-
-
-def _parquet_rows(uri: str, columns: _Columns) -> Iterator[_Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    system, path = storage.filesystem(uri)
-    start = 1
-    try:
-        with system.open_input_file(path) as source:
-            file = pq.ParquetFile(source)
-            _require_columns(columns.names, file.schema_arrow.names, f"prompts file {uri}", columns)
-            size = _BATCH_ROWS if columns.picture is None else _BATCH_ROWS_WITH_PICTURES
-            for batch in file.iter_batches(size, columns=columns.names):
-                texts = _to_texts(batch.column(columns.text), uri, start)
-                others = (
-                    [None] * len(batch) if name is None else batch.column(name).to_pylist()
-                    for name in columns.places[1:]
-                )
-                numbers = range(start, start + len(batch))
-                yield from map(_Row._make, zip(numbers, texts, *others, strict=True))
-                start += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"prompts file {uri} is not readable Parquet: {error}") from error
-
-
-def _to_texts(column: Any, uri: str, start: int) -> list[Any]:
-    """The values of an Arrow array; Parquet doesn't see to it that a string is UTF-8."""
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError as error:
-        for number, value in enumerate(column, start):
-            try:
-                value.as_py()
-            except UnicodeDecodeError:
-                raise ValueError(
-                    f"prompts file {uri}, row {number}: not UTF-8 text ({error})"
-                ) from error
-        raise
-
-
-def _require_columns(
-    wanted: list[str], available: list[str], where: str, columns: _Columns
-) -> None:
-    for name in wanted:
-        if name not in available:
-            raise ValueError(
-                f"{where} has no column {name!r}; available: {', '.join(available) or 'none'}; "
-                f"set {columns.key_of(name)}"
-            )
-
-
-_READERS: dict[str, Callable[[str, _Columns], Iterator[_Row]]] = {
-    ".txt": _text_rows,
-    ".jsonl": _json_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-}

@@ -159,7 +159,8 @@ class Delivery:
         """As MLflow's own `log_image` does, under a name that doesn't change between tries."""
         from mlflow.tracking.multimedia import compress_image_size
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
-        from PIL import Image
+
+        from piflow.storage.picture import open_picture
 
         if self._images is None:
             found = client.list_artifacts(self._run_id, "images")
@@ -172,7 +173,7 @@ class Delivery:
                 f"{series}timestamp+{entry.time_us // 1000}+{uuid.uuid5(_PICTURES, series)}"
             )
             small = io.BytesIO()
-            compress_image_size(Image.open(io.BytesIO(png))).save(small, format="WEBP")
+            compress_image_size(open_picture(png)).save(small, format="WEBP")
             _log_file(client, self._run_id, f"{stem}.png", png, "images")
             _log_file(client, self._run_id, f"{stem}+compressed.webp", small.getvalue(), "images")
             self._images |= {f"{stem}.png", f"{stem}+compressed.webp"}

@@ -1,7 +1,8 @@
 """Files on local disks, S3, the Hugging Face hub and in packages, all named by one URI.
 
-`foreign.py` checks names, texts and JSON from outside, `uri.py` takes URIs apart, `files.py` reads
-and writes what they name, `s3.py` and `hub.py` know their services, `conditional.py` writes objects
+`foreign.py` checks names, texts and JSON from outside, `places.py` which places a foreign file may
+name, `picture.py` opens pictures, `uri.py` takes URIs apart, `files.py` reads and writes what they
+name, `s3.py` and `hub.py` know their services, `conditional.py` writes objects
 only if nobody else did, and `fingerprint.py` hashes model folders. Callers say `storage.join(...)`,
 `storage.read_bytes(...)` and so on.
 

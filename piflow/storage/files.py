@@ -38,7 +38,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pyarrow import fs
 
-from piflow.storage.foreign import relative_name, shown
+from piflow.storage.foreign import ForeignDataError, relative_name, shown
 from piflow.storage.hub import hub_filesystem, hub_place, hub_snapshot
 from piflow.storage.s3 import refusal, s3_filesystem, s3_place
 from piflow.storage.uri import READ_ONLY, local_path, member, package_path, scheme
@@ -228,15 +228,19 @@ def _matches(names: list[str], pattern: list[str]) -> bool:
 
 
 @_explains
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     """A file's content.
 
     Raises:
         FileNotFoundError: names the URI.
+        ForeignDataError: it has more than `max_bytes`, and isn't read.
     """
     system, path = filesystem(uri)
-    if system.get_file_info(path).type != fs.FileType.File:
+    info = system.get_file_info(path)
+    if info.type != fs.FileType.File:
         raise FileNotFoundError(errno.ENOENT, "no such file", uri)
+    if max_bytes is not None and info.size > max_bytes:
+        raise ForeignDataError(f"{uri} has {info.size} bytes; at most {max_bytes} are read")
     with system.open_input_stream(path, compression=None) as stream:
         return bytes(stream.read())
 

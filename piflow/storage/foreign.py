@@ -21,6 +21,8 @@ _MAX_NAME = 1024  # characters; the longest key that S3 takes
 
 _MAX_PART = 255  # bytes; the longest name of a file or folder that a disk takes
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
@@ -108,6 +110,18 @@ def parse_object(content: bytes | str, *, where: str, **limits: int) -> dict[str
             f"{where} holds JSON of type {type(tree).__name__}; expected an object, {{…}}"
         )
     return tree
+
+
+def refuse_lfs_pointer(head: bytes, *, where: str) -> None:
+    """Refuse a file that Git LFS left in place of its content; `head` is its first 64 bytes.
+
+    Raises:
+        ForeignDataError: it is one; says how to get the content.
+    """
+    if head.startswith(_LFS_POINTER):
+        raise ForeignDataError(
+            f"{where} is a Git LFS pointer, not the content; fetch that with `git lfs pull`"
+        )
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import pytest
 from pydantic import ValidationError
 
 from piflow.config import EmbedConfig
-from piflow.data import prompts as prompts_module
 from piflow.data.prompts import (
     FORMATS,
     Prompt,
@@ -24,6 +23,7 @@ from piflow.data.prompts import (
     prompt_files,
     read_prompts,
 )
+from piflow.storage.places import NamedPlaces
 
 COLUMN_FORMATS = [ending for ending in FORMATS if not ending.startswith(".txt")]
 BUCKETS = [[64, 16], [32, 32], [16, 64]]
@@ -360,13 +360,13 @@ def test_parquet_texts_of_any_string_type(tmp_path: Path) -> None:
         ("p.yaml", b"a", "ending '.yaml'; supported: .txt, .txt.gz, .jsonl, "),
         ("p.gz", b"a", "ending '.gz'; supported"),
         ("p.parquet.gz", b"a", "ending '.parquet.gz'; supported"),
-        ("p.jsonl", b'{"prompt": "a"}\n{"prompt"', "line 2: not valid JSON"),
-        ("p.jsonl", b'{"prompt": "a"}\n\n', "line 2: not valid JSON"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt"', "line 2 isn't JSON"),
+        ("p.jsonl", b'{"prompt": "a"}\n\n', "line 2 isn't JSON"),
         ("p.jsonl", b'["a"]\n', "line 1: expected an object"),
         ("p.jsonl", b'{"prompt": 3}\n', "line 1: the prompt must be a text, got 3"),
         ("p.jsonl", b'{"prompt": null}\n', "line 1: the prompt is blank"),
         ("p.jsonl.gz", b'{"prompt": "\\ud83d!"}\n', "line 1: the prompt .* is not valid Unicode"),
-        ("p.jsonl", b'{"n": ' + b"1" * 5000 + b"}", "line 1: not valid JSON"),
+        ("p.jsonl", b'{"n": ' + b"1" * 5000 + b"}", "line 1 isn't JSON"),
         ("p.csv", b"prompt\na,b\n", "line 2: more fields"),
         ("p.csv", b'prompt,n\na,1\n"b,2\n', "line 3: unexpected end of data"),
         ("p.csv.gz", b"", "no column 'prompt'; available: none"),
@@ -381,11 +381,20 @@ def test_unusable_files_are_refused(
         _read(path)
 
 
-def test_a_parquet_column_of_another_type_is_refused(tmp_path: Path) -> None:
-    for values in ([3], [b"a"], [["a"]]):
-        pq.write_table(pa.table({"prompt": values}), tmp_path / "p.parquet")
-        with pytest.raises(ValueError, match="p.parquet, row 1: the prompt must be a text, got"):
-            _read(tmp_path / "p.parquet")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([3], "row 1: the prompt must be a text, got 3"),
+        ([b"a"], "row 1: the prompt must be a text, got b'a'"),
+        ([["a"]], "column 'prompt' holds list"),
+    ],
+)
+def test_a_parquet_column_of_another_type_is_refused(
+    tmp_path: Path, values: list[Any], message: str
+) -> None:
+    pq.write_table(pa.table({"prompt": values}), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=f"p.parquet.*{message}"):
+        _read(tmp_path / "p.parquet")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -400,7 +409,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_pictures_are_named_from_the_prompts_files_folder(tmp_path: Path, ending: str) -> None:
     images = ["pictures/a.png", "/data/b.png", "s3://bucket/c.png", "", "pictures/a.png"]
     path = _write(tmp_path / f"p{ending}", ["x", "x", "x", "x", "x"], image=images)
-    found = _read(path, image_column="image")
+    found = _read(path, image_column="image", allow_uris=["/data", "s3://bucket"])
     assert found.duplicates == 1
     pictures = [prompt.picture for prompt in found.prompts]
     assert [(p.key, p.uri) for p in pictures if p is not None] == [
@@ -426,12 +435,11 @@ def test_the_same_name_in_two_folders_is_two_pictures(tmp_path: Path) -> None:
 def test_pictures_lie_beside_prompts_on_s3_and_the_hub() -> None:
     """An S3 URI keeps its query, and what means something in it is quoted."""
     uri = "s3://bucket/data/p.jsonl?region=eu"
-    row = prompts_module._Row(1, "x", None, None, "a b/c#d.png")
-    picture = prompts_module._to_picture(row, uri, "")
-    assert picture.key == "a b/c#d.png"
-    assert picture.uri == "s3://bucket/data/a%20b/c%23d.png?region=eu"
-    hub = prompts_module._to_picture(row, "hf://datasets/owner/name@v1/data/p.jsonl", "")
-    assert hub.uri == "hf://datasets/owner/name@v1/data/a b/c#d.png"
+    found = NamedPlaces(uri).resolve("a b/c#d.png")
+    assert found == "s3://bucket/data/a%20b/c%23d.png?region=eu"
+    assert NamedPlaces(uri).resolve("../e.png") == "s3://bucket/e.png?region=eu"
+    hub = NamedPlaces("hf://datasets/owner/name@v1/data/p.jsonl")
+    assert hub.resolve("a b/c#d.png") == "hf://datasets/owner/name@v1/data/a b/c#d.png"
 
 
 @pytest.mark.parametrize(
