@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from piflow.config.section import NonNegative, Operational, Positive, Section
+from piflow.config.section import NonNegative, Operational, Positive, Section, Uri
 from piflow.storage.places import require_prefix
 
 
@@ -18,7 +18,7 @@ class EmbedConfig(Section):
     training runs, each once an epoch, and batches are the same.
     """
 
-    prompts: str
+    prompts: Uri
     """URI of a .txt (one a line), .jsonl, .csv or .parquet file, all but Parquet also as .gz; of a
     pattern such as s3://bucket/prompts/*.parquet, whose files are read in order of their names;
     or of a dataset folder, whose `train` split is read.
@@ -38,7 +38,7 @@ class EmbedConfig(Section):
     allow_uris) or, in Parquet, bytes; their latents then lie in the store.
     """
 
-    allow_uris: Operational[list[str]] = []
+    allow_uris: Operational[list[Uri]] = []
     """Places that rows of the prompts files may name besides the files' own folder (on S3: bucket),
     each with all below it: local paths, s3://bucket/prefix, hf://owner/name. What a row names is
     read with this machine's keys and rights, so list what you trust.
@@ -73,7 +73,7 @@ class EmbedConfig(Section):
     seed: NonNegative = 0
     """The seed of the choice among buckets, with the prompt's text."""
 
-    store: Operational[str]
+    store: Operational[Uri]
     """URI of the embedding store's folder; in online mode, of the folder for the few embeddings
     that guidance and pictures need.
     """

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
-from piflow.config.section import Positive, Variant
+from pydantic import field_validator
+
+from piflow import storage
+from piflow.config.section import Positive, Variant, valid_uri
 
 
 class EncoderConfig(Variant):
@@ -62,6 +65,11 @@ class TextEncoderConfig(EncoderConfig):
     max_tokens: Positive
     """Tokens a prompt is padded or truncated to."""
 
+    @field_validator("path")
+    @classmethod
+    def _is_a_uri(cls, path: str) -> str:  # of the kinds that derive from this one, too
+        return valid_uri(path)
+
     @property
     def text_tokens(self) -> int:
         """`max_tokens`."""
@@ -69,8 +77,6 @@ class TextEncoderConfig(EncoderConfig):
 
     def absolute(self) -> Self:
         """The same with an absolute path."""
-        from piflow import storage  # here, since it imports pyarrow, and recipes are read without
-
         return self.model_copy(update={"path": storage.absolute(self.path)})
 
 

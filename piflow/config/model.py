@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from piflow.config.family import find_family
-from piflow.config.section import Operational, Positive, PositiveFloat, Section
+from piflow.config.section import Operational, Positive, PositiveFloat, Section, Uri
 
 
 class Fp8TeacherConfig(Section):
@@ -34,13 +34,13 @@ class ModelConfig(Section):
     point, its module or module:attribute.
     """
 
-    path: str
+    path: Uri
     """URI (local, s3://, hf://) of its folder: config.json and safetensors files."""
 
     codec: Literal["pixels", "vae"] = "pixels"
     """pixels: RGB, space-to-depth by 2, 12 latent channels; or the VAE."""
 
-    vae: str | None = None
+    vae: Uri | None = None
     """URI of the VAE's folder; default: `vae` beside the transformer's."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from piflow.config import identity
+from piflow.config import identity, plain_yaml
 from piflow.config.data import EmbedConfig
 from piflow.config.family import BUILT_IN, FamilyEncoder, find_family, require_known
 from piflow.config.model import LoRAConfig, ModelConfig
@@ -20,7 +19,7 @@ from piflow.config.objective import (
     PiIDConfig,
 )
 from piflow.config.runtime import RuntimeConfig
-from piflow.config.section import NonNegative, Operational, RecipeError, Section, Variant
+from piflow.config.section import NonNegative, Operational, RecipeError, Section, Uri, Variant
 from piflow.config.tracking import EvaluationConfig, TrackingConfig
 from piflow.config.training import TrainingConfig
 
@@ -51,7 +50,7 @@ class Recipe(Section):
     seed: NonNegative = 0
     """The seed of weights, noise and the order of prompts."""
 
-    run_dir: Operational[str]
+    run_dir: Operational[Uri]
     """URI of the run's folder: checkpoints, samples, state."""
 
     model: ModelConfig
@@ -252,4 +251,4 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default filled in."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return plain_yaml.dump(self.model_dump(mode="json"))

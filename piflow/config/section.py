@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from piflow import storage
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def valid_uri(uri: str) -> str:
+    """The URI itself.
+
+    Raises:
+        ValueError: as `storage.require_valid`.
+    """
+    storage.require_valid(uri)
+    return uri
+
+
+Uri = Annotated[str, AfterValidator(valid_uri)]
+"""A place of files: well written, of a scheme that piflow knows, and without keys or passwords."""
 
 Value = TypeVar("Value")
 OPERATIONAL = "operational"

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import sysconfig
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from piflow.config import identity
+from piflow.config import identity, plain_yaml
 from piflow.config.family import encoder_kind, find_family
 from piflow.config.model import ModelConfig
 from piflow.config.recipe import Recipe
 from piflow.config.section import RecipeError, Section
+from piflow.storage.foreign import redacted, shown
+
+_ITEMS = 8  # of a list that a message shows
+
+_PROBLEMS = 20  # of a recipe that a message tells
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -29,17 +34,16 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         RecipeError: the file is missing or isn't a YAML mapping, or a key or value is wrong.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"recipe not found: {path}; recipes shipped with piflow: {_shipped()}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
+    where = redacted(path)
+    if path.is_dir():
+        raise RecipeError(f"{where} is a folder; name the recipe's YAML file in it")
+    if not path.exists():
+        raise RecipeError(f"recipe not found: {where}; recipes shipped with piflow: {_shipped()}")
+    with path.open("rb") as file:
+        tree = plain_yaml.load_mapping(file.read(plain_yaml.MAX_BYTES + 1), where=where)
     for override in overrides or []:
         _apply_override(tree, override)
-    return parse_recipe(tree, str(path))
+    return parse_recipe(tree, where)
 
 
 def parse_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -54,7 +58,9 @@ def parse_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = "\n".join(f"  - {_explain(problem, tree)}" for problem in error.errors())
+        told = [f"  - {_explain(problem, tree)}" for problem in error.errors()[:_PROBLEMS]]
+        more = ["  - …"] if error.error_count() > _PROBLEMS else []
+        problems = "\n".join(told + more)
         raise RecipeError(f"{source} has {error.error_count()} problem(s):\n{problems}") from error
 
 
@@ -62,36 +68,56 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise RecipeError(
-            f"--set expects key=value, got {override!r}; example: --set training.steps=500"
+            f"--set expects key=value, got {redacted(override)!r}; example: --set "
+            "training.steps=500"
         )
+    said = f"--set {redacted(override)}"
     *parents, leaf = key.split(".")
     for parent in parents:
         if tree.get(parent) is None:  # absent, or a section's bare name
             tree[parent] = {}
         tree = tree[parent]
         if not isinstance(tree, dict):
-            raise RecipeError(f"--set {override}: {parent!r} is a value, not a section")
-    try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is not valid YAML: {error}") from error
+            raise RecipeError(f"{said}: {parent!r} is a value, not a section")
+    tree[leaf] = plain_yaml.load_value(text, where=f"{said}: the value")
 
 
 def _explain(problem: Any, tree: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(part for part in location if part not in _VARIANTS) or "(whole recipe)"
+    key = shown(".".join(part for part in location if part not in _VARIANTS) or "(whole recipe)")
     if problem["type"] == "extra_forbidden":
-        allowed = ", ".join(_section(location[:-1], tree).model_fields)
-        return f"unknown key {key!r}; allowed here: {allowed}"
+        section = _section(location[:-1], tree)
+        allowed = ", ".join(section.model_fields)
+        near = difflib.get_close_matches(location[-1], section.model_fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {key!r}{hint}; allowed here: {allowed}"
     if problem["type"] == "missing":
         return f"missing key {key!r}"
     if problem["type"] == "union_tag_invalid":
         context = problem["ctx"]
-        return f"{key}.type: expected one of {context['expected_tags']}; got {context['tag']!r}"
+        return (
+            f"{key}.type: expected one of {context['expected_tags']}; got {_shown(context['tag'])}"
+        )
     message = problem["msg"].removeprefix("Value error, ")
     if not isinstance(problem["input"], dict):
-        message = f"{message}; got {problem['input']!r}"
+        message = f"{message}; got {_shown(problem['input'])}"
     return f"{key}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value of a recipe as a message may show it: cut, escaped, without a URI's secrets."""
+    if isinstance(value, str):
+        return repr(redacted(value))
+    if isinstance(value, dict):
+        return f"a section of {len(value)} keys"
+    if not isinstance(value, list | tuple):
+        return shown(repr(value))
+    items = [
+        f"a list of {len(item)}" if isinstance(item, list) else _shown(item)
+        for item in value[:_ITEMS]
+    ]
+    items += ["…"] if len(value) > _ITEMS else []
+    return shown(f"[{', '.join(items)}]", 500)
 
 
 def _variants() -> dict[str, type[Section]]:

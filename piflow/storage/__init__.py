@@ -21,12 +21,22 @@ from piflow.storage.files import (
     list_files,
     local_folder,
     read_bytes,
-    require_valid,
     sha256,
     write_bytes,
 )
+from piflow.storage.foreign import redacted
 from piflow.storage.s3 import s3_place
-from piflow.storage.uri import absolute, base_name, join, member, scheme, sibling, suffix
+from piflow.storage.uri import (
+    absolute,
+    base_name,
+    join,
+    member,
+    require_plain,
+    require_valid,
+    scheme,
+    sibling,
+    suffix,
+)
 
 __all__ = [
     "absolute",
@@ -44,6 +54,8 @@ __all__ = [
     "local_folder",
     "member",
     "read_bytes",
+    "redacted",
+    "require_plain",
     "require_valid",
     "s3_place",
     "scheme",

@@ -3,7 +3,9 @@
 ========================  ====================================================================
 ``path`` or ``file://…``  a local path; relative ones start at the working directory
 ``s3://bucket/prefix``    an object store; ``?endpoint_override=host:port&scheme=http`` for others
-                          than AWS, credentials from the usual ``AWS_*`` variables
+                          than AWS, or ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``; credentials
+                          from the usual ``AWS_*`` variables; ``#`` and ``?`` of a name are ``%23``
+                          and ``%3F``
 ``package://name/sub``    files shipped inside an installed Python package; read-only
 ``hf://owner/name/sub``   files of a model repository on the Hugging Face hub; read-only.
                           ``hf://datasets/owner/name/…`` of a dataset, ``owner/name@revision``
@@ -33,15 +35,16 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import wraps
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from pyarrow import fs
-
-from piflow.storage.foreign import ForeignDataError, relative_name, shown
-from piflow.storage.hub import hub_filesystem, hub_place, hub_snapshot
-from piflow.storage.s3 import refusal, s3_filesystem, s3_place
+from piflow.storage.foreign import ForeignDataError, redacted, relative_name
+from piflow.storage.hub import hub_filesystem, hub_snapshot
+from piflow.storage.s3 import refusal, s3_filesystem
 from piflow.storage.uri import READ_ONLY, local_path, member, package_path, scheme
+
+if TYPE_CHECKING:  # it takes a while, and recipes are read without
+    from pyarrow import fs
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -84,19 +87,10 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         return s3_filesystem(uri)
     if kind == "hf":
         return hub_filesystem(uri)
+    from pyarrow import fs
+
     local = package_path(uri) if kind == "package" else local_path(uri)
     return fs.LocalFileSystem(), str(local)
-
-
-def require_valid(uri: str) -> None:
-    """Check how a URI is written, without looking at what is there.
-
-    Raises:
-        ValueError: as `filesystem`.
-    """
-    kind = scheme(uri)
-    checks = {"s3": s3_place, "hf": hub_place, "package": package_path, "file": local_path}
-    checks[kind](uri)
 
 
 @contextmanager
@@ -113,7 +107,7 @@ def explained(uri: str) -> Iterator[None]:
         reason = refusal(uri) if scheme(uri) == "s3" else None
         if reason is None:
             raise
-        raise PermissionError(errno.EACCES, f"{uri}: {reason}") from error
+        raise PermissionError(errno.EACCES, f"{redacted(uri)}: {reason}") from error
 
 
 def _is_refusal(error: OSError) -> bool:
@@ -141,6 +135,8 @@ def _explains(
 @_explains
 def exists(uri: str) -> bool:
     """Whether a file or a non-empty prefix (folder) is there."""
+    from pyarrow import fs
+
     system, path = filesystem(uri)
     return bool(system.get_file_info(path).type != fs.FileType.NotFound)
 
@@ -168,8 +164,10 @@ def _files_below(
     A local disk has no names that lead out of a folder. An object's key is any text, and so is
     what a server answers, so those are checked before a path is made of them.
     """
+    from pyarrow import fs
+
     infos = system.get_file_info(fs.FileSelector(root, recursive=recursive, allow_not_found=True))
-    prefix, where = f"{root.rstrip('/')}/", f"the listing of {shown(uri)}"
+    prefix, where = f"{root.rstrip('/')}/", f"the listing of {redacted(uri)}"
     named = {
         info.path.removeprefix(prefix): info for info in infos if info.type == fs.FileType.File
     }
@@ -235,12 +233,16 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
         FileNotFoundError: names the URI.
         ForeignDataError: it has more than `max_bytes`, and isn't read.
     """
+    from pyarrow import fs
+
     system, path = filesystem(uri)
     info = system.get_file_info(path)
     if info.type != fs.FileType.File:
         raise FileNotFoundError(errno.ENOENT, "no such file", uri)
     if max_bytes is not None and info.size > max_bytes:
-        raise ForeignDataError(f"{uri} has {info.size} bytes; at most {max_bytes} are read")
+        raise ForeignDataError(
+            f"{redacted(uri)} has {info.size} bytes; at most {max_bytes} are read"
+        )
     with system.open_input_stream(path, compression=None) as stream:
         return bytes(stream.read())
 
@@ -279,6 +281,8 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
 @_explains
 def delete_file(uri: str) -> None:
     """Delete a file; nothing happens if it isn't there."""
+    from pyarrow import fs
+
     _refuse_read_only(uri)
     system, path = filesystem(uri)
     if system.get_file_info(path).type == fs.FileType.File:
@@ -295,10 +299,12 @@ def delete_folder(uri: str) -> None:
     Raises:
         ValueError: the URI is read-only, a whole bucket or the root of a file system.
     """
+    from pyarrow import fs
+
     _refuse_read_only(uri)
     system, path = filesystem(uri)
     if not path.strip("/") or (scheme(uri) == "s3" and "/" not in path.strip("/")):
-        raise ValueError(f"refusing to delete {uri!r}, a root; name a folder inside it")
+        raise ValueError(f"refusing to delete {redacted(uri)!r}, a root; name a folder inside it")
     if system.get_file_info(path).type == fs.FileType.Directory:
         system.delete_dir(path)
 
@@ -405,7 +411,7 @@ def _default_cache() -> Path:
 
 def _refuse_read_only(uri: str) -> None:
     if scheme(uri) in READ_ONLY:
-        raise ValueError(f"{uri!r} is read-only; write to a local path or s3://…")
+        raise ValueError(f"{redacted(uri)!r} is read-only; write to a local path or s3://…")
 
 
 def _write_local(path: Path, content: bytes | memoryview) -> None:
@@ -426,4 +432,6 @@ def _write_error(uri: str, size: int, error: OSError) -> OSError:
         reason = "no space left; free some, or choose another place; what was there is unchanged"
     else:
         reason = str(error)
-    return OSError(error.errno or errno.EIO, f"cannot write {size} bytes to {uri}: {reason}")
+    return OSError(
+        error.errno or errno.EIO, f"cannot write {size} bytes to {redacted(uri)}: {reason}"
+    )

@@ -9,6 +9,7 @@ error that they raise.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from typing import Any
 
@@ -44,6 +45,38 @@ def shown(text: object, limit: int = 200) -> str:
         for character in whole[:limit]
     )
     return escaped if len(whole) <= limit else f"{escaped}… ({len(whole)} characters)"
+
+
+_AUTHORITY = re.compile(r"[/?#]")
+
+_PORT = re.compile(r":\d{1,5}$")
+
+_OPTION = re.compile(r"(?<=[?&;#])([^=&;#]*=)([^&;#]*)")
+
+_HARMLESS_OPTION = re.compile(
+    r"(endpoint_override|region|scheme|sslmode|read_default_file)=[\w./~:\[\]-]*"
+)
+
+
+def redacted(uri: object) -> str:
+    """A URI as it may stand in a message: without user and password, and without secret options.
+
+    What stands before an ``@``, where it may be a user and a password, becomes ``…``; so do the
+    values of all options but those that piflow knows to be none. A URI that is none, since it is
+    cut short or has blanks, is treated alike. The rest is `shown`.
+    """
+    text = str(uri)
+    kind, separator, rest = text.rpartition("://") if text.count("://") == 1 else ("", "", text)
+    authority = _AUTHORITY.split(rest, maxsplit=1)[0]
+    at = rest.rfind("@")
+    if at >= 0 and (":" in rest[:at] or (separator and "@" in authority)):
+        rest = f"…{rest[at:]}"
+    elif separator and ":" in authority and not _PORT.search(authority):
+        rest = f"…{rest[len(authority) :]}"
+    rest = _OPTION.sub(
+        lambda found: found[0] if _HARMLESS_OPTION.fullmatch(found[0]) else f"{found[1]}…", rest
+    )
+    return shown(f"{kind}{separator}{rest}", 500)
 
 
 def relative_name(name: object, *, where: str) -> str:

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, unquote
 
-from pyarrow import fs
+from piflow.storage.foreign import redacted
+
+if TYPE_CHECKING:
+    from pyarrow import fs
 
 _HUB_URI = re.compile(
     r"hf://(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?"
@@ -32,22 +35,34 @@ class _HubPlace:
 
 
 def hub_place(uri: str) -> _HubPlace:
+    """Take a hub URI apart.
+
+    Raises:
+        ValueError: it names no repository, or a path that leads out of it.
+    """
     match = _HUB_URI.fullmatch(uri)
     if match is None or match["repo"].startswith(("datasets/", "spaces/", "buckets/")):
         raise ValueError(
-            f"hub URI {uri!r} names no repository; expected hf://owner/name/folder, or "
+            f"hub URI {redacted(uri)!r} names no repository; expected hf://owner/name/folder, or "
             "hf://datasets/owner/name/folder, with @revision after the name if it isn't main"
+        )
+    path = (match["path"] or "").strip("/")
+    if any(part in (".", "..") for part in path.split("/")):
+        raise ValueError(
+            f"hub URI {redacted(uri)!r} leads out of its folder; write the path without '..'"
         )
     return _HubPlace(
         repo_type="dataset" if match["kind"] else "model",
         repo_id=match["repo"],
         revision=None if match["revision"] is None else unquote(match["revision"]),
-        path=(match["path"] or "").strip("/"),
+        path=path,
     )
 
 
 def hub_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The hub's files, read by ranges over HTTP."""
+    from pyarrow import fs
+
     place = hub_place(uri)
     with _hub_errors(uri):
         from huggingface_hub import HfFileSystem

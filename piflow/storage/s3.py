@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 from functools import lru_cache
-from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl, unquote
 
-from pyarrow import fs
+from piflow.storage.foreign import redacted, shown
+
+if TYPE_CHECKING:
+    from pyarrow import fs
 
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 60.0  # time limits of a request to an object store
 
@@ -15,14 +20,23 @@ ATTEMPTS = 8  # of a request; the waits between them add up to 20 to 60 s
 
 _S3_OPTIONS = ("endpoint_override", "region", "scheme")
 
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # the first that is set counts
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+_HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
+
 
 def s3_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """An S3 client with time limits and retries, which `FileSystem.from_uri` can't set."""
-    bucket, key, options = s3_place(uri)
-    endpoint = options.get("endpoint_override")
+    from pyarrow import fs
+
+    place = s3_place(uri)
+    bucket, key, options = place
+    scheme, endpoint = place.endpoint()
     system = fs.S3FileSystem(
         region=options.get("region") or (None if endpoint else _aws_region(bucket)),
-        scheme=options.get("scheme", "https"),
+        scheme=scheme,
         endpoint_override=endpoint,
         connect_timeout=CONNECT_SECONDS,
         request_timeout=REQUEST_SECONDS,
@@ -34,6 +48,8 @@ def s3_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 @lru_cache(maxsize=256)
 def _aws_region(bucket: str) -> str:
     """An AWS bucket's region, which costs a request: asked once a process."""
+    from pyarrow import fs
+
     return str(fs.resolve_s3_region(bucket))
 
 
@@ -44,29 +60,79 @@ class S3Place(NamedTuple):
     key: str
     options: dict[str, str]  # endpoint_override, region, scheme, if they are given
 
+    def endpoint(self) -> tuple[str, str | None]:
+        """Protocol and host of the store; None: AWS.
+
+        What the URI says counts, then AWS_ENDPOINT_URL_S3 and AWS_ENDPOINT_URL.
+
+        Raises:
+            ValueError: the variable holds no URL of a host.
+        """
+        protocol = self.options.get("scheme", "https")
+        if host := self.options.get("endpoint_override"):
+            return protocol, host
+        variable = next((name for name in _ENDPOINT_VARIABLES if os.environ.get(name)), None)
+        if variable is None:
+            return protocol, None
+        protocol, separator, host = os.environ[variable].rstrip("/").partition("://")
+        if not separator or protocol not in ("http", "https") or not _HOST.fullmatch(host):
+            raise ValueError(
+                f"{variable} is {redacted(os.environ[variable])!r}; expected http://host:port or "
+                "https://host"
+            )
+        return protocol, host
+
 
 def s3_place(uri: str) -> S3Place:
     """Take an S3 URI apart.
 
     Raises:
-        ValueError: it names no bucket, has unknown options or holds keys.
+        ValueError: it names no bucket, has unknown or doubled options, or holds keys; the message
+            doesn't repeat them.
     """
-    pieces = urlsplit(uri)
-    if not pieces.netloc:
-        raise ValueError(f"S3 URI {uri!r} names no bucket; expected s3://bucket/prefix")
-    if "@" in pieces.netloc:
+    if "#" in uri:
         raise ValueError(
-            f"the S3 URI of bucket {pieces.netloc.rpartition('@')[2]!r} holds keys, which would "
-            "end up in logs; expected s3://bucket/prefix, with the keys in AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY"
+            f"S3 URI {redacted(uri)!r} has a '#', which would cut off what follows it; write %23 "
+            "where it is part of a name"
         )
-    options = dict(parse_qsl(pieces.query))
+    written, _, query = uri.removeprefix("s3://").partition("?")
+    bucket, _, path = written.partition("/")
+    if "@" in bucket or ":" in bucket:
+        raise ValueError(
+            f"the S3 URI {redacted(uri) if '@' in written else 's3://…'!r} holds keys or a port, "
+            "and keys would end up in logs; expected s3://bucket/prefix, with the keys in "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and a host in ?endpoint_override="
+        )
+    if not bucket:
+        raise ValueError(f"S3 URI {redacted(uri)!r} names no bucket; expected s3://bucket/prefix")
+    if not _BUCKET.fullmatch(bucket):
+        raise ValueError(
+            f"S3 URI {redacted(uri)!r} has the bucket {shown(bucket)!r}, which no store has; "
+            "expected letters, digits, '.', '-' and '_'"
+        )
+    return S3Place(bucket, unquote(path).strip("/"), _options(uri, query))
+
+
+def _options(uri: str, query: str) -> dict[str, str]:
+    pairs = parse_qsl(query, keep_blank_values=True)
+    options = dict(pairs)
     if unknown := sorted(options.keys() - set(_S3_OPTIONS)):
         raise ValueError(
-            f"S3 URI {uri!r} has the option(s) {', '.join(unknown)}; supported: "
+            f"S3 URI {redacted(uri)!r} has the option(s) {shown(', '.join(unknown))}; supported: "
             f"{', '.join(_S3_OPTIONS)}"
         )
-    return S3Place(pieces.netloc, unquote(pieces.path).strip("/"), options)
+    if len(pairs) != len(options):
+        raise ValueError(f"S3 URI {redacted(uri)!r} has an option twice; leave one out")
+    if options.get("scheme", "https") not in ("http", "https"):
+        raise ValueError(
+            f"S3 URI {redacted(uri)!r} has another scheme than http and https for its endpoint"
+        )
+    if "endpoint_override" in options and not _HOST.fullmatch(options["endpoint_override"]):
+        raise ValueError(
+            f"S3 URI {redacted(uri)!r}: endpoint_override must be host or host:port, without "
+            "protocol, path and keys; http is chosen by &scheme=http"
+        )
+    return options
 
 
 _KEYS = (
@@ -125,10 +191,10 @@ def client(uri: str) -> Any:
     Raises:
         ModuleNotFoundError: boto3 isn't installed.
     """
-    options = s3_place(uri).options
-    endpoint = options.get("endpoint_override")
-    address = f"{options.get('scheme', 'https')}://{endpoint}" if endpoint else None
-    return _client(address, options.get("region"), ATTEMPTS)
+    place = s3_place(uri)
+    protocol, endpoint = place.endpoint()
+    address = f"{protocol}://{endpoint}" if endpoint else None
+    return _client(address, place.options.get("region"), ATTEMPTS)
 
 
 def forget_keys() -> None:
@@ -150,6 +216,7 @@ def _client(endpoint: str | None, region: str | None, attempts: int) -> Any:
             read_timeout=REQUEST_SECONDS,
             retries={"mode": "adaptive", "total_max_attempts": attempts},
             s3={"addressing_style": "path"} if endpoint else None,
+            ignore_configured_endpoint_urls=True,  # of ~/.aws/config: pyarrow follows none
         ),
     )
 

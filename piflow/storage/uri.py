@@ -4,33 +4,99 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from piflow.storage.foreign import redacted, shown
 from piflow.storage.hub import hub_place
+from piflow.storage.s3 import s3_place
 
 SCHEMES = ("file", "s3", "package", "hf")
 
 READ_ONLY = ("package", "hf")
 
-_CHOICES = "file://…, s3://…, package://…, hf://…"
+_CHOICES = "file:///…, s3://…, package://…, hf://…"
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/*)")
+
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+_VARIABLE = re.compile(r"\$(\{|[A-Za-z_])")
+
+_MAX_URI = 4096
 
 
 def scheme(uri: str) -> str:
     """``file``, ``s3``, ``package`` or ``hf``.
 
     Raises:
-        ValueError: the URI is empty or has another scheme.
+        ValueError: the URI is empty, has another scheme, or is nearly one; says what to write.
     """
     if not uri:
         raise ValueError(f"storage URI is empty; give a local path or one of {_CHOICES}")
-    name = uri.split("://", 1)[0] if "://" in uri else "file"
-    if name not in SCHEMES:
+    found = _SCHEME.match(uri)
+    if found is not None and found[2]:
+        return _known(uri, found[1], found[2])
+    for name in SCHEMES:
+        if uri.startswith(f"{name}//"):
+            raise ValueError(
+                f"storage URI {redacted(uri)!r} lacks a colon; write {name}://…, or ./{name}/… for "
+                "a local folder"
+            )
+    if _WINDOWS.match(uri):
         raise ValueError(
-            f"storage URI {uri!r} has scheme {name!r}; supported: {', '.join(SCHEMES)}, or a "
-            "local path"
+            f"{redacted(uri)!r} is a Windows path; piflow runs on Linux and macOS: give a path of "
+            f"this machine, or one of {_CHOICES}"
         )
-    return name
+    return "file"
+
+
+def _known(uri: str, name: str, slashes: str) -> str:
+    """The scheme of a URI that has one, if it is written as it must be."""
+    if name in SCHEMES and len(slashes) > 1:
+        return name
+    if name.lower() in SCHEMES:
+        rest = redacted(uri).partition(":")[2].lstrip("/")
+        written = f"file:///{rest}" if name.lower() == "file" else f"{name.lower()}://{rest}"
+        raise ValueError(f"storage URI {redacted(uri)!r} is misspelt; write {written}")
+    raise ValueError(
+        f"storage URI {redacted(uri)!r} has scheme {name!r}; supported: {', '.join(SCHEMES)}, or a "
+        "local path. Mount or copy what lies elsewhere; stores that speak S3 are "
+        "s3://bucket/prefix?endpoint_override=host:port"
+    )
+
+
+def require_valid(uri: str) -> None:
+    """Check how a URI is written, without looking at what is there.
+
+    Raises:
+        ValueError: as `filesystem` and `require_plain`.
+    """
+    require_plain(uri)
+    checks = {"s3": s3_place, "hf": hub_place, "package": package_place, "file": local_path}
+    checks[scheme(uri)](uri)
+
+
+def require_plain(uri: str) -> None:
+    """Check the text of a URI of any scheme.
+
+    Raises:
+        ValueError: it has control characters or blanks around it, is too long, or holds a variable
+            such as ``$HOME``, which nothing expands.
+    """
+    if len(uri) > _MAX_URI:
+        raise ValueError(f"a URI of {len(uri)} characters; at most {_MAX_URI}")
+    if uri != uri.strip() or shown(uri, _MAX_URI) != uri:
+        raise ValueError(
+            f"URI {redacted(uri)!r} has line breaks, other control characters or blanks around it; "
+            "leave them out"
+        )
+    if _VARIABLE.search(uri):
+        raise ValueError(
+            f"URI {redacted(uri)!r} holds a variable, and recipes expand none; write the value, or "
+            'have the shell do it: --set "key=$HOME/…" (a leading ~ is this user\'s home)'
+        )
 
 
 def absolute(uri: str) -> str:
@@ -65,7 +131,9 @@ def sibling(uri: str, name: str) -> str:
         head, separator, leaf = path.rstrip("/").rpartition("/")
         if leaf not in ("", ".", "..") and (separator or not prefix):
             return f"{prefix}{'://' if prefix else ''}{head}{separator}{name}"
-    raise ValueError(f"{uri!r} is a root and has nothing beside it; name a folder inside it")
+    raise ValueError(
+        f"{redacted(uri)!r} is a root and has nothing beside it; name a folder inside it"
+    )
 
 
 def member(folder: str, name: str) -> str:
@@ -87,19 +155,35 @@ def suffix(uri: str) -> str:
 def local_path(uri: str) -> Path:
     path = uri.removeprefix("file://")
     if "://" in uri and not path.startswith("/"):
-        raise ValueError(f"file URI {uri!r} must hold an absolute path: file:///folder/file")
+        raise ValueError(
+            f"file URI {redacted(uri)!r} must hold an absolute path: file:///folder/file"
+        )
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
-def package_path(uri: str) -> Path:
+def package_place(uri: str) -> tuple[str, str]:
+    """Package and path inside of it.
+
+    Raises:
+        ValueError: no package can have this name.
+    """
     package, _, inside = uri.removeprefix("package://").partition("/")
+    if not all(part.isidentifier() for part in package.split(".")):
+        raise ValueError(
+            f"{redacted(uri)!r} names no Python package; expected package://name/folder/file"
+        )
+    return package, inside
+
+
+def package_path(uri: str) -> Path:
+    package, inside = package_place(uri)
     try:
-        spec = importlib.util.find_spec(package) if package else None
+        spec = importlib.util.find_spec(package)
     except ModuleNotFoundError:  # a parent of a dotted name is missing
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"{uri!r} needs the Python package {package!r}, which is not installed here; "
+            f"{redacted(uri)!r} needs the Python package {package!r}, which is not installed here; "
             "install it, or give another URI"
         )
     candidates = [Path(folder) / inside for folder in spec.submodule_search_locations]

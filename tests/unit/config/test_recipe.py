@@ -90,7 +90,7 @@ def test_a_missing_recipe_names_those_that_are_shipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("name: [", "not valid YAML"), ("- name", "mapping.*found list")]
+    ("text", "expected"), [("name: [", "not valid YAML"), ("- name", "mapping.*found a list")]
 )
 def test_a_file_that_is_no_mapping(text: str, expected: str, recipe_file: Path) -> None:
     recipe_file.write_text(text)

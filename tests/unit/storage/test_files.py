@@ -18,6 +18,7 @@ from pyarrow import fs
 
 from piflow import storage
 from piflow.storage import files
+from piflow.storage.s3 import client, s3_place
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_package_files_are_found_and_read_only() -> None:
         storage.write_bytes(storage.join(uri, "x"), b"")
 
 
-@pytest.mark.parametrize("name", ["no_such_package", "no_such.sub", ""])
+@pytest.mark.parametrize("name", ["no_such_package", "no_such.sub"])
 def test_a_missing_package_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"package '{name}', which is not installed"):
         storage.filesystem(f"package://{name}/x")
@@ -244,15 +245,110 @@ def test_a_missing_package_is_named(name: str) -> None:
     [
         ("gs://bucket/x", "scheme 'gs'; supported: file, s3, package"),
         ("", "storage URI is empty"),
+        ("package:///x", "names no Python package; expected package://name"),
+        ("s3:/bucket/x", "misspelt; write s3://bucket/x"),
+        ("s3:///bucket/x", "names no bucket"),
+        ("S3://bucket/x", "misspelt; write s3://bucket/x"),
+        ("s3//bucket/x", "lacks a colon; write s3://"),
+        ("file:/x/y", "misspelt; write file:///x/y"),
+        ("http://host/x", "scheme 'http'; supported"),
+        ("C:\\models\\x", "is a Windows path"),
+        ("C:/models/x", "is a Windows path"),
+        ("s3://bucket/run#1", "has a '#'.*write %23"),
+        ("s3://bucket/run#1?endpoint_override=host:80", "has a '#'.*write %23"),
+        ("s3://bucket/x?region=a&region=b", "an option twice"),
+        ("s3://bucket/x?endpoint_override=http://host:80", "must be host or host:port"),
+        ("s3://bucket/x?endpoint_override=k:hidden%40host:80", "must be host or host:port"),
+        ("s3://bucket/x?scheme=ftp", "another scheme than http and https"),
+        ("s3://buc ket/x", "has the bucket 'buc ket', which no store has"),
+        ("hf://lab/flux/../../other", "leads out of its folder"),
         ("file://relative/path", "must hold an absolute path"),
         ("s3:///prefix", "names no bucket"),
         ("s3://bucket/x?request_timeout=3", r"option\(s\) request_timeout; supported: endpoint_o"),
-        ("s3://key:hidden@bucket/x", "'bucket' holds keys.*AWS_SECRET_ACCESS_KEY"),
+        ("s3://key:hidden@bucket/x", "s3://…@bucket/x' holds keys.*AWS_SECRET_ACCESS_KEY"),
     ],
 )
 def test_bad_uris_are_refused(uri: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         storage.filesystem(uri)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("runs/a\nb", "line breaks"),
+        ("runs/a\0b", "control characters"),
+        (" runs/a", "blanks around"),
+        ("runs/$HOME/a", "holds a variable.*--set"),
+        ("s3://bucket/${USER}/a", "holds a variable"),
+        ("x" * 5000, "5000 characters; at most 4096"),
+        ("gs://bucket/a", "scheme 'gs'"),
+    ],
+)
+def test_what_no_recipe_may_name(uri: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        storage.require_valid(uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["runs/a b", "~/runs", "a:b/c", "file:///a", "s3://b/a%23b/*.csv", "hf://o/n@v1/x", "./s3/a",
+     "package://piflow.demo/x", "/", "..", "data/[ab]?.txt", "runs/a$5", "ü/日本"],
+)  # fmt: skip
+def test_what_every_recipe_may_name(uri: str) -> None:
+    storage.require_valid(uri)
+
+
+def test_a_name_with_a_hash_stays_one_name() -> None:
+    for name in ("run#1", "run#2"):
+        uri = storage.member("s3://bucket?region=r&endpoint_override=host:80", name)
+        place = s3_place(uri)
+        assert (place.bucket, place.key) == ("bucket", name)
+        assert place.endpoint() == ("https", "host:80")
+
+
+@pytest.mark.parametrize(
+    ("variables", "query", "expected"),
+    [
+        ({}, "", ("https", None)),
+        ({"AWS_ENDPOINT_URL": "http://a:1"}, "", ("http", "a:1")),
+        (
+            {"AWS_ENDPOINT_URL": "http://a:1", "AWS_ENDPOINT_URL_S3": "https://b/"},
+            "",
+            ("https", "b"),
+        ),
+        ({"AWS_ENDPOINT_URL_S3": "http://b"}, "?endpoint_override=c:2", ("https", "c:2")),
+    ],
+)
+def test_both_clients_ask_the_same_store(
+    variables: dict[str, str],
+    query: str,
+    expected: tuple[str, str | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("piflow.storage.s3._aws_region", lambda bucket: "us-east-1")
+    uri = f"s3://bucket/x{query}"
+    protocol, host = expected
+    assert s3_place(uri).endpoint() == expected
+    system, _ = storage.filesystem(uri)
+    rebuilt = system.__reduce__()[1][0]
+    assert (rebuilt["scheme"], rebuilt["endpoint_override"] or None) == expected
+    address = client(uri).meta.endpoint_url
+    assert address == f"{protocol}://{host}" if host else "amazonaws.com" in address
+
+
+def test_an_endpoint_variable_that_is_none_is_named_without_its_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://user:hidden@host")
+    with pytest.raises(ValueError, match="AWS_ENDPOINT_URL_S3 is .*; expected http://") as caught:
+        storage.filesystem("s3://bucket/x")
+    assert "hidden" not in str(caught.value)
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
@@ -298,6 +394,7 @@ from pathlib import Path
 from pyarrow import fs
 from piflow import storage
 from piflow.storage import files
+from piflow.storage.s3 import client, s3_place
 
 remote, cache = sys.argv[1:]
 files.filesystem = lambda uri: (fs.SubTreeFileSystem(remote, fs.LocalFileSystem()), "model")
