@@ -11,16 +11,19 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from piflow import storage
 from piflow.config import Recipe
 from piflow.storage import conditional
+from piflow.storage.foreign import parse_object
 
 RECORD_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 _STATE_FILE = "state.json"  # of `piflow.training.checkpoint`, which needs torch
 _CHECKPOINT_NAME = re.compile(r"step_\d+")
+_WRITTEN = re.compile(r"state\.json|metadata\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp")
 
 
 class RunDirectoryError(ValueError):
@@ -132,14 +135,27 @@ def delete_half_written(run_dir: str) -> list[int]:
         step: uri for step, (uri, files) in _folders(run_dir).items() if _STATE_FILE not in files
     }
     for uri in left.values():
-        storage.delete_folder(uri)
+        delete_checkpoint(uri)
     return list(left)
 
 
 def delete_checkpoint(uri: str) -> None:
-    """Delete a checkpoint, if it is there: first it stops being one, then its files go."""
+    """Delete a checkpoint, if it is there: first it stops being one, then its files go.
+
+    A link in its place goes without what it points to, and files of other names than a
+    checkpoint's stay.
+    """
+    if storage.scheme(uri) == "file" and Path(storage.filesystem(uri)[1]).is_symlink():
+        storage.delete_folder(uri)
+        return
     storage.delete_file(storage.join(uri, _STATE_FILE))
-    storage.delete_folder(uri)
+    names = storage.list_files(uri)
+    written = [name for name in names if _WRITTEN.fullmatch(name)]
+    if written == names:
+        storage.delete_folder(uri)
+        return
+    for name in written:
+        storage.delete_file(storage.join(uri, name))
 
 
 def delete_old_checkpoints(
@@ -171,12 +187,20 @@ def _best(found: dict[int, str], count: int) -> set[int]:
     """
     if not count:
         return set()
-    states = (
-        (step, json.loads(storage.read_bytes(storage.join(uri, _STATE_FILE))))
-        for step, uri in found.items()
-    )
-    losses = [(state["loss"], step) for step, state in states if state.get("loss") is not None]
-    return {step for _, step in sorted(losses)[:count]}
+    losses = [(_state(uri).get("loss"), step) for step, uri in found.items()]
+    known = [(loss, step) for loss, step in losses if type(loss) in (int, float) and loss == loss]
+    return {step for _, step in sorted(known)[:count]}
+
+
+def _state(uri: str) -> dict[str, Any]:
+    """What a checkpoint's `state.json` says, unverified.
+
+    Raises:
+        ValueError: it isn't JSON, or no object.
+        FileNotFoundError: it has none.
+    """
+    place = storage.join(uri, _STATE_FILE)
+    return parse_object(storage.read_bytes(place), where=place)
 
 
 def _folders(run_dir: str) -> dict[int, tuple[str, dict[str, int]]]:
@@ -198,10 +222,12 @@ def _is_finished(uri: str, files: dict[str, int]) -> bool:
     if _STATE_FILE not in files:
         return False
     try:
-        expected = json.loads(storage.read_bytes(storage.join(uri, _STATE_FILE)))["files"]
-    except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError):
+        expected = _state(uri)["files"]
+    except (ValueError, KeyError, FileNotFoundError):
         return False  # half written, or deleted meanwhile
-    return all(files.get(name) == size for name, size in expected.items())
+    return isinstance(expected, dict) and all(
+        files.get(name) == size for name, size in expected.items()
+    )
 
 
 def newest_checkpoint(run_dir: str) -> str:
