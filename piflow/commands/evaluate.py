@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING
 from piflow.config import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from piflow.evaluation.compare import Evaluation, Retrieve
+    from piflow.evaluation.compare import Evaluation
 
 GRID_PROMPTS = 8  # rows of the picture grid
 NUM_METHODS = 4  # the teacher at three step counts, the student
@@ -46,13 +44,14 @@ def main(
     checkpoint = checkpoint or run_folder.newest_checkpoint(recipe.run_dir)
     if recipe.embed.mode == "online":
         embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
-    store = preflight(recipe, evaluation=True).store
+    found = preflight(recipe, evaluation=True)
+    store = found.store
     trio, state = student_of_checkpoint(recipe, checkpoint, "ema")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in trio.modules:
         module.to(device)
     with _progress(recipe, show_progress) as advance:
-        result = evaluate(recipe, trio, store, device, retrieve=_retrieval(recipe), advance=advance)
+        result = evaluate(recipe, trio, store, device, retrieve=found.retrieval, advance=advance)
     folder = _write_report(recipe, result, record.mlflow_run_id, store.manifest_hash, state.step)
     tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
     tracker.log_summary(summary(result), step=state.step)
@@ -91,36 +90,6 @@ def _progress(recipe: Recipe, show: bool) -> Iterator[Callable[[int], None]]:
         total = config.prompts * config.seeds * NUM_METHODS
         task = bar.add_task(f"{recipe.name}: pictures", total=total)
         yield lambda done: bar.update(task, advance=done)
-
-
-def _retrieval(recipe: Recipe) -> Retrieve | None:
-    """Nearest-emoji search among the emoji of the evaluation list, if the recipe asks for it."""
-    if not recipe.evaluation.retrieval:
-        return None
-    import torch
-
-    from piflow import storage
-    from piflow.demo.emoji import list_drawable
-    from piflow.demo.retrieval import retrieval_hits
-
-    emoji, glyphs = list_drawable()
-    names = [item.prompt for item in emoji]
-    if recipe.evaluation.prompt_list is not None:
-        listed = set(storage.read_bytes(recipe.evaluation.prompt_list).decode().splitlines())
-        kept = [number for number, name in enumerate(names) if name in listed]
-        names, glyphs = [names[number] for number in kept], glyphs[kept]
-    position = {name: number for number, name in enumerate(names)}
-
-    def retrieve(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        unknown = [prompt for prompt in prompts if prompt not in position]
-        if unknown:
-            raise ValueError(
-                f"evaluation.retrieval needs emoji names as prompts, got {unknown[0]!r}; set "
-                "evaluation.retrieval=false for other prompts"
-            )
-        return retrieval_hits(pictures, glyphs, torch.tensor([position[name] for name in prompts]))
-
-    return retrieve
 
 
 def _write_report(

@@ -9,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from piflow.config.section import NonNegative, Operational, Positive, Section, Uri
 from piflow.storage.places import require_prefix
 
+Pixels = Annotated[int, Field(gt=0, le=65_536)]
+"""Of a picture's side; what the model's codec takes of them is checked before embedding."""
+
 
 class EmbedConfig(Section):
     """prompts -> embedding store."""
@@ -65,7 +68,7 @@ class EmbedConfig(Section):
     than pictures may be wrong.
     """
 
-    buckets: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]] = []
+    buckets: list[Annotated[list[Pixels], Field(min_length=2, max_length=2)]] = []
     """[height, width] sizes in pixels, one chosen for each prompt that has no size of its own;
     listed twice, it is chosen twice as often; [] gives them height x width.
     """
@@ -78,12 +81,12 @@ class EmbedConfig(Section):
     that guidance and pictures need.
     """
 
-    height: Positive
+    height: Pixels
     """pixels of the pictures that prompts stand for without a size of their own or buckets, and of
     samples and evaluation.
     """
 
-    width: Positive
+    width: Pixels
     """pixels."""
 
     dtype: Literal["fp8", "bf16"] = "fp8"
@@ -101,8 +104,8 @@ class EmbedConfig(Section):
     encoders: Operational[Annotated[list[Positive], Field(min_length=2, max_length=2)]] = [1, 1]
     """[min, max] encoder actors of the pool."""
 
-    gpus_per_encoder: Operational[float] = Field(0.0, ge=0)
-    """May be fractional."""
+    gpus_per_encoder: Operational[float] = Field(0.0, ge=0, allow_inf_nan=False)
+    """Below 1 it may be fractional: encoders then share a GPU."""
 
     @property
     def has_several_sizes(self) -> bool:
@@ -115,6 +118,20 @@ class EmbedConfig(Section):
         for uri in uris:
             require_prefix(uri)
         return uris
+
+    @model_validator(mode="after")
+    def _actors_can_be_had(self) -> EmbedConfig:
+        if self.encoders[0] > self.encoders[1]:
+            raise ValueError(
+                f"encoders = {self.encoders} asks for at least {self.encoders[0]} and at most "
+                f"{self.encoders[1]} actors; write [min, max]"
+            )
+        if self.gpus_per_encoder > 1 and self.gpus_per_encoder % 1:
+            raise ValueError(
+                f"gpus_per_encoder = {self.gpus_per_encoder} is neither a part of one GPU nor a "
+                "whole number of them; Ray gives out nothing else"
+            )
+        return self
 
     @model_validator(mode="after")
     def _columns_in_pairs(self) -> EmbedConfig:

@@ -65,6 +65,7 @@ from piflow.data.prompts import PromptSet
 from piflow.data.reader import EmbeddingStore
 from piflow.data.writer import ShardReport, reusable_shard, write_shard
 from piflow.progress import progress
+from piflow.storage.foreign import shown
 from piflow.storage.picture import BadPictureError
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def embed_prompts(recipe: Recipe, session: Session, *, show_progress: bool = Tru
     if recipe.embed.mode == "online":
         return prepare_online(recipe, session, show_progress=show_progress)
     prompts = recipe_prompts(recipe)
+    _require_sizes(recipe, prompts)
     if prompts.duplicates:
         _say(console, f"{prompts.duplicates} repeated prompt(s) are encoded once")
     job = _plan(recipe, prompts)
@@ -162,6 +164,7 @@ def prepare_online(
         as `embed_prompts`.
     """
     prompts = recipe_prompts(recipe)
+    _require_sizes(recipe, prompts)
     for prompt in prompts.prompts:
         recipe.encoder.check_prompt(prompt.text)
     small, content = small_recipe(recipe, prompts, evaluation=evaluation)
@@ -209,6 +212,27 @@ def _plan(recipe: Recipe, prompts: PromptSet) -> _Job:
         empty=empty_prompt_plan(),
         negative=negative_prompt_plan(negative) if negative else None,
     )
+
+
+def _require_sizes(recipe: Recipe, prompts: PromptSet) -> None:
+    """Check that the model's codec takes all pictures' sizes, where this machine has the model.
+
+    Raises:
+        ValueError: names a size and the first prompt of it.
+    """
+    try:
+        codec = build_codec(recipe.model)
+    except OSError:  # the text encoder may be all that this machine has, or may read
+        return
+    sizes = {(recipe.embed.height, recipe.embed.width): "embed.height and embed.width"}
+    for prompt in prompts.prompts:
+        if (prompt.height, prompt.width) not in sizes:
+            sizes[prompt.height, prompt.width] = f"prompt {shown(repr(prompt.text))}"
+    for (height, width), source in sizes.items():
+        try:
+            codec.latent_shape(height, width)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
 
 
 def _with_latents(recipe: Recipe, layout: Layout) -> Layout:

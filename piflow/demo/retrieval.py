@@ -14,10 +14,13 @@ which is two matrix products between pictures and placed glyphs for each colour 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
+
 import torch
 from torch import Tensor
 
-from piflow.demo.emoji import Placement, place
+from piflow.demo.emoji import Placement, list_drawable, place
+from piflow.storage.foreign import shown
 
 SHIFTS = (-0.07, 0.0, 0.07)  # in half sides of the picture
 SCALES = (0.88, 0.96)
@@ -27,6 +30,42 @@ PLACEMENTS = len(SHIFTS) ** 2 * len(SCALES) * len(DEGREES)
 _GLYPHS_AT_ONCE = 16
 _PICTURES_AT_ONCE = 2048
 _LEAST_BACKGROUND = 1e-6  # <w, w> of a glyph that hides all of its background
+
+
+class EmojiRetrieval:
+    """(pictures, prompts) -> whether each picture shows its prompt's emoji.
+
+    Args:
+        among: names of the emoji that compete; None: all that the font can draw.
+
+    Raises:
+        FileNotFoundError: the font is not installed.
+    """
+
+    def __init__(self, among: Collection[str] | None = None) -> None:
+        emoji, glyphs = list_drawable()
+        kept = [n for n, item in enumerate(emoji) if among is None or item.prompt in among]
+        self._glyphs = glyphs[kept]
+        self._position = {emoji[number].prompt: place for place, number in enumerate(kept)}
+
+    def require(self, prompts: Iterable[str]) -> None:
+        """Make sure that every prompt is the name of a competing emoji.
+
+        Raises:
+            ValueError: names the first that isn't, and what to do.
+        """
+        unknown = next((prompt for prompt in prompts if prompt not in self._position), None)
+        if unknown is not None:
+            raise ValueError(
+                f"evaluation.retrieval needs emoji names as prompts, got {shown(repr(unknown))}; "
+                "set evaluation.retrieval=false for other prompts"
+            )
+
+    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Hits ``(B,)`` of pictures ``(B, 3, s, s)`` in [-1, 1]; errors as `require`."""
+        self.require(prompts)
+        targets = torch.tensor([self._position[prompt] for prompt in prompts])
+        return retrieval_hits(pictures, self._glyphs, targets)
 
 
 def retrieval_ranks(pictures: Tensor, glyphs: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from piflow.config import Recipe
 from piflow.data.online import open_store
 from piflow.data.pictures import codec_identity
 from piflow.data.reader import PromptStore
+from piflow.data.select import evaluation_rows, listed_prompts
+from piflow.demo.retrieval import EmojiRetrieval
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunRecord
 from piflow.storage.fingerprint import CodecIdentity
@@ -33,6 +35,7 @@ class Run:
         codec: which VAE made the pictures' latents, where the run trains on those of the store.
         record: of an earlier start of this run; None: it is new.
         checkpoints: step -> URI of every finished checkpoint, oldest first.
+        retrieval: finds the emoji that pictures show, where an evaluation asks for it.
     """
 
     recipe: Recipe
@@ -41,6 +44,7 @@ class Run:
     codec: CodecIdentity | None
     record: RunRecord | None
     checkpoints: dict[int, str]
+    retrieval: EmojiRetrieval | None
 
     @property
     def steps_done(self) -> int:
@@ -52,8 +56,8 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     """Check that recipe, run folder, models and store go with one another. Writes nothing.
 
     Args:
-        evaluation: the store must hold the evaluation prompts; else those of a run's pictures.
-            It matters in online mode alone.
+        evaluation: the store must hold the evaluation prompts, which must be emoji if retrieval
+            is measured; else, in online mode, those of a run's pictures.
 
     Raises:
         ValueError: the run folder belongs to another recipe or store; no store, a damaged one, one
@@ -78,7 +82,25 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     check_pictures(codec, sizes, recipe.runtime.context_parallel)
     run_folder.require_same_store(recipe, record, store.manifest_hash)
     found = run_folder.checkpoints(recipe.run_dir)
-    return Run(recipe, absolute, store, latents, record, found)
+    retrieval = _retrieval(recipe, store) if evaluation else None
+    return Run(recipe, absolute, store, latents, record, found, retrieval)
+
+
+def _retrieval(recipe: Recipe, store: PromptStore) -> EmojiRetrieval | None:
+    """Nearest-emoji search among the emoji of the evaluation list; None: none is asked for.
+
+    Raises:
+        ValueError: the store lacks an evaluation prompt, or it isn't the name of an emoji.
+    """
+    index = store.index()
+    texts = dict(zip(index["row"].to_pylist(), index["prompt"].to_pylist(), strict=True))
+    prompts = [texts[row] for row in evaluation_rows(recipe, index)]
+    if not recipe.evaluation.retrieval:
+        return None
+    listed = recipe.evaluation.prompt_list
+    retrieval = EmojiRetrieval(None if listed is None else set(listed_prompts(listed)))
+    retrieval.require(prompts)
+    return retrieval
 
 
 def _absolute(recipe: Recipe) -> Recipe:

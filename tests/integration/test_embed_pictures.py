@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def test_another_vae_or_number_format_is_refused(folder: Path) -> None:
         preflight(other).store.require_latents(codec_identity(pixels.model))
 
 
-def _with_pictures(folder: Path, target: Path, replaced: Mapping[int, Path]) -> dict[str, str]:
+def _with_pictures(folder: Path, target: Path, replaced: Mapping[int, Path]) -> dict[str, Any]:
     """The thirteen prompts, those of some rows with other pictures; the recipe's places."""
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     rows = rows[: COUNT + 1]
@@ -155,7 +156,9 @@ def _with_pictures(folder: Path, target: Path, replaced: Mapping[int, Path]) -> 
         row["image"] = str(replaced.get(number, folder / row["image"]))
     prompts = target / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"prompts": str(prompts), "store": str(target / "store")}
+    return {
+        "prompts": str(prompts), "store": str(target / "store"), "allow_uris": [str(folder)],
+    }  # fmt: skip
 
 
 def test_bad_pictures_stop_or_are_left_out_and_listed(
@@ -166,7 +169,9 @@ def test_bad_pictures_stop_or_are_left_out_and_listed(
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
     places = _with_pictures(folder, tmp_path, {int(name): tmp_path / name for name in bad})
-    either = "of prompt '(2': no image file|7': not a readable image file).*bad_pictures"
+    either = (
+        "of prompt '(2': no picture of a known kind|7': not a readable image file).*bad_pictures"
+    )
     with pytest.raises(ValueError, match=either):
         embed.main(_recipe(folder, **places), show_progress=False)
     few = _recipe(folder, **places, bad_pictures="skip", max_bad_pictures=0.1)
@@ -186,12 +191,13 @@ def test_bad_pictures_stop_or_are_left_out_and_listed(
     _require_stop_refuses_it_until_it_is_whole(folder, places)
 
 
-def _require_stop_refuses_it_until_it_is_whole(folder: Path, places: dict[str, str]) -> None:
+def _require_stop_refuses_it_until_it_is_whole(folder: Path, places: dict[str, Any]) -> None:
     """What the error advises works, and makes nothing anew but the files that lack a prompt."""
     recipe, store = _recipe(folder, **places), Path(places["store"])
     for check in (partial(embed.main, show_progress=False), embed.verify):
         with pytest.raises(
-            StoreError, match="lacks 2 prompt.s., the first for picture '.*/2': no image file"
+            StoreError,
+            match="lacks 2 prompt.s., the first for picture '.*/2': no picture of a known kind",
         ):
             check(recipe)
     before = {path: path.stat().st_mtime_ns for path in store.glob("*.parquet")}

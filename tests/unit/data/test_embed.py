@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from piflow.backbones.text import EncodedPrompt
+from piflow.config import parse_recipe
 from piflow.data import embed
 from piflow.data.embed import EncodeShard, encoder_idle_share
 from piflow.data.layout import ShardPlan, empty_prompt_plan, negative_prompt_plan
@@ -58,3 +60,29 @@ def test_idle_share_counts_from_an_encoders_first_prompt_to_its_last() -> None:
     second = [embed._Work("b", 0.0, 10.0, 10.0)]
     assert encoder_idle_share(first) == pytest.approx(0.2)
     assert encoder_idle_share([*first, *second]) == pytest.approx(0.1)
+
+
+def test_sizes_that_the_codec_refuses_are_refused_before_anything_is_embedded(
+    tmp_path: Path,
+) -> None:
+    tree: dict[str, Any] = {
+        "name": "x", "run_dir": "r", "encoder": {"path": str(tmp_path / "no encoder")},
+        "model": {"path": str(tmp_path / "transformer")},
+        "embed": {"prompts": str(tmp_path / "p.jsonl"), "store": str(tmp_path / "store"),
+                  "height": 8, "width": 8, "height_column": "h", "width_column": "w"},
+    }  # fmt: skip
+    lines = ['{"prompt": "a", "h": 8, "w": 8}\n', '{"prompt": "b", "h": 8, "w": 30}\n']
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    expected = "prompt 'b': picture sizes must be positive multiples of 4 pixels, got 8×30"
+    for mode in ("store", "online"):
+        tree["embed"]["mode"] = mode
+        with pytest.raises(ValueError, match=expected):
+            embed.embed_prompts(parse_recipe(tree), session=fail, show_progress=False)
+    tree["embed"] |= {"mode": "store", "width": 30, "height_column": None, "width_column": None}
+    with pytest.raises(ValueError, match=r"embed.height and embed.width: .* got 8×30"):
+        embed.embed_prompts(parse_recipe(tree), session=fail, show_progress=False)
+    assert not (tmp_path / "store").exists()
+
+
+def fail(*_: object) -> Any:
+    raise AssertionError("Ray was started")

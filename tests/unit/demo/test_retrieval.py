@@ -112,3 +112,15 @@ def test_retrieval_refuses_what_does_not_fit() -> None:
         retrieval.retrieval_ranks(pictures[:, :1], glyphs)
     with pytest.raises(ValueError, match="expected glyphs"):
         retrieval.retrieval_ranks(pictures, glyphs[:, :3])
+
+
+def test_own_prompts_are_refused_before_there_are_pictures(drawable: Drawable) -> None:
+    search = retrieval.EmojiRetrieval({"red heart", "cat face", "no emoji"})
+    search.require(["red heart", "cat face"])
+    for prompt in ("my own prompt", "no emoji", "dog face"):  # the last doesn't compete
+        with pytest.raises(ValueError, match=f"got '{prompt}'; set evaluation.retrieval=false"):
+            search.require(["red heart", prompt])
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with pytest.raises(ValueError, match="my own"):
+        search(pictures, ["red heart", "my own"])
+    assert search(pictures, ["red heart", "cat face"]).shape == (2,)

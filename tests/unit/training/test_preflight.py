@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from piflow.config import Recipe, parse_recipe
-from piflow.training.preflight import _absolute, preflight
+from piflow.training.preflight import _absolute, _retrieval, preflight
 
 
 def recipe(run_dir: str, **sections: Any) -> Recipe:
@@ -77,3 +78,34 @@ def test_a_vae_of_other_channels_is_refused_before_the_store_is_opened(
     assert "no embedding store" in problems[channels]
     assert "vae makes latents of 4 channels" in problems[4]
     assert f"transformer takes {channels} (in_channels is {taken})" in problems[4]
+
+
+class _Index:
+    """A store of which only the index is asked for."""
+
+    def __init__(self, prompts: list[str]) -> None:
+        self._prompts = prompts
+
+    def index(self) -> pa.Table:
+        ids = [f"{number:016x}" for number in range(len(self._prompts))]
+        rows = list(range(len(ids)))
+        return pa.table({"row": rows, "prompt_id": ids, "prompt": self._prompts})
+
+
+def test_own_prompts_are_refused_where_retrieval_is_measured(tmp_path: Path) -> None:
+    """Which is the default, and was said only after every picture had been drawn."""
+    store: Any = _Index(["red heart", "a prompt of mine"])
+    ours = recipe(str(tmp_path), evaluation={"prompts": 2})
+    with pytest.raises(ValueError, match="got 'a prompt of mine'; set evaluation.retrieval=false"):
+        _retrieval(ours, store)
+    assert _retrieval(recipe("r", evaluation={"prompts": 2, "retrieval": False}), store) is None
+    assert _retrieval(recipe("r", evaluation={"prompts": 1}), store) is not None
+    (tmp_path / "list.txt").write_text("red heart\n\na prompt of mine \n")
+    listed = {"prompts": 2, "prompt_list": str(tmp_path / "list.txt")}
+    with pytest.raises(ValueError, match="got 'a prompt of mine'"):
+        _retrieval(recipe("r", evaluation=listed), store)
+    (tmp_path / "list.txt").write_bytes("red heart\n".encode("utf-16-le"))
+    with pytest.raises(ValueError, match="list.txt, line 1: not UTF-8"):
+        _retrieval(recipe("r", evaluation=listed), store)
+    with pytest.raises(ValueError, match="asks for 3 prompts"):
+        _retrieval(recipe("r", evaluation={"prompts": 3, "retrieval": False}), store)
