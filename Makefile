@@ -6,6 +6,7 @@ STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 CLUSTER := $(VENV)/.installed-cluster
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TARGETS := kuberay aws gcp on-premise slurm sky
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 PARALLEL := --numprocesses logical --maxprocesses 4
 FAKETIME := /usr/bin/faketime
@@ -86,7 +87,8 @@ test-cluster-files: $(CLUSTER)
 	$(BIN)/python -m pytest tests/cluster_files
 
 render: install
-	$(BIN)/piflow render cluster/recipe.yaml --target kuberay --out cluster/kuberay
+	for target in $(TARGETS); do \
+	  $(BIN)/piflow render cluster/recipe.yaml --target $$target --out cluster/$$target || exit 1; done
 
 pretrain: install
 	$(BIN)/piflow embed pipelines/recipes/emoji-teacher.yaml

@@ -227,12 +227,15 @@ def smoke(
 
 @app.command(
     epilog=f"Example: `piflow render {DEFAULT_RECIPE} --target kuberay --values my-values.yaml`. "
-    "cluster/values.yaml is an example of values, docs/kubernetes.md says how to use what is "
-    "written."
+    "cluster/values.yaml is an example of values; docs/kubernetes.md and docs/machines.md say what "
+    "to do with the files."
 )
 def render(
     recipe: RecipeArgument,
-    target: Annotated[Literal["kuberay"], typer.Option(help="what the files are for")],
+    target: Annotated[
+        Literal["kuberay", "aws", "gcp", "on-premise", "slurm", "sky"],
+        typer.Option(help="what the files are for"),
+    ],
     values: Annotated[
         Path, typer.Option(help="image, machines and limits, as YAML", metavar="FILE")
     ] = Path("cluster/values.yaml"),
@@ -248,6 +251,7 @@ def render(
     pipeline.main(
         config,
         recipe.read_text(),
+        target,
         values=values,
         out=out or Path("rendered") / target,
         overrides=overrides or [],

@@ -9,9 +9,15 @@ from piflow.config import Recipe
 
 
 def main(
-    recipe: Recipe, recipe_text: str, *, values: Path, out: Path, overrides: Sequence[str] = ()
+    recipe: Recipe,
+    recipe_text: str,
+    target: str,
+    *,
+    values: Path,
+    out: Path,
+    overrides: Sequence[str] = (),
 ) -> list[Path]:
-    """Write KubeRay's files for a recipe.
+    """Write a target's files for a recipe.
 
     Args:
         recipe_text: its file, which the jobs read with the same `overrides`.
@@ -25,10 +31,11 @@ def main(
         ValueError: recipe and values can't be used or don't fit one another.
         OSError: files that no rendering wrote are in the way.
     """
-    from piflow.jobs.render import render_kuberay, write
+    from piflow.jobs.render import Job, render, write
     from piflow.jobs.values import load_values
 
-    files = render_kuberay(recipe, recipe_text, load_values(values), overrides)
+    files = render(Job(recipe, recipe_text, load_values(values), overrides), target)
     write(files, out)
-    print(f"{recipe.name}: {len(files)} files in {out}; docs/kubernetes.md says how to use them")
+    guide = "kubernetes.md" if target == "kuberay" else "machines.md"
+    print(f"{recipe.name}: {len(files)} files in {out}; docs/{guide} says how to use them")
     return [out / name for name in files]

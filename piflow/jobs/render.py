@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
 from piflow.config import Recipe
-from piflow.jobs import kuberay, kueue, kustomize, pods, shared
+from piflow.jobs import autoscaler, kuberay, kueue, kustomize, pods, shared, sky, slurm
 from piflow.jobs.demand import STAGES, Demand, demand, require_reachable
 from piflow.jobs.pods import Manifest
+from piflow.jobs.strict import Strict
 from piflow.jobs.values import KubernetesValues, Values, ValuesError
+
+Section = TypeVar("Section", bound=Strict)
 
 _HEADER = "# Written by `piflow render`: change the recipe or the values, and render again.\n"
 _RECIPE = "recipe.yaml"
@@ -20,28 +25,41 @@ Files = dict[str, str]
 """Contents by path, relative to the output folder."""
 
 
-def render_kuberay(
-    recipe: Recipe, recipe_text: str, values: Values, overrides: Sequence[str] = ()
-) -> Files:
-    """KubeRay's objects as kustomize folders.
+@dataclass(frozen=True)
+class Job:
+    """What is to be rendered.
 
-    Args:
+    Attributes:
         recipe_text: the recipe's file, which the cluster reads with the same `overrides`.
+    """
+
+    recipe: Recipe
+    recipe_text: str
+    values: Values
+    overrides: Sequence[str] = ()
+
+
+def render(job: Job, target: str) -> Files:
+    """The files of a target, a key of `TARGETS`.
 
     Raises:
         ValueError: values or recipe can't be used there; the message says what would help.
     """
-    kubernetes = values.kubernetes
-    if kubernetes is None:
-        raise ValuesError("target kuberay needs the values' section kubernetes, which is missing")
+    return TARGETS[target](job)
+
+
+def _kuberay(job: Job) -> Files:
+    """KubeRay's objects as kustomize folders."""
+    recipe, values, overrides = job.recipe, job.values, job.overrides
+    kubernetes = _given(values.kubernetes, "kubernetes")
     folder = kubernetes.shared_folder
     require_reachable(recipe, None if folder is None else folder.path)
     demands = [demand(recipe, values, stage) for stage in STAGES]
-    files = {f"base/{_RECIPE}": recipe_text, **_base(recipe, values, kubernetes)}
+    files = {f"base/{_RECIPE}": job.recipe_text, **_base(recipe, values, kubernetes)}
     for needed in demands:
-        job = kuberay.ray_job(recipe, values, kubernetes, needed.stage, overrides)
+        ray_job = kuberay.ray_job(recipe, values, kubernetes, needed.stage, overrides)
         name = f"rayjob-{needed.stage}.yaml"
-        files |= _folder(needed.stage, name, job, kubernetes, needed)
+        files |= _folder(needed.stage, name, ray_job, kubernetes, needed)
     cluster = kuberay.dev_cluster(recipe, values, kubernetes)
     training = demands[STAGES.index("distill")]
     files |= _folder(kuberay.DEV, "raycluster-dev.yaml", cluster, kubernetes, training)
@@ -56,6 +74,62 @@ def render_kuberay(
         files["queues/queues.yaml"] = text_of(kueue.queues(values, kubernetes))
         files["queues/kustomization.yaml"] = text_of([kustomize.kustomization(["queues.yaml"])])
     return files
+
+
+def _aws(job: Job) -> Files:
+    section = _given(job.values.aws, "aws")
+    require_reachable(job.recipe, None)
+    return _up(job, autoscaler.aws(job.recipe, job.values, section, _training(job)))
+
+
+def _gcp(job: Job) -> Files:
+    section = _given(job.values.gcp, "gcp")
+    require_reachable(job.recipe, None)
+    return _up(job, autoscaler.gcp(job.recipe, job.values, section, _training(job)))
+
+
+def _on_premise(job: Job) -> Files:
+    section = _given(job.values.on_premise, "on_premise")
+    require_reachable(job.recipe, None)
+    return _up(job, autoscaler.on_premise(job.recipe, job.values, section, _training(job)))
+
+
+def _slurm(job: Job) -> Files:
+    section = _given(job.values.slurm, "slurm")
+    script = slurm.script(job.recipe, job.values, section, _training(job), job.overrides)
+    return {_RECIPE: job.recipe_text, "piflow.sbatch": script}
+
+
+def _sky(job: Job) -> Files:
+    section = _given(job.values.sky, "sky")
+    task = sky.task(job.recipe, job.values, section, _training(job), job.overrides)
+    return {_RECIPE: job.recipe_text, "task.yaml": text_of([task])}
+
+
+TARGETS: Mapping[str, Callable[[Job], Files]] = {
+    "kuberay": _kuberay,
+    "aws": _aws,
+    "gcp": _gcp,
+    "on-premise": _on_premise,
+    "slurm": _slurm,
+    "sky": _sky,
+}
+
+
+def _up(job: Job, config: Mapping[str, object]) -> Files:
+    submit = autoscaler.submit_script(job.recipe, job.values, job.overrides)
+    config_text = text_of([config])
+    return {_RECIPE: job.recipe_text, "cluster.yaml": config_text, "submit.sh": submit}
+
+
+def _training(job: Job) -> Demand:
+    return demand(job.recipe, job.values, "distill")
+
+
+def _given(section: Section | None, name: str) -> Section:
+    if section is None:
+        raise ValuesError(f"this target needs the values' section {name}, which is missing")
+    return section
 
 
 def text_of(documents: Iterable[Mapping[str, object]]) -> str:
@@ -75,7 +149,7 @@ def write(files: Files, folder: Path) -> None:
     """
     for name in files:
         path = folder / name
-        foreign = path.is_file() and not path.read_text().startswith(_HEADER)
+        foreign = path.is_file() and _HEADER not in path.read_text()
         if foreign and Path(name).name != _RECIPE:
             raise FileExistsError(
                 f"{path} is there and wasn't written by `piflow render`; give another folder with "

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from piflow.config.section import NonNegative, Positive, PositiveFloat, Section
+from piflow.jobs.machines import (
+    AwsValues,
+    GcpValues,
+    OnPremiseValues,
+    SkyValues,
+    SlurmValues,
+)
+from piflow.jobs.strict import NonNegative, Positive, PositiveFloat, Strict
 from piflow.storage.foreign import shown
 
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY)", re.IGNORECASE)
@@ -23,12 +30,6 @@ Label = Annotated[str, Field(pattern=_LABEL, max_length=63)]
 
 class ValuesError(ValueError):
     """Values that can't be used; the message names the key, what came and what is allowed."""
-
-
-class Strict(Section):
-    """Keys whose values are taken as they are: text isn't read as a number, nor 1 as true."""
-
-    model_config = ConfigDict(strict=True)
 
 
 class Machine(Strict):
@@ -263,6 +264,11 @@ class Values(Strict):
 
     limits: Limits
     kubernetes: KubernetesValues | None = None
+    aws: AwsValues | None = None
+    gcp: GcpValues | None = None
+    on_premise: OnPremiseValues | None = None
+    slurm: SlurmValues | None = None
+    sky: SkyValues | None = None
 
     @field_validator("image")
     @classmethod

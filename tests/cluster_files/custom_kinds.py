@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import yaml
 
 SCHEMAS = Path(__file__).parent / "schemas"
 _FILES = {
@@ -31,8 +31,8 @@ def problems(document: dict[str, Any]) -> list[str]:
 
 @functools.cache
 def _validator(kind: str, api: str) -> Any:
-    packed = (SCHEMAS / f"{_FILES[kind]}.crd.yaml.gz").read_bytes()
-    definition = yaml.load(gzip.decompress(packed), Loader=yaml.CSafeLoader)["spec"]
+    packed = (SCHEMAS / f"{_FILES[kind]}.crd.json.gz").read_bytes()
+    definition = json.loads(gzip.decompress(packed))["spec"]
     versions = {version["name"]: version for version in definition["versions"]}
     group, _, name = api.partition("/")
     assert group == definition["group"] and versions[name]["served"]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from piflow import cli
 from piflow.config import load_recipe
-from piflow.jobs.render import render_kuberay, write
+from piflow.jobs.render import Job, render, write
 from piflow.jobs.values import Values, load_values
 from tests.cluster_files import custom_kinds
 
@@ -32,7 +32,7 @@ def rendered(*overrides: str) -> dict[str, str]:
 
 def rendered_with(values: Values, *overrides: str) -> dict[str, str]:
     recipe = load_recipe(RECIPE, list(overrides))
-    return render_kuberay(recipe, RECIPE.read_text(), values, overrides)
+    return render(Job(recipe, RECIPE.read_text(), values, overrides), "kuberay")
 
 
 def parsed(text: str) -> list[dict[str, Any]]:
