@@ -63,8 +63,10 @@ from piflow.data.online import small_recipe
 from piflow.data.pictures import LatentEncoder, codec_identity
 from piflow.data.prompts import PromptSet
 from piflow.data.reader import EmbeddingStore
+from piflow.data.shared_disk import WRITER_FILE, one_writer, require_shared
 from piflow.data.writer import ShardReport, reusable_shard, write_shard
 from piflow.progress import progress
+from piflow.runs.lease import PROCESS, Ownership
 from piflow.storage.foreign import shown
 from piflow.storage.picture import BadPictureError
 
@@ -125,8 +127,8 @@ def embed_prompts(recipe: Recipe, session: Session, *, show_progress: bool = Tru
 
     Raises:
         FileNotFoundError: no prompts file or no encoder folder.
-        ValueError: unusable prompts or encoder, bad pictures, or the store's folder belongs to
-            other inputs.
+        ValueError: unusable prompts or encoder, bad pictures, the store's folder belongs to other
+            inputs, another job writes it, or not all machines see it.
         ResourcesError: the cluster has no room for an encoder.
         OSError: the storage refused.
     """
@@ -138,18 +140,66 @@ def embed_prompts(recipe: Recipe, session: Session, *, show_progress: bool = Tru
     if prompts.duplicates:
         _say(console, f"{prompts.duplicates} repeated prompt(s) are encoded once")
     job = _plan(recipe, prompts)
+    finished = _up_to_date(recipe, job, console)
+    if finished is not None:
+        return finished
+    with one_writer(job.store) as ownership:
+        finished = _up_to_date(recipe, job, console)  # another job may have finished it meanwhile
+        if finished is not None:
+            return finished
+        return _write(recipe, job, session, console, ownership)
+
+
+def _up_to_date(recipe: Recipe, job: _Job, console: Console) -> StoreManifest | None:
+    """The manifest of a store that lacks nothing; None: there is something to do."""
     finished = _finished_store(job)
     if finished is None:
-        return _make_store(recipe, job, session, console)
+        return None
     _require_wanted(recipe, finished)
-    if job.negative is None or any(e.path == job.negative.path for e in finished.negative_prompts):
-        _say(console, f"{job.store} is up to date, nothing to do")
-        _tell_of_pictures(console, finished)
+    if job.negative is not None and not _has(finished, job.negative):
+        return None
+    _say(console, f"{job.store} is up to date, nothing to do")
+    _tell_of_pictures(console, finished)
+    return finished
+
+
+def _has(manifest: StoreManifest, negative: ShardPlan) -> bool:
+    return any(entry.path == negative.path for entry in manifest.negative_prompts)
+
+
+def _write(
+    recipe: Recipe, job: _Job, session: Session, console: Console, ownership: Ownership
+) -> StoreManifest:
+    """Make the store, or add the recipe's negative prompt to a finished one."""
+    finished = _finished_store(job)
+    if finished is None:
+        return _make_store(recipe, job, session, console, ownership)
+    if job.negative is None or _has(finished, job.negative):
         return finished
     _say(console, f"{job.store} is complete but for the negative prompt, which is added")
     manifest = _with_negative_prompt(recipe, job, job.negative, finished, session, console)
-    write_manifest(job.store, manifest)
+    _finish(job.store, manifest, ownership)
     return manifest
+
+
+def _finish(store: str, manifest: StoreManifest, ownership: Ownership) -> None:
+    """Write the manifest, once all its files are seen from here.
+
+    Raises:
+        StoreError: a file that an encoder wrote isn't there, or has another size.
+        RunTakenError: another job has taken the store over.
+    """
+    sizes = storage.file_sizes(store)
+    for entry in manifest.files:
+        if sizes.get(entry.path) != entry.bytes:
+            found = "isn't there" if entry.path not in sizes else f"has {sizes[entry.path]} bytes"
+            raise StoreError(
+                f"an encoder wrote {entry.path} with {entry.bytes} bytes to {store}, and seen from "
+                f"here it {found}: put the store on a disk that all machines mount under this "
+                "path, or on s3://…, and run `piflow embed` again"
+            )
+    ownership.require()
+    write_manifest(store, manifest)
 
 
 def prepare_online(
@@ -270,7 +320,9 @@ def _finished_store(job: _Job) -> StoreManifest | None:
     return None
 
 
-def _make_store(recipe: Recipe, job: _Job, session: Session, console: Console) -> StoreManifest:
+def _make_store(
+    recipe: Recipe, job: _Job, session: Session, console: Console, ownership: Ownership
+) -> StoreManifest:
     """Encode what isn't there yet, and write the manifest."""
     _warn_of_memory(recipe, job, console)
     storage.write_bytes(
@@ -285,7 +337,7 @@ def _make_store(recipe: Recipe, job: _Job, session: Session, console: Console) -
             done[shard.entry.path] = shard
             _require_few_skipped(recipe, job, done)
     manifest = _to_manifest(job, done, _negative_prompts_of_others(job))
-    write_manifest(job.store, manifest)
+    _finish(job.store, manifest, ownership)
     storage.delete_file(storage.join(job.store, JOB_FILE))
     _warn_of_truncation(console, list(done.values()), job.inputs.encoder.max_tokens)
     _tell_of_pictures(console, manifest)
@@ -415,6 +467,7 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
             job.store,
             job.inputs,
             plans,
+            PROCESS,
         ),
         batch_size=1,
         batch_format="numpy",
@@ -437,9 +490,18 @@ class EncodeShard:
     """The encoder actor: encodes and writes whole shards, and tells how far it is.
 
     Two threads call it; one shard is encoded at a time.
+
+    Args:
+        recipe: with absolute paths.
+        store: the store's URI.
+        inputs: the store's.
+        plans: Ray's reference to what goes into each shard.
+        writer: what the driver that owns the store calls itself.
     """
 
-    def __init__(self, recipe: Recipe, store: str, inputs: StoreInputs, plans: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, store: str, inputs: StoreInputs, plans: Any, writer: str
+    ) -> None:
         import ray
 
         self._encoder = load_encoder(recipe, inputs)
@@ -455,6 +517,7 @@ class EncodeShard:
             device = "cuda" if recipe.embed.gpus_per_encoder else "cpu"
             self._latents = LatentEncoder(recipe.model, recipe.embed, device)
         self._store = store
+        self._writer = writer
         self._inputs = inputs
         self._plans: list[ShardPlan] = ray.get(plans)
         self._turn = Lock()
@@ -462,7 +525,13 @@ class EncodeShard:
         self._busy = 0.0  # seconds that the text encoder has worked
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, Any]]:
-        """Encode and write one shard: progress rows on the way, then the shard's entry."""
+        """Encode and write one shard: progress rows on the way, then the shard's entry.
+
+        Raises:
+            SharedDiskError: the driver's store isn't what this machine has under its path.
+            RunTakenError: another job has taken the store over.
+        """
+        require_shared(self._store, self._writer, WRITER_FILE)
         plan = self._plans[int(batch["shard"][0])]
         with self._turn:
             begin, busy = time.time(), self._seconds()

@@ -1,4 +1,4 @@
-"""Whose a run's folder is: one driver at a time writes it.
+"""Whose a folder is: one driver at a time writes a run, and one `piflow embed` a store.
 
     local disk   RUN_DIR/driver.json is locked (flock); the kernel lets go when the process ends
     S3           RUN_DIR/driver.json is written on the condition that nobody else did; a thread
@@ -37,7 +37,13 @@ RENEW_SECONDS, LEASE_SECONDS = 5.0, 30.0
 
 
 class RunTakenError(RunDirectoryError):
-    """Another driver owns the run's folder."""
+    """Another driver owns the run's folder.
+
+    Attributes:
+        owner: which one; None: that can't be told.
+    """
+
+    owner: Owner | None = None
 
 
 @dataclass(frozen=True)
@@ -90,31 +96,37 @@ class Ownership:
 
 
 @contextmanager
-def owned(run_dir: str) -> Iterator[Ownership]:
-    """Own the run's folder while the block runs, which asks now and then whether it still does.
+def owned(folder: str, file: str = OWNER_FILE) -> Iterator[Ownership]:
+    """Own a folder while the block runs, which asks now and then whether it still does.
+
+    Args:
+        folder: a run's, or another one that has one writer at a time.
+        file: in the folder, says whose it is.
 
     Raises:
         RunTakenError: another driver owns it; or has taken it over, because this one couldn't
             reach the store for half a minute.
         OSError: the folder can't be written.
     """
-    uri = storage.join(run_dir, OWNER_FILE)
+    uri = storage.join(folder, file)
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     mine = Owner(PROCESS, socket.gethostname(), os.getpid(), now)
     with _leased(uri, mine) if storage.scheme(uri) == "s3" else _locked(uri, mine) as ownership:
         yield ownership
 
 
-def require_owner(run_dir: str, process: str) -> None:
+def require_owner(folder: str, process: str, file: str = OWNER_FILE) -> None:
     """Make sure that the driver whose `PROCESS` this is owns the folder still.
 
     Raises:
         RunTakenError: it doesn't.
     """
-    uri = storage.join(run_dir, OWNER_FILE)
+    uri = storage.join(folder, file)
     owner = _parse(storage.read_bytes(uri)) if storage.exists(uri) else None
     if owner is None or owner.process != process:
-        raise RunTakenError(f"run directory {run_dir} belongs to {owner or 'no driver'} by now")
+        error = RunTakenError(f"run directory {folder} belongs to {owner or 'no driver'} by now")
+        error.owner = owner
+        raise error
 
 
 # -------------------------------------------------------------------------------------- local disk
@@ -239,7 +251,9 @@ def _parse(content: bytes) -> Owner | None:
 
 
 def _taken(uri: str, owner: Owner | None) -> RunTakenError:
-    return RunTakenError(
+    error = RunTakenError(
         f"{uri} belongs to {owner or 'another driver'}; one driver at a time writes a run. Wait "
         "for its end, or stop it, or set another run_dir"
     )
+    error.owner = owner
+    return error

@@ -22,6 +22,7 @@ from piflow.data.blocks import Reader
 from piflow.data.online import EncodedReader, start_encoder
 from piflow.data.ray_reader import RayReader
 from piflow.data.reader import PromptStore
+from piflow.data.shared_disk import require_same_store, require_shared
 from piflow.data.stream import TrainStream
 from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runs.tracking import MlflowTracker, NullTracker, Tracker
@@ -66,7 +67,7 @@ def train_worker(config: dict[str, Any]) -> None:
             tracker.event(*_start_event(before, world_size))
         strategy, reason = strategy_for(recipe, world_size, device)
         tracker.event("strategy", reason)
-        assembly = _assemble_or_tell(recipe, store, strategy, device, config["mailbox"], tracker)
+        assembly = _assemble_or_tell(recipe, store, strategy, device, config, tracker)
         if assembly is None:
             return
         loop = TrainLoop(recipe, config, assembly, tracker, stops, watchdog)
@@ -150,17 +151,20 @@ def _assemble_or_tell(
     store: PromptStore,
     strategy: Strategy,
     device: torch.device,
-    mailbox: Any,
+    config: dict[str, Any],
     tracker: Tracker,
 ) -> Assembly | None:
     """The run's models and trainer; or None on every rank, and word left for the driver.
 
-    A recipe that doesn't fit its model fails again in every restart, so it ends the attempt here.
+    A recipe that doesn't fit its model fails again in every restart, so it ends the attempt here,
+    and so does a disk that this machine doesn't share with the driver's.
     What doesn't fit shows before anything is communicated: all ranks come to the exchange of what
     went wrong.
     """
     assembly, problem = None, None
     try:
+        require_shared(recipe.run_dir, config["owner"])
+        require_same_store(store)
         assembly = assemble(recipe, store, strategy, device)
     except ValueError as error:
         problem = str(error)
@@ -168,6 +172,6 @@ def _assemble_or_tell(
     if first is None:
         return assembly
     if ray.train.get_context().get_world_rank() == 0:
-        ray.get(mailbox.give_up.remote(Failure("recipe", first)))
+        ray.get(config["mailbox"].give_up.remote(Failure("recipe", first)))
         tracker.event("recipe", first)
     return None

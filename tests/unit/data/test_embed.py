@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock
@@ -15,6 +16,9 @@ from piflow.config import parse_recipe
 from piflow.data import embed
 from piflow.data.embed import EncodeShard, encoder_idle_share
 from piflow.data.layout import ShardPlan, empty_prompt_plan, negative_prompt_plan
+from piflow.data.manifest import StoreError
+from piflow.data.reader import EmbeddingStore
+from piflow.data.shared_disk import require_same_store
 
 PLANS = [empty_prompt_plan(), negative_prompt_plan("blurry")]
 
@@ -44,10 +48,11 @@ def test_a_shard_is_encoded_while_the_one_before_is_written(
         return Json(), Json()
 
     monkeypatch.setattr(embed, "write_shard", write)
+    monkeypatch.setattr(embed, "require_shared", lambda *_: None)
     actor = EncodeShard.__new__(EncodeShard)
     actor.__dict__.update(
         _plans=PLANS, _turn=Lock(), _name="actor", _busy=0.0, _latents=None, _encode=encode,
-        _store="", _inputs=None,
+        _store="", _writer="", _inputs=None,
     )  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda number: list(actor({"shard": [number]})), range(2)))
@@ -86,3 +91,18 @@ def test_sizes_that_the_codec_refuses_are_refused_before_anything_is_embedded(
 
 def fail(*_: object) -> Any:
     raise AssertionError("Ray was started")
+
+
+def test_a_worker_must_see_the_drivers_store(
+    make_store: Callable[..., EmbeddingStore], tmp_path: Path
+) -> None:
+    store = make_store({(32, 32): 5})
+    require_same_store(store)
+    more = store.manifest.model_copy(update={"negative_prompts": (store.manifest.empty_prompt,)})
+    require_same_store(EmbeddingStore(store.uri, more))  # whose negative prompts may come and go
+    other = make_store({(32, 32): 6}, name="other")
+    with pytest.raises(StoreError, match=f"store {store.uri} is .*it was replaced meanwhile"):
+        require_same_store(EmbeddingStore(store.uri, other.manifest))
+    absent = EmbeddingStore(str(tmp_path / "absent"), store.manifest)
+    with pytest.raises(StoreError, match="doesn't see .*absent.*manifest.json is missing.* mount"):
+        require_same_store(absent)
