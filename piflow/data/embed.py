@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from piflow.backbones.codec import absolute_paths, build_codec, check_channels
 from piflow.backbones.encoders import encoder_identity
 from piflow.backbones.text import EncodedPrompt
 from piflow.config import Recipe
+from piflow.config.data import EmbedConfig
 from piflow.data.background import quiet_context, remote_cause
 from piflow.data.cluster import require_resources
 from piflow.data.encode import encode_row_groups, load_encoder
@@ -42,6 +43,7 @@ from piflow.data.layout import (
     empty_prompt_plan,
     negative_prompt_plan,
     recipe_prompts,
+    require_recipes_prompts,
     store_layout,
 )
 from piflow.data.manifest import (
@@ -80,6 +82,10 @@ Session = Callable[[Recipe], AbstractContextManager[None]]
 
 _MUCH_MEMORY = 8e9  # bytes of float32 states that an encoder actor may hold without a word
 
+_MAX_RETRIES = 3  # of a shard whose encoder died
+
+_MAX_RESTARTS = 16  # of an encoder, machines that were taken away not counted
+
 JOB_FILE = "job.json"  # inputs of an unfinished store, so that a later job knows whose shards lie
 
 
@@ -117,6 +123,10 @@ class _Finished:
     work: _Work | None = None  # None: an earlier job made it
 
 
+class EncoderDiedError(ChildProcessError):
+    """An encoder's process died again and again at the same shard."""
+
+
 def embed_prompts(recipe: Recipe, session: Session, *, show_progress: bool = True) -> StoreManifest:
     """Encode the recipe's prompts and write the embedding store.
 
@@ -130,6 +140,7 @@ def embed_prompts(recipe: Recipe, session: Session, *, show_progress: bool = Tru
         ValueError: unusable prompts or encoder, bad pictures, the store's folder belongs to other
             inputs, another job writes it, or not all machines see it.
         ResourcesError: the cluster has no room for an encoder.
+        EncoderDiedError: an encoder's process died again and again at a shard.
         OSError: the storage refused.
     """
     console = Console(stderr=True, quiet=not show_progress)
@@ -226,12 +237,14 @@ def verify(recipe: Recipe) -> None:
     """Read every file of the recipe's store and compare it with the manifest; print the result.
 
     Raises:
-        StoreError: a file is missing, changed or damaged, another encoder or VAE wrote the store,
-            or the recipe's negative prompt isn't in it, or prompts whose pictures were bad.
+        StoreError: a file is missing, changed or damaged, the store is of other prompts, another
+            encoder or VAE wrote it, or it lacks the recipe's negative prompt, or prompts whose
+            pictures were bad.
     """
     if recipe.embed.mode == "online":
         recipe, _ = small_recipe(recipe, recipe_prompts(recipe), evaluation=False)
     store = EmbeddingStore.open(recipe.embed.store)
+    require_recipes_prompts(recipe, recipe.embed.store, store.manifest.inputs)
     _require_wanted(recipe, store.manifest)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
@@ -479,11 +492,34 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
         ),
         num_cpus=1,
         num_gpus=embed.gpus_per_encoder,
+        max_task_retries=_MAX_RETRIES,
+        max_restarts=_MAX_RESTARTS,
     )
+    begun: set[str] = set()
     try:
-        yield from dataset.iter_rows()
-    except ray.exceptions.RayError as error:
+        for row in dataset.iter_rows():
+            if row["begun"]:
+                begun.add(row["begun"])
+            if row["entry"]:
+                begun.discard(ShardEntry.model_validate_json(row["entry"]).path)
+            yield row
+    except ray.exceptions.RayTaskError as error:
         raise remote_cause(error) from error
+    except ray.exceptions.RayError as error:
+        raise _encoder_died(embed, begun, error) from error
+
+
+def _encoder_died(embed: EmbedConfig, begun: Collection[str], error: Exception) -> EncoderDiedError:
+    """What to say when Ray has given up a shard: an encoder's process ended at every try."""
+    reason = shown(" ".join(str(error).split()), 300)
+    return EncoderDiedError(
+        f"an encoder's process died {_MAX_RETRIES + 1} times in a row "
+        f"({'at ' + ', '.join(sorted(begun)) if begun else 'before its first shard'}): {reason}. "
+        "Most often its machine had too little memory: lower embed.batch_size "
+        f"({embed.batch_size}), embed.rows_per_shard ({embed.rows_per_shard}) or embed.encoders "
+        f"({embed.encoders}), or give it a larger machine. Run `piflow embed` again: finished "
+        "shards are kept"
+    )
 
 
 class EncodeShard:
@@ -534,6 +570,7 @@ class EncodeShard:
         require_shared(self._store, self._writer, WRITER_FILE)
         plan = self._plans[int(batch["shard"][0])]
         with self._turn:
+            yield _row(begun=plan.path)
             begin, busy = time.time(), self._seconds()
             plan, encoded, skipped = yield from self._encode_shard(plan)
             work = _Work(self._name, begin, time.time(), self._seconds() - busy)
@@ -580,8 +617,16 @@ class EncodeShard:
         return call
 
 
-def _row(entry: str = "", report: str = "", work: str = "", prompts: int = 0) -> dict[str, Any]:
-    return {"prompts": [prompts], "entry": [entry], "report": [report], "work": [work]}
+def _row(
+    entry: str = "", report: str = "", work: str = "", prompts: int = 0, begun: str = ""
+) -> dict[str, Any]:
+    return {
+        "prompts": [prompts],
+        "begun": [begun],
+        "entry": [entry],
+        "report": [report],
+        "work": [work],
+    }
 
 
 def _negative_prompts_of_others(job: _Job) -> tuple[ShardEntry, ...]:

@@ -14,6 +14,7 @@ from piflow.data.manifest import (
     Bucket,
     RowGroup,
     StoreInputs,
+    require_same_inputs,
     shard_name,
 )
 from piflow.data.prompts import Prompt, PromptSet, read_prompts
@@ -144,3 +145,30 @@ def store_layout(recipe: Recipe, prompts: PromptSet, encoder: EncoderIdentity) -
     )
     buckets, shards = plan_store(prompts.prompts, embed.rows_per_shard, embed.rows_per_group)
     return Layout(inputs, buckets, shards)
+
+
+def require_recipes_prompts(recipe: Recipe, store: str, found: StoreInputs) -> None:
+    """Check that a store holds the recipe's prompts, in the recipe's number format and layout.
+
+    Where the prompts can't be found any more, that is said, and the store is taken as it is.
+
+    Args:
+        recipe: with `embed.mode` = store.
+        store: the store's URI.
+        found: what it was made from.
+
+    Raises:
+        StoreError: it was made from others; names what differs.
+        ValueError: the prompts can't be read.
+    """
+    try:
+        prompts = recipe_prompts(recipe)
+    except FileNotFoundError:
+        print(
+            f"the recipe's prompts {recipe.embed.prompts} are not there to be compared with "
+            f"embedding store {store}: its {found.num_prompts} prompts are taken as they are"
+        )
+        return
+    ours = store_layout(recipe, prompts, found.encoder).inputs  # encoder and VAE: by their own
+    same = {"schema_version": found.schema_version, "latents": found.latents}
+    require_same_inputs(store, found, ours.model_copy(update=same))

@@ -327,6 +327,7 @@ class RowReader:
         self._cache: dict[int, OrderedDict[int, Future[pa.RecordBatch]]] = {}
         self._metadata: dict[int, pq.FileMetaData] = {}  # of shards, as far as they were opened
         self._opening: dict[int, Lock] = {}  # of shards
+        self._stamps: dict[int, tuple[int, int]] = {}  # size and time of shards, when first opened
         self.groups = RowGroups(store.manifest)
         self.damaged: set[int] = set()  # row groups
 
@@ -432,7 +433,26 @@ class RowReader:
         entry = self._store.manifest.shards[shard]
         system, folder = self._place
         place = system, f"{folder}/{entry.path}"
+        self._require_unchanged(shard, entry, place)
         return _open_shard(self._store, entry, self._metadata.get(shard), place)
+
+    def _require_unchanged(self, shard: int, entry: ShardEntry, place: tuple[Any, str]) -> None:
+        """Notice that a shard was replaced since it was opened first; its footer is kept from then.
+
+        Raises:
+            ContradictionError: its content isn't the manifest's any more.
+        """
+        try:
+            info = place[0].get_file_info(place[1])
+        except OSError:
+            return  # whoever opens the file will say so
+        stamp = info.size, info.mtime_ns
+        if info.size is None or self._stamps.setdefault(shard, stamp) == stamp:
+            return
+        with _named(entry.path, self._store.uri):
+            if storage.sha256(storage.join(self._store.uri, entry.path)) != entry.sha256:
+                raise ContradictionError("it was replaced while it was in use")
+        self._stamps[shard] = stamp  # somebody wrote the same bytes once more
 
     def _read(self, number: int) -> pa.RecordBatch:
         shard, group = self._groups[number]

@@ -12,9 +12,10 @@ from piflow import storage
 from piflow.backbones.codec import absolute_paths, build_codec, check_channels
 from piflow.backbones.encoders import encoder_identity
 from piflow.config import Recipe
+from piflow.data.layout import require_recipes_prompts
 from piflow.data.online import open_store
 from piflow.data.pictures import codec_identity
-from piflow.data.reader import PromptStore
+from piflow.data.reader import EmbeddingStore, PromptStore
 from piflow.data.select import evaluation_rows, listed_prompts
 from piflow.demo.retrieval import EmojiRetrieval
 from piflow.runs import folder as run_folder
@@ -61,9 +62,9 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
 
     Raises:
         ValueError: the run folder belongs to another recipe or store; no store, a damaged one, one
-            of another encoder, or one without the recipe's negative prompt or, where it trains on
-            them, latents of its VAE; a VAE of another family, or one that makes other latents than
-            the model takes.
+            of another encoder, for a new run one of other prompts, or one without the recipe's
+            negative prompt or, where it trains on them, latents of its VAE; a VAE of another
+            family, or one that makes other latents than the model takes.
         OSError: something that the recipe names can't be read.
     """
     record = run_folder.require_same_recipe(recipe)
@@ -71,6 +72,8 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     check_channels(recipe.model, codec)
     absolute = _absolute(recipe)
     store = open_store(absolute, evaluation=evaluation)
+    if record is None and isinstance(store, EmbeddingStore):
+        require_recipes_prompts(absolute, store.uri, store.manifest.inputs)
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
     latents = None

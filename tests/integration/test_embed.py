@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from itertools import islice
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from rich.console import Console
 
 from piflow.backbones.encoders import build_encoder
 from piflow.backbones.flux import FluxEncoderConfig
+from piflow.backbones.text import EncodedPrompt
 from piflow.commands import embed
 from piflow.config import Recipe, parse_recipe
 from piflow.data import blocks, ray_reader
 from piflow.data import embed as embed_job
 from piflow.data.batch import MicroBatch, StreamBatch
 from piflow.data.blocks import LocalReader, Reader
-from piflow.data.layout import empty_prompt_plan, plan_store
+from piflow.data.layout import ShardPlan, empty_prompt_plan, plan_store
 from piflow.data.manifest import SCHEMA_VERSION, StoreError, StoreInputs, StoreManifest
 from piflow.data.prompts import Prompt
 from piflow.data.ray_reader import RayReader
@@ -315,3 +321,35 @@ def test_rows_of_a_corrupt_row_group_are_replaced_through_ray(folder: Path, tmp_
     assert {name for batch in ours for name in batch.replaced} == {
         "row group 0 of shard-00000.parquet"
     }
+
+
+class _DyingShard(embed_job.EncodeShard):
+    """Is killed at the second shard, as the kernel kills what takes too much memory."""
+
+    def __init__(self, *arguments: Any) -> None:
+        _, self._store, self._inputs, plans, self._writer = arguments
+        self._latents, self._turn, self._name, self._busy = None, Lock(), "", 0.0
+        self._plans = ray.get(plans)
+
+    def _encode_shard(self, plan: ShardPlan) -> Any:
+        yield embed_job._row(prompts=1)
+        if plan.path == "shard-00001.parquet":
+            with (Path(self._store).parent / "deaths").open("a") as deaths:
+                deaths.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        width = self._inputs.encoder.hidden_size
+        return plan, [EncodedPrompt(torch.ones(2, width), None, False) for _ in plan.prompts], []
+
+
+def test_an_encoder_that_dies_at_a_shard_again_and_again_ends_the_job(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(folder / "prompts.jsonl", tmp_path)
+    monkeypatch.setattr(embed_job, "EncodeShard", _DyingShard)
+    expected = r"died 4 times in a row \(at shard-00001.parquet\).*lower embed.batch_size \(7\)"
+    with pytest.raises(embed_job.EncoderDiedError, match=expected):
+        embed.main(_recipe(tmp_path), show_progress=False)
+    assert (tmp_path / "deaths").read_text() == "x" * 4
+    monkeypatch.undo()
+    embed.main(_recipe(tmp_path), show_progress=False)
+    EmbeddingStore.open(str(tmp_path / "store")).verify()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 from piflow.backbones.text import EncodedPrompt
-from piflow.data.layout import ShardPlan, plan_store
+from piflow.config import parse_recipe
+from piflow.data.layout import ShardPlan, plan_store, require_recipes_prompts
 from piflow.data.manifest import (
     Bucket,
+    DamageError,
     StoreError,
     StoreInputs,
     read_manifest,
@@ -23,7 +26,7 @@ from piflow.data.manifest import (
 )
 from piflow.data.prompts import Prompt
 from piflow.data.reader import EmbeddingStore, RowReader
-from piflow.data.rows import dequantize, quantize
+from piflow.data.rows import SCHEMA, dequantize, quantize
 from piflow.data.writer import reusable_shard, write_shard
 from piflow.storage.fingerprint import EncoderIdentity
 
@@ -281,6 +284,54 @@ def test_a_flipped_byte_is_found_when_its_row_group_is_read(make_store: MakeStor
         StoreError, match=r"shard-00001.parquet .* is corrupt \(row group 1\): sha256"
     ):
         opened.verify()
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_is_noticed(make_store: MakeStore) -> None:
+    """Its footer is kept from the first look: rows of another store came as if they were its."""
+    store = make_store({(32, 32): 25})
+    path = Path(store.uri) / "shard-00001.parquet"
+    reader = RowReader(store, kept_groups=1)
+    first = reader.rows(np.array([11]))
+    content = path.read_bytes()
+    path.write_bytes(content)  # the same once more
+    os.utime(path, ns=(1, 1))
+    assert reader.rows(np.array([15]))["prompt"].to_pylist() == ["prompt 15"]
+    table = pq.ParquetFile(path).read()
+    column = next(n for n, name in enumerate(table.column_names) if name == "scale")
+    changed = table.set_column(column, SCHEMA.field("scale"), pa.array([2.0] * 10, pa.float32()))
+    pq.write_table(changed, path, row_group_size=4, use_dictionary=False)
+    with pytest.raises(DamageError, match="shard-00001.parquet .*replaced while it was in use"):
+        reader.rows(np.array([11]))
+    path.write_bytes(content)
+    assert reader.rows(np.array([11])).equals(first), "put right again"
+
+
+def test_a_store_of_other_prompts_than_the_recipes_is_refused(
+    tmp_path: Path, make_store: MakeStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store({(32, 32): 5})
+    file = tmp_path / "prompts.txt"
+    recipe = parse_recipe(
+        {
+            "name": "others", "run_dir": "run", "model": {"path": "unused"},
+            "encoder": {"path": "unused"},
+            "embed": {
+                "prompts": str(file), "store": store.uri, "height": 32, "width": 32,
+                "rows_per_shard": 10, "rows_per_group": 4, "dtype": "bf16",
+            },
+        }
+    )  # fmt: skip
+    require_recipes_prompts(recipe, store.uri, store.manifest.inputs)
+    assert "are not there to be compared" in capsys.readouterr().out
+    file.write_text("".join(f"prompt {n}\n" for n in range(5)))
+    require_recipes_prompts(recipe, store.uri, store.manifest.inputs)
+    assert capsys.readouterr().out == ""
+    file.write_text("".join(f"prompt {n}\n" for n in (0, 1, 2, 4, 3)))  # in another order
+    with pytest.raises(StoreError, match="of other inputs .prompts_sha256: .* in the recipe"):
+        require_recipes_prompts(recipe, store.uri, store.manifest.inputs)
+    file.write_text("".join(f"prompt {n}\n" for n in range(6)))
+    with pytest.raises(StoreError, match="num_prompts: 5 there, 6 in the recipe"):
+        require_recipes_prompts(recipe, store.uri, store.manifest.inputs)
 
 
 def test_another_encoders_store_is_refused(make_store: MakeStore) -> None:
