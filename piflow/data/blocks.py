@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from piflow.data.background import ahead
 from piflow.data.manifest import StoreError
-from piflow.data.order import WINDOW_GROUPS, PlannedStep, StreamOrder
+from piflow.data.order import WINDOW_GROUPS, PlannedStep, RowGroups, StreamOrder
 from piflow.data.reader import EmbeddingStore, PromptStore, RowReader
 from piflow.data.rows import SCHEMA, decoded
 
@@ -93,7 +93,8 @@ def columns(plan: StreamPlan) -> list[str] | None:
 def blocks(plan: StreamPlan) -> Iterator[Block]:
     """The plan in blocks; a window of row groups is read ahead of the one in use."""
     manifest = stored(plan).manifest
-    window = max(1, WINDOW_GROUPS * manifest.inputs.rows_per_group // plan.order.batch_size)
+    largest = int(RowGroups(manifest).sizes.max())  # rows_per_group may be far above it
+    window = max(1, WINDOW_GROUPS * largest // plan.order.batch_size)
     row_bytes = sum(shard.bytes for shard in manifest.shards) / manifest.num_rows
     most = int(_BLOCK_BYTES / (row_bytes * len(plan.mine)))
     size = max(1, min(_BLOCK_STEPS, window // 2, most))  # in steps, as the window is

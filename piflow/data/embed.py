@@ -65,7 +65,7 @@ from piflow.data.online import small_recipe
 from piflow.data.pictures import LatentEncoder, codec_identity
 from piflow.data.prompts import PromptSet
 from piflow.data.reader import EmbeddingStore
-from piflow.data.shared_disk import WRITER_FILE, one_writer, require_shared
+from piflow.data.shared_disk import WRITER_FILE, one_writer, require_shared, require_visible
 from piflow.data.writer import ShardReport, reusable_shard, write_shard
 from piflow.progress import progress
 from piflow.runs.lease import PROCESS, Ownership
@@ -475,6 +475,7 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
                 update={
                     "encoder": recipe.encoder.absolute(),
                     "model": absolute_paths(recipe.model),
+                    "embed": embed.model_copy(update={"prompts": storage.absolute(embed.prompts)}),
                 }
             ),
             job.store,
@@ -503,10 +504,10 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
             if row["entry"]:
                 begun.discard(ShardEntry.model_validate_json(row["entry"]).path)
             yield row
-    except ray.exceptions.RayTaskError as error:
-        raise remote_cause(error) from error
     except ray.exceptions.RayError as error:
-        raise _encoder_died(embed, begun, error) from error
+        if isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed:
+            raise _encoder_died(embed, begun, error) from error
+        raise remote_cause(error) from error
 
 
 def _encoder_died(embed: EmbedConfig, begun: Collection[str], error: Exception) -> EncoderDiedError:
@@ -554,6 +555,7 @@ class EncodeShard:
             self._latents = LatentEncoder(recipe.model, recipe.embed, device)
         self._store = store
         self._writer = writer
+        self._prompts = recipe.embed.prompts  # beside which pictures lie
         self._inputs = inputs
         self._plans: list[ShardPlan] = ray.get(plans)
         self._turn = Lock()
@@ -568,6 +570,8 @@ class EncodeShard:
             RunTakenError: another job has taken the store over.
         """
         require_shared(self._store, self._writer, WRITER_FILE)
+        if self._latents is not None:
+            require_visible(self._prompts)
         plan = self._plans[int(batch["shard"][0])]
         with self._turn:
             yield _row(begun=plan.path)

@@ -1,8 +1,9 @@
 """Whether a shard is what the manifest says: its footer before anything is decoded, then its rows.
 
 A Parquet file of a few kilobytes can hold gigabytes: a dictionary's one value that stands for a
-million rows, or text that compresses well. `write_shard` uses no dictionary, and the manifest says
-how much a row group can hold, so both are refused by the footer alone.
+million rows, text that compresses well, a list of a billion nulls. `write_shard` uses neither
+dictionaries nor deltas, and the manifest says how much a row group can hold, so all of these are
+refused by the footer alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from piflow.storage.foreign import shown
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+
+_ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # of values and of levels; others stand for more
 
 _MAX_REST = 2**18  # bytes that a row takes beside its tokens and latents: texts, pooled vector
 
@@ -78,10 +81,17 @@ def _require_size(group: Any, number: int, inputs: StoreInputs, latent_bytes: in
     """What a row group takes once it is decoded, as its footer says."""
     columns = [group.column(index) for index in range(group.num_columns)]
     for column in columns:
-        if column.has_dictionary_page or any("DICT" in code for code in column.encodings):
+        name = shown(column.path_in_schema)
+        if column.has_dictionary_page or not set(column.encodings) <= _ENCODINGS:
             raise ContradictionError(
-                f"row group {number} has a dictionary of {shown(column.path_in_schema)}, which "
-                "`piflow embed` doesn't write"
+                f"row group {number} has {name} encoded as {', '.join(column.encodings)}; "
+                f"`piflow embed` writes {', '.join(sorted(_ENCODINGS))}"
+            )
+        each = 3 if column.path_in_schema.startswith("latent_shape") else 1
+        if column.num_values > each * group.num_rows:
+            raise ContradictionError(
+                f"row group {number} has {column.num_values} values of {name} in "
+                f"{group.num_rows} rows"
             )
     states = inputs.encoder.max_tokens * inputs.encoder.hidden_size
     row = {"tokens": states * _width(inputs), "latent": latent_bytes}

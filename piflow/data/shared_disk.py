@@ -61,6 +61,26 @@ def require_shared(folder: str, process: str, file: str = OWNER_FILE) -> None:
         raise SharedDiskError(_not_shared(folder, f"the driver's {file} isn't in it")) from error
 
 
+def require_visible(uri: str) -> None:
+    """Check on a worker's machine that files which the driver found are there.
+
+    Args:
+        uri: of a file, or a pattern that matches some.
+
+    Raises:
+        SharedDiskError: none is.
+    """
+    if not any(map(storage.exists, _expanded(uri))):
+        raise SharedDiskError(_not_shared(uri, "no such file"))
+
+
+def _expanded(uri: str) -> list[str]:
+    try:
+        return storage.expand(uri)
+    except FileNotFoundError:
+        return []
+
+
 def require_same_store(store: PromptStore) -> None:
     """Check on a worker's machine that the store that the driver opened is there, and the same.
 

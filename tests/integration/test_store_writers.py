@@ -19,7 +19,13 @@ from piflow.data import embed
 from piflow.data.layout import ShardPlan
 from piflow.data.manifest import StoreError
 from piflow.data.reader import EmbeddingStore
-from piflow.data.shared_disk import WRITER_FILE, SharedDiskError, one_writer, require_shared
+from piflow.data.shared_disk import (
+    WRITER_FILE,
+    SharedDiskError,
+    one_writer,
+    require_shared,
+    require_visible,
+)
 from piflow.data.writer import write_shard
 from piflow.runs import lease
 from piflow.runs.lease import PROCESS
@@ -162,3 +168,9 @@ def test_a_worker_on_another_disk_says_so(store: str, tmp_path: Path) -> None:
             require_shared(store, "another driver", WRITER_FILE)
     with pytest.raises(SharedDiskError, match=r"doesn't see .* a disk that all machines mount"):
         require_shared(str(tmp_path / "absent"), PROCESS, WRITER_FILE)
+    (tmp_path / "prompts-1.txt").write_text("a cat")
+    require_visible(str(tmp_path / "prompts-1.txt"))
+    require_visible(str(tmp_path / "prompts-*.txt"))
+    for name in ("absent.txt", "absent-*.txt"):
+        with pytest.raises(SharedDiskError, match="doesn't see .*no such file"):
+            require_visible(str(tmp_path / name))

@@ -236,7 +236,12 @@ def test_a_small_file_that_is_gigabytes_is_refused_by_its_footer(gm: Path) -> No
 @pytest.mark.parametrize(
     ("change", "options", "expected"),
     [
-        (lambda t: t, {"use_dictionary": ["prompt"]}, "has a dictionary of prompt"),
+        (lambda t: t, {"use_dictionary": ["prompt"]}, "has prompt encoded as .*DICTIONARY"),
+        (
+            lambda t: t,
+            {"column_encoding": {"prompt": "DELTA_BYTE_ARRAY"}},
+            "has prompt encoded as .*DELTA_BYTE_ARRAY",
+        ),
         (
             lambda t: with_column(t, "prompt", ["x" * 2**23] * 2),
             {"compression": "zstd"},
@@ -277,3 +282,20 @@ def test_the_empty_prompts_file_is_compared_as_well(gm: Path) -> None:
     replaced(gm, "empty-prompt.parquet", with_column(table, "height", [16]))
     with pytest.raises(DamageError, match="height isn't its bucket's, 0 pixels"):
         EmbeddingStore.open(str(gm)).empty_prompt()
+
+
+def test_a_list_of_nulls_takes_no_memory(tmp_path: Path) -> None:
+    """A million of them are a few bytes on disk."""
+    store = Path(shutil.copytree(FORMATS / "pictures" / "store", tmp_path / "store"))
+    name = "shard-00001.parquet"
+    table = group_of(store, name).slice(0, 2)
+    index = table.column_names.index("latent_shape")
+    shapes = pa.array([[None] * 10**6] * 2, pa.list_(pa.int32()))
+    tables = [group_of(store, name).slice(0, 2), group_of(store, name).slice(2, 2)]
+    hostile = pa.concat_tables(
+        [part.set_column(index, table.schema.field(index), shapes) for part in tables]
+    )
+    replaced(store, name, hostile, row_group_size=2)
+    assert (store / name).stat().st_size < 20000
+    with pytest.raises(DamageError, match="2000000 values of latent_shape.* in 2 rows"):
+        EmbeddingStore.open(str(store)).read([7])

@@ -16,7 +16,7 @@ import torch
 from piflow.backbones.text import EncodedPrompt
 from piflow.data import reader as store_module
 from piflow.data.batch import MicroBatch, StreamBatch
-from piflow.data.blocks import LocalReader
+from piflow.data.blocks import LocalReader, StreamPlan, blocks
 from piflow.data.manifest import DamagedRows, ShardEntry, StoreError
 from piflow.data.order import StreamOrder, epoch_rows
 from piflow.data.prompts import Prompt
@@ -203,6 +203,14 @@ def test_resuming_reads_no_row_group_that_lies_wholly_before(
         assert read == left
         whole_windows = start * 12 // 32  # each holds 8 row groups that are used up
         assert len(read) <= 60 - 8 * whole_windows
+
+
+def test_a_row_group_size_far_above_the_prompts_reads_no_further_ahead(
+    make_store: MakeStore,
+) -> None:
+    store = make_store({(8, 8): 10}, rows_per_group=10**9)
+    plan = StreamPlan(store, StreamOrder(store.manifest, 5, 2), np.arange(2), 0)
+    assert len(next(blocks(plan)).following) <= 8 * 10, "a window of the groups that are there"
 
 
 def _damage(store: EmbeddingStore, name: str, damage: str) -> None:
