@@ -7,7 +7,7 @@
       shard-00000.parquet …          rows in file order of the prompts, grouped by bucket
       empty-prompt.parquet           the embedding of "", for guidance and prompt dropout
       negative-prompt-<id>.parquet   one for each negative prompt that a recipe asked for
-      writer.json                    which `piflow embed` writes here just now, if any does
+      writer.json                    which `piflow embed` writes here just now; gone afterwards
 
 A row holds one prompt's valid token states only, without padding. As ``fp8`` they are e4m3 with
 one float32 ``scale`` for the row, ``x = scale · q`` with ``scale = max|x| / 448``: an element is

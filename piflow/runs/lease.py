@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import IO
 
 from piflow import storage
 from piflow.runs.folder import RunDirectoryError
@@ -136,16 +137,32 @@ def require_owner(folder: str, process: str, file: str = OWNER_FILE) -> None:
 def _locked(uri: str, mine: Owner) -> Iterator[Ownership]:
     path = Path(storage.filesystem(uri)[1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _taken(uri, _parse(path.read_bytes())) from error
+    with _lock(path, uri):
         _write(path, mine.to_json())
         try:
             yield Ownership()
         finally:
-            _write(path, b"")
+            path.unlink(missing_ok=True)  # before the lock goes: nobody else can have it
+
+
+def _lock(path: Path, uri: str) -> IO[bytes]:
+    """The file at this path, locked; it may be deleted and made anew between opening and locking.
+
+    Raises:
+        RunTakenError: somebody else has locked it.
+    """
+    while True:
+        file = path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError as error:
+            file.close()
+            raise _taken(uri, _parse(path.read_bytes()) if path.exists() else None) from error
+        except FileNotFoundError:
+            pass  # deleted this moment
+        file.close()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -31,7 +31,6 @@ from piflow.data.manifest import SCHEMA_VERSION, StoreError, StoreInputs, StoreM
 from piflow.data.prompts import Prompt
 from piflow.data.ray_reader import RayReader
 from piflow.data.reader import EmbeddingStore
-from piflow.data.shared_disk import WRITER_FILE
 from piflow.data.stream import TrainStream
 from piflow.storage.fingerprint import EncoderIdentity
 
@@ -90,7 +89,6 @@ def _files(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {
         path.name: (path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted((folder / "store").iterdir())
-        if path.name != WRITER_FILE  # empty, and no part of the store
     }
 
 
