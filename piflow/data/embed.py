@@ -411,7 +411,7 @@ def _require_few_skipped(recipe: Recipe, job: _Job, done: Mapping[str, _Finished
         raise BadPictureError(
             f"{len(skipped)} of {job.inputs.num_prompts} prompts' pictures can't be used so far, "
             f"more than embed.max_bad_pictures = {recipe.embed.max_bad_pictures} allows, e.g. "
-            f"{skipped[0].picture!r}: {skipped[0].reason}; check embed.image_column and the "
+            f"{_example(skipped[0])}; check embed.image_column and the "
             "pictures' place, or raise embed.max_bad_pictures"
         )
 
@@ -426,9 +426,9 @@ def _require_wanted(recipe: Recipe, manifest: StoreManifest) -> None:
     if skipped and recipe.embed.bad_pictures == "stop":
         raise StoreError(
             f"embedding store {recipe.embed.store} was made with embed.bad_pictures = skip and "
-            f"lacks {len(skipped)} prompt(s), the first for picture {skipped[0].picture!r}: "
-            f"{skipped[0].reason}; set embed.bad_pictures = skip to use it as it is. Or repair the "
-            f"pictures, delete {MANIFEST} there and run `piflow embed` again: only files that lack "
+            f"lacks {len(skipped)} prompt(s), the first for picture "
+            f"{_example(skipped[0])}; set embed.bad_pictures = skip to use it as it is. Or repair "
+            f"the pictures, delete {MANIFEST} there and run `piflow embed` again: only files that lack "
             "prompts are made anew"
         )
 
@@ -654,8 +654,8 @@ def _to_manifest(
     skipped = tuple(picture for shard in shards for picture in shard.report.skipped)
     if len(skipped) == job.inputs.num_prompts:
         raise BadPictureError(
-            f"not one of {len(skipped)} pictures can be used, e.g. {skipped[0].picture!r}: "
-            f"{skipped[0].reason}; check embed.image_column and the pictures' place"
+            f"not one of {len(skipped)} pictures can be used, e.g. "
+            f"{_example(skipped[0])}; check embed.image_column and the pictures' place"
         )
     return StoreManifest(
         inputs=job.inputs,
@@ -716,10 +716,15 @@ def _warn_of_truncation(console: Console, finished: list[_Finished], max_tokens:
     )
 
 
+def _example(item: SkippedPicture) -> str:
+    """A picture and what is wrong with it, as messages name them: both are foreign text."""
+    return f"{shown(repr(item.picture))}: {shown(item.reason)}"
+
+
 def _tell_of_pictures(console: Console, manifest: StoreManifest) -> None:
     skipped = manifest.skipped_pictures
     if skipped:
-        named = "; ".join(f"{item.picture!r}: {item.reason}" for item in skipped[:3])
+        named = "; ".join(map(_example, skipped[:3]))
         _say(
             console,
             f"warning: {len(skipped)} prompt(s) were left out for their pictures, e.g. {named}; "

@@ -221,6 +221,8 @@ def prompt_files(uri: str) -> list[str]:
             files = _dataset_files(uri)
             _require_all_parts(files, "*")
             return files
+        if kind != fs.FileType.File:  # reading a pipe would wait for a writer
+            raise ValueError(f"prompts file {uri} is no regular file; expected a file or a folder")
     else:
         _require_all_parts(files, storage.base_name(uri))
     for file in files:

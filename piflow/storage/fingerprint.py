@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from piflow.storage.files import sha256
-from piflow.storage.foreign import shown
+from piflow.storage.foreign import refuse_lfs_pointer, shown
 
 
 class Record(BaseModel):
@@ -68,7 +68,8 @@ def files_sha256(models: Mapping[str, Path], tokenizers: Mapping[str, Path]) -> 
         tokenizers: URI -> folder with a tokenizer's files, in a fixed order.
 
     Raises:
-        ValueError: a folder has no safetensors weights, or no tokenizer.
+        ValueError: a folder has no safetensors weights, or no tokenizer, or a file of them is a
+            pointer of Git LFS.
     """
     digest = hashlib.sha256()
     for uri, folder in models.items():
@@ -96,4 +97,6 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def _update(digest: Any, files: list[Path]) -> None:
     for file in files:
+        with file.open("rb") as stream:
+            refuse_lfs_pointer(stream.read(64), where=str(file))
         digest.update(f"{file.name}\0{sha256(str(file))}\n".encode())

@@ -6,6 +6,7 @@ import gzip
 import http.server
 import io
 import os
+import re
 import shutil
 import struct
 import threading
@@ -22,12 +23,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFile
 
+from piflow import storage
 from piflow.config import EmbedConfig, ModelConfig
+from piflow.data import embed as embed_module
 from piflow.data import pictures as pictures_module
 from piflow.data import prompt_rows
 from piflow.data.manifest import SkippedPicture
 from piflow.data.pictures import LatentEncoder, fit_picture
 from piflow.data.prompts import PromptSet, prompt_files, read_prompts
+from piflow.storage.fingerprint import files_sha256
 from piflow.storage.picture import BadPictureError, open_picture
 from piflow.storage.places import NamedPlaces, require_prefix
 
@@ -261,6 +265,41 @@ def test_of_a_moving_picture_the_first_frame_counts() -> None:
         frames[0].save(sink, kind, save_all=True, append_images=frames[1:])
         first = fit_picture(sink.getvalue(), 8, 8)[:, 4, 4]
         assert first[0] > 0.95 and first[2] < -0.95
+
+
+def test_pictures_are_opened_at_one_place_alone() -> None:
+    """Pillow's `Image.open` without its list of formats would start Ghostscript."""
+    package = Path(storage.__file__).parents[1]
+    found = [
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"Image\.open\(|ImageFile|from_file\(", path.read_text())
+    ]
+    assert found == ["storage/picture.py"]
+
+
+def test_pointers_of_git_lfs_are_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(POINTER)
+    with pytest.raises(ValueError, match="model.safetensors is a Git LFS pointer.*git lfs pull"):
+        files_sha256({"model": tmp_path}, {})
+
+
+def test_prompts_are_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.txt")
+    with pytest.raises(ValueError, match="p.txt is no regular file"):
+        read(tmp_path / "p.txt")
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(ValueError, match="dataset folder .*folder.txt has no"):
+        read(tmp_path / "folder.txt")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    with pytest.raises((OSError, ValueError), match="loop.txt"):
+        read(tmp_path / "loop.txt")
+
+
+def test_what_skipped_pictures_say_reaches_no_terminal_raw() -> None:
+    item = SkippedPicture(prompt_id="0" * 16, picture="a\x1b[2J.png", reason="b\x1b]0;c\x07")
+    assert embed_module._example(item) == "'a\\x1b[2J.png': b\\x1b]0;c\\x07"
 
 
 def test_a_pointer_of_git_lfs_is_no_content(tmp_path: Path) -> None:
