@@ -428,8 +428,8 @@ def _require_wanted(recipe: Recipe, manifest: StoreManifest) -> None:
             f"embedding store {recipe.embed.store} was made with embed.bad_pictures = skip and "
             f"lacks {len(skipped)} prompt(s), the first for picture "
             f"{_example(skipped[0])}; set embed.bad_pictures = skip to use it as it is. Or repair "
-            f"the pictures, delete {MANIFEST} there and run `piflow embed` again: only files that lack "
-            "prompts are made anew"
+            f"the pictures, delete {MANIFEST} there and run `piflow embed` again: only files that "
+            "lack prompts are made anew"
         )
 
 

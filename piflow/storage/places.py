@@ -80,7 +80,7 @@ class NamedPlaces:
         self._file = file
         folder = os.path.dirname(file.partition("?")[0])
         home = _place(file)
-        self._on_s3 = scheme(file) == "s3"
+        self._on_s3, self._is_local = scheme(file) == "s3", scheme(file) == "file"
         parts = () if self._on_s3 else home.parts[:-1]
         self._home = f"the bucket of {file}" if self._on_s3 else f"the folder {folder or '.'}"
         self._folder = home.parts[:-1]
@@ -102,6 +102,8 @@ class NamedPlaces:
             )
         if "://" not in name and not os.path.isabs(name):
             uri = self._beside(name)
+            if not _climbs(posixpath.normpath(name)):
+                return uri  # it stays in the folder, as it is written
         else:
             kind = name.partition("://")[0] if "://" in name else "file"
             if kind not in ALLOWED_SCHEMES:
@@ -125,9 +127,11 @@ class NamedPlaces:
         inside = posixpath.normpath(name)
         if not _climbs(inside):
             relative_name(inside, where="a row")
-            return absolute(sibling(self._file, quote(inside) if self._on_s3 else inside))
-        if scheme(self._file) == "file":
-            return absolute(sibling(self._file, inside))
+            if self._is_local:
+                return f"{self.folders[0].rstrip('/')}/{inside}"
+            return sibling(self._file, quote(inside) if self._on_s3 else inside)
+        if self._is_local:
+            return os.path.normpath(f"{self.folders[0]}/{inside}")
         key = posixpath.normpath("/".join([*self._folder, inside]))
         if not self._on_s3 or _climbs(key):
             raise self._outside(name)

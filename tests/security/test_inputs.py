@@ -561,3 +561,10 @@ def test_a_missing_part_of_a_set_is_named(tmp_path: Path) -> None:
     parts(tmp_path, "train-00000-of-99999999.csv")
     with pytest.raises(ValueError, match="train-00001-of-99999999.csv is missing"):
         prompt_files(str(tmp_path))
+
+
+def test_a_tilde_in_a_row_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("p.jsonl", f"{tmp_path}/p.jsonl"):
+        assert NamedPlaces(file).resolve("~root/a.png") == f"{tmp_path}/~root/a.png"
+        assert NamedPlaces(file, [str(tmp_path.parent)]).resolve("../b") == f"{tmp_path.parent}/b"
