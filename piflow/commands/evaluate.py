@@ -1,14 +1,13 @@
-"""checkpoint -> metrics, picture grid and one HTML report, all logged to the run in MLflow."""
+"""checkpoint -> metrics, picture grid and one HTML report, all logged to the run in MLflow.
+
+RUN_DIR/evaluation/  report.html, grid.jpg, pictures/ (every picture that was drawn)
+"""
 
 from __future__ import annotations
 
 import platform
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from piflow.config import Recipe
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
 GRID_PROMPTS = 8  # rows of the picture grid
 NUM_METHODS = 4  # the teacher at three step counts, the student
+FOLDER = "evaluation"  # in the run's
+PICTURES = "pictures"  # in that
 
 
 def main(
@@ -31,12 +32,14 @@ def main(
     Raises:
         ValueError: no run, checkpoint or store, or they don't fit the recipe.
     """
-    import torch
-
+    from piflow import storage
     from piflow.commands import embed
     from piflow.evaluation.compare import evaluate
+    from piflow.inference.drawing import choose_device
+    from piflow.progress import progress
     from piflow.runs import folder as run_folder
     from piflow.runs.tracking import MlflowTracker
+    from piflow.training.checkpoint import STATE_FILE
     from piflow.training.export import student_of_checkpoint
     from piflow.training.preflight import preflight
 
@@ -47,18 +50,30 @@ def main(
     found = preflight(recipe, evaluation=True)
     store = found.store
     trio, state = student_of_checkpoint(recipe, checkpoint, "ema")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     for module in trio.modules:
         module.to(device)
-    with _progress(recipe, show_progress) as advance:
-        result = evaluate(recipe, trio, store, device, retrieve=found.retrieval, advance=advance)
-    folder = _write_report(recipe, result, record.mlflow_run_id, store.manifest_hash, state.step)
+    folder = storage.join(recipe.run_dir, FOLDER)
+    total = recipe.evaluation.prompts * recipe.evaluation.seeds * NUM_METHODS
+    with progress(f"{recipe.name}: pictures", total, show=show_progress) as bar:
+        result = evaluate(
+            recipe,
+            trio,
+            store,
+            device,
+            storage.join(folder, PICTURES),
+            storage.sha256(storage.join(checkpoint, STATE_FILE)),
+            retrieve=found.retrieval,
+            advance=bar.advance,
+        )
+    files = _write_report(recipe, result, record.mlflow_run_id, store.manifest_hash, state.step)
     tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
     tracker.log_summary(summary(result), step=state.step)
-    tracker.log_artifact(folder, "evaluation")
+    for name in files:
+        tracker.log_artifact(f"{FOLDER}/{name}")
     if problem := tracker.close():
         print(f"not yet in MLflow: {problem}. It is kept in the run's folder for the next command")
-    print(f"report written to {folder / 'report.html'}")
+    print(f"report written to {storage.join(folder, 'report.html')}")
     return result
 
 
@@ -80,32 +95,31 @@ def summary(result: Evaluation) -> dict[str, float]:
     return values
 
 
-@contextmanager
-def _progress(recipe: Recipe, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over the pictures of all methods."""
-    from rich.progress import Progress
-
-    config = recipe.evaluation
-    with Progress(disable=not show) as bar:
-        total = config.prompts * config.seeds * NUM_METHODS
-        task = bar.add_task(f"{recipe.name}: pictures", total=total)
-        yield lambda done: bar.update(task, advance=done)
-
-
 def _write_report(
     recipe: Recipe, result: Evaluation, run_id: str, manifest_hash: str, step: int
-) -> Path:
-    """Write report.html and grid.png to a local folder: RUN_DIR/evaluation."""
+) -> list[str]:
+    """Write grid.jpg and report.html to RUN_DIR/evaluation, each whole or not at all.
+
+    Returns:
+        Names of what belongs to the report, in that folder; the report, written last, is the last.
+    """
     import torch
 
     from piflow import storage
-    from piflow.evaluation.report import EvaluationReport, Lineage, render_html
-    from piflow.evaluation.sheet import grid, png_bytes
+    from piflow.evaluation.report import EvaluationReport, Lineage, PictureLinks, render_html
+    from piflow.evaluation.sheet import grid, jpeg_bytes
 
     prompts = result.prompts[:GRID_PROMPTS]
     columns = [pictures[: len(prompts), 0] for pictures in result.pictures.values()]
     rows = list(torch.stack(columns, dim=1))
-    picture = png_bytes(grid(rows, prompts, list(result.pictures)))
+    sheet = jpeg_bytes(grid(rows, prompts, list(result.pictures)))
+    links = tuple(
+        PictureLinks(
+            prompt,
+            tuple((name, f"{PICTURES}/{files[row]}") for name, files in result.files.items()),
+        )
+        for row, prompt in enumerate(prompts)
+    )
     packages = ("piflow", "torch", "diffusers", "peft", "ray", "mlflow")
     report = EvaluationReport(
         title=f"{recipe.name}: few-step student against its teacher",
@@ -122,14 +136,15 @@ def _write_report(
             checkpoint_step=step,
             versions={"python": platform.python_version()} | {p: version(p) for p in packages},
         ),
-        grid_png=picture,
+        grid_jpeg=sheet,
         grid_caption="Every row starts from one noise; seeds were not seen in training.",
+        picture_links=links,
         prompt_results=result.per_prompt,
         recipe_yaml=recipe.to_yaml(),
     )
-    local = storage.scheme(recipe.run_dir) == "file"
-    folder = Path(storage.absolute(recipe.run_dir) if local else tempfile.mkdtemp()) / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.html").write_text(render_html(report))
-    (folder / "grid.png").write_bytes(picture)
-    return folder
+    html = render_html(report).encode()
+    folder = storage.join(recipe.run_dir, FOLDER)
+    for name, content in {"grid.jpg": sheet, "report.html": html}.items():
+        storage.write_bytes(storage.join(folder, name), content)
+    linked = [path for row in links for _, path in row.pictures]
+    return [*dict.fromkeys(linked), "grid.jpg", "report.html"]

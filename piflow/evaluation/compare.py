@@ -1,14 +1,22 @@
-"""Compare the few-step student with its teacher, from the same prompts and noise."""
+"""Compare the few-step student with its teacher, from the same prompts and noise.
+
+Pictures are drawn once: they are kept as PNG files under what decides them (recipe, store, method,
+noise, for the student its checkpoint), and measured as those files hold them, with 8 bits a colour.
+Another call draws what is missing.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from piflow import storage
 from piflow.backbones import Codec, Conditioning, build_codec
 from piflow.config import Recipe
 from piflow.data.batch import conditioning
@@ -17,17 +25,19 @@ from piflow.data.select import evaluation_rows
 from piflow.evaluation.metrics import (
     Interval,
     diversity_ratio_interval,
-    endpoint_psnr,
     pairwise_diversity,
     psnr_gain_interval,
     psnr_of_error,
     squared_error,
 )
+from piflow.evaluation.sheet import png_bytes, to_image
 from piflow.flow import draw_noise
+from piflow.inference.gallery import Gallery, Request
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FewStep
+from piflow.storage.picture import open_picture
 from piflow.training.step import micro_batch_generator
 
 Sampler = Callable[[Tensor, Conditioning], Tensor]
@@ -71,7 +81,12 @@ class PromptResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything measured; pictures are (prompts, seeds, 3, H, W) in [-1, 1] by method name."""
+    """Everything measured.
+
+    Attributes:
+        pictures: (prompts, seeds, 3, H, W) in [-1, 1] by method name.
+        files: name of each prompt's first picture in the pictures' folder, by method name.
+    """
 
     prompts: tuple[str, ...]
     methods: tuple[MethodResult, ...]  # reference first, student last
@@ -79,6 +94,7 @@ class Evaluation:
     diversity_ratio: Interval
     per_prompt: tuple[PromptResult, ...]
     pictures: dict[str, Tensor]
+    files: dict[str, tuple[str, ...]]
 
 
 def build_methods(recipe: Recipe, trio: Trio, negative: Conditioning) -> list[Method]:
@@ -110,30 +126,75 @@ def build_methods(recipe: Recipe, trio: Trio, negative: Conditioning) -> list[Me
     return [teacher(count) for count in steps] + [Method(f"student, {nfe} NFE", nfe, student)]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A method's pictures.
+
+    Attributes:
+        pictures: (prompts, seeds, 3, H, W) in [-1, 1].
+        seconds: wall time for all of them, whenever they were drawn.
+        files: each prompt's first picture in the folder.
+    """
+
+    pictures: Tensor
+    seconds: float
+    files: tuple[str, ...]
+
+
 @torch.no_grad()
 def draw(
     method: Method,
+    prompts: Sequence[str],
     cond: Conditioning,
     noise: Tensor,
     codec: Codec,
+    gallery: Gallery,
     batch_size: int,
     advance: Callable[[int], None],
-) -> Tensor:
-    """Pictures (prompts, seeds, 3, H, W) from noise (prompts, seeds, C, h, w).
+) -> Drawn:
+    """Pictures from noise (prompts, seeds, C, h, w); those that the gallery has aren't drawn.
 
     Args:
+        cond: of the prompts.
         advance: told the number of pictures done after each batch.
     """
-    prompts, seeds = noise.shape[:2]
-    rows = torch.arange(prompts).repeat_interleave(seeds)
-    pictures = []
-    for part, some in zip(
-        noise.flatten(0, 1).split(batch_size), rows.split(batch_size), strict=True
-    ):
-        latents = method.sample(part, cond.select(some))
-        pictures.append(codec.decode(latents).clamp(-1, 1).cpu())
-        advance(len(part))
-    return torch.cat(pictures).unflatten(0, (prompts, seeds))
+    requests = [
+        Request(row + 1, prompt, seed, _digest(noise[row, seed]))
+        for row, prompt in enumerate(prompts)
+        for seed in range(noise.shape[1])
+    ]
+    missing = gallery.missing(requests)
+    advance(len(requests) - len(missing))
+    try:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            rows = torch.tensor([request.number - 1 for request in batch])
+            seeds = torch.tensor([request.seed for request in batch])
+            began = time.perf_counter()
+            latents = method.sample(noise[rows, seeds], cond.select(rows))
+            images = [to_image(picture) for picture in codec.decode(latents)]
+            seconds = (time.perf_counter() - began) / len(batch)
+            for request, image in zip(batch, images, strict=True):
+                gallery.add(request, png_bytes(image), seconds=seconds)
+            advance(len(batch))
+    finally:
+        gallery.close()
+    pictures = torch.stack([_read(gallery.file(request)) for request in requests])
+    return Drawn(
+        pictures.unflatten(0, noise.shape[:2]),
+        sum(gallery.note(request, "seconds") for request in requests),
+        tuple(gallery.name(request) for request in requests[:: noise.shape[1]]),
+    )
+
+
+def _digest(noise: Tensor) -> str:
+    return hashlib.sha256(noise.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _read(uri: str) -> Tensor:
+    """A PNG file as (3, H, W) float32 in [-1, 1]."""
+    levels = torch.from_numpy(np.array(open_picture(storage.read_bytes(uri)).convert("RGB")))
+    return levels.movedim(-1, 0).float() / 127.5 - 1
 
 
 def evaluate(
@@ -141,6 +202,8 @@ def evaluate(
     trio: Trio,
     store: PromptStore,
     device: torch.device,
+    folder: str,
+    checkpoint: str,
     *,
     retrieve: Retrieve | None = None,
     advance: Callable[[int], None] = lambda done: None,
@@ -149,6 +212,8 @@ def evaluate(
 
     Args:
         trio: teacher and the student to be measured.
+        folder: URI of the pictures' folder.
+        checkpoint: hash of the student's checkpoint.
         retrieve: finds the emoji nearest to each picture, for retrieval@1.
         advance: progress, in pictures.
     """
@@ -161,46 +226,64 @@ def evaluate(
     shape = (len(batch.prompts), recipe.evaluation.seeds, *latent)
     noise = draw_noise(shape, generator, device)
     methods = build_methods(recipe, trio, negative)
-    pictures, seconds = {}, {}
+    drawn = {}
     for method in methods:
-        began = time.perf_counter()
-        pictures[method.name] = draw(
-            method, cond, noise, codec, recipe.evaluation.batch_size, advance
+        gallery = Gallery(
+            folder,
+            {
+                "recipe": recipe.hash(),
+                "manifest": store.manifest_hash,
+                "method": method.name,
+                "checkpoint": checkpoint if method is methods[-1] else None,
+                "height": recipe.embed.height,
+                "width": recipe.embed.width,
+            },
+            {"device": device.type},
         )
-        seconds[method.name] = time.perf_counter() - began
-    return _measure(methods, pictures, seconds, batch.prompts, retrieve)
+        drawn[method.name] = draw(
+            method,
+            batch.prompts,
+            cond,
+            noise,
+            codec,
+            gallery,
+            recipe.evaluation.batch_size,
+            advance,
+        )
+    return _measure(methods, drawn, batch.prompts, retrieve)
 
 
 def _measure(
     methods: Sequence[Method],
-    pictures: dict[str, Tensor],
-    seconds: dict[str, float],
+    drawn: dict[str, Drawn],
     prompts: tuple[str, ...],
     retrieve: Retrieve | None,
 ) -> Evaluation:
+    pictures = {name: item.pictures for name, item in drawn.items()}
     reference = pictures[methods[0].name]
     few_steps, student = methods[-2].name, methods[-1].name
-    diversity = {name: pairwise_diversity(drawn) for name, drawn in pictures.items()}
+    diversity = {name: pairwise_diversity(some) for name, some in pictures.items()}
+    # prompt by prompt: in float64, all at once would be twice what the pictures take
     error = {
-        name: squared_error(drawn.flatten(0, 1), reference.flatten(0, 1))
-        .unflatten(0, drawn.shape[:2])
-        .mean(1)
-        for name, drawn in pictures.items()
+        name: torch.stack(
+            [squared_error(*pair).mean() for pair in zip(some, reference, strict=True)]
+        )
+        for name, some in pictures.items()
     }
     found = _retrieval_at_1(pictures, prompts, retrieve) if retrieve else {}
     results = tuple(
         MethodResult(
             name=method.name,
             nfe=method.nfe,
-            psnr=None if method is methods[0] else endpoint_psnr(drawn, reference),
+            psnr=None if method is methods[0] else float(psnr_of_error(error[method.name].mean())),
             diversity=float(diversity[method.name].mean()),
             diversity_ratio=float(
                 diversity[method.name].mean() / diversity[methods[0].name].mean()
             ),
             retrieval_at_1=found.get(method.name),
-            seconds=seconds[method.name],
+            seconds=drawn[method.name].seconds,
         )
-        for method, drawn in ((method, pictures[method.name]) for method in methods)
+        for method in methods
     )
     return Evaluation(
         prompts=prompts,
@@ -217,6 +300,7 @@ def _measure(
             )
         ),
         pictures=pictures,
+        files={name: item.files for name, item in drawn.items()},
     )
 
 

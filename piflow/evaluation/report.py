@@ -1,7 +1,8 @@
 """The evaluation report: one HTML file that needs nothing beside it.
 
-Style and pictures are inline, there is no script and no address is fetched, so the file can be
-mailed, archived with the run or opened from MLflow's artifact view. Every value is escaped.
+Style and the sheet of pictures are inline, there is no script and no address is fetched, so the
+file can be mailed, archived with the run or opened from MLflow's artifact view. Links lead to the
+pictures in full size, in the folder beside it. Every value is escaped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from piflow.evaluation.compare import MethodResult, PromptResult
 from piflow.evaluation.metrics import Interval
 
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_JPEG_MAGIC = b"\xff\xd8\xff"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class Lineage:
 
 
 @dataclass(frozen=True)
+class PictureLinks:
+    """A prompt's pictures in full size: (method, path from the report's folder)."""
+
+    prompt: str
+    pictures: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class EvaluationReport:
     """Everything the report shows."""
 
@@ -41,8 +50,9 @@ class EvaluationReport:
     psnr_gain: Interval  # dB, student over the teacher at as many steps
     diversity_ratio: Interval  # student over the reference
     lineage: Lineage
-    grid_png: bytes
+    grid_jpeg: bytes
     grid_caption: str
+    picture_links: tuple[PictureLinks, ...]
     prompt_results: tuple[PromptResult, ...]
     recipe_yaml: str  # the resolved recipe
 
@@ -51,14 +61,14 @@ def render_html(report: EvaluationReport) -> str:
     """The report as one HTML document.
 
     Raises:
-        ValueError: there is no method to show, or ``grid_png`` is no PNG file.
+        ValueError: there is no method to show, or ``grid_jpeg`` is no JPEG file.
     """
     if not report.methods:
         raise ValueError("a report needs at least one method, got none; run the samplers first")
-    if not report.grid_png.startswith(_PNG_MAGIC):
+    if not report.grid_jpeg.startswith(_JPEG_MAGIC):
         raise ValueError(
-            f"grid_png must be a PNG file's bytes, got {report.grid_png[:8]!r}...; "
-            "make it with piflow.evaluation.sheet.png_bytes"
+            f"grid_jpeg must be a JPEG file's bytes, got {report.grid_jpeg[:8]!r}...; "
+            "make it with piflow.evaluation.sheet.jpeg_bytes"
         )
     environment = Environment(
         loader=PackageLoader("piflow.evaluation", "templates"),
@@ -70,7 +80,7 @@ def render_html(report: EvaluationReport) -> str:
     environment.filters.update(
         db=_decibels, signed_db=_signed_decibels, share=_share, ratio=_ratio, seconds=_seconds
     )
-    picture = base64.b64encode(report.grid_png).decode("ascii")
+    picture = base64.b64encode(report.grid_jpeg).decode("ascii")
     return environment.get_template("report.html.j2").render(report=report, picture=picture)
 
 

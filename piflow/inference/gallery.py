@@ -31,11 +31,17 @@ _NEEDED = ("file", "key", "seed", "sha256")  # of an index's line
 
 @dataclass(frozen=True)
 class Request:
-    """A picture that is wanted."""
+    """A picture that is wanted.
 
-    number: int  # of its prompt, from 1
+    Attributes:
+        number: of its prompt, from 1.
+        noise: hash of the noise that it starts from, where the seed alone doesn't tell.
+    """
+
+    number: int
     prompt: str
     seed: int
+    noise: str = ""
 
 
 class Gallery:
@@ -63,8 +69,12 @@ class Gallery:
         """Those whose picture isn't there; each that the index names is read and compared."""
         return [request for request in requests if not self._is_there(request)]
 
-    def add(self, request: Request, png: bytes) -> None:
-        """Write a picture; the index follows within seconds, or at `close`."""
+    def add(self, request: Request, png: bytes, **notes: float) -> None:
+        """Write a picture; the index follows within seconds, or at `close`.
+
+        Args:
+            notes: more for the index, of this picture.
+        """
         key, digest = self._key(request), hashlib.sha256(png).hexdigest()
         name = self._free_name(request, digest)
         storage.write_bytes(storage.join(self._folder, name), png)
@@ -74,6 +84,7 @@ class Gallery:
             "seed": request.seed,
             **self._settings,
             **self._notes,
+            **notes,
             "key": key,
             "sha256": digest,
         }
@@ -83,7 +94,16 @@ class Gallery:
 
     def file(self, request: Request) -> str:
         """URI of a picture that is there."""
-        return storage.join(self._folder, self._entries[self._key(request)]["file"])
+        return storage.join(self._folder, self.name(request))
+
+    def name(self, request: Request) -> str:
+        """Of its file in the folder."""
+        return str(self._entries[self._key(request)]["file"])
+
+    def note(self, request: Request, name: str) -> float:
+        """A number that the index says of a picture; 0 if it doesn't."""
+        value = self._entries[self._key(request)].get(name)
+        return float(value) if isinstance(value, int | float) else 0.0
 
     def close(self) -> None:
         """Write the index, with what another process has added meanwhile."""
@@ -97,7 +117,7 @@ class Gallery:
 
     def _key(self, request: Request) -> str:
         """What the picture is: 64 hexadecimal digits, and the seed."""
-        decides = json.dumps([request.prompt, self._settings], sort_keys=True)
+        decides = json.dumps([request.prompt, request.noise, self._settings], sort_keys=True)
         return f"{hashlib.sha256(decides.encode()).hexdigest()}-{request.seed}"
 
     def _free_name(self, request: Request, digest: str) -> str:

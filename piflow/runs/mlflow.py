@@ -8,6 +8,8 @@ takes a metric's point with the same time, step and value once.
 from __future__ import annotations
 
 import base64
+import errno
+import hashlib
 import io
 import logging
 import os
@@ -21,7 +23,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from piflow import storage
 from piflow.runs.outbox import Entry, EntryRefusedError, RunRefusedError, ServerAwayError
+from piflow.storage.foreign import relative_name, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,6 +38,7 @@ _BATCH = 100  # MLflow's limits of parameters and metrics a request
 _METRIC_BATCH = 1000
 _REQUEST_SECONDS = 20  # until a request without an answer counts as failed; it is tried again here
 START_SECONDS = 20.0  # a server must answer within this when a run starts
+_WRONG_NAMES = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL)
 _Answer = TypeVar("_Answer")
 
 # MLflow reads it when it is imported. It is set here and not there: a process's environment must
@@ -62,9 +67,10 @@ def flatten_params(params: Mapping[str, Any]) -> dict[str, str]:
 class Delivery:
     """Brings entries to the server, each once, however often it is asked to."""
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    def __init__(self, uri: str, run_id: str, run_dir: str) -> None:
         _import_mlflow()  # here, not in the writer thread, beside other imports
         self._uri = uri
+        self._run_dir = run_dir
         self._run_id = run_id
         self._client: MlflowClient | None = None
         self._last_steps: dict[str, int] = {}
@@ -99,8 +105,8 @@ class Delivery:
         if entry.kind == "picture":
             self._log_picture(client, entry)
         elif entry.kind == "file":
-            *folder, name = data["path"].split("/")
-            _log_file(client, run_id, name, _from_text(data["content"]), "/".join(folder))
+            *folder, name = relative_name(data["path"], where="an entry").split("/")
+            _log_file(client, run_id, name, self._content(data), "/".join(folder))
         elif entry.kind == "event":
             name = f"{_clock(entry)}-{data['name']}.txt"
             _log_file(client, run_id, name, data["text"].encode(), "events")
@@ -112,6 +118,19 @@ class Delivery:
         else:
             raise EntryRefusedError(f"unknown kind {entry.kind!r}")
         return 1
+
+    def _content(self, data: dict[str, Any]) -> bytes:
+        """A file's bytes, which lie in the run's folder; up to version 0.1.0 in the entry."""
+        if "content" in data:
+            return _from_text(data["content"])
+        name = relative_name(data["path"], where="an entry")
+        try:
+            content = storage.read_bytes(storage.join(self._run_dir, name))
+        except FileNotFoundError as error:
+            raise EntryRefusedError(f"{name} is no longer in {self._run_dir}") from error
+        if hashlib.sha256(content).hexdigest() != data["sha256"]:
+            raise EntryRefusedError(f"{name} was replaced since, and is logged by whoever did it")
+        return content
 
     def _connected(self) -> MlflowClient:
         """A client, and the certainty that the run is there."""
@@ -229,6 +248,8 @@ def _classified(
         return error
     status = _http_status(error)
     text = f"MLflow server {uri}: {_first_line(error)}"
+    if isinstance(error, OSError) and error.errno in _WRONG_NAMES:
+        return EntryRefusedError(text)
     if status in (401, 403, 404):
         return RunRefusedError(
             f"{text}. Check tracking.uri, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
@@ -267,7 +288,8 @@ def _s3_status(error: Exception) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, as it may stand in a terminal: servers put anything there."""
+    return shown((str(error).strip().splitlines() or [type(error).__name__])[0], limit=500)
 
 
 @contextmanager

@@ -20,14 +20,16 @@ its own with the traceback (refused-*.json): the others go on, and it is counted
 folder refuses that file, the entry stays where it is, the others wait, and both are tried again, as
 when the server is away.
 
-Memory is bounded: beyond 32 MiB entries go to the folder, and if that refuses too, beyond 64 MiB
-the oldest pictures and files are dropped, then the oldest of all; they are counted and told.
+Memory is bounded: beyond 32 MiB entries go to the folder, at the latest, at 64 MiB, by whoever puts
+one more. If the folder refuses then, the oldest pictures are dropped, then the oldest of all; they
+are counted and told. Files that lie on storage go as their URI and hash, whatever their size.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 import traceback
@@ -39,6 +41,7 @@ from itertools import islice
 from typing import Any
 
 from piflow import storage
+from piflow.storage.foreign import parse_object
 
 Deliver = Callable[[Sequence["Entry"]], int]
 Notice = Callable[[str, str], "Entry"]
@@ -48,6 +51,8 @@ _BULKY_BYTES = 4096  # entries from this size on are dropped first
 _BATCH = 200  # entries that `deliver` is shown at once
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds between tries
 _CLOSING_PAUSE = 0.5
+_OURS = re.compile(r"\d{6,}-[0-9a-f]{8}\.jsonl")  # files of entries to deliver
+_FILE_BYTES = 2**30  # of such a file that is read; ours have a tenth of it
 _REFUSED = "refused"  # files of entries that the server takes at no time
 _log = logging.getLogger(__name__)
 
@@ -117,11 +122,20 @@ class Outbox:
         self._thread.start()
 
     def put(self, entry: Entry) -> None:
-        """Take an entry; never waits for the server or the storage, never fails."""
+        """Take an entry; never waits for the server, for the storage only when full, never fails.
+
+        Full is twice the memory. Something is dropped only if the folder then refuses as well.
+        """
         with self._changed:
             self._queue.append(entry)
             self._bytes += entry.size
             self._put += 1
+            self._changed.notify_all()
+            if self._bytes <= 2 * self._limit:
+                return
+        if self._spill():
+            return
+        with self._changed:
             while self._bytes > 2 * self._limit and len(self._queue) > 1:
                 self._drop_one()
             self._changed.notify_all()
@@ -197,20 +211,24 @@ class Outbox:
         """Deliver one batch; False: it shall be tried again."""
         try:
             batch = self._next()
-            if not batch:
-                return True
+        except OSError as error:
+            self._note_failure(error)
+            return False
+        if not batch:
+            return True
+        try:
             done = self._deliver(batch)
-        except EntryRefusedError as error:
-            if not self._set_aside(batch[0], error):
-                return False
-            done = 1
         except (OSError, RunRefusedError) as error:
             self._note_failure(error)
             return False
+        except Exception as error:  # whatever it is: the thread goes on, and the other entries
+            if not self._set_aside(batch[0], error):
+                return False
+            done = 1
         self._note_delivery(batch[:done])
         return True
 
-    def _set_aside(self, entry: Entry, error: EntryRefusedError) -> bool:
+    def _set_aside(self, entry: Entry, error: Exception) -> bool:
         """Keep an entry that can't be delivered, with the reason; others must not wait for it.
 
         Returns:
@@ -255,23 +273,38 @@ class Outbox:
         with self._changed:
             if self._files is not None:
                 return
-        found = [name for name in storage.list_files(self._folder) if name.endswith(".jsonl")]
+        found = [name for name in storage.list_files(self._folder) if _OURS.fullmatch(name)]
         with self._changed:
             if self._files is None:
                 self._files = found
                 self._changed.notify_all()
 
     def _read(self, name: str) -> None:
+        """Take in a file; what isn't an entry, or is none of ours by its size, is set aside."""
+        place = storage.join(self._folder, name)
         try:
-            content = storage.read_bytes(storage.join(self._folder, name))
+            size = storage.file_sizes(self._folder).get(name, 0)
+            if size > _FILE_BYTES:
+                _log.warning("%s has %d bytes, which is none of ours: left there", place, size)
+                with self._changed:
+                    self._lost["a file that is too large"] += 1
+                self._forget(name)
+                return
+            content = storage.read_bytes(place)
         except FileNotFoundError:  # another process delivered it
             self._forget(name)
             return
-        entries = [_parse(line) for line in content.splitlines()]
+        lines = content.splitlines()
+        entries = [_parse(line, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
+        damaged = [line for line, entry in zip(lines, entries, strict=True) if entry is None]
+        if damaged:
+            kept = storage.join(self._folder, f"damaged-{uuid.uuid4().hex[:8]}.txt")
+            storage.write_bytes(kept, b"\n".join(damaged))
+            _log.warning("%d damaged lines of %s are kept in %s", len(damaged), place, kept)
         with self._changed:
             self._reading = deque(entry for entry in entries if entry is not None)
-            if damaged := entries.count(None):
-                self._lost["a damaged file"] += damaged
+            if damaged:
+                self._lost["a damaged file"] += len(damaged)
         if not self._reading:
             self._delete(name)
             self._forget(name)
@@ -392,11 +425,13 @@ class Outbox:
         return self._files == [] and not (self._queue or self._reading or self._writing)
 
 
-def _parse(line: bytes) -> Entry | None:
+def _parse(line: bytes, where: str) -> Entry | None:
     try:
-        return Entry(**json.loads(line))
+        entry = Entry(**parse_object(line, where=where, max_bytes=_FILE_BYTES))
     except (ValueError, TypeError):  # not one of ours, or damaged
         return None
+    types = ((entry.kind, str), (entry.time_us, int), (entry.step, int), (entry.data, dict))
+    return entry if all(isinstance(value, kind) for value, kind in types) else None
 
 
 def _count(value: Any) -> int:

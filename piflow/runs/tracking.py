@@ -77,8 +77,8 @@ class Tracker(Protocol):
     def log_image(self, image: Image, key: str, step: int) -> None:
         """One picture of the series ``key``; a step that the series already has is skipped."""
 
-    def log_artifact(self, local_path: Path, folder: str | None = None) -> None:
-        """A file, or a folder's contents, copied into the run's artifact folder ``folder``."""
+    def log_artifact(self, name: str) -> None:
+        """A file of the run's folder, by its path in there, which is the artifact's path too."""
 
     def event(self, name: str, text: str) -> None:
         """Something that happened once: a restart, a resize, a refused batch."""
@@ -107,7 +107,7 @@ class NullTracker:
     def log_image(self, image: Image, key: str, step: int) -> None:
         pass
 
-    def log_artifact(self, local_path: Path, folder: str | None = None) -> None:
+    def log_artifact(self, name: str) -> None:
         pass
 
     def event(self, name: str, text: str) -> None:
@@ -131,6 +131,7 @@ class MlflowTracker:
     """
 
     def __init__(self, uri: str, run_id: str, run_dir: str) -> None:
+        self._run_dir = run_dir
         self._outbox = _outbox(uri, run_id, run_dir)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -146,20 +147,16 @@ class MlflowTracker:
         image.save(png, format="PNG")
         self._outbox.put(_entry("picture", {"key": key, "png": _to_text(png.getvalue())}, step))
 
-    def log_artifact(self, local_path: Path, folder: str | None = None) -> None:
-        """Its files as they are now.
+    def log_artifact(self, name: str) -> None:
+        """It is read again when it is delivered, so its size doesn't matter.
 
         Raises:
-            ValueError: there is no such file or folder.
+            ValueError: there is no such file.
         """
-        if not local_path.exists():
-            raise ValueError(f"nothing to log at {local_path}: no such file or folder")
-        root = local_path if local_path.is_dir() else local_path.parent
-        files = sorted(local_path.rglob("*")) if local_path.is_dir() else [local_path]
-        for file in (item for item in files if item.is_file()):
-            path = "/".join(filter(None, [folder, file.relative_to(root).as_posix()]))
-            content = _to_text(file.read_bytes())
-            self._outbox.put(_entry("file", {"path": path, "content": content}))
+        place = storage.join(self._run_dir, name)
+        if not storage.exists(place):
+            raise ValueError(f"nothing to log at {place}: no such file")
+        self._outbox.put(_entry("file", {"path": name, "sha256": storage.sha256(place)}))
 
     def event(self, name: str, text: str) -> None:
         """All events are kept as text files ``events/<time>-<name>.txt``; a tag shows the last."""
@@ -348,7 +345,7 @@ def register_adapter(
 
 
 def _outbox(uri: str, run_id: str, run_dir: str) -> Outbox:
-    return Outbox(storage.join(run_dir, BUFFER), Delivery(uri, run_id), _event)
+    return Outbox(storage.join(run_dir, BUFFER), Delivery(uri, run_id, run_dir), _event)
 
 
 def _entry(kind: str, data: dict[str, Any], step: int = 0) -> Entry:

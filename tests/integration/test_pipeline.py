@@ -369,11 +369,11 @@ def test_report_is_one_file_that_needs_nothing_else(
     client, run_id = interrupted.tracked.client, interrupted.first_run_id
     folder = Path(client.download_artifacts(run_id, "evaluation"))
     html = (folder / "report.html").read_text()
-    assert "student, 2 NFE" in html and "red heart" in html and "data:image/png;base64," in html
+    assert "student, 2 NFE" in html and "red heart" in html and "data:image/jpeg;base64," in html
     for outside in ("http://", "https://", "<script", "<link", 'src="/', "@import"):
         assert outside not in html.replace("http://www.w3.org", ""), outside
     assert run_id in html
-    with Image.open(folder / "grid.png") as grid:
+    with Image.open(folder / "grid.jpg") as grid:
         assert grid.width > 4 * 32
 
 
@@ -387,7 +387,9 @@ def test_mlflow_has_the_evaluation(evaluation: Evaluation, interrupted: Interrup
     )
     run_id = tracked.record.mlflow_run_id
     paths = {item.path for item in tracked.client.list_artifacts(run_id, "evaluation")}
-    assert paths == {"evaluation/report.html", "evaluation/grid.png"}
+    assert paths == {"evaluation/report.html", "evaluation/grid.jpg", "evaluation/pictures"}
+    kept = storage.join(interrupted.recipe.run_dir, "evaluation")
+    assert {"report.html", "grid.jpg"} <= set(storage.list_files(kept))
     assert tracked.run.info.status == "FINISHED"
 
 

@@ -48,12 +48,12 @@ def test_all_of_a_run_goes_through_the_server_to_s3(
     server: MlflowServer, s3_server: S3Server, client: Any, tmp_path: Path
 ) -> None:
     run_id = start(server.uri, "through-s3", "small", RECIPE, {"piflow.run_dir": "here"})
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "report.html").write_text("<p>é")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "report.html").write_text("<p>é")
     tracker = MlflowTracker(server.uri, run_id, str(tmp_path))
     tracker.log_metrics({"loss": 0.5, "lr": 1e-4}, 1)
     tracker.log_image(Image.new("RGB", (8, 8), (0, 0, 255)), "samples", 1)
-    tracker.log_artifact(tmp_path / "report", "evaluation")
+    tracker.log_artifact("evaluation/report.html")
     tracker.event("checkpoint", "step 1")
     assert tracker.close() is None
     adapter = tmp_path / "adapter"
@@ -68,7 +68,7 @@ def test_all_of_a_run_goes_through_the_server_to_s3(
     assert run.data.params["training.steps"] == "100"
     picture, small = _files(client, run_id, "images")
     assert small.endswith("+compressed.webp") or picture.endswith("+compressed.webp")
-    report = client.download_artifacts(run_id, "evaluation/report.html", str(tmp_path))
+    report = client.download_artifacts(run_id, "evaluation/report.html")
     assert Path(report).read_text() == "<p>é"
     assert [path[-15:] for path in _files(client, run_id, "events")] == ["-checkpoint.txt"]
     model = client.get_model_version_by_alias("through-s3", "newest")

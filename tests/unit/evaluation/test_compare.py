@@ -6,20 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from piflow.backbones import Conditioning, PixelCodec
 from piflow.config import Recipe, parse_recipe
 from piflow.data.reader import EmbeddingStore
 from piflow.data.select import evaluation_rows
+from piflow.evaluation import compare
 from piflow.evaluation.compare import Method, build_methods, draw, evaluate
 from piflow.evaluation.metrics import endpoint_psnr, pairwise_diversity
+from piflow.evaluation.sheet import to_uint8
+from piflow.inference.gallery import Gallery
 from piflow.roles.trio import Trio
 from piflow.training.build import build_trio
 from piflow.training.step import micro_batch_generator
 
+CPU = torch.device("cpu")
 NAMES = [f"prompt {number}" for number in range(9)]
 
 
@@ -102,7 +108,7 @@ def test_a_list_that_is_missing(store: EmbeddingStore) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_draw_pairs_every_seed_with_its_prompt(batch_size: int) -> None:
+def test_draw_pairs_every_seed_with_its_prompt(batch_size: int, tmp_path: Path) -> None:
     """A sampler that returns noise + the prompt's number shows which came with which."""
     noise = torch.randn(3, 2, 12, 4, 2, generator=torch.Generator().manual_seed(0)) / 100
     numbers = torch.tensor([0.1, 0.2, 0.3])
@@ -115,20 +121,40 @@ def test_draw_pairs_every_seed_with_its_prompt(batch_size: int) -> None:
 
     done: list[int] = []
     codec = PixelCodec()
-    pictures = draw(Method("m", 1, sample), cond, noise, codec, batch_size, done.append)
-    assert pictures.shape == (3, 2, 3, 8, 4)
+    names = ["a", "b", "c"]
+    method, gallery = Method("m", 1, sample), Gallery(str(tmp_path), {})
+    drawn = draw(method, names, cond, noise, codec, gallery, batch_size, done.append)
+    assert drawn.pictures.shape == (3, 2, 3, 8, 4)
     for prompt in range(3):
         for seed in range(2):
             expected = codec.decode(noise[prompt, seed][None] + numbers[prompt])[0]
-            assert torch.equal(pictures[prompt, seed], expected)
+            assert (drawn.pictures[prompt, seed] - expected).abs().max() <= 1.001 / 255
+            assert torch.equal(to_uint8(drawn.pictures[prompt, seed]), to_uint8(expected))
     assert sum(done) == 6 and max(done) <= batch_size
+    assert drawn.seconds > 0 and len(list(tmp_path.glob("*.png"))) == 6
+    for row, file in enumerate(drawn.files):
+        with Image.open(tmp_path / file) as image:
+            assert np.array_equal(np.asarray(image), to_uint8(drawn.pictures[row, 0]).numpy())
 
 
-def test_draw_clamps_to_the_range_of_pictures() -> None:
+def test_draw_clamps_to_the_range_of_pictures(tmp_path: Path) -> None:
     cond = Conditioning(torch.zeros(1, 1, 1), torch.ones(1).long())
     noise = torch.full((1, 2, 12, 2, 2), 3.0)
-    pictures = draw(Method("m", 1, lambda x, _: x), cond, noise, PixelCodec(), 2, lambda done: None)
-    assert torch.equal(pictures, torch.ones(1, 2, 3, 4, 4))
+    gallery = Gallery(str(tmp_path), {})
+    method = Method("m", 1, lambda x, _: x)
+    drawn = draw(method, ["a"], cond, noise, PixelCodec(), gallery, 2, lambda done: None)
+    assert torch.equal(drawn.pictures, torch.ones(1, 2, 3, 4, 4))
+
+
+def test_one_prompt_twice_has_pictures_of_its_own_noise(tmp_path: Path) -> None:
+    cond = Conditioning(torch.zeros(2, 1, 1), torch.ones(2).long())
+    noise = torch.stack([torch.zeros(1, 12, 2, 2), torch.ones(1, 12, 2, 2)])
+    gallery = Gallery(str(tmp_path), {})
+    method = Method("m", 1, lambda x, _: x)
+    drawn = draw(method, ["a", "a"], cond, noise, PixelCodec(), gallery, 2, lambda done: None)
+    assert drawn.pictures[0].abs().max() < 0.01 and torch.equal(
+        drawn.pictures[1], torch.ones(1, 3, 4, 4)
+    )
 
 
 # --------------------------------------------------------------------------------------- methods
@@ -179,7 +205,9 @@ def test_a_recipe_that_distils_nothing(store: EmbeddingStore, flux_folder: Path)
 # ------------------------------------------------------------------------------------- the whole
 
 
-def test_evaluate_measures_its_own_pictures(store: EmbeddingStore, flux_folder: Path) -> None:
+def test_evaluate_measures_its_own_pictures(
+    store: EmbeddingStore, flux_folder: Path, tmp_path: Path
+) -> None:
     ours = recipe(store, flux_folder)
     trio = build(ours)
     done: list[int] = []
@@ -190,7 +218,7 @@ def test_evaluate_measures_its_own_pictures(store: EmbeddingStore, flux_folder: 
         return torch.arange(len(pictures)) < 3  # three of the first method's six pictures
 
     result = evaluate(
-        ours, trio, store, torch.device("cpu"), retrieve=retrieve, advance=done.append
+        ours, trio, store, CPU, str(tmp_path), "c", retrieve=retrieve, advance=done.append
     )
     assert sum(done) == 4 * 3 * 2
     assert result.prompts == store.first_by_hash(3).prompts
@@ -213,11 +241,13 @@ def test_evaluate_measures_its_own_pictures(store: EmbeddingStore, flux_folder: 
     assert [row.prompt for row in result.per_prompt] == list(result.prompts)
 
 
-def test_evaluate_repeats_and_uses_held_out_noise(store: EmbeddingStore, flux_folder: Path) -> None:
+def test_evaluate_repeats_and_uses_held_out_noise(
+    store: EmbeddingStore, flux_folder: Path, tmp_path: Path
+) -> None:
     ours = recipe(store, flux_folder)
     trio = build(ours)
-    first = evaluate(ours, trio, store, torch.device("cpu"))
-    again = evaluate(ours, trio, store, torch.device("cpu"))
+    first = evaluate(ours, trio, store, CPU, str(tmp_path / "a"), "c")
+    again = evaluate(ours, trio, store, CPU, str(tmp_path / "b"), "c")
     assert first.methods[0].retrieval_at_1 is None
     for name, pictures in first.pictures.items():
         assert torch.equal(pictures, again.pictures[name])
@@ -225,11 +255,55 @@ def test_evaluate_repeats_and_uses_held_out_noise(store: EmbeddingStore, flux_fo
     assert micro_batch_generator(0, -1, 0).initial_seed() not in training
 
 
-def test_batch_size_does_not_change_pictures(store: EmbeddingStore, flux_folder: Path) -> None:
+def test_what_was_drawn_is_not_drawn_again(
+    store: EmbeddingStore, flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by a second call, nor after an interruption; the teacher's not for another checkpoint."""
+    ours, folder = recipe(store, flux_folder), str(tmp_path)
+    calls: list[int] = []
+    real = compare.build_methods
+
+    def counted(*arguments: Any) -> list[Method]:
+        def wrapped(method: Method) -> Method:
+            def sample(noise: Tensor, cond: Conditioning) -> Tensor:
+                calls.append(len(noise))
+                if len(calls) == 3:
+                    raise KeyboardInterrupt
+                return method.sample(noise, cond)
+
+            return Method(method.name, method.nfe, sample)
+
+        return [wrapped(method) for method in real(*arguments)]
+
+    monkeypatch.setattr(compare, "build_methods", counted)
+    trio = build(ours)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(ours, trio, store, CPU, folder, "c")
+    assert calls == [4, 2, 4]
+    first = evaluate(ours, trio, store, CPU, folder, "c")
+    assert calls[3:] == [4, 2] * 3, "six pictures a method, four at once"
+    again = evaluate(ours, trio, store, CPU, folder, "c")
+    assert len(calls) == 9
+    assert again.methods == first.methods and again.psnr_gain == first.psnr_gain
+    damaged = tmp_path / first.files["student, 2 NFE"][1]
+    damaged.write_bytes(b"foreign")
+    mended = evaluate(ours, trio, store, CPU, folder, "c")
+    assert calls[9:] == [1] and mended.psnr_gain == first.psnr_gain
+    other = evaluate(ours, trio, store, CPU, folder, "another")
+    assert calls[10:] == [4, 2] and other.psnr_gain == first.psnr_gain
+
+
+def test_batch_size_does_not_change_pictures(
+    store: EmbeddingStore, flux_folder: Path, tmp_path: Path
+) -> None:
     """Nor which prompts are drawn together: FLUX has no text mask, so padding must be fixed."""
     small = {"prompts": 3, "seeds": 2, "teacher_steps": 6, "batch_size": 1}
     ours, one = recipe(store, flux_folder), recipe(store, flux_folder, evaluation=small)
     trio = build(ours)
-    four, single = (evaluate(r, trio, store, torch.device("cpu")).pictures for r in (ours, one))
-    for name in four:
-        torch.testing.assert_close(four[name], single[name], atol=1e-5, rtol=0)
+    four, single = (
+        evaluate(each, trio, store, CPU, str(tmp_path / name), "c").pictures
+        for name, each in (("a", ours), ("b", one))
+    )
+    for name in four:  # a value on the border of two levels may be rounded to either
+        torch.testing.assert_close(four[name], single[name], atol=2.001 / 255, rtol=0)
+        assert (four[name] != single[name]).float().mean() < 0.01

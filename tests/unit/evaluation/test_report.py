@@ -12,7 +12,7 @@ import torch
 from piflow.evaluation import sheet
 from piflow.evaluation.compare import MethodResult, PromptResult
 from piflow.evaluation.metrics import Interval
-from piflow.evaluation.report import EvaluationReport, Lineage, render_html
+from piflow.evaluation.report import EvaluationReport, Lineage, PictureLinks, render_html
 
 _VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -66,8 +66,9 @@ def report() -> EvaluationReport:
         psnr_gain=Interval(4.45, -0.5, 4.8),
         diversity_ratio=Interval(0.947, 0.9, float("inf")),
         lineage=Lineage("run-1", "recipe-2", "manifest-3", 350, {"torch": "2", "ray": "3"}),
-        grid_png=sheet.png_bytes(picture),
+        grid_jpeg=sheet.jpeg_bytes(picture),
         grid_caption="every column has one noise",
+        picture_links=(PictureLinks("red heart", (("student", "pictures/0001-red-1.png"),)),),
         prompt_results=(PromptResult("red heart", 23.0, 27.0), PromptResult("cat", 24.0, 29.0)),
         recipe_yaml="name: emoji\ntraining:\n  lr: 0.0001\n",
     )
@@ -110,10 +111,10 @@ def test_nothing_is_fetched(report: EvaluationReport) -> None:
     html = render_html(report)
     page = _parse(html)
     links = [value for _, name, value in page.attributes if name in ("src", "href", "srcset")]
-    assert len(links) == 1
+    assert links[1:] == ["./pictures/0001-red-1.png"], "a link that a reader may follow"
     kind, data = links[0].split(",", 1)
-    assert kind == "data:image/png;base64"
-    assert base64.b64decode(data) == report.grid_png
+    assert kind == "data:image/jpeg;base64"
+    assert base64.b64decode(data) == report.grid_jpeg
     tags = {tag for tag, _, _ in page.attributes}
     assert not tags & {"script", "link", "iframe"}
     for forbidden in ("http://", "https://", "<script", "url(", "@import"):
@@ -131,6 +132,7 @@ def test_every_value_is_escaped(report: EvaluationReport) -> None:
         title=evil,
         created=evil,
         grid_caption=evil,
+        picture_links=(PictureLinks(evil, ((evil, evil), ("x", "javascript:alert(1)"))),),
         recipe_yaml=evil,
         methods=(dataclasses.replace(report.methods[0], name=evil),),
         prompt_results=(PromptResult(evil, 1.0, 2.0),),
@@ -142,10 +144,12 @@ def test_every_value_is_escaped(report: EvaluationReport) -> None:
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert page.tables["prompts"][1][0] == evil
     assert ("img", "alt", evil) in page.attributes
+    links = [value for _, name, value in page.attributes if name == "href"]
+    assert len(links) == 2 and all(link.startswith("./") for link in links)
 
 
 def test_refuses_an_empty_or_broken_report(report: EvaluationReport) -> None:
     with pytest.raises(ValueError, match="at least one method"):
         render_html(dataclasses.replace(report, methods=()))
-    with pytest.raises(ValueError, match="grid_png must be a PNG"):
-        render_html(dataclasses.replace(report, grid_png=b"GIF89a"))
+    with pytest.raises(ValueError, match="grid_jpeg must be a JPEG"):
+        render_html(dataclasses.replace(report, grid_jpeg=b"GIF89a"))

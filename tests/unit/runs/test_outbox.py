@@ -178,6 +178,19 @@ def test_too_much_for_memory_goes_to_the_folder(
     assert server.taken == list(range(30)), "nothing is lost, the order is the same"
 
 
+def test_entries_that_are_larger_than_memory_are_kept(
+    server: Server, box: Callable[..., Outbox]
+) -> None:
+    """The server is there, but hasn't taken the first when the second and third come."""
+    server.answer.clear()
+    ours = box(memory_bytes=10_000)
+    for step in range(4):
+        ours.put(entry(step, size=50_000))
+    server.answer.set()
+    assert ours.close(20) is None
+    assert list(dict.fromkeys(server.taken)) == [0, 1, 2, 3] and server.notices == []
+
+
 def test_without_a_folder_the_oldest_pictures_go_first(
     server: Server, box: Callable[..., Outbox], monkeypatch: pytest.MonkeyPatch
 ) -> None:

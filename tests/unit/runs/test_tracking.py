@@ -112,19 +112,37 @@ def test_artifacts_lie_beside_the_database(
     uri: str, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "report.html").write_text("<p>")
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "a.txt").write_text("a")
     before = set(tmp_path.iterdir())
     with tracking(uri, run_id) as tracker:
-        tracker.log_artifact(tmp_path / "report.html", "evaluation")
-        tracker.log_artifact(tmp_path / "files", "evaluation")
+        files = Path(tracker._run_dir) / "evaluation" / "files"
+        files.mkdir(parents=True)
+        (files.parent / "report.html").write_text("<p>")
+        (files / "a.txt").write_text("a")
+        tracker.log_artifact("evaluation/report.html")
+        tracker.log_artifact("evaluation/files/a.txt")
         with pytest.raises(ValueError, match="nothing to log"):
-            tracker.log_artifact(tmp_path / "absent")
+            tracker.log_artifact("absent")
     stored = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / run_id / "artifacts"
     assert (stored / "evaluation" / "report.html").read_text() == "<p>"
-    assert (stored / "evaluation" / "a.txt").read_text() == "a"
+    assert (stored / "evaluation" / "files" / "a.txt").read_text() == "a"
     assert set(tmp_path.iterdir()) == before  # no ./mlruns
+
+
+def test_a_file_of_any_size_is_logged(uri: str, run_id: str, client: Any) -> None:
+    """Two files that together are larger than the memory for what waits."""
+    with tracking(uri, run_id) as tracker:
+        folder = Path(tracker._run_dir) / "large"
+        folder.mkdir()
+        for name in ("report.html", "grid.jpg"):
+            with (folder / name).open("wb") as stream:
+                stream.truncate(80 * 2**20)
+            tracker.log_artifact(f"large/{name}")
+    found = client.list_artifacts(run_id, "large")
+    assert {(item.path, item.file_size) for item in found} == {
+        ("large/report.html", 80 * 2**20),
+        ("large/grid.jpg", 80 * 2**20),
+    }
+    assert "event.tracking-lost" not in client.get_run(run_id).data.tags
 
 
 def test_replayed_steps_are_logged_once(uri: str, run_id: str, client: Any) -> None:
@@ -378,7 +396,7 @@ def test_the_null_tracker_takes_every_call(tmp_path: Path) -> None:
     tracker.log_metrics({"loss": 1.0}, 1)
     tracker.log_summary({"loss": 1.0}, 1)
     tracker.log_image(Image.new("RGB", (1, 1)), "x", 1)
-    tracker.log_artifact(tmp_path / "absent")
+    tracker.log_artifact("absent")
     tracker.event("a", "b")
     tracker.keep()
     assert tracker.close() is None
