@@ -43,7 +43,7 @@ $(DEV): $(STAMP)
 	@touch $@
 
 $(CLUSTER): $(DEV)
-	$(INSTALL) --editable '.[ray,s3,dev,cluster]'
+	$(INSTALL) --editable '.[ray,s3,dev,cluster-files]'
 	@touch $@
 
 $(FONT):

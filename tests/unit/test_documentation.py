@@ -13,7 +13,7 @@ PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
 ]
 PACKAGE = REPOSITORY / "tests" / "plugins" / "bria_family"
-FOLDERS = "piflow|pipelines|tests|docs|benchmarks|cluster"
+FOLDERS = "piflow|pipelines|tests|docs|benchmarks|cluster|infra"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
