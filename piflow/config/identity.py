@@ -7,6 +7,7 @@ in `MIGRATIONS` a function that turns an older recipe's tree into one of the nex
 same meaning, old defaults written out.
 
 Schema 0 is version 0.1.0's: there, an identity was the whole recipe less a list of exceptions.
+Until schema 2, LoRA on a bfloat16 base was computed in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from piflow.config.section import OPERATIONAL, RecipeError, Section, Variant
 
-SCHEMA = 1
+SCHEMA = 2
 VERSION_KEY = "schema_version"
 SINCE_SCHEMA_0: frozenset[str] = frozenset()
 """Dotted keys that decide results and that schema 0 didn't have."""
@@ -52,7 +53,18 @@ def _from_schema_0(tree: dict[str, Any]) -> dict[str, Any]:
     return _with_prompts(tree, _CLASSES_OF_SCHEMA_0, _CLASSES)
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _from_schema_0}
+def _from_schema_1(tree: dict[str, Any]) -> dict[str, Any]:
+    """LoRA computed in float32, which on a float32 base is the default's meaning as well."""
+    model, lora = tree.get("model"), tree.get("lora", {})
+    if not isinstance(model, dict) or model.get("dtype") != "bfloat16" or lora is None:
+        return tree
+    return {**tree, "lora": {"compute_dtype": "float32", **lora}}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    0: _from_schema_0,
+    1: _from_schema_1,
+}
 
 
 def deciding_values(section: Section) -> dict[str, Any]:
@@ -87,12 +99,17 @@ def as_in_schema_0(deciding: dict[str, Any], changed: dict[str, Any]) -> dict[st
     """An identity as version 0.1.0 made it, for where only its hash was stored.
 
     A key that it didn't have is left out only with its default: another value is no run of then.
+    LoRA on a bfloat16 base is the exception: it was computed in float32, which is no default now.
 
     Args:
         deciding: today's `deciding_values`.
         changed: today's `changed_values`.
     """
     unknown = SINCE_SCHEMA_0 - flatten(changed).keys()
+    values = flatten(deciding)
+    then = "float32" if values["model.dtype"] == "bfloat16" else "base"
+    if values.get("lora.compute_dtype") == then:
+        unknown |= {"lora.compute_dtype"}
     return _with_prompts(_without(deciding, unknown), _CLASSES, _CLASSES_OF_SCHEMA_0)
 
 

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator
 from piflow.config.family import find_family
 from piflow.config.section import Operational, Positive, PositiveFloat, Section, Uri
 
+ComputeDtype = Literal["base", "float32"]
+
 
 class Fp8TeacherConfig(Section):
     """The teacher's matrix products in 8 bits, at no more memory; the student keeps its precision.
@@ -69,3 +71,9 @@ class LoRAConfig(Section):
 
     targets: list[str] | None = None
     """Module name suffixes; default: the family's own."""
+
+    compute_dtype: ComputeDtype = "base"
+    """What its matrix products are computed in. base: in `model.dtype`, as the published trainer
+    does; weights, gradients and their sums stay in float32. float32 costs a GPU with bfloat16
+    tensor cores about as much time again as the rest of the student.
+    """

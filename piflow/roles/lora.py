@@ -16,6 +16,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from piflow.config.model import ComputeDtype
+
 
 def resolve_targets(module: nn.Module, targets: Iterable[str], *, skip: Sequence[str]) -> list[str]:
     """Full names of the linear layers that the suffixes stand for, in the module's order.
@@ -64,6 +66,7 @@ def inject(
     *,
     dropout: float,
     generator: torch.Generator,
+    compute_dtype: ComputeDtype = "base",
 ) -> None:
     """Adds a float32 LoRA adapter, alpha = rank, to the named layers; B is zero, A is Kaiming.
 
@@ -73,7 +76,31 @@ def inject(
         ranks: full layer name -> rank.
         dropout: on the adapter's input, in training mode.
         generator: a CPU generator; the values don't depend on the device.
+        compute_dtype: what its matrix products are computed in.
     """
+    add_layers(module, adapter, ranks, dropout=dropout, compute_dtype=compute_dtype)
+    for name in ranks:
+        for kind in ("lora_A", "lora_B"):
+            layer = module.get_submodule(f"{name}.{kind}.{adapter}")
+            if layer.get_parameter("weight").is_meta:  # as PEFT makes it on a base without storage
+                layer.to_empty(device="cpu")
+        down = module.get_parameter(f"{name}.lora_A.{adapter}.weight")
+        value = torch.empty(down.shape)
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            down.copy_(value)
+            nn.init.zeros_(module.get_parameter(f"{name}.lora_B.{adapter}.weight"))
+
+
+def add_layers(
+    module: nn.Module,
+    adapter: str,
+    ranks: Mapping[str, int],
+    *,
+    dropout: float,
+    compute_dtype: ComputeDtype = "base",
+) -> None:
+    """`inject` without values: float32 weights where their layers lie, on "meta" as well."""
     patterns = dict(ranks)
     first = next(iter(patterns.values()))
     config = LoraConfig(
@@ -90,16 +117,36 @@ def inject(
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, module, adapter_name=adapter)
     for name in patterns:
+        layer = module.get_submodule(name)
         for kind in ("lora_A", "lora_B"):
-            layer = module.get_submodule(f"{name}.{kind}.{adapter}").float()
-            if layer.get_parameter("weight").is_meta:  # as PEFT makes it on a base without storage
-                layer.to_empty(device="cpu")
-        down = module.get_parameter(f"{name}.lora_A.{adapter}.weight")
-        value = torch.empty(down.shape)
-        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
-        with torch.no_grad():
-            down.copy_(value)
-            nn.init.zeros_(module.get_parameter(f"{name}.lora_B.{adapter}.weight"))
+            projections = layer.get_submodule(kind)
+            plain = projections.get_submodule(adapter).float()
+            if compute_dtype == "base":
+                plain = _InputDtypeLinear.of(plain)
+            projections.add_module(adapter, plain)
+    for adapted in layers(module):  # PEFT would cast their input to the weights' float32
+        adapted.cast_input_dtype_enabled = compute_dtype == "float32"
+
+
+class _InputDtypeLinear(nn.Linear):
+    """A linear layer that computes in its input's dtype, whatever its weight is kept in.
+
+    What autocast does to one layer: the float32 weight is rounded for the product, and its gradient
+    comes back in float32. Autocast itself would also change the base's norms, and so the teacher.
+    """
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> _InputDtypeLinear:
+        """The same weight, which both then share."""
+        weight = layer.get_parameter("weight")
+        with torch.device("meta"):  # its own weight is replaced at once
+            made = cls(weight.shape[1], weight.shape[0], bias=False)
+        made.weight = nn.Parameter(weight.detach(), weight.requires_grad)
+        return made
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., in)` -> `(..., out)`, in the input's dtype."""
+        return nn.functional.linear(input, self.weight.to(input.dtype))
 
 
 def layers(module: nn.Module) -> list[LoraLayer]:

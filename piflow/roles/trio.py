@@ -382,8 +382,11 @@ def _inject_lora(backbone: Backbone, lora: LoRAConfig, generator: torch.Generato
             "lora.targets names no layer of the model: list some, or set lora to null to train all "
             "weights"
         )
-    adapters.inject(module, STUDENT, ranks, dropout=lora.dropout, generator=generator)
-    adapters.inject(module, EMA, ranks, dropout=0.0, generator=generator)
+    compute = lora.compute_dtype
+    for role, dropout in ((STUDENT, lora.dropout), (EMA, 0.0)):
+        adapters.inject(
+            module, role, ranks, dropout=dropout, generator=generator, compute_dtype=compute
+        )
 
 
 def _float_copy(backbone: Backbone) -> Backbone:

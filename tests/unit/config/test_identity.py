@@ -112,11 +112,30 @@ def test_a_changed_default_needs_a_new_schema_version() -> None:
 
 @pytest.mark.parametrize("name", HASHES)
 def test_runs_of_version_0_1_0_are_recognised_by_their_hash(name: str) -> None:
-    ours = load_recipe(RECIPES / f"{name}.yaml")
-    assert ours.is_run_of(HASHES[name])
-    assert not load_recipe(RECIPES / f"{name}.yaml", ["seed=77"]).is_run_of(HASHES[name])
-    elsewhere = load_recipe(RECIPES / f"{name}.yaml", ["training.keep_last=7", "run_dir=elsewhere"])
-    assert elsewhere.is_run_of(HASHES[name])
+    def of_then(*changes: str) -> Recipe:
+        return load_recipe(RECIPES / f"{name}.yaml", ["schema_version=1", *changes])
+
+    assert of_then().is_run_of(HASHES[name])
+    assert not of_then("seed=77").is_run_of(HASHES[name])
+    assert of_then("training.keep_last=7", "run_dir=elsewhere").is_run_of(HASHES[name])
+
+
+@pytest.mark.parametrize("name", ["emoji-flux", "flux1-dev-gm-4nfe"])
+def test_lora_on_a_bfloat16_base_was_computed_in_float32(name: str) -> None:
+    """A float32 base means the same in both schemas."""
+    today = load_recipe(RECIPES / f"{name}.yaml")
+    then = load_recipe(RECIPES / f"{name}.yaml", ["schema_version=1"])
+    stored = {**then.identity(), "schema_version": 1}
+    if today.model.dtype == "bfloat16":  # schema 1 had no such key
+        stored["lora"] = {
+            key: value for key, value in stored["lora"].items() if key != "compute_dtype"
+        }
+    assert then.is_run_of("another hash", stored)
+    same = today.model.dtype == "float32"
+    assert today.is_run_of("another hash", stored) == same
+    assert today.is_run_of(HASHES[name]) == same
+    changed = [] if same else ["lora.compute_dtype: 'base' here, 'float32' there"]
+    assert today.differences(stored) == changed
 
 
 def test_an_old_record_goes_on_and_a_difference_is_named(tmp_path: Path) -> None:
@@ -145,7 +164,8 @@ def test_an_old_identity_is_migrated_whatever_its_hash() -> None:
 
 def test_an_old_hash_is_no_run_with_a_key_that_came_since(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if `seed` were such a key: its default is what the old run did."""
-    without = {key: value for key, value in recipe().deciding().items() if key != "seed"}
+    without = identity.as_in_schema_0(recipe().deciding(), recipe().identity())
+    del without["seed"]
     monkeypatch.setattr(identity, "SINCE_SCHEMA_0", frozenset({"seed"}))
     assert recipe().is_run_of(identity.hash_of(without))
     assert not recipe(seed=5).is_run_of(identity.hash_of(without))
@@ -160,7 +180,7 @@ def test_what_no_recipe_of_today_says_is_still_named() -> None:
 
 
 def test_a_record_of_a_newer_version_says_so() -> None:
-    stored = {**recipe().identity(), "schema_version": 2}
+    stored = {**recipe().identity(), "schema_version": 3}
     assert not recipe().is_run_of("another hash", stored)
     with pytest.raises(RecipeError, match="use the piflow that wrote it, or a newer one"):
         recipe().differences(stored)
@@ -178,10 +198,10 @@ def test_a_record_of_this_version_goes_on_and_a_difference_is_named(tmp_path: Pa
 def test_a_run_before_a_changed_default_is_its_recipe_with_the_old_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As if schema 2 were to come, with another default of `seed` than 7."""
+    """As if schema 3 were to come, with another default of `seed` than 7."""
     ours, seeded, stored = recipe(), recipe(seed=7), recipe().identity()
-    monkeypatch.setattr(identity, "SCHEMA", 2)
-    monkeypatch.setitem(identity.MIGRATIONS, 1, lambda tree: {"seed": 7, **tree})
+    monkeypatch.setattr(identity, "SCHEMA", 3)
+    monkeypatch.setitem(identity.MIGRATIONS, 2, lambda tree: {"seed": 7, **tree})
     assert seeded.is_run_of("another hash", stored)
     assert not ours.is_run_of("another hash", stored)
     assert ours.differences(stored) == ["seed: 0 here, 7 there"]
@@ -195,14 +215,14 @@ def test_the_imagenet_classes_moved(tmp_path: Path) -> None:
     text = (RECIPES / "imagenet-dit-gm-1nfe.yaml").read_text()
     assert NEW_CLASSES in text
     old = tmp_path / "old.yaml"
-    text = text.replace(NEW_CLASSES, OLD_CLASSES).replace("schema_version: 1", "schema_version: 0")
+    text = text.replace(NEW_CLASSES, OLD_CLASSES).replace("schema_version: 2", "schema_version: 0")
     old.write_text(text)
     assert load_recipe(old).is_run_of(HASHES["imagenet-dit-gm-1nfe"])
 
 
-@pytest.mark.parametrize("version", [2, -1])
+@pytest.mark.parametrize("version", [3, -1])
 def test_a_version_that_is_not_known_is_refused(version: int) -> None:
-    with pytest.raises(RecipeError, match=f"schema_version = {version} isn't known.*reads 0 to 1"):
+    with pytest.raises(RecipeError, match=f"schema_version = {version} isn't known.*reads 0 to 2"):
         recipe(schema_version=version)
 
 
@@ -215,4 +235,4 @@ def test_a_version_that_is_no_number_is_refused(version: Any) -> None:
 @pytest.mark.parametrize("name", HASHES)
 def test_shipped_recipes_say_their_version(name: str) -> None:
     """So that copies of them mean the same after an upgrade."""
-    assert (RECIPES / f"{name}.yaml").read_text().count("\nschema_version: 1") == 1
+    assert (RECIPES / f"{name}.yaml").read_text().count("\nschema_version: 2") == 1

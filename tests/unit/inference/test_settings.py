@@ -319,7 +319,7 @@ def test_an_adapter_without_settings(
 def test_settings_of_an_older_schema_are_migrated(
     flux_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if schema 2 had renamed `path` of the model, and added a key that is none of theirs."""
+    """As if schema 3 had renamed `path` of the model, and added a key that is none of theirs."""
 
     def renamed(tree: dict[str, Any]) -> dict[str, Any]:
         model = {"path" if key == "folder" else key: item for key, item in tree["model"].items()}
@@ -327,19 +327,19 @@ def test_settings_of_an_older_schema_are_migrated(
 
     ours = SamplingSettings.of(recipe(flux_folder))
     old = json.loads(ours.model_dump_json())
-    assert old["schema_version"] == 1
+    assert old["schema_version"] == 2
     assert SamplingSettings.model_validate_json(json.dumps(old)) == ours
     old["model"]["folder"] = old["model"].pop("path")
-    monkeypatch.setattr(identity, "SCHEMA", 2)
-    monkeypatch.setitem(identity.MIGRATIONS, 1, renamed)
+    monkeypatch.setattr(identity, "SCHEMA", 3)
+    monkeypatch.setitem(identity.MIGRATIONS, 2, renamed)
     assert SamplingSettings.model_validate_json(json.dumps(old)) == ours
-    assert json.loads(ours.model_dump_json())["schema_version"] == 2
+    assert json.loads(ours.model_dump_json())["schema_version"] == 3
 
 
-@pytest.mark.parametrize("version", [3, "1", None])
+@pytest.mark.parametrize("version", [4, "1", None])
 def test_settings_of_a_schema_that_is_not_known(version: Any, flux_folder: Path) -> None:
     tree = json.loads(SamplingSettings.of(recipe(flux_folder)).model_dump_json())
-    with pytest.raises(ValueError, match="schema_version (= 3 isn't known|must be a whole number)"):
+    with pytest.raises(ValueError, match="schema_version (= 4 isn't known|must be a whole number)"):
         SamplingSettings.model_validate_json(json.dumps({**tree, "schema_version": version}))
 
 

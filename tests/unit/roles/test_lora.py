@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from piflow.config.model import ComputeDtype
 from piflow.roles import lora
 
 RANKS = {"blocks.0.ff.proj": 2, "blocks.1.proj": 3}
@@ -41,9 +42,16 @@ def model() -> Model:
     return Model()
 
 
-def inject(model: Model, adapter: str = "student", seed: int = 0) -> dict[str, nn.Parameter]:
+def inject(
+    model: Model,
+    adapter: str = "student",
+    seed: int = 0,
+    compute_dtype: ComputeDtype = "base",
+) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    lora.inject(model, adapter, RANKS, dropout=0.0, generator=generator)
+    lora.inject(
+        model, adapter, RANKS, dropout=0.0, generator=generator, compute_dtype=compute_dtype
+    )
     return lora.parameters(model, adapter)
 
 
@@ -111,3 +119,49 @@ def test_ranks_are_read_from_published_tensors(model: Model) -> None:
     del tensors["blocks.1.proj.lora_A.weight"]
     with pytest.raises(ValueError, match="blocks.1.proj.lora_B.weight has no partner"):
         lora.ranks_of(tensors)
+
+
+def run(
+    model: Model, dtype: torch.dtype, compute_dtype: ComputeDtype, *, autocast: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients of a model of that dtype, its LoRA no longer zero."""
+    model = copy.deepcopy(model).to(dtype).requires_grad_(False)
+    parameters = inject(model, compute_dtype=compute_dtype)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+        with torch.no_grad():
+            parameter += torch.randn(parameter.shape, generator=generator)
+    lora.activate(lora.layers(model), "student")
+    x = torch.randn(3, 4, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(x.to(dtype))
+        output.float().square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    return output, {name: grad for name, grad in gradients.items() if grad is not None}
+
+
+def test_on_a_bfloat16_base_lora_computes_as_under_autocast(model: Model) -> None:
+    """To the last bit; weights and gradients stay float32."""
+    ours, gradients = run(model, torch.bfloat16, "base")
+    theirs, expected = run(model, torch.bfloat16, "float32", autocast=True)
+    assert torch.equal(ours, theirs)
+    assert len(gradients) == 2 * len(RANKS)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_on_a_float32_base_both_compute_dtypes_are_the_same(model: Model) -> None:
+    ours, gradients = run(model, torch.float32, "base")
+    theirs, expected = run(model, torch.float32, "float32")
+    assert torch.equal(ours, theirs)
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+def test_float32_on_a_bfloat16_base_rounds_once(model: Model) -> None:
+    """The bfloat16 one is as near to it as its digits allow, and not equal."""
+    exact, _ = run(model, torch.bfloat16, "float32")
+    rounded, _ = run(model, torch.bfloat16, "base")
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0.03, atol=0.03)

@@ -19,7 +19,7 @@ from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import EmbeddingStore
 from piflow.data.stream import TrainStream
 from piflow.sharding.single import SingleStrategy
-from piflow.training.build import SAMPLE_SEEDS, Assembly, assemble
+from piflow.training.build import SAMPLE_SEEDS, Assembly, allow_tf32, assemble
 from piflow.training.objective import PiIDObjective
 
 NAMES = ["red heart", "pizza", "ghost", "sunflower", "airplane", "tent"]
@@ -226,3 +226,19 @@ def test_a_store_of_fewer_prompts_than_a_sample_has_rows(
     small = make_flux_store(NAMES[:2], height=32, width=32)
     ours = recipe(small, flux_folder)
     assert assemble(ours, small, SingleStrategy(CPU), CPU).draw_samples().pictures.shape[0] == 2
+
+
+def test_float32_products_run_in_tf32_on_a_gpu_alone() -> None:
+    """The switches are the process's and can be set without a GPU."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        allow_tf32(CPU)
+        assert not any(switch.allow_tf32 for switch in switches)
+        allow_tf32(torch.device("cuda"))
+        assert all(switch.allow_tf32 for switch in switches)
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
