@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from piflow.config.section import NonNegative, Operational, Positive, Section, Uri
-from piflow.storage.places import require_prefix
 
 Pixels = Annotated[int, Field(gt=0, le=65_536)]
 """Of a picture's side; what the model's codec takes of them is checked before embedding."""
@@ -115,6 +114,8 @@ class EmbedConfig(Section):
     @field_validator("allow_uris")
     @classmethod
     def _are_places(cls, uris: list[str]) -> list[str]:
+        from piflow.storage.places import require_prefix  # here: it imports pyarrow
+
         for uri in uris:
             require_prefix(uri)
         return uris
