@@ -161,6 +161,20 @@ def test_shards_that_are_not_seen_from_here_leave_no_manifest(
     EmbeddingStore.open(recipe.embed.store).verify()
 
 
+@pytest.mark.parametrize("content", [b"", b"[" * 10**5, b'{"\x1b[2J": 1}', b"\xff"])
+def test_an_unfinished_jobs_file_that_cant_be_read_is_named(
+    recipe: Recipe, encoders: Encoders, content: bytes
+) -> None:
+    encoders.go_on.set()
+    uri = storage.join(recipe.embed.store, embed.JOB_FILE)
+    storage.write_bytes(uri, content)
+    with pytest.raises(StoreError, match=r"job.json.* doesn't say whose .*; delete it") as caught:
+        _embed(recipe)
+    assert "\x1b" not in str(caught.value)
+    storage.delete_file(uri)
+    _embed(recipe)
+
+
 def test_a_worker_on_another_disk_says_so(store: str, tmp_path: Path) -> None:
     with one_writer(store):
         require_shared(store, PROCESS, WRITER_FILE)
