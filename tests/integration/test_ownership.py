@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -169,6 +171,27 @@ def test_a_lost_answer_is_no_lost_lease(
         time.sleep(1.5)
         require_owner(run_dir, lease.PROCESS)
     assert not storage.exists(storage.join(run_dir, lease.OWNER_FILE))
+
+
+def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner ended between opening and locking: somebody else may lock the file's successor."""
+    path, lock, calls = tmp_path / lease.OWNER_FILE, fcntl.flock, []
+
+    def late(file: IO[bytes], operation: int) -> None:
+        if not calls:
+            path.unlink()
+        calls.append(operation)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with owned(str(tmp_path)):
+        assert len(calls) == 2
+        require_owner(str(tmp_path), lease.PROCESS)
+        with pytest.raises(RunTakenError, match="belongs to process"), owned(str(tmp_path)):
+            pytest.fail("two drivers")
+    assert not path.exists()
 
 
 def test_who_is_dead_for_certain() -> None:
