@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from piflow.config.section import NonNegative, Operational, Positive, Section, Uri
+from piflow.config.section import Operational, Positive, Section, Seed, Text, Uri
 
 Pixels = Annotated[int, Field(gt=0, le=65_536)]
 """Of a picture's side; what the model's codec takes of them is checked before embedding."""
@@ -26,13 +26,13 @@ class EmbedConfig(Section):
     or of a dataset folder, whose `train` split is read.
     """
 
-    prompt_column: str = "prompt"
+    prompt_column: Text = "prompt"
     """The column, for files that have columns."""
 
-    height_column: str | None = None
+    height_column: Text | None = None
     """Column of a prompt's own picture height in pixels; empty: see buckets."""
 
-    width_column: str | None = None
+    width_column: Text | None = None
     """The same for the width; both or neither."""
 
     image_column: str | None = None
@@ -72,7 +72,7 @@ class EmbedConfig(Section):
     listed twice, it is chosen twice as often; [] gives them height x width.
     """
 
-    seed: NonNegative = 0
+    seed: Seed = 0
     """The seed of the choice among buckets, with the prompt's text."""
 
     store: Operational[Uri]
@@ -103,7 +103,7 @@ class EmbedConfig(Section):
     encoders: Operational[Annotated[list[Positive], Field(min_length=2, max_length=2)]] = [1, 1]
     """[min, max] encoder actors of the pool."""
 
-    gpus_per_encoder: Operational[float] = Field(0.0, ge=0, allow_inf_nan=False)
+    gpus_per_encoder: Operational[float] = Field(0.0, ge=0, le=1000)
     """Below 1 it may be fractional: encoders then share a GPU."""
 
     @property

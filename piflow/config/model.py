@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from piflow.config.family import find_family
-from piflow.config.section import Operational, Positive, PositiveFloat, Section, Uri
+from piflow.config.section import (
+    Operational,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+    Text,
+    Uri,
+)
 
 ComputeDtype = Literal["base", "float32"]
 
@@ -66,10 +74,10 @@ class LoRAConfig(Section):
     rank: Positive = 256
     """Rank of every adapted layer."""
 
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    dropout: Probability = 0.05
     """On the adapter's input, in training."""
 
-    targets: list[str] | None = None
+    targets: Annotated[list[Text], Field(min_length=1)] | None = None
     """Module name suffixes; default: the family's own."""
 
     compute_dtype: ComputeDtype = "base"

@@ -6,14 +6,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from piflow.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section, Variant
+from piflow.config.section import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+    Variant,
+)
+
+Shift = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 class GMFlowPolicyConfig(Variant):
     """A Gaussian mixture per latent pixel (arXiv 2510.14974, section 3)."""
 
     type: Literal["gmflow"] = "gmflow"
-    num_gaussians: Positive = 8
+    num_gaussians: Annotated[int, Field(ge=1, le=1000)] = 8
     """Mixture components K."""
 
     logstd_inner_dim: Positive = 1024
@@ -22,7 +33,7 @@ class GMFlowPolicyConfig(Variant):
     num_logstd_layers: Literal[2] = 2
     """Layers of the log-std MLP."""
 
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dropout: Probability = 0.1
     """Probability that a component is dropped in training rollouts."""
 
 
@@ -33,7 +44,7 @@ class DXPolicyConfig(Variant):
     mode: Literal["grid", "polynomial"] = "grid"
     """Values interpolated linearly in tau, or a polynomial's coefficients."""
 
-    num_points: Positive = 10
+    num_points: Annotated[int, Field(ge=1, le=1000)] = 10
     """Grid values or coefficients, N_g."""
 
 
@@ -43,20 +54,29 @@ PolicyConfig = GMFlowPolicyConfig | DXPolicyConfig
 class GuidanceConfig(Section):
     """How the teacher is guided."""
 
-    scale: float = Field(1.0, ge=0)
+    scale: NonNegativeFloat = 1.0
     """Classifier-free guidance; 1 = off."""
 
-    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    interval: tuple[Fraction, Fraction] = Field((0.0, 1.0), strict=False)
     """Sigma range in which guidance is on."""
 
     orthogonal: Fraction = 0.0
     """Share of the parallel part that is projected out."""
 
-    embedded: float | None = Field(None, ge=0)
+    embedded: NonNegativeFloat | None = None
     """FLUX's guidance input."""
 
     negative_prompt: str = ""
     """The other side of classifier-free guidance; `piflow embed` encodes it."""
+
+    @model_validator(mode="after")
+    def _interval_has_an_order(self) -> GuidanceConfig:
+        low, high = self.interval
+        if low > high:
+            raise ValueError(
+                f"interval is [{low}, {high}]; expected [lowest, highest] sigma, so [{high}, {low}]"
+            )
+        return self
 
 
 class PiIDConfig(Variant):
@@ -74,16 +94,16 @@ class PiIDConfig(Variant):
     nfe: Annotated[int, Field(ge=1, le=64)] = 4
     """Network evaluations, N."""
 
-    final_step_size_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
+    final_step_size_scale: Annotated[float, Field(ge=1e-3, le=1)] = 0.5
     """Length of the last segment in tau, relative to the others."""
 
-    shift: PositiveFloat = 3.2
+    shift: Shift = 3.2
     """Time shift s of the noise schedule."""
 
-    total_substeps: Positive = 128
+    total_substeps: Annotated[int, Field(ge=1, le=10_000)] = 128
     """Policy substeps over tau in [0, 1]."""
 
-    num_intermediate_states: Positive = 4
+    num_intermediate_states: Annotated[int, Field(ge=1, le=1000)] = 4
     """Teacher evaluations a segment, J."""
 
     window_substeps: NonNegative = 3
@@ -114,10 +134,10 @@ class FlowMatchingConfig(Variant):
     (embed.image_column), or drawn emoji.
     """
 
-    shift: PositiveFloat = 1.0
+    shift: Shift = 1.0
     """Time shift of the sampler in evaluation."""
 
-    logit_mean: float = 0.3
+    logit_mean: Annotated[float, Field(ge=-100, le=100)] = 0.3
     """Mean of the normal variable whose sigmoid is the noise level sigma."""
 
     logit_std: PositiveFloat = 1.0

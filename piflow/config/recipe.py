@@ -19,7 +19,7 @@ from piflow.config.objective import (
     PiIDConfig,
 )
 from piflow.config.runtime import RuntimeConfig
-from piflow.config.section import NonNegative, Operational, RecipeError, Section, Uri, Variant
+from piflow.config.section import Operational, RecipeError, Section, Seed, Uri, Variant
 from piflow.config.tracking import EvaluationConfig, TrackingConfig
 from piflow.config.training import TrainingConfig
 
@@ -44,10 +44,10 @@ class Recipe(Section):
     schema_version: Operational[Literal[2]] = 2
     """Version of the keys and defaults: a recipe of an older one is read as it was meant."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=200)]
     """The name of the run and, unless tracking says otherwise, of the registered model."""
 
-    seed: NonNegative = 0
+    seed: Seed = 0
     """The seed of weights, noise and the order of prompts."""
 
     run_dir: Operational[Uri]
@@ -168,6 +168,17 @@ class Recipe(Section):
                 f"encoder.max_tokens ({tokens}) must be a multiple of runtime.context_parallel "
                 f"({size}), which deals them out evenly; use another number"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_a_reference(self) -> Recipe:
+        if isinstance(self.objective, PiIDConfig):
+            steps, nfe = self.evaluation.teacher_steps, self.objective.nfe
+            if steps <= nfe:
+                raise ValueError(
+                    f"evaluation.teacher_steps = {steps}, the reference, must exceed the student's "
+                    f"objective.nfe = {nfe}; use more teacher steps"
+                )
         return self
 
     def distillation(self) -> PiIDConfig:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from piflow.config.section import Positive, PositiveFloat, Section
+from piflow.config.section import Positive, Seconds, Section
 
 
 class DeepSpeedConfig(Section):
@@ -43,7 +43,8 @@ class RuntimeConfig(Section):
     """Ray Train's workers. Changing any of these never changes a run's results."""
 
     num_workers: Annotated[
-        Positive | tuple[Positive, Positive], Field(union_mode="left_to_right")
+        Positive | Annotated[tuple[Positive, Positive], Field(strict=False)],
+        Field(union_mode="left_to_right"),
     ] = 1
     """Training processes; or [fewest, most]: as many as the cluster has room for, also when it
     grows or shrinks.
@@ -52,7 +53,7 @@ class RuntimeConfig(Section):
     use_gpu: bool = False
     """One GPU a worker, and nccl instead of gloo."""
 
-    cpus_per_worker: PositiveFloat = 1.0
+    cpus_per_worker: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Logical CPUs that Ray reserves."""
 
     strategy: Literal["auto", "fsdp", "ddp", "deepspeed", "single"] = "auto"
@@ -63,7 +64,7 @@ class RuntimeConfig(Section):
     deepspeed: DeepSpeedConfig | None = None
     """Options of strategy = deepspeed; default: stage 2, nothing offloaded."""
 
-    shard_size: Annotated[int, Field(ge=2)] | None = None
+    shard_size: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """Workers that share one copy of the parameters under fsdp, e.g. a node's GPUs (HSDP); default:
     all.
     """
@@ -90,16 +91,16 @@ class RuntimeConfig(Section):
     compile: bool = False
     """Torch.compile of each block; seconds to minutes at the start."""
 
-    max_failures: int = Field(3, ge=-1)
+    max_failures: int = Field(3, ge=-1, le=1_000_000)
     """Restarts from the last checkpoint; -1 = always."""
 
-    worker_start_timeout: PositiveFloat = 1800.0
+    worker_start_timeout: Seconds = 1800.0
     """Seconds until the workers must be up (GPU nodes take minutes)."""
 
-    resize_interval: PositiveFloat = 60.0
+    resize_interval: Seconds = 60.0
     """Seconds between looks whether a range of workers has room for more."""
 
-    stall_timeout: PositiveFloat = 1800.0
+    stall_timeout: Seconds = 1800.0
     """Seconds that a step may take, or the start before the first one (loading, compiling) or the
     last upload, before a worker counts as hanging and is restarted.
     """

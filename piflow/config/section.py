@@ -8,10 +8,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from piflow import storage
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+_MOST = 2**31 - 1  # of a count: beyond it, tensors and schedulers overflow
+
+_LARGEST = 1e12  # of a factor, a norm or a number of seconds
+
+Positive = Annotated[int, Field(gt=0, le=_MOST)]
+NonNegative = Annotated[int, Field(ge=0, le=_MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+PositiveFloat = Annotated[float, Field(gt=0, le=_LARGEST)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=_LARGEST)]
+Seconds = Annotated[float, Field(gt=0, le=1e8)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 def valid_uri(uri: str) -> str:
@@ -40,10 +49,18 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
-    """Keys that belong together; unknown ones are refused."""
+    """Keys that belong together; unknown ones are refused.
+
+    Values are what they are written as: true is no 1, "7" no number, and numbers are finite.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
     )
 
 

@@ -101,6 +101,8 @@ def _explain(problem: Any, tree: dict[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not isinstance(problem["input"], dict):
         message = f"{message}; got {_shown(problem['input'])}"
+    if problem["type"] == "bool_type":
+        message = f"{message}; write true or false"
     return f"{key}: {message}"
 
 

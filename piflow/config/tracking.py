@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 from pydantic import Field, field_validator
 
 from piflow import storage
-from piflow.config.section import Positive, Section, Uri
+from piflow.config.section import Positive, Section, Text, Uri
 from piflow.storage.foreign import shown
 
 _SERVERS = ("http", "https")
@@ -75,10 +75,10 @@ class TrackingConfig(Section):
     path of sqlite:///path starts where the command does.
     """
 
-    experiment: str = "piflow"
+    experiment: Text = "piflow"
     """Created when missing."""
 
-    model_name: str | None = None
+    model_name: Text | None = None
     """Registered model; default: the recipe's name."""
 
     system_metrics: bool = False
@@ -108,7 +108,7 @@ class EvaluationConfig(Section):
     prompt_list: Uri | None = None
     """URI of a text file, taken evenly spaced; default: the smallest prompt ids."""
 
-    seeds: Annotated[int, Field(ge=2)] = 4
+    seeds: Annotated[int, Field(ge=2, le=100_000)] = 4
     """Pictures a prompt; held out."""
 
     teacher_steps: Positive = 32

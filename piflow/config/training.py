@@ -9,9 +9,11 @@ from pydantic import Field, model_validator
 from piflow.config.section import (
     Fraction,
     NonNegative,
+    NonNegativeFloat,
     Operational,
     Positive,
     PositiveFloat,
+    Probability,
     Section,
 )
 
@@ -22,7 +24,7 @@ class EMAConfig(Section):
     gamma: PositiveFloat = 7.0
     """Larger follows the weights faster."""
 
-    beta: Annotated[float, Field(ge=0, lt=1)] | None = None
+    beta: Probability | None = None
     """A constant share of the old average, e.g. 0.999, in place of gamma."""
 
     start: NonNegative = 100
@@ -35,10 +37,10 @@ class ParameterGroupConfig(Section):
     match: Annotated[str, Field(min_length=1)]
     """Shell pattern of parameter names, e.g. 'proj_out_*' or '*.lora_B.weight'."""
 
-    lr_scale: float = Field(1.0, ge=0)
+    lr_scale: NonNegativeFloat = 1.0
     """Factor of the learning rate."""
 
-    weight_decay: float | None = Field(None, ge=0)
+    weight_decay: NonNegativeFloat | None = None
     """Default: the optimiser's."""
 
 
@@ -51,10 +53,10 @@ class OptimizerConfig(Section):
     lr: PositiveFloat = 1e-4
     """Learning rate after warm-up."""
 
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """AdamW's two decay rates."""
+    betas: tuple[Probability, Probability] = Field((0.9, 0.95), strict=False)
+    """AdamW's two decay rates, each below 1."""
 
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled, times lr a step."""
 
     warmup_steps: NonNegative = 100
