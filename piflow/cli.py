@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +14,7 @@ import typer
 
 from piflow.config import Recipe, load_recipe
 from piflow.runtime.signals import StoppedError
+from piflow.storage.foreign import redacted, shown
 
 app = typer.Typer(
     name="piflow",
@@ -31,6 +36,30 @@ CheckpointOption = Annotated[
     str | None,
     typer.Option(help="checkpoint folder (URI); default: the run's newest", metavar="URI"),
 ]
+
+_LINE = 4000  # characters of a message's line that a terminal gets
+
+_URI = re.compile(r"[A-Za-z][\w+.-]*:/[^\s'\"]+")
+
+_EXTRAS = {  # package that an extra of piflow brings -> what to install
+    "boto3": "piflow[s3]",
+    "botocore": "piflow[s3]",
+    "deepspeed": "piflow[deepspeed]",
+    "emoji": "piflow[demo]",
+    "mlflow": "piflow[mlflow]",
+    "psutil": "piflow[mlflow]",
+    "ray": "piflow[ray]",
+    "torchao": "piflow[lowbit]",
+}
+
+_PACKAGES = {  # of a service that a recipe may name
+    "aiohttp": "ray[default]",
+    "huggingface_hub": "huggingface_hub",
+    "psycopg": "psycopg[binary]",
+    "psycopg2": "psycopg2-binary",
+    "pymysql": "pymysql",
+    "pyodbc": "pyodbc",
+}
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
@@ -271,15 +300,68 @@ def run(command: str) -> None:
 
 
 def main() -> None:
-    """Console entry point: expected mistakes are one message and exit code 1, not a traceback.
+    """Console entry point: no mistake and no failure ends in a traceback on the terminal.
 
-    A run that a signal ended has the code a shell gives to it: 143 (SIGTERM) or 130 (Ctrl-C).
+    Exit codes: 1 for what the user can mend, told in one message (a wrong recipe, a missing file
+    or package); 2 for a wrong command line; 70 for what piflow didn't expect, whose traceback lies
+    in a file that the message names. A run that a signal ended has the code a shell gives to it:
+    143 (SIGTERM) or 130 (Ctrl-C).
     """
     try:
         app()
     except StoppedError as error:
         typer.secho(f"piflow: {error}", err=True, fg=typer.colors.YELLOW)
         raise SystemExit(128 + error.number) from error
-    except (ValueError, FloatingPointError, OSError) as error:
-        typer.secho(f"piflow: {error}", err=True, fg=typer.colors.RED)
-        raise SystemExit(1) from error
+    except Exception as error:
+        message, code = _explained(error)
+        lines = "\n".join(shown(line, _LINE) for line in message.splitlines())
+        typer.secho(f"piflow: {lines}", err=True, fg=typer.colors.RED)
+        raise SystemExit(code) from error
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What to tell of an error, and the exit code."""
+    if missing := _missing_package(error):
+        return missing, 1
+    if isinstance(error, FloatingPointError | OSError):
+        return str(error), 1
+    if isinstance(error, ValueError):  # a library's or a worker's may be too short to act on
+        return str(error) if _raised_here(error) else f"{error}\n{_kept_traceback(error)}", 1
+    said = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {said}\n{_kept_traceback(error)}", 70
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """How to install the package whose absence is an error, or behind it."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            name = error.name.partition(".")[0]
+            wanted = _EXTRAS.get(name) or _PACKAGES.get(name)
+            if wanted is not None:
+                return f"the Python package {name} isn't installed: pip install '{wanted}'"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether piflow raised it itself, with a message for whoever runs it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def _kept_traceback(error: Exception) -> str:
+    """Write the traceback to a file; returns the line that names it, or the traceback itself."""
+    text = "".join(traceback.format_exception(error))
+    text = _URI.sub(lambda found: redacted(found[0]), text)
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    path = Path(base, "piflow", f"failure-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(text)
+    except OSError as refused:
+        return f"{text}\n(it couldn't be kept in a file: {refused})"
+    return (
+        f"The traceback is in {path}. Run the same command again if a service was away; otherwise "
+        "report it with that file"
+    )

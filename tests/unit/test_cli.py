@@ -101,6 +101,96 @@ def test_expected_mistakes(
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
 
 
+def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> int:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_load", fail)
+    return run_main("recipe", str(RECIPE), monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("the library \x1b[2Jsays"), KeyError("x"), AssertionError(), TypeError()]
+)
+def test_the_unexpected_names_the_file_with_its_traceback(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    error.add_note("at postgresql://user:hunter2@host/db")
+    assert failing(error, monkeypatch) == 70
+    told = capsys.readouterr().err
+    (file,) = (tmp_path / "piflow").iterdir()
+    assert str(file) in told and type(error).__name__ in told
+    assert "Traceback" not in told and "\x1b" not in told.replace("\x1b[31m", "").replace(
+        "\x1b[0m", ""
+    )
+    kept = file.read_text()
+    assert "Traceback" in kept and "postgresql://…@host/db" in kept and "hunter2" not in kept
+    assert file.stat().st_mode & 0o077 == 0
+
+
+def test_a_value_error_of_a_library_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
+    def fail(*_: object) -> None:
+        int("x")  # raised in this file, so not by piflow
+
+    monkeypatch.setattr(cli, "_load", fail)
+    assert run_main("recipe", str(RECIPE), monkeypatch=monkeypatch) == 1
+    (file,) = (tmp_path / "piflow").iterdir()
+    told = capsys.readouterr().err
+    assert "invalid literal for int" in told and str(file) in told
+
+
+def test_where_no_file_can_be_written_the_traceback_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "state").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert failing(RuntimeError("lost?"), monkeypatch) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("ray", "pip install 'piflow[ray]'"),
+        ("mlflow.tracking", "pip install 'piflow[mlflow]'"),
+        ("boto3", "pip install 'piflow[s3]'"),
+        ("deepspeed", "pip install 'piflow[deepspeed]'"),
+        ("psycopg", "pip install 'psycopg[binary]'"),
+        ("aiohttp", "pip install 'ray[default]'"),
+    ],
+)
+def test_a_missing_package_says_what_to_install(
+    module: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    missing = ModuleNotFoundError(f"No module named {module!r}", name=module)
+    wrapped = RuntimeError("could not start")
+    wrapped.__cause__ = missing
+    for error in (missing, wrapped):
+        assert failing(error, monkeypatch) == 1
+        assert expected in capsys.readouterr().err
+
+
+def test_extras_are_those_of_the_project() -> None:
+    import tomllib
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for package, extra in cli._EXTRAS.items():
+        name = extra.removeprefix("piflow[").removesuffix("]")
+        wanted = " ".join(project["optional-dependencies"][name])
+        assert package in wanted or package == "botocore", "boto3 brings it"
+
+
 def test_wrong_usage_is_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
