@@ -231,7 +231,7 @@ def save_adapter(
     if clash:
         raise ValueError(f"metadata {', '.join(clash)} belongs to the format: use another key")
     converted = {name: _convert(name, tensor, dtype) for name, tensor in tensors.items()}
-    content = serialise_tensors(converted, metadata={**own, **extra})
+    content = _with_sorted_metadata(serialise_tensors(converted, metadata={**own, **extra}))
     storage.write_bytes(storage.join(str(folder), WEIGHTS_FILE), content)
     storage.write_bytes(storage.join(str(folder), CONFIG_FILE), config.to_json().encode())
 
@@ -266,6 +266,16 @@ def load_adapter(folder: str | Path) -> Adapter:
     _check_complete(tensors, config.policy())
     ranks_of(tensors)
     return Adapter(config, tensors, metadata)
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """The same safetensors file for the same metadata: the library writes it in any order."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are aligned to 8 bytes
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :]])
 
 
 def _header_metadata(content: bytes) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from piflow import storage
+from piflow.backbones import load_empty_backbone
 from piflow.backbones.flux.fresh import fresh_module
 from piflow.config import Recipe
 from piflow.inference.settings import (
@@ -49,6 +50,17 @@ def student_of_checkpoint(
         ValueError: no finished checkpoint there, one of another recipe, or a recipe that distils
             nothing.
     """
+    recipe.distillation()
+    tensors, state = _tensors_of_checkpoint(recipe, checkpoint, weights)
+    trio = build_trio(recipe)
+    trio.load_student(tensors)
+    return trio.train(False), state
+
+
+def _tensors_of_checkpoint(
+    recipe: Recipe, checkpoint: str, weights: Weights
+) -> tuple[dict[str, Tensor], RunState]:
+    """A checkpoint's trained tensors by published name, on the CPU, if it is of this recipe."""
     folder = storage.local_folder(checkpoint)
     state = load_state(folder)
     if not recipe.is_run_of(state.recipe_hash, state.identity):
@@ -56,9 +68,7 @@ def student_of_checkpoint(
             f"checkpoint {checkpoint} was written by recipe {state.recipe_hash}, this one is "
             f"{recipe.hash()}; use the recipe that wrote it"
         )
-    trio = build_trio(recipe)
-    trio.load_student(load_tensors(folder, SECTIONS[weights]))
-    return trio.train(False), state
+    return load_tensors(folder, SECTIONS[weights]), state
 
 
 def export_adapter(
@@ -72,6 +82,9 @@ def export_adapter(
 ) -> None:
     """Write a checkpoint as an adapter folder in the published format.
 
+    Of the base its config, headers and output layer are read, not its weights. The same checkpoint
+    gives the same bytes.
+
     Args:
         lineage: strings for the metadata: run, hashes, step.
 
@@ -79,13 +92,11 @@ def export_adapter(
         ValueError: the recipe distils nothing, or the checkpoint doesn't fit it.
     """
     settings = SamplingSettings.of(recipe)
-    trio, _ = student_of_checkpoint(recipe, checkpoint, weights)
-    tensors: dict[str, Tensor] = {
-        name: parameter.detach() for name, parameter in trio.trainable_parameters().items()
-    }
+    tensors, _ = _tensors_of_checkpoint(recipe, checkpoint, weights)
+    backbone, _ = load_empty_backbone(recipe.model, embedded_guidance=recipe.guidance.embedded)
     save_adapter(
         folder,
-        trio.backbone,
+        backbone,
         tensors,
         recipe.policy,
         PolicyClock.of(settings.few_step),
