@@ -47,8 +47,8 @@ class EmbedConfig(Section):
     """
 
     max_picture_pixels: Operational[int] = Field(64 * 2**20, gt=0, le=178_956_970)
-    """Larger pictures are bad pictures, and aren't decoded, which takes 8 bytes a pixel (WebP: 16)."""
-    """Larger pictures are bad pictures and aren't decoded, which takes 8 bytes a pixel (WebP: 16)."""
+    """Larger pictures are bad pictures. Decoding takes 8 bytes of memory a pixel, of WebP 16."""
+
     max_prompts: Operational[Positive] = 10_000_000
     """Rows of all prompts files together, repeated ones counted; more end the job. Their texts may
     take 1 KiB of memory each on average.
