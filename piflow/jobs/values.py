@@ -247,9 +247,9 @@ class Values(Strict):
     """Names of jobs begin with it; default: the recipe's name, with - for . and _."""
 
     saving_seconds: Positive
-    """Seconds that a training step and the save after it take at most: how long a job that is
-    stopped, or a machine that goes, gets for it. MLflow's step_seconds and
-    checkpoint_write_seconds of an earlier run tell it.
+    """Seconds that a training step and the save after it take at most, and ten more until all
+    workers have heard of it: how long a job that is stopped, or a machine that goes, gets for it.
+    MLflow's step_seconds and checkpoint_write_seconds of an earlier run tell it.
     """
 
     environment: Labels = {}

@@ -30,7 +30,6 @@ pytestmark = pytest.mark.timeout(900)
 STEPS = 60
 PACE = 0.5
 NOTICE_SECONDS = 60
-KILL_SECONDS = 30  # until a pod is killed after that
 TOLERANCE = 1e-5  # between numbers of workers
 
 
@@ -151,55 +150,4 @@ def _node_of_worker(nodes: list[Any]) -> Any:
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         if workers & {child.pid for child in raylet.children(recursive=True)}:
             return node
-    return None
-
-
-def test_a_node_that_gets_sigterm_drains_itself(folder: Path, cluster: Any, tmp_path: Path) -> None:
-    """As Kubernetes deletes a pod: SIGTERM to `ray start --block`, and time until SIGKILL."""
-    run = new_run(folder, cluster, "pod", num_workers=1)
-    pods = [start_node(cluster, tmp_path / f"{number}.log") for number in range(2)]
-    try:
-        with run.running() as driver:
-            wait_until(lambda: run.last_step() >= 3, "training", run)
-            used = wait_until(lambda: _pod_of_worker(pods), "a worker", run)
-            used.terminate()
-            wait_until(lambda: "stop" in run.names(), "saved", run, NOTICE_SECONDS)
-            used.wait(NOTICE_SECONDS + KILL_SECONDS)
-            run.finish(driver, 400)
-    finally:
-        for pod in pods:
-            stop_tree(pod)
-    [stop] = [text for name, text in run.events() if name == "stop"]
-    assert stop.startswith("a machine is going away")
-    assert sorted(steps_with(run, 1)) == list(range(STEPS)), "no step was repeated"
-
-
-def start_node(cluster: Any, log: Path) -> subprocess.Popen[bytes]:
-    """A node with one CPU as KubeRay starts one, which drains for `NOTICE_SECONDS` when told to."""
-    command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1",
-        "--address", cluster.address, "--dashboard-agent-listen-port", "0",
-    ]  # fmt: skip
-    environment = cluster_environment(cluster.address)
-    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = str(NOTICE_SECONDS)
-    with log.open("wb") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-
-
-def stop_tree(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started, if it's still there."""
-    if process.poll() is None:
-        parent = psutil.Process(process.pid)
-        for child in (*parent.children(recursive=True), parent):
-            child.kill()
-        process.wait()
-
-
-def _pod_of_worker(pods: list[subprocess.Popen[bytes]]) -> Any:
-    """The process that started the node of a train worker, or None."""
-    workers = set(train_workers())
-    for pod in pods:
-        children = psutil.Process(pod.pid).children(recursive=True)
-        if workers & {child.pid for child in children}:
-            return pod
     return None
