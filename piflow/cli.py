@@ -157,7 +157,8 @@ def export(
 
 
 @app.command(
-    epilog='Example: `piflow sample runs/emoji-flux/adapter --prompt "red heart" --prompt pizza`'
+    epilog='Example: `piflow sample runs/emoji-flux/adapter --prompt "red heart" --prompt pizza '
+    "--allow package://`"
 )
 def sample(
     adapter: Annotated[str, typer.Argument(help="adapter folder", metavar="ADAPTER")],
@@ -191,6 +192,17 @@ def sample(
     base: Annotated[
         str | None, typer.Option(help="base model folder; default: the adapter's", metavar="URI")
     ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="text encoder folder; default: the adapter's", metavar="URI")
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="place that the adapter may name besides its own folder and bucket and the hub, "
+            "with all below it; repeatable",
+            metavar="URI",
+        ),
+    ] = None,
     family: Annotated[
         str | None,
         typer.Option(help="module of a family that no installed package registers; is imported"),
@@ -211,7 +223,17 @@ def sample(
         prompts,
         out=out,
         seeds=seeds if len(seeds) > 1 else range(seeds[0], seeds[0] + (count or 4)),
-        choices=pipeline.Choices(nfe, base, height, width, batch_size, device, dtype),
+        choices=pipeline.Choices(
+            nfe,
+            base,
+            height,
+            width,
+            batch_size,
+            device,
+            dtype,
+            encoder=encoder,
+            allowed=tuple(allow or ()),
+        ),
         family=family,
         show_progress=not quiet,
     )

@@ -11,6 +11,28 @@ from piflow.backbones import text
 from piflow.config import BertEncoderConfig
 from piflow.storage import fingerprint
 from piflow.storage.fingerprint import EncoderIdentity
+from piflow.storage.foreign import shown
+
+MODEL_TYPES = (
+    "albert",
+    "bert",
+    "camembert",
+    "convbert",
+    "deberta",
+    "deberta-v2",
+    "electra",
+    "ernie",
+    "layoutlm",
+    "mobilebert",
+    "modernbert",
+    "mpnet",
+    "nomic_bert",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
+"""The encoders that a config.json may choose: transformers has others that fetch what they need."""
 
 
 def identity(config: BertEncoderConfig) -> EncoderIdentity:
@@ -23,13 +45,19 @@ def identity(config: BertEncoderConfig) -> EncoderIdentity:
     """
     folder = storage.local_folder(config.path)
     tree = text.read_config(folder, config.path)
-    limit = tree.get("max_position_embeddings")
-    if limit is not None:
+    if tree.get("model_type") not in MODEL_TYPES:
+        raise ValueError(
+            f"config.json of encoder {config.path} has model_type "
+            f"{shown(repr(tree.get('model_type')))}; encoder.type = bert takes "
+            f"{', '.join(MODEL_TYPES)}"
+        )
+    if tree.get("max_position_embeddings") is not None:
+        limit = text.number_of(tree, "max_position_embeddings", config.path)
         text.require_at_most(config.max_tokens, limit, f"the encoder {config.path}")
     keys = ("num_hidden_layers", "hidden_size")
     layers, hidden_size = text.require_sizes(tree, keys, config.path)
     return EncoderIdentity(
-        name=f"{tree.get('model_type', 'encoder')}-{layers}x{hidden_size}",
+        name=f"{tree['model_type']}-{layers}x{hidden_size}",
         weights_sha256=fingerprint.files_sha256({config.path: folder}, {config.path: folder}),
         max_tokens=config.max_tokens,
         hidden_size=hidden_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,6 +11,8 @@ from torch.nn import functional as F
 
 from piflow import storage
 from piflow.config import ModelConfig, find_family
+from piflow.storage.foreign import parse_object, shown
+from piflow.storage.model_folder import LIBRARY_ERRORS, check_model_folder, reason
 
 
 class Codec(Protocol):
@@ -78,13 +79,17 @@ def check_channels(model: ModelConfig, codec: Codec) -> None:
 
     Raises:
         FileNotFoundError: there is no model.
-        ValueError: other channels.
+        ValueError: other channels, or a folder that `check_model_folder` refuses.
     """
     channels = codec.channels
-    config = json.loads(storage.read_bytes(storage.join(model.path, "config.json")))
+    check_model_folder(model.path, model.path)
+    place = storage.join(model.path, "config.json")
+    config = parse_object(storage.read_bytes(place), where=place)
     taken = config.get("in_channels")
     if taken is None:  # the class's own default, which the first step knows
         return
+    if type(taken) is not int:
+        raise ValueError(f"{place} has in_channels {shown(repr(taken))}; expected a whole number")
     expected = taken // 4 if find_family(model.family).packs_latents else taken
     if channels != expected:
         source = f"the VAE {vae_uri(model)}" if model.codec == "vae" else "model.codec = pixels"
@@ -183,14 +188,15 @@ class VAECodec:
         self._class_name = str(config.get("_class_name"))
         if self._class_name not in _LATENT_SPACES:
             raise ValueError(
-                f"config.json of VAE {uri} has _class_name {self._class_name!r}; supported: "
+                f"config.json of VAE {uri} has _class_name {shown(repr(self._class_name))}; "
+                f"supported: "
                 f"{', '.join(_LATENT_SPACES)}; set model.vae to the VAE's folder"
             )
         try:
             self._space = _LATENT_SPACES[self._class_name](config)
-        except (KeyError, TypeError) as error:
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"config.json of VAE {uri} lacks what {self._class_name} needs: {error}"
+                f"config.json of VAE {uri} lacks what {self._class_name} needs: {reason(error)}"
             ) from error
         self._patch = 2 if self._space.shift is None else 1  # of what is normalised
         self._vae: Any = None
@@ -267,16 +273,18 @@ class VAECodec:
 def _load_vae(class_name: str, uri: str) -> Any:
     import diffusers
 
+    folder = str(storage.local_folder(uri))
+    check_model_folder(folder, f"VAE {uri}")
     try:
         vae, info = getattr(diffusers, class_name).from_pretrained(
-            str(storage.local_folder(uri)),
+            folder,
             local_files_only=True,
             use_safetensors=True,
             torch_dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"cannot load the VAE {uri}: {error}") from error
+    except LIBRARY_ERRORS as error:
+        raise ValueError(f"cannot load the VAE {uri}: {reason(error)}") from error
     if info["missing_keys"]:
         raise ValueError(
             f"the VAE {uri} lacks {len(info['missing_keys'])} of the model's weights, e.g. "
@@ -328,13 +336,9 @@ def _require_rgb(channels: int) -> None:
 
 
 def _read_config(uri: str) -> dict[str, Any]:
-    try:
-        config = json.loads(storage.read_bytes(storage.join(uri, "config.json")))
-    except ValueError as error:
-        raise ValueError(f"config.json of VAE {uri} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"config.json of VAE {uri} must hold an object")
-    return config
+    check_model_folder(uri, f"VAE {uri}")
+    content = storage.read_bytes(storage.join(uri, "config.json"))
+    return parse_object(content, where=f"config.json of VAE {uri}")
 
 
 def _latent_shape(channels: int, factor: int, height: int, width: int) -> tuple[int, int, int]:

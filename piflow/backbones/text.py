@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from piflow import storage
 from piflow.storage.fingerprint import EncoderIdentity, files_sha256
+from piflow.storage.foreign import parse_object, shown
+from piflow.storage.model_folder import LIBRARY_ERRORS, check_model_folder, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,20 +127,47 @@ def read_config(folder: Path, uri: str) -> dict[str, Any]:
     """The ``config.json`` of a transformers folder.
 
     Raises:
-        ValueError: it is missing or holds no object.
+        ValueError: it is missing or holds no object, or the folder is refused by
+            `check_model_folder`.
     """
+    check_model_folder(str(folder), f"encoder {uri}")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        content = (folder / "config.json").read_bytes()
     except FileNotFoundError as error:
         raise ValueError(
             f"encoder folder {uri} has no config.json; expected a transformers folder with "
             "config and safetensors weights"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"config.json of encoder {uri} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"config.json of encoder {uri} must hold an object")
-    return config
+    return parse_object(content, where=f"config.json of encoder {uri}")
+
+
+def number_of(config: Mapping[str, Any], key: str, uri: str, default: int | None = None) -> int:
+    """A config's positive whole number.
+
+    Raises:
+        ValueError: there is another value, or none and no default.
+    """
+    value = config.get(key, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(
+            f"config.json of encoder {uri} has {key}: {shown(repr(value))}; expected a positive "
+            "whole number"
+        )
+    return value
+
+
+def part_of(config: Mapping[str, Any], key: str, uri: str) -> dict[str, Any]:
+    """The object under a config's key; {} if there is none.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    part = config.get(key, {})
+    if not isinstance(part, dict):
+        raise ValueError(
+            f"config.json of encoder {uri} has {key}: {shown(repr(part))}; expected an object"
+        )
+    return part
 
 
 def require_model_type(config: Mapping[str, Any], expected: str, uri: str) -> None:
@@ -150,8 +178,9 @@ def require_model_type(config: Mapping[str, Any], expected: str, uri: str) -> No
     """
     if config.get("model_type") != expected:
         raise ValueError(
-            f"config.json of encoder {uri} has model_type {config.get('model_type')!r}, expected "
-            f"{expected!r}; set encoder.type and encoder.path to match one another"
+            f"config.json of encoder {uri} has model_type "
+            f"{shown(repr(config.get('model_type')))}, expected {expected!r}; set "
+            "encoder.type and encoder.path to match one another"
         )
 
 
@@ -159,7 +188,7 @@ def require_sizes(config: Mapping[str, Any], keys: tuple[str, str], uri: str) ->
     """A config's number of layers and width, under these keys.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: one is missing or no positive whole number.
     """
     layers, width = (config.get(key) for key in keys)
     if layers is None or width is None:
@@ -167,7 +196,7 @@ def require_sizes(config: Mapping[str, Any], keys: tuple[str, str], uri: str) ->
             f"config.json of encoder {uri} lacks {' or '.join(keys)}: not an encoder of the "
             "recipe's encoder.type"
         )
-    return int(layers), int(width)
+    return number_of(config, keys[0], uri), number_of(config, keys[1], uri)
 
 
 def require_at_most(max_tokens: int, limit: int, what: str) -> None:
@@ -199,18 +228,21 @@ def load_model(
         unused: prefixes of weights that may be missing, since their results aren't used.
 
     Raises:
-        ValueError: it doesn't load, or weights are missing.
+        ValueError: the folder is refused by `check_model_folder`, it doesn't load, or weights are
+            missing.
     """
+    check_model_folder(str(folder), f"encoder {uri}")
     try:
         model, info = model_class.from_pretrained(
             folder,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             dtype=dtype,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"cannot load the text encoder {uri}: {error}") from error
+    except LIBRARY_ERRORS as error:
+        raise ValueError(f"cannot load the text encoder {uri}: {reason(error)}") from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
     if missing:
         raise ValueError(
@@ -229,12 +261,15 @@ def load_tokenizer(
         padding_side: "right": valid tokens come first in a row; None: as its files say.
 
     Raises:
-        ValueError: it doesn't load.
+        ValueError: the folder is refused by `check_model_folder`, or it doesn't load.
     """
+    check_model_folder(str(folder), f"tokenizer {uri}")
     try:
-        tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot load the tokenizer {uri}: {error}") from error
+        tokenizer = tokenizer_class.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except LIBRARY_ERRORS as error:
+        raise ValueError(f"cannot load the tokenizer {uri}: {reason(error)}") from error
     if padding_side is not None:
         tokenizer.padding_side = padding_side
     return tokenizer

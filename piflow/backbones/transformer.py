@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from piflow import storage
 from piflow.backbones.base import PATCH, Conditioning, OutputLayer, unpack
 from piflow.backbones.recompute import block_checkpoint
 from piflow.sharding.weights import StoredTensor, fill, parameters_on_meta, stored_tensors
+from piflow.storage.foreign import parse_object, shown
+from piflow.storage.model_folder import LIBRARY_ERRORS, check_model_folder, reason
 
 SHOWN = 3  # differing tensors that an error names
 
@@ -71,9 +72,12 @@ class TransformerBackbone(ABC):
         """
         folder = str(storage.local_folder(str(uri)))
         cls._check_folder(folder, str(uri), embedded_guidance)
-        module = cls.model_class.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        try:
+            module = cls.model_class.from_pretrained(
+                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+        except LIBRARY_ERRORS as error:
+            raise ValueError(f"cannot load the model {uri}: {reason(error)}") from error
         return cls(module.to(device), embedded_guidance=embedded_guidance)
 
     @classmethod
@@ -111,9 +115,14 @@ class TransformerBackbone(ABC):
         cls, folder: str, uri: str, embedded_guidance: float | None
     ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         """Config and places of the weights of a folder that `uri` in errors stands for."""
-        config = _read_config(folder, cls.class_name, uri)
-        with torch.device("meta"):
-            empty = cls.model_class.from_config(config)
+        config = read_model_config(folder, cls.class_name, uri)
+        try:
+            with torch.device("meta"):
+                empty = cls.model_class.from_config(config)
+        except LIBRARY_ERRORS as error:
+            raise ValueError(
+                f"{uri}: config.json isn't that of a {cls.class_name}: {reason(error)}"
+            ) from error
         cls.check_config(_constructor_arguments(empty.config), embedded_guidance)
         stored = stored_tensors(folder, shown=uri)
         _check_weights(stored, empty.state_dict(), uri)
@@ -341,20 +350,25 @@ def _constructor_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _read_config(folder: str, class_name: str, uri: str) -> dict[str, Any]:
-    """The folder's config.json; refuses folders that aren't a `class_name`'s."""
+def read_model_config(folder: str, class_name: str, uri: str) -> dict[str, Any]:
+    """The config.json of a folder that `uri` in errors stands for.
+
+    Raises:
+        ValueError: the folder isn't a `class_name`'s, or `check_model_folder` refuses it.
+    """
+    check_model_folder(folder, uri)
     path = storage.join(folder, "config.json")
     if not storage.exists(path):
         raise ValueError(
             f"{uri} has no config.json: give the folder of a diffusers {class_name} "
             "(of a whole pipeline, its `transformer` subfolder)"
         )
-    config: dict[str, Any] = json.loads(storage.read_bytes(path))
+    config = parse_object(storage.read_bytes(path), where=f"{uri}/config.json")
     found = config.get("_class_name")
     if found != class_name:
         raise ValueError(
-            f"{uri}: expected a {class_name}, config.json says {found!r}: correct model.path or "
-            "model.family"
+            f"{uri}: expected a {class_name}, config.json says {shown(repr(found))}: correct "
+            "model.path or model.family"
         )
     return config
 
@@ -369,12 +383,13 @@ def _check_weights(
     missing = [name for name in expected if name not in stored]
     unknown = [name for name in stored if name not in expected]
     reshaped = [
-        f"{name} {stored[name].shape} instead of {tuple(tensor.shape)}"
+        f"{shown(name)} {stored[name].shape} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in stored and stored[name].shape != tuple(tensor.shape)
     ]
     problems = [
-        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''})"
+        f"{len(names)} {what} ({', '.join(map(shown, names[:SHOWN]))}"
+        f"{', …' if len(names) > SHOWN else ''})"
         for names, what in (
             (missing, "tensors are missing"),
             (unknown, "aren't the model's"),

@@ -23,6 +23,7 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
     """
     from piflow import storage
     from piflow.commands import distill, embed, evaluate, export, sample
+    from piflow.inference.settings import places_of
     from piflow.runtime.session import ray_session
 
     seconds: dict[str, float] = {}
@@ -42,7 +43,13 @@ def main(recipe: Recipe, *, show_progress: bool = True) -> Evaluation:
     pictures = Path(storage.absolute(recipe.run_dir)) / "samples"
     timed(
         "sample",
-        lambda: sample.main(folder, SAMPLE_PROMPTS, out=str(pictures), show_progress=show_progress),
+        lambda: sample.main(
+            folder,
+            SAMPLE_PROMPTS,
+            out=str(pictures),
+            choices=sample.Choices(allowed=places_of(recipe)),
+            show_progress=show_progress,
+        ),
     )
     _print_summary(recipe, result, seconds, folder, version, pictures)
     return result

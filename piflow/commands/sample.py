@@ -29,6 +29,9 @@ class Choices:
         batch_size: pictures drawn at once.
         device: "auto" is a GPU if there is one.
         dtype: what the base computes in.
+        encoder: URI of the text encoder.
+        allowed: URIs that the adapter may name besides its own folder and bucket and the hub,
+            with all that lies below them.
     """
 
     nfe: int | None = None
@@ -38,6 +41,8 @@ class Choices:
     batch_size: int = 4
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
+    encoder: str | None = None
+    allowed: tuple[str, ...] = ()
 
 
 def main(
@@ -78,7 +83,13 @@ def main(
 
     device = choose_device(choices.device)
     transformers_logging.disable_progress_bar()
-    student, settings = read_adapter(adapter, choices.base, choices.dtype)
+    student, settings = read_adapter(
+        adapter,
+        choices.base,
+        choices.dtype,
+        encoder=choices.encoder,
+        allowed=choices.allowed,
+    )
     settings = _settled(student, settings, choices)
     decides = _what_decides(adapter, student, settings)
     gallery = Gallery(out, decides, {"adapter": adapter, "device": device.type})

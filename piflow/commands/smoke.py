@@ -126,6 +126,7 @@ def _parts(
     `last` is `small` itself, or the recipe that its run is resumed with.
     """
     from piflow.commands import distill, embed, evaluate, export, sample
+    from piflow.inference.settings import places_of
 
     adapter = str(folder / "adapter")
     pictures = str(folder / "samples")
@@ -142,6 +143,7 @@ def _parts(
             _some_prompts(small),
             out=pictures,
             seeds=range(SEEDS),
+            choices=sample.Choices(allowed=places_of(small)),
             show_progress=show_progress,
         ),
     }
@@ -176,11 +178,11 @@ def _some_prompts(recipe: Recipe) -> list[str]:
 
 def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     """Load the adapter as its users do, and draw one picture with it."""
-    from piflow.inference.settings import load_student
+    from piflow.inference.settings import load_student, places_of
 
     pipeline = find_family(recipe.model.family).pipeline
     if pipeline is None or not (base / "model_index.json").exists():  # parts of no pipeline
-        load_student(adapter)
+        load_student(adapter, allowed=places_of(recipe))
         return
     pipe = resolve(pipeline).from_pretrained(base, adapter=adapter)
     pipe.set_progress_bar_config(disable=True)

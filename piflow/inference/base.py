@@ -21,8 +21,19 @@ from piflow.roles.heads import DXHead
 from piflow.sampling import check_nfe
 from piflow.schedule import FewStep
 from piflow.scheduler import FlowMapScheduler, TokenReader
+from piflow.storage.model_folder import check_pipeline_folder
 
 ADAPTER_FOLDER = "adapter"  # in a saved pipeline
+_CODE_OPTIONS = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_onnx")
+_DOWNLOAD_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "token",
+    "variant",
+)
 
 
 class FewStepPipeline(DiffusionPipeline, ABC):
@@ -56,16 +67,28 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             options: of `DiffusionPipeline.from_pretrained`: torch_dtype, device_map, components …
 
         Raises:
-            ValueError: no adapter, or one that doesn't fit the pipeline's transformer.
+            ValueError: a folder that `check_pipeline_folder` refuses, options that would run code
+                of it, no adapter, or one that doesn't fit the pipeline's transformer.
         """
-        place = fspath(pretrained_model_name_or_path)
+        for name in _CODE_OPTIONS:
+            if options.get(name):
+                raise ValueError(
+                    f"{name}: {cls.__name__} runs no code of a model's folder; leave it out, or "
+                    "load the parts yourself and pass them to the constructor"
+                )
+        place = name = fspath(pretrained_model_name_or_path)
         if "://" in place:
             place = str(storage.local_folder(place))
+        elif not Path(place).is_dir():  # a repository's name
+            found = {key: options[key] for key in _DOWNLOAD_OPTIONS if key in options}
+            place = str(cls.download(place, **{"use_safetensors": True, **found}))
+        check_pipeline_folder(place, name)
         kept = Path(place) / ADAPTER_FOLDER
         if adapter is None and kept.is_dir():
             adapter = kept
         student = None if adapter is None else fspath(adapter)
-        pipeline: Self = super().from_pretrained(place, adapter=student, **options)
+        safe = {"use_safetensors": True, "trust_remote_code": False, **options}
+        pipeline: Self = super().from_pretrained(place, adapter=student, **safe)
         return pipeline
 
     def save_pretrained(

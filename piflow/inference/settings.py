@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -20,13 +21,21 @@ from piflow import storage
 from piflow.backbones import Conditioning, load_backbone
 from piflow.backbones.encoders import build_encoder
 from piflow.config import FamilyEncoder, ModelConfig, Recipe, identity, require_known
+from piflow.config.encoder import TextEncoderConfig
+from piflow.inference.places import resolve_places
 from piflow.roles.adapter import Adapter, load_adapter
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
+from piflow.storage.foreign import ForeignDataError, parse_object, shown
 
 SETTINGS_KEY = "piflow_settings"
 
 Weights = Literal["ema", "student"]
+
+MAX_SIDE = 16384  # pixels
+MAX_NFE = 64  # as recipes have it
+MAX_SUBSTEPS = 16384
+MAX_TEXT_TOKENS = 65536
 
 SECTIONS = {"ema": "ema", "student": "trainable"}
 
@@ -42,8 +51,8 @@ class SamplingSettings(BaseModel):
 
     model: ModelConfig  # the base and its codec, with absolute URIs
     encoder: FamilyEncoder  # with an absolute URI
-    height: int  # pixels
-    width: int
+    height: Annotated[int, Field(gt=0, le=MAX_SIDE)]  # pixels
+    width: Annotated[int, Field(gt=0, le=MAX_SIDE)]
     few_step: FewStep
     embedded_guidance: float | None  # FLUX.1-dev's guidance input
 
@@ -55,6 +64,10 @@ class SamplingSettings(BaseModel):
             return data
         names = {field.name for field in fields(FewStep)}
         few_step = {name: value for name, value in data.items() if name in names}
+        for name, limit in (("nfe", MAX_NFE), ("total_substeps", MAX_SUBSTEPS)):
+            value = few_step.get(name)
+            if isinstance(value, int | float) and value > limit:  # before anything is made of them
+                raise ValueError(f"{name} is {value}, at most {limit} can be run")
         others = {name: value for name, value in data.items() if name not in names}
         parts = {name: others[name] for name in ("model", "encoder") if name in others}
         migrated = identity.migrate(parts, others.pop(identity.VERSION_KEY, 0))
@@ -96,62 +109,83 @@ def settings_of(adapter: Adapter, where: str) -> SamplingSettings:
             f"{where} carries no {SETTINGS_KEY}: it was not exported by piflow, which notes the "
             "encoder, picture size and schedule there"
         )
-    _require_known_family(text, where)
     try:
-        return SamplingSettings.model_validate_json(text)
+        tree = parse_object(text, where=SETTINGS_KEY)
+        model = tree.get("model")
+        if isinstance(model, dict) and isinstance(model.get("family"), str):
+            require_known(model["family"], where)  # reading the settings looks the family up
+    except ForeignDataError as error:
+        raise _not_settings(where, str(error)) from error
+    try:
+        settings = SamplingSettings.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise ValueError(
-            f"{where}: {SETTINGS_KEY} are not those of this piflow ({place}: {first['msg']}): "
-            "export it again"
-        ) from error
+        place = ".".join(shown(part) for part in first["loc"])
+        told = shown(first["msg"], 1000)
+        raise _not_settings(where, f"{place}: {told}" if place else told) from error
+    if settings.encoder.text_tokens > MAX_TEXT_TOKENS:
+        raise _not_settings(
+            where, f"encoder: {settings.encoder.text_tokens} tokens, at most {MAX_TEXT_TOKENS}"
+        )
+    return settings
 
 
-def _require_known_family(text: str, where: str) -> None:
-    """Before the settings are read, which looks the family up."""
-    try:
-        family = json.loads(text)["model"].get("family")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return  # refused for that by whoever reads it whole
-    if isinstance(family, str):
-        require_known(family, where)
+def _not_settings(where: str, why: str) -> ValueError:
+    return ValueError(
+        f"{where}: {SETTINGS_KEY} are not those of this piflow ({why}): export it again"
+    )
 
 
-def load_student(folder: str, base: str | None = None) -> tuple[Trio, SamplingSettings]:
+def load_student(
+    folder: str,
+    base: str | None = None,
+    *,
+    encoder: str | None = None,
+    allowed: Sequence[str] = (),
+) -> tuple[Trio, SamplingSettings]:
     """Teacher and student from an adapter folder, on the CPU, ready to sample.
 
     Args:
         base: URI of the base model; default: the one that the student was made from.
+        encoder: URI of the text encoder; default: the one that the adapter names.
+        allowed: URIs that the adapter may name besides its own folder and bucket and the hub,
+            with all that lies below them.
 
     Returns:
-        The trio, and the settings with the base that was loaded.
+        The trio, and the settings with base, VAE and encoder as they are to be loaded.
 
     Raises:
-        ValueError: not an adapter folder, or one of another base.
+        ValueError: not an adapter folder, one of another base, or one that names places that
+            nobody allowed.
     """
-    adapter, settings = read_adapter(folder, base)
+    adapter, settings = read_adapter(folder, base, encoder=encoder, allowed=allowed)
     return student_of(adapter, settings), settings
 
 
 def read_adapter(
-    folder: str, base: str | None = None, dtype: Literal["float32", "bfloat16"] | None = None
+    folder: str,
+    base: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    *,
+    encoder: str | None = None,
+    allowed: Sequence[str] = (),
 ) -> tuple[Adapter, SamplingSettings]:
     """An adapter folder, and the settings to sample with; no model is loaded.
 
     Args:
         base: URI of the base model; default: the one that the student was made from.
         dtype: what the base computes in; default: as in training.
+        encoder, allowed: as of `load_student`.
 
     Raises:
-        ValueError: not an adapter folder.
+        ValueError: not an adapter folder, or one that names places that nobody allowed.
     """
     adapter = load_adapter(folder)
-    settings = settings_of(adapter, folder)
-    changes = {"path": base, "dtype": dtype}
-    given = {name: value for name, value in changes.items() if value is not None}
-    model = settings.model.model_copy(update=given)
-    return adapter, settings.model_copy(update={"model": model})
+    settings = _placed(settings_of(adapter, folder), folder, base, encoder, allowed)
+    if dtype is not None:
+        model = settings.model.model_copy(update={"dtype": dtype})
+        settings = settings.model_copy(update={"model": model})
+    return adapter, settings
 
 
 def student_of(adapter: Adapter, settings: SamplingSettings) -> Trio:
@@ -162,6 +196,49 @@ def student_of(adapter: Adapter, settings: SamplingSettings) -> Trio:
     """
     backbone = load_backbone(settings.model, embedded_guidance=settings.embedded_guidance)
     return Trio.from_adapter(backbone, adapter)
+
+
+def places_of(recipe: Recipe) -> tuple[str, ...]:
+    """What an adapter of this recipe names: allowed by whoever has the recipe.
+
+    Raises:
+        ValueError: the recipe distils nothing.
+    """
+    settings = SamplingSettings.of(recipe)
+    return tuple(_named(settings).values())
+
+
+def _placed(
+    settings: SamplingSettings,
+    adapter: str,
+    base: str | None,
+    encoder: str | None,
+    allowed: Sequence[str],
+) -> SamplingSettings:
+    """The settings with the user's places, and those of the adapter's own that it may name."""
+    given = {what: uri for what, uri in (("base", base), ("encoder", encoder)) if uri is not None}
+    named = {what: place for what, place in _named(settings).items() if what not in given}
+    found = resolve_places(named, adapter, allowed) | given
+    model = settings.model.model_copy(
+        update={"path": found["base"], "vae": found.get("VAE", settings.model.vae)}
+    )
+    texts = settings.encoder
+    if isinstance(texts, TextEncoderConfig):
+        texts = texts.model_copy(update={"path": found["encoder"]})
+    return settings.model_copy(update={"model": model, "encoder": texts})
+
+
+def _named(settings: SamplingSettings) -> dict[str, str]:
+    """What is loaded -> the place that the settings name for it."""
+    named = {"base": settings.model.path}
+    if settings.model.vae is not None:
+        named["VAE"] = settings.model.vae
+    if isinstance(settings.encoder, TextEncoderConfig):
+        return named | {"encoder": settings.encoder.path}
+    for key, value in settings.encoder.model_dump(mode="json").items():
+        if isinstance(value, str) and "/" in value:  # of another package: what looks like a place
+            named[f"encoder.{key}"] = value
+    return named
 
 
 def encode_prompts(

@@ -26,7 +26,9 @@ from piflow import storage
 from piflow.backbones.base import Backbone
 from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
 from piflow.roles.heads import PATCH_POSITIONS, PolicyClock
-from piflow.roles.lora import ranks_of
+from piflow.roles.lora import ranks_of, with_scale_one
+from piflow.storage.foreign import ForeignDataError, parse_object, shown
+from piflow.storage.tensor_file import read_header
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -45,6 +47,7 @@ HEAD_LAYERS = {  # beside `norm_out`; the values' projection first
     "gmflow": ("proj_out_means", "proj_out_logweights", "proj_out_logstds.1", "proj_out_logstds.3"),
     "dx": ("proj_out",),
 }
+MIN_SEGMENT = 1 / 64  # as many evaluations as recipes have
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -114,29 +117,35 @@ class AdapterConfig:
         return json.dumps(own | self.fields, indent=2) + "\n"
 
     @classmethod
-    def parse(cls, text: str, policy_json: str | None, where: str) -> AdapterConfig:
+    def parse(cls, text: str | bytes, policy_json: str | None, where: str) -> AdapterConfig:
         """Reads `config.json` and the metadata's `policy_config` (None: the file has none).
 
         Raises:
-            ValueError: no JSON, a field that is missing, or a head of another kind.
+            ValueError: no JSON, a field that is missing or has another type, a number that no
+                student was trained with, or a head of another kind.
         """
-        fields = _parse_object(text, where)
+        fields = parse_object(text, where=where)
         class_name = str(fields.get("_class_name"))
         is_gm = class_name.startswith(GM_PREFIX)
         kind = "GMFlow" if is_gm else "DX"
-        described = _parse_object(policy_json or '{"type": "GMFlow"}', f"{where}'s {POLICY_KEY}")
+        described = parse_object(
+            policy_json or '{"type": "GMFlow"}', where=f"{where}'s {POLICY_KEY}"
+        )
         if described.get("type") != kind:
             raise ValueError(
-                f"{where}: _class_name {class_name} would be a {kind} student's, but {POLICY_KEY} "
-                f"in the safetensors metadata is {policy_json}: config and weights don't belong "
-                "together, or this is a base model and not an adapter"
+                f"{where}: _class_name {shown(class_name)} would be a {kind} student's, but "
+                f"{POLICY_KEY} in the safetensors metadata is {shown(policy_json)}: config and "
+                "weights don't belong together, or this is a base model and not an adapter"
             )
         needed = ["in_channels", "out_channels", *(GM_OWN[:2] if is_gm else ())]
         missing = [field for field in needed if field not in fields]
         missing += [field for field in DX_OWN if not is_gm and field not in described]
         if missing:
             raise ValueError(f"{where} lacks {', '.join(missing)}: export it again")
+        _check_numbers(fields, is_gm, where)
         _check_outputs(fields, is_gm, where)
+        if not is_gm:
+            _check_clock(described, f"{where}'s {POLICY_KEY}")
         config = {key: value for key, value in fields.items() if not key.startswith("_")}
         return cls(class_name, config, described)
 
@@ -171,8 +180,8 @@ class Adapter:
         if config.class_name != expected.class_name:
             raise ValueError(
                 f"expected _class_name {expected.class_name} for a student on a "
-                f"{backbone.class_name}, got {config.class_name!r}: load the base model that the "
-                "adapter was made from"
+                f"{backbone.class_name}, got {shown(repr(config.class_name))}: load the "
+                "base model that the adapter was made from"
             )
         base = [field for field in expected.fields if field not in GM_OWN]
         missing = [field for field in base if field not in config.fields]
@@ -181,7 +190,7 @@ class Adapter:
         wrong = [field for field in base if not _same(field, config.fields, expected.fields)]
         if wrong:
             differences = ", ".join(
-                f"{field} {config.fields[field]} (base: {expected.fields[field]})"
+                f"{field} {shown(config.fields[field])} (base: {expected.fields[field]})"
                 for field in wrong
             )
             raise ValueError(
@@ -242,27 +251,30 @@ def load_adapter(folder: str | Path) -> Adapter:
     Raises:
         ValueError: a file that is missing or damaged, another class, or missing tensors.
     """
-    content = {}
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        uri = storage.join(str(folder), name)
+    uris = {name: storage.join(str(folder), name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    for name, uri in uris.items():
         if not storage.exists(uri):
             raise ValueError(
                 f"{folder} is not an adapter folder: it has no {name}. "
                 "Give the folder that `piflow export` wrote"
             )
-        content[name] = storage.read_bytes(uri)
-    weights_uri = storage.join(str(folder), WEIGHTS_FILE)
     try:
-        stored = parse_tensors(content[WEIGHTS_FILE])
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{weights_uri} is damaged ({error}): export it again") from error
+        metadata = read_header(uris[WEIGHTS_FILE]).metadata  # before anything as long as it claims
+        config = AdapterConfig.parse(
+            storage.read_bytes(uris[CONFIG_FILE]), metadata.get(POLICY_KEY), uris[CONFIG_FILE]
+        )
+        stored = parse_tensors(storage.read_bytes(uris[WEIGHTS_FILE]))
+    except (safetensors.SafetensorError, ForeignDataError) as error:
+        raise ValueError(
+            f"the adapter is damaged: {shown(error, 1000)}; export it again"
+        ) from error
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
-    metadata = _header_metadata(content[WEIGHTS_FILE])
-    config = AdapterConfig.parse(
-        content[CONFIG_FILE].decode(),
-        metadata.get(POLICY_KEY),
-        storage.join(str(folder), CONFIG_FILE),
-    )
+    if len(tensors) < len(stored):
+        raise ValueError(
+            f"{uris[WEIGHTS_FILE]} holds tensors both with and without the prefix {PREFIX!r}: "
+            "export it again"
+        )
+    tensors = with_scale_one(tensors, metadata, uris[WEIGHTS_FILE])
     _check_complete(tensors, config.policy())
     ranks_of(tensors)
     return Adapter(config, tensors, metadata)
@@ -278,28 +290,39 @@ def _with_sorted_metadata(content: bytes) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :]])
 
 
-def _header_metadata(content: bytes) -> dict[str, str]:
-    """The safetensors file's string metadata: 8 bytes of header length, then JSON."""
-    length = int.from_bytes(content[:8], "little")
-    metadata: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    return metadata
+def _check_numbers(fields: Mapping[str, Any], is_gm: bool, where: str) -> None:
+    """Refuses sizes that aren't positive whole numbers."""
+    for field in ("in_channels", "out_channels", *(GM_OWN[:2] if is_gm else ())):
+        value = fields[field]
+        if value is None and field == "out_channels":  # the same as in_channels
+            continue
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f"{where}: expected {field} to be a positive whole number, got "
+                f"{shown(repr(value))}: export it again"
+            )
 
 
-def _parse_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not valid JSON ({error}): export it again") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where} must hold an object, got {text[:40]!r}: export it again")
-    return fields
+def _check_clock(described: Mapping[str, Any], where: str) -> None:
+    """Refuses a DX policy's numbers and mode that no student was trained with."""
+    size, shift, mode = (described[field] for field in DX_OWN)
+    numbers = all(isinstance(value, int | float) for value in (size, shift))
+    if not numbers or not MIN_SEGMENT <= size <= 1 or not 0 < shift < math.inf:
+        raise ValueError(
+            f"{where}: expected a segment_size from 1/{round(1 / MIN_SEGMENT)} to 1 and a positive "
+            f"shift, got {shown(repr(size))} and {shown(repr(shift))}: export it again"
+        )
+    if mode not in ("grid", "polynomial"):
+        raise ValueError(f"{where}: expected mode grid or polynomial, got {shown(repr(mode))}")
 
 
 def _check_outputs(fields: Mapping[str, Any], is_gm: bool, where: str) -> None:
     """Refuses heads of a kind that isn't read here."""
     for field, value in GM_FIXED.items() if is_gm else ():
         if fields.get(field, value) != value:
-            raise ValueError(f"{where}: {field} {fields[field]!r} isn't supported, only {value!r}")
+            raise ValueError(
+                f"{where}: {field} {shown(repr(fields[field]))} isn't supported, only {value!r}"
+            )
     features, outputs = fields["in_channels"], fields["out_channels"]
     if not is_gm and (not outputs or outputs % features):
         raise ValueError(
@@ -328,8 +351,8 @@ def _check_complete(tensors: Mapping[str, Tensor], policy: PolicyConfig) -> None
     if changed and any(".lora_" in name for name in tensors):
         raise ValueError(
             f"the adapter has LoRA and {len(changed)} tensors that are neither LoRA nor output "
-            f"layer ({', '.join(changed[:3])}): it changes the base itself, which the teacher "
-            "shares"
+            f"layer ({', '.join(map(shown, changed[:3]))}): it changes the base itself, which the "
+            "teacher shares"
         )
 
 
@@ -342,6 +365,13 @@ def _check_values(tensors: Mapping[str, Tensor], policy: PolicyConfig, backbone:
         raise ValueError(
             f"{name}: expected {expected} from the config, got {tuple(tensors[name].shape)}"
         )
+    if isinstance(policy, GMFlowPolicyConfig):
+        name, width = f"{HEAD_LAYERS[policy.type][2]}.weight", policy.logstd_inner_dim
+        if tensors[name].shape[:1] != (width,):
+            raise ValueError(
+                f"{name}: expected {width} rows, the config's logstd_inner_dim, got "
+                f"{tuple(tensors[name].shape)}"
+            )
 
 
 def _check_lora(
@@ -353,14 +383,14 @@ def _check_lora(
     adaptable = isinstance(module, nn.Linear | LoraLayer) and layer not in output_names
     if module is None or not adaptable or kind not in ("lora_A", "lora_B"):
         raise ValueError(
-            f"the adapter's {name} belongs to no linear layer that can be adapted in the base: "
-            "load the base model that it was made from"
+            f"the adapter's {shown(name)} belongs to no linear layer that can be adapted in the "
+            "base: load the base model that it was made from"
         )
     axis, expected = (1, module.in_features) if kind == "lora_A" else (0, module.out_features)
     if tensor.ndim != 2 or tensor.shape[axis] != expected:
         raise ValueError(
-            f"{name}: expected size {expected} in dimension {axis}, as the base's layer has it, "
-            f"got shape {tuple(tensor.shape)}"
+            f"{shown(name)}: expected size {expected} in dimension {axis}, as the base's layer has "
+            f"it, got shape {tuple(tensor.shape)}"
         )
 
 

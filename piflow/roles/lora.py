@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,6 +20,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from piflow.config.model import ComputeDtype
+from piflow.storage.foreign import parse_object, shown
+
+LORA_METADATA_KEY = "lora_adapter_metadata"  # diffusers': PEFT's configuration as JSON
+ALPHA_KEYS = ("lora_alpha", "network_alpha", "ss_network_alpha")  # other exporters' metadata
+
+_LAYER = re.compile(r"[\w.]+")
 
 
 def resolve_targets(module: nn.Module, targets: Iterable[str], *, skip: Sequence[str]) -> list[str]:
@@ -189,14 +198,109 @@ def ranks_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         layer, _, kind = name.removesuffix(".weight").rpartition(".")
         other = f"{layer}.lora_{'B' if kind == 'lora_A' else 'A'}.weight"
         if kind not in ("lora_A", "lora_B") or other not in names:
-            raise ValueError(f"LoRA tensor {name} has no partner {other}: the file is incomplete")
+            raise ValueError(
+                f"LoRA tensor {shown(name)} has no partner {shown(other)}: the file is incomplete"
+            )
         if kind == "lora_A":
+            if tensors[name].ndim != 2 or tensors[other].ndim != 2:
+                raise ValueError(f"LoRA of {shown(layer)}: expected two matrices")
             ranks[layer] = tensors[name].shape[0]
             if tensors[other].shape[-1] != ranks[layer]:
                 raise ValueError(
-                    f"LoRA of {layer}: A has rank {ranks[layer]} but B {tensors[other].shape[-1]}"
+                    f"LoRA of {shown(layer)}: A has rank {ranks[layer]} but B "
+                    f"{tensors[other].shape[-1]}"
                 )
     return ranks
+
+
+@dataclass(frozen=True)
+class _Strength:
+    """What a file's metadata says of its LoRA: B·A is added times alpha/rank, or alpha/√rank.
+
+    Attributes:
+        alpha: of layers that no pattern names; None: the layer's rank.
+        patterns: layer's name or end of name -> alpha.
+        rooted: whether the rank's square root divides (rank-stabilised LoRA).
+    """
+
+    alpha: float | None
+    patterns: dict[str, float]
+    rooted: bool
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str], where: str) -> _Strength:
+        """From the keys that diffusers and other exporters write.
+
+        Raises:
+            ValueError: entries of other types, patterns that aren't names, or DoRA.
+        """
+        text = metadata.get(LORA_METADATA_KEY)
+        tree: dict[str, Any] = {}
+        if text is not None:
+            found = parse_object(text, where=f"{where}: {LORA_METADATA_KEY}")
+            tree = {key.removeprefix("transformer."): value for key, value in found.items()}
+        if tree.get("use_dora"):
+            raise ValueError(f"{where} holds DoRA, which isn't LoRA: export the student with LoRA")
+        plain = next((metadata[key] for key in ALPHA_KEYS if key in metadata), None)
+        alpha = tree.get("lora_alpha", plain)
+        patterns = tree.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict) or not all(map(_LAYER.fullmatch, patterns)):
+            raise ValueError(
+                f"{where}: expected alpha_pattern to hold names of layers, got "
+                f"{shown(patterns)}: export it again"
+            )
+        return cls(
+            None if alpha is None else _alpha(alpha, where),
+            {name: _alpha(value, where) for name, value in patterns.items()},
+            bool(tree.get("use_rslora")),
+        )
+
+    def scale(self, layer: str, rank: int, own: float | None) -> float:
+        """What the product is multiplied by; `own` is the layer's alpha where a tensor holds it."""
+        named = [alpha for name, alpha in self.patterns.items() if _ends(layer, name)]
+        alpha = next((a for a in (own, *named, self.alpha) if a is not None), float(rank))
+        return alpha / (math.sqrt(rank) if self.rooted else rank)
+
+
+def _alpha(value: Any, where: str) -> float:
+    try:
+        alpha = float(value)
+    except (TypeError, ValueError):
+        alpha = math.nan
+    if not math.isfinite(alpha):
+        raise ValueError(f"{where}: expected LoRA's alpha to be a number, got {shown(repr(value))}")
+    return alpha
+
+
+def with_scale_one(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str
+) -> dict[str, Tensor]:
+    """The same student with alpha = rank, as adapters are here: B holds its layer's scale.
+
+    Args:
+        tensors: by published name; ``<layer>.alpha`` goes into the layer's B.
+        metadata: the file's texts.
+        where: what messages call the file.
+
+    Raises:
+        ValueError: an alpha that is no number or belongs to no layer, or LoRA of another kind.
+    """
+    alphas = {
+        name.removesuffix(".alpha"): _alpha(tensor.item() if tensor.numel() == 1 else None, where)
+        for name, tensor in tensors.items()
+        if name.endswith(".alpha")
+    }
+    scaled = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
+    ranks = ranks_of(scaled)
+    if unknown := sorted(alphas.keys() - ranks.keys()):
+        raise ValueError(f"{where}: {shown(unknown[0])}.alpha belongs to no LoRA layer of the file")
+    strength = _Strength.of(metadata, where) if ranks else None
+    for layer, rank in ranks.items():
+        scale = 1.0 if strength is None else strength.scale(layer, rank, alphas.get(layer))
+        if scale != 1.0:
+            name = f"{layer}.lora_B.weight"
+            scaled[name] = scaled[name].float() * scale
+    return scaled
 
 
 def _ends(name: str, suffix: str) -> bool:

@@ -11,7 +11,6 @@ each file by safetensors' `safe_open`, which maps local files only: it can't rea
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,11 +26,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from piflow import storage
 from piflow.sharding.tensors import Part, part_of
+from piflow.storage.foreign import shown as escaped
+from piflow.storage.model_folder import shard_names
+from piflow.storage.tensor_file import read_header
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 BUFFER_BYTES = 16 * 2**20
-_LENGTH_BYTES = 8  # of the header's length, at a safetensors file's start
-_DTYPES = {
+_DTYPES = {  # by `ITEM_BYTES`' names
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -72,21 +73,28 @@ def stored_tensors(folder: str, *, shown: str | None = None) -> dict[str, Stored
         shown: what errors call the folder (default: its URI).
 
     Raises:
-        ValueError: a file that is missing, cut short or isn't safetensors.
+        ValueError: a file that is missing, cut short or isn't safetensors, a file outside the
+            folder, or a tensor that two files hold.
     """
     place = folder if shown is None else shown
     index = storage.join(folder, f"{WEIGHTS_FILE}.index.json")
-    names = {WEIGHTS_FILE}
+    names = [WEIGHTS_FILE]
     if storage.exists(index):
-        names = set(json.loads(storage.read_bytes(index))["weight_map"].values())
+        names = shard_names(storage.read_bytes(index), f"{place}/{WEIGHTS_FILE}.index.json")
     found: dict[str, StoredTensor] = {}
-    for name in sorted(names):
+    for name in names:
         uri = storage.join(folder, name)
         if not storage.exists(uri):
             raise ValueError(
                 f"{place} has no {name}: the folder needs the model's weights as safetensors, whole"
             )
-        found.update(_tensors_of(uri))
+        for tensor, stored in _tensors_of(uri).items():
+            if tensor in found:
+                raise ValueError(
+                    f"{place}: {found[tensor].uri} and {uri} both hold {escaped(tensor)}: copy the "
+                    "model's files from one checkpoint"
+                )
+            found[tensor] = stored
     return found
 
 
@@ -233,34 +241,7 @@ def _read_whole(file: NativeFile, view: memoryview, uri: str) -> None:
 
 def _tensors_of(uri: str) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file."""
-    system, path = storage.filesystem(uri)
-    with system.open_input_file(path) as file:
-        size = file.size()
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        begin = _LENGTH_BYTES + length
-        if begin > size:
-            raise ValueError(f"{uri} is cut short or isn't safetensors: copy it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{uri} isn't safetensors, its header isn't JSON: {error}") from error
-    header.pop("__metadata__", None)
-    return {name: _stored_tensor(uri, name, entry, begin, size) for name, entry in header.items()}
-
-
-def _stored_tensor(uri: str, name: str, entry: Any, begin: int, size: int) -> StoredTensor:
-    """One entry of a header; `begin` is where the values start, `size` the file's."""
-    match entry:
-        case {"dtype": str(code), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
-            pass
-        case _:
-            raise ValueError(f"{uri} isn't safetensors: its header says {entry} of {name}")
-    if code not in _DTYPES:
-        raise ValueError(
-            f"{uri}: {name} is {code}, expected one of {', '.join(_DTYPES)}: give weights that "
-            "aren't quantised"
-        )
-    stored = StoredTensor(uri, begin + start, tuple(int(n) for n in shape), _DTYPES[code])
-    if end - start != math.prod(stored.shape) * stored.dtype.itemsize or begin + end > size:
-        raise ValueError(f"{uri} is cut short or damaged at {name}: copy it again")
-    return stored
+    return {
+        name: StoredTensor(uri, tensor.start, tensor.shape, _DTYPES[tensor.code])
+        for name, tensor in read_header(uri).tensors.items()
+    }

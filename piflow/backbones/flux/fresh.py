@@ -8,9 +8,10 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import nn
 
-from piflow import storage
 from piflow.backbones.flux.backbone import FluxBackbone
+from piflow.backbones.transformer import read_model_config
 from piflow.config import ModelConfig
+from piflow.storage.model_folder import LIBRARY_ERRORS, reason
 
 
 def fresh_backbone(model: ModelConfig, seed: int) -> FluxBackbone:
@@ -21,7 +22,7 @@ def fresh_backbone(model: ModelConfig, seed: int) -> FluxBackbone:
     initialisation of DiT, arXiv 2212.09748, section 3.2).
 
     Raises:
-        ValueError: another family than FLUX.
+        ValueError: another family than FLUX, or a folder without its configuration.
     """
     return FluxBackbone(fresh_module(model, seed))
 
@@ -32,10 +33,16 @@ def fresh_module(model: ModelConfig, seed: int) -> FluxTransformer2DModel:
             f"pre-training from fresh weights is for model.family flux, got {model.family}: train "
             "the teacher elsewhere and give its folder to distillation"
         )
-    config = FluxTransformer2DModel.load_config(str(storage.local_folder(model.path)))
+    config = read_model_config(model.path, FluxBackbone.class_name, model.path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = FluxTransformer2DModel.from_config(config)
+        try:
+            module = FluxTransformer2DModel.from_config(config)
+        except LIBRARY_ERRORS as error:
+            raise ValueError(
+                f"{model.path}: config.json isn't that of a {FluxBackbone.class_name}: "
+                f"{reason(error)}"
+            ) from error
         for name, parameter in module.named_parameters():
             _initialise(name, parameter)
     return module

@@ -29,7 +29,7 @@ def identity(config: Flux2EncoderConfig) -> EncoderIdentity:
         ValueError: a subfolder holds something else, or the model has too few layers.
     """
     parts = text.Parts(config.path, (_MODEL,), (_TOKENIZER,))
-    language = parts.config(_MODEL, "mistral3").get("text_config", {})
+    language = text.part_of(parts.config(_MODEL, "mistral3"), "text_config", parts.uris[_MODEL])
     keys = ("num_hidden_layers", "hidden_size")
     layers, width = text.require_sizes(language, keys, parts.uris[_MODEL])
     if layers < LAYERS[-1]:

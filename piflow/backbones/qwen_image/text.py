@@ -37,7 +37,7 @@ def identity(config: QwenImageEncoderConfig) -> EncoderIdentity:
     folder = storage.local_folder(model_uri)
     tree = text.read_config(folder, model_uri)
     text.require_model_type(tree, "qwen2_5_vl", model_uri)
-    language = tree.get("text_config", tree)  # older folders have the sizes at the top
+    language = text.part_of(tree, "text_config", model_uri) or tree  # older: the sizes at the top
     keys = ("num_hidden_layers", "hidden_size")
     layers, hidden_size = text.require_sizes(language, keys, model_uri)
     return EncoderIdentity(

@@ -42,7 +42,10 @@ def identity(config: SD3EncoderConfig) -> EncoderIdentity:
     ]
     t5 = parts.config(_T5, "t5")
     layers, width = text.require_sizes(t5, ("num_layers", "d_model"), parts.uris[_T5])
-    lengths = [int(clip.get("max_position_embeddings", 77)) for clip in clips]
+    lengths = [
+        text.number_of(clip, "max_position_embeddings", parts.uris[part], default=77)
+        for clip, part in zip(clips, _CLIPS, strict=True)
+    ]
     if lengths[0] != lengths[1] or sum(size[1] for size in clip_sizes) > width:
         raise ValueError(
             f"the encoders of {config.path} don't belong together: CLIP models of {lengths} tokens "

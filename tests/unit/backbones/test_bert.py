@@ -120,11 +120,11 @@ def test_unusable_folders_are_refused(folder: Path, tmp_path: Path) -> None:
         (copy / name).unlink()
     with pytest.raises(ValueError, match="holds no tokenizer: expected tokenizer.json"):
         _identity(copy)
-    (copy / "config.json").write_text("{}")
+    (copy / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="lacks num_hidden_layers or hidden_size"):
         _identity(copy)
     (copy / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match="isn't JSON"):
         _identity(copy)
 
 

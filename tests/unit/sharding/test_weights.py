@@ -244,11 +244,11 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     [
         (lambda data: data[:4], "cut short or isn't safetensors"),
         (lambda data: data[:100], "cut short or isn't safetensors"),
-        (lambda data: data[:-4], "cut short or damaged at"),
+        (lambda data: data[:-4], "cut short or damaged|is damaged at"),
         (lambda data: data[:8] + b"?" + data[9:], "its header isn't JSON"),
         (lambda data: data.replace(b'"F32"', b'"Q32"', 1), "is Q32, expected one of F64, F32"),
         (lambda data: data.replace(b'"dtype"', b'"dtyqe"', 1), "its header says"),
-        (lambda data: data.replace(b'"F32"', b'"F64"', 1), "cut short or damaged at"),
+        (lambda data: data.replace(b'"F32"', b'"F64"', 1), "cut short or damaged|is damaged at"),
     ],
 )
 def test_damaged_files_are_refused_by_their_headers(
