@@ -60,14 +60,14 @@ class SamplingSettings(BaseModel):
     @classmethod
     def _nest(cls, data: Any) -> Any:
         """Gathers the schedule's keys, and brings the recipe's to today's schema."""
-        if not isinstance(data, dict) or "few_step" in data:
+        if not isinstance(data, dict):
+            return data
+        if "few_step" in data:
+            _check_schedule(data["few_step"])
             return data
         names = {field.name for field in fields(FewStep)}
         few_step = {name: value for name, value in data.items() if name in names}
-        for name, limit in (("nfe", MAX_NFE), ("total_substeps", MAX_SUBSTEPS)):
-            value = few_step.get(name)
-            if isinstance(value, int | float) and value > limit:  # before anything is made of them
-                raise ValueError(f"{name} is {value}, at most {limit} can be run")
+        _check_schedule(few_step)
         others = {name: value for name, value in data.items() if name not in names}
         parts = {name: others[name] for name in ("model", "encoder") if name in others}
         migrated = identity.migrate(parts, others.pop(identity.VERSION_KEY, 0))
@@ -95,6 +95,14 @@ class SamplingSettings(BaseModel):
             few_step=FewStep.of(recipe.distillation()),
             embedded_guidance=recipe.guidance.embedded,
         )
+
+
+def _check_schedule(few_step: Any) -> None:
+    """Refuses a schedule that takes for ever, before anything is made of it."""
+    for name, limit in (("nfe", MAX_NFE), ("total_substeps", MAX_SUBSTEPS)):
+        value = few_step.get(name) if isinstance(few_step, dict) else None
+        if isinstance(value, int | float | str) and float(value) > limit:
+            raise ValueError(f"{name} is {value}, at most {limit} can be run")
 
 
 def settings_of(adapter: Adapter, where: str) -> SamplingSettings:

@@ -108,6 +108,9 @@ def decoded(store: str) -> dict[str, Tensor]:
     return found
 
 
+ANYWHERE = ("/", "package://")  # what the stored adapters name
+
+
 def noise_of(settings: SamplingSettings, count: int) -> Tensor:
     """Noise latents in the shape of an adapter's pictures."""
     shape = build_codec(settings.model).latent_shape(settings.height, settings.width)
@@ -116,7 +119,7 @@ def noise_of(settings: SamplingSettings, count: int) -> Tensor:
 
 def student_settings(adapter: str, base: str, encoder: str) -> SamplingSettings:
     """An adapter's settings with a base and an encoder that lie elsewhere by now."""
-    _, settings = load_student(adapter, base)
+    _, settings = load_student(adapter, base, allowed=ANYWHERE)
     moved = settings.encoder.model_copy(update={"path": encoder})
     return settings.model_copy(update={"encoder": moved})
 
@@ -134,7 +137,7 @@ def draw(adapter: str, base: str, store: str, noise: Tensor) -> dict[str, Tensor
     there, and at `SIGMA`.
     """
     with _one_thread(), torch.no_grad():
-        trio, settings = load_student(adapter, base)
+        trio, settings = load_student(adapter, base, allowed=ANYWHERE)
         batch = EmbeddingStore.open(store).first_by_hash(len(noise))
         cond = conditioning(batch, torch.device("cpu"))
         begin = torch.ones(len(noise))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,17 @@ def pixels(file: str) -> np.ndarray:
         return np.asarray(image).astype(int)
 
 
-def draw(adapter: str, prompts: list[str], out: Path, **options: object) -> list[str]:
-    return sample.main(adapter, prompts, out=str(out), show_progress=False, **options)  # type: ignore[arg-type]
+def draw(
+    adapter: str,
+    prompts: list[str],
+    out: Path,
+    choices: sample.Choices | None = None,
+    **options: object,
+) -> list[str]:
+    choices = replace(choices or sample.Choices(), allowed=("package://",))
+    return sample.main(
+        adapter, prompts, out=str(out), choices=choices, show_progress=False, **options
+    )  # type: ignore[arg-type]
 
 
 def test_a_picture_depends_on_prompt_and_seed_alone(adapter: str, tmp_path: Path) -> None:
