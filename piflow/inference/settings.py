@@ -101,7 +101,8 @@ def _check_schedule(few_step: Any) -> None:
     """Refuses a schedule that takes for ever, before anything is made of it."""
     for name, limit in (("nfe", MAX_NFE), ("total_substeps", MAX_SUBSTEPS)):
         value = few_step.get(name) if isinstance(few_step, dict) else None
-        if isinstance(value, int | float | str) and float(value) > limit:
+        number = float(value) if isinstance(value, str) else value
+        if isinstance(number, int | float) and number > limit:
             raise ValueError(f"{name} is {value}, at most {limit} can be run")
 
 

@@ -70,7 +70,17 @@ _BLOCK_LISTS = re.compile(r"block_out_channels|block_types|dim_mult")
 
 _MAX_BLOCKS = 64
 
-_CONFIGURATION = re.compile(r"(.*_)?config\.json|model_index\.json")
+_CONFIGURATIONS = (  # which the libraries open; a folder may hold other JSON beside them
+    "config.json",
+    "generation_config.json",
+    "model_index.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "scheduler_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+)
 
 _WEIGHTS_INDEX = re.compile(r".*\.safetensors\.index(\..+)?\.json")
 
@@ -119,7 +129,7 @@ def check_model_folder(folder: str, where: str) -> None:
     if exists(join(folder, "custom_generate")):
         raise ForeignDataError(f"{where} holds a folder custom_generate: {_CODE}; remove it")
     for name in sizes:
-        if _CONFIGURATION.fullmatch(name):
+        if name in _CONFIGURATIONS:
             content = read_bytes(join(folder, name))
             tree = parse_object(content, where=f"{where}/{name}", max_bytes=MAX_CONFIG_BYTES)
             _check_tree(tree, f"{where}/{name}")

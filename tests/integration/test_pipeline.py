@@ -430,7 +430,9 @@ def test_model_version_carries_its_lineage(
 def test_sampling_from_the_adapter(adapter: tuple[str, str], tmp_path: Path) -> None:
     """The teacher is found through the adapter; a picture doesn't depend on its neighbours."""
     prompts = ["red heart", "a prompt that was never seen"]
-    files = sample.main(adapter[0], prompts, out=str(tmp_path / "two"), seeds=[5, 6], choices=ANYWHERE)
+    files = sample.main(
+        adapter[0], prompts, out=str(tmp_path / "two"), seeds=[5, 6], choices=ANYWHERE
+    )
     assert [re.sub(r"-[0-9a-f]{10}-", "-", Path(file).name) for file in files] == [
         "0001-red-heart-5.png", "0001-red-heart-6.png",
         "0002-a-prompt-that-was-never-seen-5.png", "0002-a-prompt-that-was-never-seen-6.png",

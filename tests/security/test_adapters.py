@@ -182,8 +182,17 @@ def test_the_users_own_places(write: Callable[..., Path], flux: Path) -> None:
         ({"nfe": 10**6}, "nfe is 1000000, at most 64"),
         ({"nfe": 10**300}, "at most 64 can be run"),
         ({"nfe": "1000000"}, "nfe is 1000000, at most 64"),
-        ({"few_step": {"nfe": 10**9, "shift": 1.0, "final_step_size_scale": 0.5,
-                       "total_substeps": 8}}, "nfe is 1000000000, at most 64"),
+        (
+            {
+                "few_step": {
+                    "nfe": 10**9,
+                    "shift": 1.0,
+                    "final_step_size_scale": 0.5,
+                    "total_substeps": 8,
+                }
+            },
+            "nfe is 1000000000, at most 64",
+        ),
         ({"total_substeps": 10**9}, "total_substeps is 1000000000, at most 16384"),
         ({"height": 10**6}, "height: .*less than or equal to 16384"),
         ({"width": 0}, "width: .*greater than 0"),

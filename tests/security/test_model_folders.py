@@ -139,6 +139,7 @@ def test_what_a_configuration_may_say(tmp_path: Path) -> None:
         rope_theta=1e6,
     )
     change(tmp_path / "tokenizer_config.json", model_max_length=int(1e30))
+    (tmp_path / "data_config.json").write_text("[1, 2]")  # no library reads it
     check_model_folder(str(tmp_path), "there")
 
 

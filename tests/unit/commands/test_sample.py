@@ -161,6 +161,7 @@ def test_the_command_line(adapter: str, tmp_path: Path) -> None:
     listed, out = str(tmp_path / "more.txt"), str(tmp_path / "out")
     arguments = ["sample", adapter, "--prompt", "red heart", "--prompts-file", listed]
     arguments += ["--out", out, "--seed", "5", "--seed", "2", "--height", "16", "--width", "16"]
+    arguments += ["--allow", "package://"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
