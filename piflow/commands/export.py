@@ -27,14 +27,16 @@ def main(
         The adapter folder and the model version.
 
     Raises:
-        ValueError: no run or checkpoint, or they belong to another recipe.
+        ValueError: no run or checkpoint, or they belong to another recipe or base weights.
     """
     from piflow import storage
     from piflow.runs import folder as run_folder
     from piflow.runs.tracking import deliver_kept, register_adapter
     from piflow.training.export import export_adapter
+    from piflow.training.preflight import base_fingerprint
 
     record = run_folder.require_run(recipe)
+    run_folder.require_same_base(recipe, record, base_fingerprint(recipe))
     checkpoint = checkpoint or run_folder.newest_checkpoint(recipe.run_dir)
     folder = out or storage.join(recipe.run_dir, "adapter")
     lineage = {

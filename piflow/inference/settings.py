@@ -26,9 +26,11 @@ from piflow.inference.places import resolve_places
 from piflow.roles.adapter import Adapter, load_adapter
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
+from piflow.storage.fingerprint import weights_fingerprint
 from piflow.storage.foreign import ForeignDataError, parse_object, shown
 
 SETTINGS_KEY = "piflow_settings"
+BASE_KEY = "piflow_base_sha256"  # `weights_fingerprint` of the base
 
 Weights = Literal["ema", "student"]
 
@@ -201,8 +203,17 @@ def student_of(adapter: Adapter, settings: SamplingSettings) -> Trio:
     """Teacher and student of an adapter on the CPU, the base read from where the settings say.
 
     Raises:
-        ValueError: a base that isn't the family's model, or another one than the adapter's.
+        ValueError: a base that isn't the family's model, or another one than the adapter's, by
+            its weights where the adapter notes them.
     """
+    noted, path = adapter.metadata.get(BASE_KEY), settings.model.path
+    found = None if noted is None else weights_fingerprint(path)
+    if found is not None and found != noted:
+        raise ValueError(
+            f"the adapter was made from base weights {shown(noted, 16)}, those in {path} are "
+            f"{found[:16]}: pictures would differ from the student's. Give the base that it was "
+            "made from with --base"
+        )
     backbone = load_backbone(settings.model, embedded_guidance=settings.embedded_guidance)
     return Trio.from_adapter(backbone, adapter)
 

@@ -39,6 +39,7 @@ class RunRecord:
     tracking_uri: str
     mlflow_run_id: str
     manifest_hash: str  # of the embedding store: the order of prompts depends on it
+    base_sha256: str | None = None  # the base's `weights_fingerprint`; None: not known
 
 
 def read_record(run_dir: str) -> RunRecord | None:
@@ -93,6 +94,24 @@ def require_same_store(recipe: Recipe, record: RunRecord | None, manifest_hash: 
             f"run {recipe.run_dir} was started on store {record.manifest_hash[:16]}, "
             f"{recipe.embed.store} is {manifest_hash[:16]}: prompts would come in another order. "
             "Restore the store, or set another run_dir"
+        )
+
+
+def require_same_base(recipe: Recipe, record: RunRecord | None, base_sha256: str | None) -> None:
+    """Make sure that a run goes on with the base weights that it was started with.
+
+    Args:
+        base_sha256: `weights_fingerprint` of what lies there now; None: not known.
+
+    Raises:
+        RunDirectoryError: the weights were replaced.
+    """
+    known = None if record is None else record.base_sha256
+    if known is not None and base_sha256 is not None and known != base_sha256:
+        raise RunDirectoryError(
+            f"run {recipe.run_dir} was started with base weights {known[:16]}, those in "
+            f"{recipe.model.path} are {base_sha256[:16]} now: they were replaced. Restore them, or "
+            "set another run_dir"
         )
 
 

@@ -79,6 +79,7 @@ def _unchanged(run: Run) -> Run:
     """
     record = run_folder.require_same_recipe(run.recipe)
     run_folder.require_same_store(run.recipe, record, run.store.manifest_hash)
+    run_folder.require_same_base(run.recipe, record, run.base_sha256)
     return replace(run, record=record, checkpoints=run_folder.checkpoints(run.recipe.run_dir))
 
 
@@ -120,7 +121,8 @@ def _recorded(run: Run) -> RunRecord:
         run_id = record.mlflow_run_id
         must_answer = uri != record.tracking_uri
         tracking.resume(uri, run_id, run_dir, params, tags, must_answer=must_answer)
-    record = RunRecord(recipe.hash(), recipe.identity(), uri, run_id, run.store.manifest_hash)
+    base = run.base_sha256 or (None if record is None else record.base_sha256)
+    record = RunRecord(recipe.hash(), recipe.identity(), uri, run_id, run.store.manifest_hash, base)
     run_folder.write_record(recipe.run_dir, record)
     return record
 

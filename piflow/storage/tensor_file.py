@@ -59,12 +59,10 @@ class Header:
     Attributes:
         metadata: the exporter's texts.
         tensors: by name.
-        content: the header's bytes, with their length before them.
     """
 
     metadata: dict[str, str]
     tensors: dict[str, TensorRange]
-    content: bytes
 
 
 def read_header(uri: str) -> Header:
@@ -97,7 +95,7 @@ def read_header(uri: str) -> Header:
     begin = _LENGTH_BYTES + length
     tensors = {name: _range(uri, name, entry, begin) for name, entry in tree.items()}
     _check_whole(uri, tensors, begin, size)
-    return Header(metadata, tensors, prefix + content)
+    return Header(metadata, tensors)
 
 
 def _range(uri: str, name: str, entry: Any, begin: int) -> TensorRange:

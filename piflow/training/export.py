@@ -12,6 +12,7 @@ from piflow.backbones import load_empty_backbone
 from piflow.backbones.flux.fresh import fresh_module
 from piflow.config import Recipe
 from piflow.inference.settings import (
+    BASE_KEY,
     SECTIONS,
     SETTINGS_KEY,
     SamplingSettings,
@@ -21,6 +22,7 @@ from piflow.roles.adapter import save_adapter
 from piflow.roles.heads import PolicyClock
 from piflow.roles.trio import Trio
 from piflow.runs import folder as run_folder
+from piflow.storage.fingerprint import weights_fingerprint
 from piflow.training.build import build_trio
 from piflow.training.checkpoint import RunState, load_state, load_tensors
 
@@ -71,6 +73,12 @@ def _tensors_of_checkpoint(
     return load_tensors(folder, SECTIONS[weights]), state
 
 
+def _base_of(recipe: Recipe) -> dict[str, str]:
+    """What tells the base from others, for an adapter's metadata, where it is known."""
+    found = weights_fingerprint(recipe.model.path)
+    return {} if found is None else {BASE_KEY: found}
+
+
 def export_adapter(
     recipe: Recipe,
     checkpoint: str,
@@ -101,6 +109,6 @@ def export_adapter(
         recipe.policy,
         PolicyClock.of(settings.few_step),
         base_model=settings.model.path,
-        metadata={SETTINGS_KEY: settings.model_dump_json(), **lineage},
+        metadata={SETTINGS_KEY: settings.model_dump_json(), **_base_of(recipe), **lineage},
         dtype=dtype,
     )

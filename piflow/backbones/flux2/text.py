@@ -29,12 +29,17 @@ def identity(config: Flux2EncoderConfig) -> EncoderIdentity:
         ValueError: a subfolder holds something else, or the model has too few layers.
     """
     parts = text.Parts(config.path, (_MODEL,), (_TOKENIZER,))
-    language = text.part_of(parts.config(_MODEL, "mistral3"), "text_config", parts.uris[_MODEL])
+    uri = parts.uris[_MODEL]
+    tree = parts.config(_MODEL, "mistral3")
+    language, vision = (text.part_of(tree, key, uri) for key in ("text_config", "vision_config"))
+    for part, expected in ((language, "mistral"), (vision, "pixtral")):
+        if part.get("model_type", expected) != expected:  # transformers would build any other
+            text.require_model_type(part, expected, uri)
     keys = ("num_hidden_layers", "hidden_size")
-    layers, width = text.require_sizes(language, keys, parts.uris[_MODEL])
+    layers, width = text.require_sizes(language, keys, uri)
     if layers < LAYERS[-1]:
         raise ValueError(
-            f"the text encoder {parts.uris[_MODEL]} has {layers} layers, FLUX.2 takes the states "
+            f"the text encoder {uri} has {layers} layers, FLUX.2 takes the states "
             f"after layers {', '.join(map(str, LAYERS))}; use the family's own"
         )
     return EncoderIdentity(

@@ -290,6 +290,32 @@ def test_another_base_may_be_given(
         load_student(out, base=str(tmp_path / "nowhere"), allowed=ANYWHERE)
 
 
+def test_replaced_base_weights_are_refused(
+    checkpoint: tuple[Path, Trio], flux_folder: Path, tmp_path: Path
+) -> None:
+    """One value of one tensor's start is enough; other files of the same weights are the same."""
+    out = str(tmp_path / "adapter")
+    ours = recipe(flux_folder)
+    export_adapter(ours, str(checkpoint[0]), out, weights="ema", dtype="float32", lineage={})
+    base = tmp_path / "base"
+    FluxTransformer2DModel.from_pretrained(str(flux_folder)).save_pretrained(
+        str(base), max_shard_size="5KB"
+    )
+    assert len(list(base.glob("*.safetensors"))) > 1
+    load_student(out, base=str(base), allowed=ANYWHERE)
+    file = sorted(base.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="made from base weights .*Give the base that it was made"):
+        load_student(out, base=str(base), allowed=ANYWHERE)
+    adapter = load_file(Path(out) / WEIGHTS_FILE)
+    notes = load_adapter(out).metadata
+    del notes["piflow_base_sha256"]  # as version 0.1.0 wrote them
+    save_file(adapter, Path(out) / WEIGHTS_FILE, metadata=notes)
+    load_student(out, base=str(base), allowed=ANYWHERE)
+
+
 def test_a_checkpoint_of_another_recipe(checkpoint: tuple[Path, Trio], flux_folder: Path) -> None:
     other = recipe(flux_folder, seed=1)
     with pytest.raises(ValueError) as caught:

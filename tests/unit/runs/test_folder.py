@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,30 @@ def test_another_store_is_refused(tmp_path: Path) -> None:
     run_folder.require_same_store(ours, record, "manifest-a")
     with pytest.raises(RunDirectoryError, match="started on store manifest-a.*is manifest-b"):
         run_folder.require_same_store(ours, record, "manifest-b")
+
+
+def test_other_base_weights_are_refused(tmp_path: Path) -> None:
+    ours = recipe(tmp_path)
+    known = replace(start(ours), base_sha256="weights-a")
+    run_folder.write_record(ours.run_dir, known)
+    assert run_folder.read_record(ours.run_dir) == known
+    for record, found in ((None, "x"), (known, "weights-a"), (known, None)):
+        run_folder.require_same_base(ours, record, found)
+    with pytest.raises(RunDirectoryError, match="weights-a, those in teacher are weights-b now"):
+        run_folder.require_same_base(ours, known, "weights-b")
+
+
+def test_a_record_without_base_weights_stays_readable(tmp_path: Path) -> None:
+    """As version 0.1.0 wrote them."""
+    ours = recipe(tmp_path)
+    start(ours)
+    path = tmp_path / "run.json"
+    tree = json.loads(path.read_text())
+    del tree["base_sha256"]
+    path.write_text(json.dumps(tree))
+    record = run_folder.require_run(ours)
+    assert record.base_sha256 is None
+    run_folder.require_same_base(ours, record, "weights")
 
 
 def test_a_moved_store_is_still_the_same_run(tmp_path: Path) -> None:
