@@ -248,7 +248,10 @@ def test_what_a_vae_can_not_take(kind: str, request: pytest.FixtureRequest) -> N
     ("config", "message"),
     [
         ({"_class_name": "AutoencoderTiny"}, "'AutoencoderTiny'; supported: AutoencoderKL, "),
-        ({"_class_name": "AutoencoderKL"}, "lacks what AutoencoderKL needs: KeyError: 'latent_channels'"),
+        (
+            {"_class_name": "AutoencoderKL"},
+            "lacks what AutoencoderKL needs: KeyError: 'latent_channels'",
+        ),
         ({"_class_name": "AutoencoderKLQwenImage", "input_channels": 4}, "takes 4 picture"),
         ([], "expected an object"),
         (None, "isn't JSON"),
