@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from piflow.config.family import find_family
 from piflow.config.section import (
@@ -77,7 +77,7 @@ class LoRAConfig(Section):
     dropout: Probability = 0.05
     """On the adapter's input, in training."""
 
-    targets: Annotated[list[Text], Field(min_length=1)] | None = None
+    targets: list[Text] | None = None
     """Module name suffixes; default: the family's own."""
 
     compute_dtype: ComputeDtype = "base"

@@ -153,7 +153,6 @@ def test_a_value_is_what_it_is_written_as(key: str) -> None:
         ({"run_dir": "$HOME/x"}, "recipes expand none"),
         ({"runtime.use_gpu": "yes"}, "write true or false"),
         ({"training.steps": 10**30}, "training.steps: .*less than or equal to"),
-        ({"lora.targets": []}, "lora.targets"),
     ],
 )
 def test_what_surfaced_late(changed: dict[str, Any], expected: str) -> None:
