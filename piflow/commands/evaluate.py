@@ -49,7 +49,7 @@ def main(
         embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
     found = preflight(recipe, evaluation=True)
     store = found.store
-    trio, state = student_of_checkpoint(recipe, checkpoint, "ema")
+    trio, state = student_of_checkpoint(recipe, checkpoint, "ema", store.manifest_hash)
     device = choose_device("auto")
     for module in trio.modules:
         module.to(device)

@@ -46,7 +46,15 @@ def main(
         "piflow.training.checkpoint": storage.base_name(checkpoint),
         "piflow.sharding.weights": weights,
     }
-    export_adapter(recipe, checkpoint, folder, weights=weights, dtype=dtype, lineage=lineage)
+    export_adapter(
+        recipe,
+        checkpoint,
+        folder,
+        weights=weights,
+        dtype=dtype,
+        lineage=lineage,
+        manifest_hash=record.manifest_hash,
+    )
     name = recipe.tracking.model_name or recipe.name
     deliver_kept(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
     version = register_adapter(

@@ -21,7 +21,7 @@ from piflow.runtime.mailbox import Departure, StopReason
 from piflow.runtime.progress import mailbox_with_bar
 from piflow.runtime.session import ray_session
 from piflow.runtime.signals import Signals, StoppedError
-from piflow.training.preflight import Run, preflight
+from piflow.training.preflight import Run, preflight, require_newest_of
 from piflow.training.step import NonFiniteError
 
 _POLL_SECONDS = 0.5
@@ -80,7 +80,9 @@ def _unchanged(run: Run) -> Run:
     record = run_folder.require_same_recipe(run.recipe)
     run_folder.require_same_store(run.recipe, record, run.store.manifest_hash)
     run_folder.require_same_base(run.recipe, record, run.base_sha256)
-    return replace(run, record=record, checkpoints=run_folder.checkpoints(run.recipe.run_dir))
+    found = run_folder.checkpoints(run.recipe.run_dir)
+    require_newest_of(run.recipe, run.store.manifest_hash, found)
+    return replace(run, record=record, checkpoints=found)
 
 
 @contextmanager
@@ -160,7 +162,7 @@ def _attempts(
     store = ray.put(run.store)
     while True:
         attempt: Future[Any] = Future()
-        arguments = (attempt, run.absolute, record, store, mailbox)
+        arguments = (attempt, run, record, store, mailbox)
         # Ray would handle Ctrl-C in the main thread, and leave the steps since the last checkpoint
         threading.Thread(target=_fit, args=arguments, name="fit", daemon=True).start()
         _watch(attempt, mailbox, signals, tracker, ownership)
@@ -208,7 +210,7 @@ def _watch(
             tracker.event(name, text)
 
 
-def _fit(attempt: Future[Any], recipe: Recipe, record: RunRecord, store: Any, mailbox: Any) -> None:
+def _fit(attempt: Future[Any], run: Run, record: RunRecord, store: Any, mailbox: Any) -> None:
     """Ray Train's workers, from their start to their end, which `attempt` then knows of.
 
     Ray Train's own list of checkpoints goes to a fresh local folder, and nobody reads it. It isn't
@@ -219,12 +221,12 @@ def _fit(attempt: Future[Any], recipe: Recipe, record: RunRecord, store: Any, ma
         with tempfile.TemporaryDirectory(
             prefix="piflow-ray-train-", ignore_cleanup_errors=True
         ) as notes:
-            attempt.set_result(_trainer(recipe, record, store, mailbox, notes).fit())
+            attempt.set_result(_trainer(run, record, store, mailbox, notes).fit())
     except BaseException as error:
         attempt.set_exception(error)
 
 
-def _trainer(recipe: Recipe, record: RunRecord, store: Any, mailbox: Any, notes: str) -> Any:
+def _trainer(run: Run, record: RunRecord, store: Any, mailbox: Any, notes: str) -> Any:
     """Ray Train's part of the run.
 
     Args:
@@ -237,6 +239,7 @@ def _trainer(recipe: Recipe, record: RunRecord, store: Any, mailbox: Any, notes:
     from piflow.runtime.ray_private import LifecycleCallback
     from piflow.runtime.worker import train_worker
 
+    recipe = run.absolute
     runtime = recipe.runtime
     # a pair makes Ray Train elastic, which its declared types don't know
     workers: Any = runtime.worker_range if runtime.is_elastic else runtime.max_workers
@@ -247,8 +250,8 @@ def _trainer(recipe: Recipe, record: RunRecord, store: Any, mailbox: Any, notes:
         resources["GPU"] = 1
     config: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
-        "recipe_hash": record.recipe_hash,
-        "identity": record.identity,
+        "written": run.recipe.model_dump(mode="json"),
+        "manifest_hash": record.manifest_hash,
         "tracking_uri": record.tracking_uri,
         "run_id": record.mlflow_run_id,
         "store": store,

@@ -27,7 +27,7 @@ from piflow.runtime.stopping import Stops
 from piflow.runtime.watchdog import Watchdog
 from piflow.sharding.everyone import everyone
 from piflow.training.build import Assembly
-from piflow.training.checkpoint import CheckpointError, RunState
+from piflow.training.checkpoint import CheckpointError, RunState, require_same_run
 from piflow.training.checkpoint_writer import CheckpointSaver, restore_newest
 from piflow.training.step import NonFiniteError, SkippedSteps, StepMetrics
 
@@ -51,8 +51,8 @@ class TrainLoop:
         watchdog: Watchdog,
     ) -> None:
         self.recipe = recipe
-        self.recipe_hash = config["recipe_hash"]
-        self.identity = config["identity"]
+        self.written = Recipe.model_validate(config["written"])
+        self.manifest_hash: str = config["manifest_hash"]
         self.training = recipe.training
         self.assembly = assembly
         self.tracker = tracker
@@ -89,6 +89,7 @@ class TrainLoop:
             self.assembly.trainer,
             _opened,
             lambda text: self.tracker.event("damaged-checkpoint", text),
+            lambda state, uri: require_same_run(state, self.written, self.manifest_hash, uri),
         )
         if state is None:
             return 0
@@ -256,11 +257,12 @@ class TrainLoop:
         return RunState(
             step=step,
             samples=step * self.training.batch_size,
-            recipe_hash=self.recipe_hash,
+            recipe_hash=self.written.hash(),
             mlflow_run_id=self.run_id,
             recipe=self.recipe.model_dump(mode="json"),
             loss=mean(losses) if losses else None,
-            identity=self.identity,
+            identity=self.written.identity(),
+            manifest_hash=self.manifest_hash,
         )
 
     def _log_saves(self) -> None:

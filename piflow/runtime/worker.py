@@ -33,10 +33,12 @@ from piflow.runtime.watchdog import Watchdog
 from piflow.sharding import Strategy
 from piflow.sharding.everyone import everyone
 from piflow.training.build import Assembly, assemble
+from piflow.training.checkpoint import ForeignCheckpointError
 from piflow.training.placement import strategy_for
 from piflow.training.step import NonFiniteError
 
-_KINDS: dict[type[Exception], Literal["non-finite", "fp8-teacher"]] = {
+_KINDS: dict[type[Exception], Literal["recipe", "non-finite", "fp8-teacher"]] = {
+    ForeignCheckpointError: "recipe",
     NonFiniteError: "non-finite",
     TeacherPrecisionError: "fp8-teacher",
 }
@@ -46,9 +48,10 @@ def train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on every worker.
 
     Args:
-        config: `recipe` (plain values, local paths absolute), `recipe_hash` and `identity` (of the
-            recipe as it was written), `tracking_uri`, `run_id`, `store` (reference to the opened
-            store), `mailbox` (actor handle), `owner` (the driver that may write).
+        config: `recipe` (plain values, local paths absolute), `written` (the recipe as it was
+            written, which decides whose a checkpoint is), `manifest_hash` (of the run's store),
+            `tracking_uri`, `run_id`, `store` (reference to the opened store), `mailbox` (actor
+            handle), `owner` (the driver that may write).
     """
     if ray.get(config["mailbox"].failure.remote()) is not None:
         return  # Ray Train restarts workers whatever they failed of
@@ -71,10 +74,10 @@ def train_worker(config: dict[str, Any]) -> None:
         if assembly is None:
             return
         loop = TrainLoop(recipe, config, assembly, tracker, stops, watchdog)
-        start = loop.resume()
         try:
+            start = loop.resume()
             loop.run(start, _stream(recipe, store, config["store"], start))
-        except (NonFiniteError, TeacherPrecisionError) as error:  # every rank, in the same step
+        except tuple(_KINDS) as error:  # every rank, in the same step
             loop.give_up(Failure(_KINDS[type(error)], str(error)))
 
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from piflow import storage
+from piflow.config import Recipe
 from piflow.sharding.everyone import everyone, rank
 from piflow.sharding.tensors import SplitTensor
 from piflow.storage.foreign import ForeignDataError, parse_object, relative_name, shown
@@ -60,6 +61,7 @@ class RunState:
     recipe: dict[str, Any]  # the whole resolved recipe
     loss: float | None = None  # mean over the steps since the checkpoint before, but skipped ones
     identity: dict[str, Any] | None = None  # the recipe's; None in checkpoints of version 0.1.0
+    manifest_hash: str | None = None  # of the store that gave the prompts; None in earlier ones
 
 
 class CheckpointError(ValueError):
@@ -68,6 +70,10 @@ class CheckpointError(ValueError):
 
 class DamagedCheckpointError(CheckpointError):
     """Bytes of a checkpoint are missing or not those that were written; another one may be good."""
+
+
+class ForeignCheckpointError(CheckpointError):
+    """A checkpoint of another recipe or store than those of this run."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,17 @@ def load_state(folder: Path) -> RunState:
     return _read_state(folder)[0]
 
 
+def read_state(uri: str) -> RunState:
+    """Read a checkpoint's `state.json` from wherever it is, and no other file.
+
+    Raises:
+        DamagedCheckpointError: it is unreadable, or not what was written.
+        OSError: it can't be read.
+    """
+    place = storage.join(uri, STATE_FILE)
+    return _parsed_state(storage.read_bytes(place), place)[0]
+
+
 def verify_checkpoint(folder: Path) -> RunState:
     """Read every byte and compare with what was written.
 
@@ -192,16 +209,52 @@ def _verified(folder: Path) -> tuple[RunState, Layout]:
         raise _damaged(folder, str(error)) from error
 
 
-def load_checkpoint(folder: Path, trainer: Trainer) -> RunState:
+def require_same_run(
+    state: RunState, recipe: Recipe, manifest_hash: str | None, where: str
+) -> None:
+    """Make sure that a checkpoint is of this recipe and store.
+
+    Args:
+        recipe: as it was written, its paths not made absolute.
+        manifest_hash: of the run's embedding store; None: whatever it was.
+        where: the checkpoint, for the message.
+
+    Raises:
+        ForeignCheckpointError: names the keys of the recipe that differ, where the checkpoint has
+            them, or both stores.
+    """
+    if not recipe.is_run_of(state.recipe_hash, state.identity):
+        changes = [] if state.identity is None else recipe.differences(state.identity)
+        raise ForeignCheckpointError(
+            f"checkpoint {where} was written by recipe {shown(state.recipe_hash)}, this one is "
+            f"{recipe.hash()}; use the recipe that wrote it, or move the checkpoint away"
+            + "".join(f"\n  {shown(change)}" for change in changes[:10])
+        )
+    if None not in (state.manifest_hash, manifest_hash) and state.manifest_hash != manifest_hash:
+        raise ForeignCheckpointError(
+            f"checkpoint {where} was trained on store {shown(state.manifest_hash, 16)}, this run's "
+            f"is {shown(manifest_hash, 16)}: use the store that it was trained on, or move the "
+            "checkpoint away"
+        )
+
+
+def load_checkpoint(
+    folder: Path, trainer: Trainer, require: Callable[[RunState], None] = lambda state: None
+) -> RunState:
     """Verify, then restore parameters, EMA and optimiser in place; any number of workers.
 
     Every worker calls it and verifies the files that it reads; all of them fail together.
+
+    Args:
+        require: raises a CheckpointError unless the checkpoint is to be used; nothing has been
+            restored then.
 
     Raises:
         DamagedCheckpointError: a file is missing, or not what was written, for any of the workers.
         CheckpointError: a tensor is missing, or its shape is another one.
     """
     state, stored = _verified_by_all(folder)
+    require(state)
     _allocate_optimizer_state(trainer, stored)
     tree = _without_fresh_state(_tree(trainer), stored)
     problems = _mismatches(tree, stored)
@@ -248,16 +301,20 @@ def _read_state(folder: Path) -> tuple[RunState, dict[str, FileRecord]]:
         raise DamagedCheckpointError(
             f"{folder} is not a finished checkpoint: it has no {STATE_FILE}; use another checkpoint"
         )
+    return _parsed_state(path.read_bytes(), str(path))
+
+
+def _parsed_state(written: bytes, where: str) -> tuple[RunState, dict[str, FileRecord]]:
     try:
-        content = parse_object(path.read_bytes(), where=str(path))
+        content = parse_object(written, where=where)
         checksum = content.pop(CHECKSUM_KEY)
         if checksum != _checksum(content):
             raise ValueError("its checksum is another one")
-        files = _files(content.pop(FILES_KEY), content.pop(SHA256_KEY), str(path))
+        files = _files(content.pop(FILES_KEY), content.pop(SHA256_KEY), where)
         return _run_state(content), files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {shown(error)}), or was written by an "
+            f"{where} is damaged ({type(error).__name__}: {shown(error)}), or was written by an "
             "earlier version without checksums; use another checkpoint"
         ) from error
 
@@ -279,7 +336,7 @@ def _run_state(content: dict[str, Any]) -> RunState:
     """The state, each value of its type."""
     state = RunState(**content)
     counts = (state.step, state.samples)
-    texts = (state.recipe_hash, state.mlflow_run_id or "")
+    texts = (state.recipe_hash, state.mlflow_run_id or "", state.manifest_hash or "")
     trees = (state.recipe, state.identity or {})
     if (
         any(type(count) is not int or count < 0 for count in counts)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -172,6 +173,7 @@ def restore_newest(
     trainer: Trainer,
     open_folder: Callable[[str], AbstractContextManager[Path]],
     tell: Callable[[str], None],
+    require: Callable[[RunState, str], None] = lambda state, uri: None,
 ) -> RunState | None:
     """Restore the newest checkpoint that is intact; every worker calls it, no save may be running.
 
@@ -182,6 +184,8 @@ def restore_newest(
     Args:
         open_folder: gives a checkpoint's URI a local path.
         tell: what happened, for the one on call; on rank 0.
+        require: raises a CheckpointError unless the state, of the checkpoint at the URI, is of this
+            run.
 
     Returns:
         Where the run is; None: it has no checkpoint.
@@ -194,7 +198,7 @@ def restore_newest(
     for step, uri in reversed(_candidates(run_dir).items()):
         try:
             with open_folder(uri) as folder:
-                state = load_checkpoint(folder, trainer)
+                state = load_checkpoint(folder, trainer, partial(require, uri=uri))
         except DamagedCheckpointError as error:
             damaged.append(f"step {step}: {error}")
             continue

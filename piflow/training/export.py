@@ -24,7 +24,12 @@ from piflow.roles.trio import Trio
 from piflow.runs import folder as run_folder
 from piflow.storage.fingerprint import weights_fingerprint
 from piflow.training.build import build_trio
-from piflow.training.checkpoint import RunState, load_state, load_tensors
+from piflow.training.checkpoint import (
+    RunState,
+    load_state,
+    load_tensors,
+    require_same_run,
+)
 
 
 def export_teacher(recipe: Recipe) -> Path:
@@ -44,32 +49,31 @@ def export_teacher(recipe: Recipe) -> Path:
 
 
 def student_of_checkpoint(
-    recipe: Recipe, checkpoint: str, weights: Weights
+    recipe: Recipe, checkpoint: str, weights: Weights, manifest_hash: str | None = None
 ) -> tuple[Trio, RunState]:
     """Teacher and student with a checkpoint's weights, on the CPU, ready to sample.
 
+    Args:
+        manifest_hash: of the store that it was trained on; None: whatever it was.
+
     Raises:
-        ValueError: no finished checkpoint there, one of another recipe, or a recipe that distils
-            nothing.
+        ValueError: no finished checkpoint there, one of another recipe or store, or a recipe that
+            distils nothing.
     """
     recipe.distillation()
-    tensors, state = _tensors_of_checkpoint(recipe, checkpoint, weights)
+    tensors, state = _tensors_of_checkpoint(recipe, checkpoint, weights, manifest_hash)
     trio = build_trio(recipe)
     trio.load_student(tensors)
     return trio.train(False), state
 
 
 def _tensors_of_checkpoint(
-    recipe: Recipe, checkpoint: str, weights: Weights
+    recipe: Recipe, checkpoint: str, weights: Weights, manifest_hash: str | None
 ) -> tuple[dict[str, Tensor], RunState]:
-    """A checkpoint's trained tensors by published name, on the CPU, if it is of this recipe."""
+    """A checkpoint's trained tensors by published name, on the CPU, if it is of this run."""
     folder = storage.local_folder(checkpoint)
     state = load_state(folder)
-    if not recipe.is_run_of(state.recipe_hash, state.identity):
-        raise ValueError(
-            f"checkpoint {checkpoint} was written by recipe {state.recipe_hash}, this one is "
-            f"{recipe.hash()}; use the recipe that wrote it"
-        )
+    require_same_run(state, recipe, manifest_hash, checkpoint)
     return load_tensors(folder, SECTIONS[weights]), state
 
 
@@ -87,6 +91,7 @@ def export_adapter(
     weights: Weights,
     dtype: Literal["float32", "float16", "bfloat16"],
     lineage: dict[str, str],
+    manifest_hash: str | None = None,
 ) -> None:
     """Write a checkpoint as an adapter folder in the published format.
 
@@ -95,12 +100,13 @@ def export_adapter(
 
     Args:
         lineage: strings for the metadata: run, hashes, step.
+        manifest_hash: of the store that the run trains on; None: whatever it was.
 
     Raises:
         ValueError: the recipe distils nothing, or the checkpoint doesn't fit it.
     """
     settings = SamplingSettings.of(recipe)
-    tensors, _ = _tensors_of_checkpoint(recipe, checkpoint, weights)
+    tensors, _ = _tensors_of_checkpoint(recipe, checkpoint, weights, manifest_hash)
     backbone, _ = load_empty_backbone(recipe.model, embedded_guidance=recipe.guidance.embedded)
     save_adapter(
         folder,

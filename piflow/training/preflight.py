@@ -21,6 +21,7 @@ from piflow.demo.retrieval import EmojiRetrieval
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunRecord
 from piflow.storage.fingerprint import CodecIdentity, weights_fingerprint
+from piflow.training.checkpoint import DamagedCheckpointError, read_state, require_same_run
 from piflow.training.context_parallel import check_pictures
 
 
@@ -90,6 +91,7 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     base = base_fingerprint(recipe)
     run_folder.require_same_base(recipe, record, base)
     found = run_folder.checkpoints(recipe.run_dir)
+    require_newest_of(recipe, store.manifest_hash, found)
     retrieval = _retrieval(recipe, store) if evaluation else None
     return Run(recipe, absolute, store, latents, base, record, found, retrieval)
 
@@ -116,6 +118,22 @@ def base_fingerprint(recipe: Recipe) -> str | None:
     if not isinstance(recipe.objective, PiIDConfig):  # which starts from fresh weights
         return None
     return weights_fingerprint(recipe.model.path)
+
+
+def require_newest_of(recipe: Recipe, manifest_hash: str, checkpoints: dict[int, str]) -> None:
+    """Make sure that the newest checkpoint is of this recipe and store; the workers look again.
+
+    Raises:
+        ForeignCheckpointError: it isn't.
+    """
+    if not checkpoints:
+        return
+    uri = checkpoints[max(checkpoints)]
+    try:
+        state = read_state(uri)
+    except DamagedCheckpointError:
+        return  # the workers go on from an earlier one, and say so
+    require_same_run(state, recipe, manifest_hash, uri)
 
 
 def _absolute(recipe: Recipe) -> Recipe:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from piflow.config import EMAConfig, OptimizerConfig, TrainingConfig
+from piflow.config import EMAConfig, OptimizerConfig, Recipe, TrainingConfig, parse_recipe
 from piflow.imitation import PartOfLoss
 from piflow.runs import folder as run_folder
 from piflow.sharding.single import SingleStrategy
@@ -24,13 +24,16 @@ from piflow.training.checkpoint import (
     STATE_FILE,
     CheckpointError,
     DamagedCheckpointError,
+    ForeignCheckpointError,
     RunState,
     load_checkpoint,
     load_state,
     load_tensors,
+    require_same_run,
     snapshot,
     verify_checkpoint,
 )
+from piflow.training.preflight import require_newest_of
 from piflow.training.step import Trainer
 from tests.unit.whole import save_checkpoint
 
@@ -366,6 +369,82 @@ def test_state_lists_the_files_their_sizes_and_checksums(saved: Path) -> None:
         name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in found
     }
     assert verify_checkpoint(saved) == STATE
+
+
+def recipe(**sections: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "name": "test",
+            "run_dir": "run",
+            "model": {"path": "teacher"},
+            "encoder": {"path": "encoder"},
+            "embed": {"prompts": "prompts.txt", "store": "store", "height": 32, "width": 32},
+            **sections,
+        }
+    )
+
+
+def state_of(written: Recipe, store: str | None = "ab" * 32) -> RunState:
+    identity = written.identity()
+    return replace(STATE, recipe_hash=written.hash(), identity=identity, manifest_hash=store)
+
+
+def test_a_checkpoint_of_this_recipe_and_store_passes() -> None:
+    """Those that know no store, or for which none is known, by their recipe alone."""
+    ours = recipe()
+    for found, store in [("ab" * 32, "ab" * 32), (None, "ab" * 32), ("ab" * 32, None)]:
+        require_same_run(state_of(ours, found), ours, store, "here")
+    longer = recipe(training={"steps": 99}, runtime={"num_workers": 2})
+    require_same_run(state_of(ours), longer, "ab" * 32, "here")
+    by_identity = replace(state_of(ours), recipe_hash="of another version")
+    require_same_run(by_identity, ours, "ab" * 32, "here")
+
+
+@pytest.mark.parametrize(
+    ("other", "change"),
+    [({"seed": 5}, "seed: 0 here, 5 there"),
+     ({"training": {"optimizer": {"lr": 0.5}}}, r"training.optimizer.lr: .* here, 0.5 there")],
+)  # fmt: skip
+def test_a_checkpoint_of_another_recipe_is_refused_with_what_differs(
+    other: dict[str, Any], change: str
+) -> None:
+    with pytest.raises(ForeignCheckpointError, match=change) as caught:
+        require_same_run(state_of(recipe(**other)), recipe(), None, "s3://b/step_00000002")
+    assert "s3://b/step_00000002 was written by recipe" in str(caught.value)
+    old = replace(state_of(recipe(**other)), identity=None, manifest_hash=None)  # 0.1.0's
+    with pytest.raises(ForeignCheckpointError, match="use the recipe that wrote it, or move the"):
+        require_same_run(old, recipe(), None, "here")
+
+
+def test_a_checkpoint_of_another_store_is_refused() -> None:
+    with pytest.raises(ForeignCheckpointError, match="on store abababababababab.*is cdcdcdcdcdcd"):
+        require_same_run(state_of(recipe()), recipe(), "cd" * 32, "here")
+
+
+def test_nothing_of_a_foreign_checkpoint_is_restored(tmp_path: Path) -> None:
+    first, fresh = make(), make()
+    train(first, range(1))
+    save_checkpoint(tmp_path / "step_1", first, state_of(recipe(seed=5)))
+    before = {name: value.detach().clone() for name, value in fresh.parameters.items()}
+    with pytest.raises(ForeignCheckpointError):
+        load_checkpoint(
+            tmp_path / "step_1", fresh, lambda state: require_same_run(state, recipe(), None, "x")
+        )
+    assert all(torch.equal(fresh.parameters[name], value) for name, value in before.items())
+
+
+def test_a_start_looks_at_the_newest_checkpoint(tmp_path: Path) -> None:
+    """A damaged one is the workers' matter, who go on from the one before."""
+    uris = {}
+    for step, written in ((1, recipe()), (2, recipe(seed=5))):
+        uris[step] = str(tmp_path / f"step_{step}")
+        save_checkpoint(tmp_path / f"step_{step}", make(), state_of(written))
+    require_newest_of(recipe(), "ab" * 32, {})
+    require_newest_of(recipe(), "ab" * 32, {1: uris[1]})
+    with pytest.raises(ForeignCheckpointError, match="step_2 was written by recipe"):
+        require_newest_of(recipe(), "ab" * 32, uris)
+    (tmp_path / "step_2" / STATE_FILE).write_text("{}")
+    require_newest_of(recipe(), "ab" * 32, uris)
 
 
 def test_run_directory_takes_it_for_finished(saved: Path) -> None:
