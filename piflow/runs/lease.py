@@ -31,10 +31,15 @@ from typing import IO
 from piflow import storage
 from piflow.runs.folder import RunDirectoryError
 from piflow.storage import conditional
+from piflow.storage.foreign import parse_object, shown
 
 OWNER_FILE = "driver.json"
 PROCESS = uuid.uuid4().hex  # this process, among all that ever owned a run
 RENEW_SECONDS, LEASE_SECONDS = 5.0, 30.0
+_FIELDS = {
+    "process": str, "host": str, "pid": int, "since": str, "beat": int, "kernel": str,
+    "started": int,
+}  # fmt: skip
 
 
 class RunTakenError(RunDirectoryError):
@@ -56,25 +61,64 @@ class Owner:
     pid: int
     since: str  # UTC, for people
     beat: int = 0  # how often it was written anew
+    kernel: str = ""  # as of `_kernel`; "" in files of version 0.1.0
+    started: int = 0  # ticks of the kernel's clock; tells processes of one number apart
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        """This process, from now on."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        pid = os.getpid()
+        started = _started(pid)
+        kernel = _kernel() if started is not None else ""
+        return cls(PROCESS, socket.gethostname(), pid, now, 0, kernel, started or 0)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, which started at {self.since}"
+        return f"process {self.pid} on {shown(self.host)}, which started at {shown(self.since)}"
 
     @property
     def was_killed_here(self) -> bool:
-        """It ran on this machine, and doesn't any more."""
-        if self.host != socket.gethostname():
+        """It ran where this process can see it, and doesn't any more.
+
+        A host's name says nothing: containers share names, and each counts its processes from 1.
+        """
+        if not self.kernel or self.kernel != _kernel():
             return False
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # another user's
+        except OSError:  # another user's
             return False
-        return self.pid == os.getpid() and self.process != PROCESS  # before the machine restarted
+        started = _started(self.pid)
+        return started is not None and started != self.started
+
+
+def _kernel() -> str:
+    """The kernel's boot and this process's namespaces, inside of which a number means one process.
+
+    "": not known, on other systems than Linux or where `/proc` shows another namespace's processes.
+    """
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return ""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "time")]
+    except OSError:
+        return ""
+    return " ".join((boot, *spaces))
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, 0 for one that has ended and waits to be reaped; None: not known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if fields[0] == "Z" else int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 class Ownership:
@@ -110,8 +154,7 @@ def owned(folder: str, file: str = OWNER_FILE) -> Iterator[Ownership]:
         OSError: the folder can't be written.
     """
     uri = storage.join(folder, file)
-    now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    mine = Owner(PROCESS, socket.gethostname(), os.getpid(), now)
+    mine = Owner.this_process()
     with _leased(uri, mine) if storage.scheme(uri) == "s3" else _locked(uri, mine) as ownership:
         yield ownership
 
@@ -196,9 +239,9 @@ def _leased(uri: str, mine: Owner) -> Iterator[Ownership]:
 def _take(uri: str, mine: Owner) -> str:
     """Write the file, after a look at whose it is; returns its version."""
     found = conditional.read(uri)
-    if found is not None:
+    if found is not None and found[0].strip():
         owner = _parse(found[0])
-        if owner is not None and not owner.was_killed_here:
+        if owner is None or not owner.was_killed_here:
             _require_dead(uri, found[1], owner)
     version = conditional.write_if(uri, mine.to_json(), None if found is None else found[1])
     if version is not None:
@@ -210,9 +253,10 @@ def _take(uri: str, mine: Owner) -> str:
     return found[1]
 
 
-def _require_dead(uri: str, version: str, owner: Owner) -> None:
+def _require_dead(uri: str, version: str, owner: Owner | None) -> None:
     """Wait until the file has not changed for so long that its owner must be dead."""
-    print(f"{uri} belongs to {owner}: waiting {LEASE_SECONDS:.0f} s for a sign of life")
+    whose = owner or "a driver that it does not name"
+    print(f"{uri} belongs to {whose}: waiting {LEASE_SECONDS:.0f} s for a sign of life")
     since = time.monotonic()
     while time.monotonic() - since < LEASE_SECONDS:
         time.sleep(RENEW_SECONDS / 2)
@@ -260,11 +304,14 @@ class _Lease:
 
 
 def _parse(content: bytes) -> Owner | None:
-    """None: nobody's (its owner ended), or damaged."""
+    """None: nobody's (its owner ended), or damaged. Keys of a later version don't count."""
     try:
-        return Owner(**json.loads(content))
+        found = parse_object(content, where=OWNER_FILE)
+        owner = Owner(**{key: found[key] for key in _FIELDS if key in found})
     except (ValueError, TypeError):
         return None
+    values = asdict(owner)
+    return owner if all(type(values[key]) is kind for key, kind in _FIELDS.items()) else None
 
 
 def _taken(uri: str, owner: Owner | None) -> RunTakenError:
