@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -198,7 +197,7 @@ def restore_newest(
     for step, uri in reversed(_candidates(run_dir).items()):
         try:
             with open_folder(uri) as folder:
-                state = load_checkpoint(folder, trainer, partial(require, uri=uri))
+                state = load_checkpoint(folder, trainer, _at(uri, require))
         except DamagedCheckpointError as error:
             damaged.append(f"step {step}: {error}")
             continue
@@ -212,6 +211,11 @@ def restore_newest(
             "and the run starts from zero"
         )
     return None
+
+
+def _at(uri: str, require: Callable[[RunState, str], None]) -> Callable[[RunState], None]:
+    """What is required of a state, for the checkpoint at the URI."""
+    return lambda state: require(state, uri)
 
 
 def _candidates(run_dir: str) -> dict[int, str]:

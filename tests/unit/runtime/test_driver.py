@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -12,6 +13,7 @@ import pytest
 import ray
 import ray.train
 
+from piflow.config import Recipe, load_recipe
 from piflow.runs.lease import Ownership, RunTakenError
 from piflow.runs.tracking import Tracker
 from piflow.runtime import driver
@@ -46,6 +48,23 @@ def test_the_lowest_ranks_message_comes_without_its_traceback() -> None:
 def test_a_failure_without_traceback_is_told_whole() -> None:
     assert first_failure({3: Remote("the actor died")}) == "worker 3 failed: the actor died"
     assert first_failure({}) == "the workers failed"
+
+
+def test_workers_are_told_whose_checkpoints_are_theirs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the recipe as it was written, which has another identity than with absolute paths."""
+    path = Path(__file__).parents[3] / "pipelines/recipes/emoji-flux.yaml"
+    written = load_recipe(path, ["model.path=teacher"])
+    absolute = load_recipe(path, ["model.path=/mnt/teacher"])
+    trainer = Mock()
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", trainer)
+    run = Mock(recipe=written, absolute=absolute)
+    driver._trainer(run, Mock(manifest_hash="ab"), "store", "mailbox", str(tmp_path))
+    config = trainer.call_args.kwargs["train_loop_config"]
+    assert Recipe.model_validate(config["recipe"]) == absolute
+    assert Recipe.model_validate(config["written"]).hash() == written.hash() != absolute.hash()
+    assert config["manifest_hash"] == "ab"
 
 
 class Handle:

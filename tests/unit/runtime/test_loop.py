@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from piflow.config import Fp8TeacherConfig, Recipe, load_recipe
 from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runtime.loop import TrainLoop
 from piflow.runtime.mailbox import Failure, StopReason
-from piflow.training.checkpoint import CheckpointError
+from piflow.training.checkpoint import (
+    STATE_FILE,
+    CheckpointError,
+    ForeignCheckpointError,
+    state_file,
+    write_shards,
+)
 from piflow.training.step import NonFiniteError, StepMetrics
+
+MANIFEST = "ab" * 32
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +54,8 @@ def _loop(
         trainer=SimpleNamespace(step=step), flops=lambda batch: 1, teacher_error=None
     )
     config = {
-        "recipe_hash": "hash",
-        "identity": {},
+        "written": recipe.model_dump(mode="json"),
+        "manifest_hash": MANIFEST,
         "run_id": "run",
         "mailbox": MagicMock(),
         "owner": None,
@@ -125,6 +136,28 @@ def test_replaced_rows_are_counted_and_each_row_group_is_told_once() -> None:
         if "replaced_rows" in call.args[0]
     ]
     assert counts == [0, 2, 6, 6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [({}, None), ({"manifest_hash": "cd" * 32}, "was trained on store cdcdcdcdcdcdcdcd"),
+     ({"recipe_hash": "0123", "identity": None}, "step_00000003 was written by recipe 0123")],
+)  # fmt: skip
+def test_a_checkpoint_of_another_run_is_not_restored(
+    state: dict[str, Any], message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a checkpoint says of its run is what is asked of it; the trainer isn't touched."""
+    loop, _ = _loop(set(), 0, [], f"run_dir={tmp_path}")
+    folder = tmp_path / "checkpoints" / "step_00000003"
+    files = write_shards(folder, {"trainable.a": torch.zeros(2)})
+    (folder / STATE_FILE).write_bytes(state_file(replace(loop._state(3), **state), files))
+    monkeypatch.setattr("piflow.runtime.loop._opened", lambda uri: nullcontext(Path(uri)))
+    restored = MagicMock(side_effect=KeyError("it goes on"))
+    monkeypatch.setattr("piflow.training.checkpoint._allocate_optimizer_state", restored)
+    expected = KeyError if message is None else ForeignCheckpointError
+    with pytest.raises(expected, match=message or "it goes on"):
+        loop.resume()
+    assert restored.called == (message is None)
 
 
 def test_one_skip_too_many_stops_before_the_next_checkpoint() -> None:
