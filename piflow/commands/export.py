@@ -43,8 +43,8 @@ def main(
         "piflow.run_id": record.mlflow_run_id,
         "piflow.recipe_hash": recipe.hash(),
         "piflow.manifest_hash": record.manifest_hash,
-        "piflow.training.checkpoint": storage.base_name(checkpoint),
-        "piflow.sharding.weights": weights,
+        "piflow.checkpoint": storage.base_name(checkpoint),
+        "piflow.weights": weights,
     }
     export_adapter(
         recipe,

@@ -417,8 +417,8 @@ def test_model_version_carries_its_lineage(
         "piflow.run_id": tracked.record.mlflow_run_id,
         "piflow.recipe_hash": interrupted.recipe.hash(),
         "piflow.manifest_hash": store.manifest_hash,
-        "piflow.training.checkpoint": "step_00000008",
-        "piflow.sharding.weights": "ema",
+        "piflow.checkpoint": "step_00000008",
+        "piflow.weights": "ema",
     }
     assert model.run_id == tracked.record.mlflow_run_id
     assert lineage.items() <= dict(model.tags).items()
