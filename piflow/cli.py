@@ -13,7 +13,9 @@ from typing import Annotated, Literal
 import typer
 
 from piflow.config import Recipe, load_recipe
-from piflow.runtime.signals import StoppedError
+from piflow.runtime.exits import ExitCode, exit_code
+from piflow.runtime.ray_job import require_lasting, require_lasting_paths
+from piflow.runtime.signals import StoppedError, ended_by_signals
 from piflow.storage.foreign import redacted, shown
 
 app = typer.Typer(
@@ -63,7 +65,14 @@ _PACKAGES = {  # of a service that a recipe may name
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
-    return load_recipe(recipe, overrides)
+    """The recipe of a command that keeps something.
+
+    Raises:
+        ValueError: a mistake in it, or this is a Ray job and its places end with the job.
+    """
+    config = load_recipe(recipe, overrides)
+    require_lasting_paths(config)
+    return config
 
 
 @app.command(epilog=f"Example: `piflow embed {DEFAULT_RECIPE} --set embed.dtype=bf16`")
@@ -151,6 +160,8 @@ def export(
 ) -> None:
     """Write a checkpoint as an adapter folder and register it as an MLflow model version."""
     config = _load(recipe, overrides)
+    if out is not None:
+        require_lasting({"--out": out})
     from piflow.commands import export as pipeline
 
     pipeline.main(config, checkpoint=checkpoint, out=out, weights=weights, dtype=dtype)
@@ -210,6 +221,7 @@ def sample(
     quiet: QuietOption = False,
 ) -> None:
     """Draw pictures from an exported adapter. Run it again to go on, or for more prompts."""
+    require_lasting({"--out": out})
     from piflow.commands import sample as pipeline
 
     prompts = [*(prompt or [])]
@@ -270,7 +282,9 @@ def smoke(
     quiet: QuietOption = False,
 ) -> None:
     """Try a recipe and a cluster: every part, with a tiny random model and no downloads."""
-    config = _load(recipe, overrides)
+    config = load_recipe(recipe, overrides)  # of which it uses no path
+    if keep is not None:
+        require_lasting({"--keep": keep})
     from piflow.commands import smoke as pipeline
 
     pipeline.main(config, keep=keep, resume=resume, show_progress=not quiet)
@@ -312,7 +326,7 @@ def render(
 @app.command(name="recipe", epilog=f"Example: `piflow recipe {DEFAULT_RECIPE}`")
 def show_recipe(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Print a recipe with every default filled in; a wrong one is explained."""
-    sys.stdout.write(_load(recipe, overrides).to_yaml())
+    sys.stdout.write(load_recipe(recipe, overrides).to_yaml())
 
 
 def run(command: str) -> None:
@@ -324,16 +338,15 @@ def run(command: str) -> None:
 def main() -> None:
     """Console entry point: no mistake and no failure ends in a traceback on the terminal.
 
-    Exit codes: 1 for what the user can mend, told in one message (a wrong recipe, a missing file
-    or package); 2 for a wrong command line; 70 for what piflow didn't expect, whose traceback lies
-    in a file that the message names. A run that a signal ended has the code a shell gives to it:
-    143 (SIGTERM) or 130 (Ctrl-C).
+    The exit code says whether the same command can help, see `piflow.runtime.exits.ExitCode`; for
+    what piflow didn't expect, the traceback lies in a file that the message names.
     """
     try:
-        app()
+        with ended_by_signals():
+            app()
     except StoppedError as error:
         typer.secho(f"piflow: {error}", err=True, fg=typer.colors.YELLOW)
-        raise SystemExit(128 + error.number) from error
+        raise SystemExit(exit_code(error)) from error
     except Exception as error:
         message, code = _explained(error)
         lines = "\n".join(shown(line, _LINE) for line in message.splitlines())
@@ -341,16 +354,17 @@ def main() -> None:
         raise SystemExit(code) from error
 
 
-def _explained(error: Exception) -> tuple[str, int]:
+def _explained(error: Exception) -> tuple[str, ExitCode]:
     """What to tell of an error, and the exit code."""
     if missing := _missing_package(error):
-        return missing, 1
-    if isinstance(error, FloatingPointError | OSError):
-        return str(error), 1
+        return missing, ExitCode.MISTAKE
+    code = exit_code(error)
     if isinstance(error, ValueError):  # a library's or a worker's may be too short to act on
-        return str(error) if _raised_here(error) else f"{error}\n{_kept_traceback(error)}", 1
+        return str(error) if _raised_here(error) else f"{error}\n{_kept_traceback(error)}", code
+    if code is not ExitCode.UNEXPECTED:
+        return str(error), code
     said = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {said}\n{_kept_traceback(error)}", 70
+    return f"{type(error).__name__}: {said}\n{_kept_traceback(error)}", code
 
 
 def _missing_package(error: BaseException | None) -> str | None:

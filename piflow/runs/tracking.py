@@ -290,6 +290,16 @@ def finish(uri: str, run_id: str, run_dir: str, status: RunStatus = "FINISHED") 
     return outbox.close(_CLOSE_SECONDS)
 
 
+def is_running(uri: str, run_id: str) -> bool:
+    """Whether the server says that the run is running; no, if it doesn't say."""
+    client = connect(uri)
+    try:
+        with explained(uri):
+            return str(get_run(client, uri, run_id).info.status) == "RUNNING"
+    except (OSError, ValueError):
+        return False
+
+
 def deliver_kept(uri: str, run_id: str, run_dir: str) -> str | None:
     """Deliver what earlier processes had to leave in the run's folder.
 

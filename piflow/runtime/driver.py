@@ -8,21 +8,27 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from piflow.config import Recipe, RuntimeConfig
+from piflow.data.cluster import ResourcesError, require_resources
 from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runs import folder as run_folder
 from piflow.runs import tracking
 from piflow.runs.folder import RunRecord
 from piflow.runs.lease import PROCESS, Ownership, RunTakenError, owned
 from piflow.runs.tracking import MlflowTracker, RunStatus, Tracker, deliver_kept, finish
+from piflow.runtime.exits import RayLostError, WorkersFailedError, WorkersLostError
 from piflow.runtime.mailbox import Departure, StopReason
 from piflow.runtime.progress import mailbox_with_bar
-from piflow.runtime.session import ray_session
+from piflow.runtime.ray_job import grace_told, stopping_told
+from piflow.runtime.session import ray_session, start_tries
 from piflow.runtime.signals import Signals, StoppedError
 from piflow.training.preflight import Run, preflight, require_newest_of
 from piflow.training.step import NonFiniteError
+
+if TYPE_CHECKING:
+    from piflow.runtime.alive import RayWatch
 
 _POLL_SECONDS = 0.5
 
@@ -31,10 +37,6 @@ _FAILURES: dict[str, type[Exception]] = {
     "non-finite": NonFiniteError,
     "fp8-teacher": TeacherPrecisionError,
 }
-
-
-class WorkersFailedError(ChildProcessError):
-    """The workers failed more often than `runtime.max_failures` allows; says why the last did."""
 
 
 def train(recipe: Recipe, *, show_progress: bool = True) -> int:
@@ -48,6 +50,7 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
             don't fit one another; or another driver is at it.
         NonFiniteError: the loss went NaN or infinite; the newest checkpoint is good.
         WorkersFailedError: the workers failed more often than `runtime.max_failures` allows.
+        RayLostError: Ray itself ended; the newest checkpoint is good.
         StoppedError: a signal ended it before the last step.
     """
     run = preflight(recipe)  # a command that is refused leaves nothing behind
@@ -57,18 +60,54 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
         if record is not None and run.steps_done >= recipe.training.steps:
             uri, run_id = record.tracking_uri, record.mlflow_run_id
             _tell_undelivered(deliver_kept(uri, run_id, recipe.run_dir))
+            _end_dead_run(uri, run_id, recipe.run_dir)
             print(
                 f"{recipe.name}: all {recipe.training.steps} steps are done; raise training.steps "
                 "to go on"
             )
             return run.steps_done
+        grace = grace_told()
+        if grace is not None:
+            print(grace, flush=True)
         with (
             _tracked(run) as (record, tracker),
-            ray_session(recipe),
+            _session_with_room(recipe),
             mailbox_with_bar(recipe.name, recipe.training.steps, show=show_progress) as mailbox,
-            Signals() as signals,
+            Signals().handled() as signals,
         ):
             return _attempts(run, record, mailbox, signals, tracker, ownership)
+
+
+@contextmanager
+def _session_with_room(recipe: Recipe) -> Iterator[None]:
+    """Ray, with room for the workers, be it their fewest.
+
+    Raises:
+        ResourcesError: there is none within `runtime.worker_start_timeout`.
+    """
+    runtime = recipe.runtime
+    with ray_session(recipe):
+        require_resources(
+            [_resources(runtime)] * runtime.worker_range[0],
+            what="the workers",
+            keys="runtime.num_workers, use_gpu, cpus_per_worker",
+            timeout=runtime.worker_start_timeout,
+        )
+        yield
+
+
+def _resources(runtime: RuntimeConfig) -> dict[str, float]:
+    """Of a worker, by Ray's names."""
+    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
+    if runtime.use_gpu:
+        resources["GPU"] = 1
+    return resources
+
+
+def _end_dead_run(uri: str, run_id: str, run_dir: str) -> None:
+    """A driver that was killed after its last checkpoint left its run in MLflow as running."""
+    if tracking.is_running(uri, run_id):
+        _tell_undelivered(finish(uri, run_id, run_dir, "FINISHED"))
 
 
 def _unchanged(run: Run) -> Run:
@@ -154,38 +193,96 @@ def _attempts(
     Returns:
         The number of optimiser steps done.
     """
-    import ray.train
+    import ray
 
-    from piflow.runtime.ray_private import first_failure
+    from piflow.runtime.alive import RayWatch
 
-    runtime, controller_failures = run.recipe.runtime, 0
+    attempts, ray_watch = _Attempts(run, signals, tracker), RayWatch()
     store = ray.put(run.store)
     while True:
         attempt: Future[Any] = Future()
         arguments = (attempt, run, record, store, mailbox)
         # Ray would handle Ctrl-C in the main thread, and leave the steps since the last checkpoint
         threading.Thread(target=_fit, args=arguments, name="fit", daemon=True).start()
-        _watch(attempt, mailbox, signals, tracker, ownership)
-        left: Departure = ray.get(mailbox.departure.remote())
+        try:
+            _watch(attempt, mailbox, signals, tracker, ownership, ray_watch)
+            left: Departure = ray_watch.answer(mailbox.departure.remote())
+        except RayLostError as lost:
+            attempts.require_no_signal(str(lost))
+            raise
         if left.failure is not None:
             raise _FAILURES[left.failure.kind](left.failure.message)
         error = attempt.exception()
-        if isinstance(error, ray.train.WorkerGroupError):
-            raise WorkersFailedError(first_failure(error.worker_failures)) from error
-        if isinstance(error, ray.train.ControllerError):
-            cause = error.controller_failure
-            text = f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"
-            tracker.event("controller-failed", text)
-            controller_failures += 1
-            if 0 <= runtime.max_failures < controller_failures:
-                raise WorkersFailedError(text) from error
-            continue
         if error is not None:
-            raise error
-        if left.reason is StopReason.END and signals.number is not None:
+            attempts.count(error)
+        elif left.reason in (StopReason.END, StopReason.MOVE) and signals.number is not None:
             raise StoppedError(signals.number, f"step {left.step} is saved")
-        if left.reason is not StopReason.MOVE:
-            return left.step
+        elif left.reason is StopReason.NONE:
+            if left.step >= run.recipe.training.steps:
+                return left.step
+            attempts.again("the mailbox lost the workers' last word")
+
+
+class _Attempts:
+    """How often Ray Train gave up, and whether another attempt is made."""
+
+    def __init__(self, run: Run, signals: Signals, tracker: Tracker) -> None:
+        self._limit = run.recipe.runtime.max_failures
+        self._start_timeout = run.recipe.runtime.worker_start_timeout
+        self._signals = signals
+        self._tracker = tracker
+        self._failed = 0
+
+    def count(self, error: BaseException) -> None:
+        """An attempt failed; returns if another one is to be made.
+
+        Raises:
+            StoppedError: a signal had asked for the end anyway.
+            WorkersFailedError: it is enough.
+            ResourcesError: Ray Train got no places for the workers in time.
+        """
+        import ray.train
+
+        from piflow.runtime.ray_private import (
+            WorkerGroupStartupTimeoutError,
+            first_failure,
+            is_of_system,
+        )
+
+        if isinstance(error, ray.train.WorkerGroupError):  # Ray Train has counted these itself
+            text = first_failure(error.worker_failures)
+            self.require_no_signal(text)
+            lost = all(is_of_system(failure) for failure in error.worker_failures.values())
+            raise (WorkersLostError if lost else WorkersFailedError)(text) from error
+        cause = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+        if isinstance(cause, WorkerGroupStartupTimeoutError):
+            self.require_no_signal(str(cause))
+            raise ResourcesError(
+                f"the workers got no places within {self._start_timeout:.0f} s "
+                "(runtime.worker_start_timeout): other jobs hold them, or machines went away. The "
+                "same command goes on once there is room"
+            ) from error
+        if cause is error and not is_of_system(error):
+            raise error
+        self.again(f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}", error)
+
+    def again(self, text: str, error: BaseException | None = None) -> None:
+        """Ray Train gave up for the reason that `text` tells; raises as `count`."""
+        self._tracker.event("controller-failed", text)
+        self.require_no_signal(text)
+        self._failed += 1
+        if 0 <= self._limit < self._failed:
+            raise WorkersLostError(text) from error
+
+    def require_no_signal(self, text: str) -> None:
+        """Go on only if nobody has asked for the end.
+
+        Raises:
+            StoppedError: somebody has.
+        """
+        number = self._signals.number
+        if number is not None:
+            raise StoppedError(number, f"steps since the last checkpoint are lost ({text})")
 
 
 def _watch(
@@ -194,19 +291,27 @@ def _watch(
     signals: Signals,
     tracker: Tracker,
     ownership: Ownership,
+    ray_watch: RayWatch,
 ) -> None:
     """Until the workers have ended: signals go to them, and their events to MLflow.
 
     Raises:
         RunTakenError: another driver owns the run by now; its workers can't seal a checkpoint.
+        RayLostError: Ray is gone.
     """
-    import ray
+
+    def ask_to_stop() -> bool:
+        return bool(ray_watch.answer(mailbox.ask_to_stop.remote(StopReason.END)))
+
+    def needs() -> str:
+        return stopping_told(ray_watch.answer(mailbox.save_seconds.remote()))
 
     while not attempt.done():
         wait([attempt], timeout=_POLL_SECONDS)
         ownership.require()
-        signals.pass_on(mailbox)
-        for name, text in ray.get(mailbox.take_events.remote()):
+        ray_watch.require()
+        signals.pass_on(ask_to_stop, needs)
+        for name, text in ray_watch.answer(mailbox.take_events.remote()):
             tracker.event(name, text)
 
 
@@ -244,10 +349,11 @@ def _trainer(run: Run, record: RunRecord, store: Any, mailbox: Any, notes: str) 
     # a pair makes Ray Train elastic, which its declared types don't know
     workers: Any = runtime.worker_range if runtime.is_elastic else runtime.max_workers
     callbacks: list[Any] = [LifecycleCallback(mailbox, runtime.stall_timeout)]
+    failures: dict[str, Any] = {
+        "max_failures": runtime.max_failures,
+        "controller_failure_limit": start_tries(runtime),
+    }
     scaling: dict[str, Any] = {"elastic_resize_monitor_interval_s": runtime.resize_interval}
-    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
-    if runtime.use_gpu:
-        resources["GPU"] = 1
     config: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "written": run.recipe.model_dump(mode="json"),
@@ -265,13 +371,13 @@ def _trainer(run: Run, record: RunRecord, store: Any, mailbox: Any, notes: str) 
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=runtime.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=_resources(runtime),
             **scaling,
         ),
         run_config=ray.train.RunConfig(
             name=run_folder.CHECKPOINTS,
             storage_path=notes,
-            failure_config=ray.train.FailureConfig(max_failures=runtime.max_failures),
+            failure_config=ray.train.FailureConfig(**failures),
             callbacks=callbacks,
         ),
     )

@@ -67,6 +67,7 @@ class TrainLoop:
         self.skipped = SkippedSteps(recipe.training)
         self.waits: list[float] = []  # of each step since the last metric point
         self.seconds: list[float] = []
+        self.step_seconds = 0.0  # of the last step
         self.losses: list[float] = []  # of each step since the last checkpoint
         self.replaced: Counter[str] = Counter()  # this rank's rows, by damaged row group
         self.told: set[str] = set()  # damaged row groups of which MLflow knows
@@ -118,6 +119,7 @@ class TrainLoop:
                 seconds = time.perf_counter() - began
                 self.waits.append(waited)
                 self.seconds.append(seconds)
+                self.step_seconds = seconds
                 self.losses.append(metrics.loss)
                 flops = self.assembly.flops(batch.micro_batches[0])
                 self._report(metrics, seconds, waited, stream.epoch_of(step), flops)
@@ -275,6 +277,8 @@ class TrainLoop:
                 }
                 self.tracker.log_metrics(values, step=saved.step)
                 self.tracker.event("checkpoint", f"step {saved.step}")
+                took = self.step_seconds + saved.stall_seconds + saved.write_seconds
+                self.mailbox.save_took.remote(took)
 
     def give_up(self, failure: Failure) -> None:
         """Leave word that no other try can help, and end; on all ranks, in the same step.

@@ -5,7 +5,8 @@
 
 Failures travel this way as well, and only this way: a worker that finds out that no further try can
 help says so here before it does anything else. The mailbox lives on the driver's machine, which no
-preemption of workers takes away.
+preemption of workers takes away. If its process dies, Ray starts it anew, with nothing in it: who
+asks for something asks again and again.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Mailbox:
         self._saved = 0
         self._failure: Failure | None = None
         self._events: list[tuple[str, str]] = []
+        self._save_seconds: float | None = None
 
     def join(self, world_size: int) -> int:
         """Workers start; returns how many there were before them, 0 if they are the first."""
@@ -79,6 +81,15 @@ class Mailbox:
         """A step is done."""
         self._latest = (step, text)
         self._when = time.monotonic()
+        self._running = True
+
+    def save_took(self, seconds: float) -> None:
+        """From a request to stop until all is saved, as the last step and checkpoint had it."""
+        self._save_seconds = seconds
+
+    def save_seconds(self) -> float | None:
+        """How long a save will take; None: there was none yet."""
+        return self._save_seconds
 
     def give_up(self, failure: Failure) -> None:
         """No other try can help: workers that are started all the same leave at once."""
@@ -129,4 +140,7 @@ class Mailbox:
 def start_mailbox() -> Any:
     """The handle of a mailbox on this process's machine."""
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)(
+        Mailbox
+    )
+    return actor.remote()

@@ -16,6 +16,7 @@ from piflow.progress import progress
 from piflow.runtime.mailbox import start_mailbox
 
 _POLL_SECONDS = 0.5
+_ANSWER_SECONDS = 2.0
 
 
 @contextmanager
@@ -25,9 +26,16 @@ def mailbox_with_bar(name: str, total: int, *, show: bool) -> Iterator[Any]:
     done = threading.Event()
     with progress(f"{name}: steps", total, show=show) as bar:
 
+        def show_latest() -> None:
+            try:
+                latest = ray.get(mailbox.read.remote(), timeout=_ANSWER_SECONDS)
+            except ray.exceptions.RayError:  # the driver's own loop finds out what is wrong
+                return
+            bar.update(*latest)
+
         def poll() -> None:
             while not done.wait(_POLL_SECONDS):
-                bar.update(*ray.get(mailbox.read.remote()))
+                show_latest()
 
         thread = threading.Thread(target=poll, daemon=True)
         thread.start()
@@ -36,4 +44,4 @@ def mailbox_with_bar(name: str, total: int, *, show: bool) -> Iterator[Any]:
         finally:
             done.set()
             thread.join()
-            bar.update(*ray.get(mailbox.read.remote()))
+            show_latest()

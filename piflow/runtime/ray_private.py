@@ -1,4 +1,4 @@
-"""What Ray Train's controller does for us: save before a resize, and tell of failures."""
+"""What uses Ray's insides: saving before a resize, telling of failures, a look at Ray itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError as WorkerGroupStartupTimeoutError,
+)
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
@@ -88,3 +93,20 @@ def first_failure(failures: Mapping[int, Exception]) -> str:
     starts = [number for number, line in enumerate(lines) if line.startswith("  ")]
     message = "\n".join(lines[starts[-1] + 1 :] if starts else lines)
     return f"worker {rank} failed: {message}"
+
+
+def is_of_system(failure: BaseException) -> bool:
+    """Whether Ray or a machine failed, and not the code that ran there."""
+    mine = ray.exceptions.RayTaskError | ray.exceptions.OutOfMemoryError
+    if isinstance(failure, mine):
+        return False
+    return isinstance(failure, ray.exceptions.RayError | WorkerHealthCheckTimeoutError)
+
+
+def ended_processes() -> list[str]:
+    """Those of Ray's own that it can't do without, if this process started them and they ended."""
+    node = ray_worker._global_node
+    ended: set[str] = set()
+    if node is not None:
+        ended = {name for name, _ in node.dead_processes()}
+    return sorted(ended & {"gcs_server", "raylet"})

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from piflow.config import Recipe, RuntimeConfig
+from piflow.runtime.signals import kept_handlers
 
 _ELASTIC_START_SECONDS = 30.0  # until workers have their places, on machines that are there
 
@@ -23,6 +24,18 @@ def ray_session(recipe: Recipe) -> Iterator[None]:
         if ray.is_initialized():
             yield
             return
+        _start(recipe)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start(recipe: Recipe) -> None:
+    """Connect to the cluster, or start an instance that ends with this process."""
+    import ray
+
+    with kept_handlers():
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False)
         else:
@@ -35,21 +48,14 @@ def ray_session(recipe: Recipe) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
-        try:
-            yield
-        finally:
-            ray.shutdown()
 
 
 @contextmanager
 def _train_settings(runtime: RuntimeConfig) -> Iterator[None]:
     """Ray Train's settings that it reads from the environment; a user's own come first."""
-    start = runtime.worker_start_timeout
-    if runtime.is_elastic:  # it counts machines that are going away, and looks again afterwards
-        start = min(start, _ELASTIC_START_SECONDS)
     settings = {
         "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_start_seconds(runtime)),
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(runtime.stall_timeout),
     }
     absent = {name: value for name, value in settings.items() if name not in os.environ}
@@ -59,6 +65,18 @@ def _train_settings(runtime: RuntimeConfig) -> Iterator[None]:
     finally:
         for name in absent:
             del os.environ[name]
+
+
+def _start_seconds(runtime: RuntimeConfig) -> float:
+    """Of one try to get the workers' places."""
+    if runtime.is_elastic:  # it counts machines that are going away, and looks again afterwards
+        return min(runtime.worker_start_timeout, _ELASTIC_START_SECONDS)
+    return runtime.worker_start_timeout
+
+
+def start_tries(runtime: RuntimeConfig) -> int:
+    """How often Ray Train tries again to get the workers' places, before it gives up."""
+    return round(runtime.worker_start_timeout / _start_seconds(runtime)) - 1
 
 
 def cluster_gpus() -> int:

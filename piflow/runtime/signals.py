@@ -1,14 +1,26 @@
-"""SIGTERM and Ctrl-C in the driver."""
+"""SIGTERM, SIGHUP and Ctrl-C in the driver."""
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
+import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SAME_SECONDS = 1.0  # `timeout` and a closing terminal send theirs twice
 
-class StoppedError(RuntimeError):
-    """The driver got a signal before the last step; the same command goes on with the run.
+
+class StoppedError(BaseException):
+    """A signal ended the command before it was done; the same command goes on.
+
+    It isn't an `Exception`: a signal arrives in the middle of any library's code, which mustn't
+    take it for a failure of its own.
 
     Args:
         number: of the signal.
@@ -17,50 +29,133 @@ class StoppedError(RuntimeError):
 
     def __init__(self, number: int, state: str) -> None:
         name = signal.Signals(number).name
-        super().__init__(f"stopped by {name}: {state}. The same command goes on with the run")
+        super().__init__(f"stopped by {name}: {state}. The same command goes on")
         self.number = number
 
 
-class Signals:
-    """SIGTERM and Ctrl-C while workers train: at the first they save and stop, not at the second.
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """A signal ends the block by a StoppedError, so that whatever is open is closed.
 
-    Python handles signals in the main thread; in another one there is nothing to wait for.
+    Raises:
+        StoppedError: from wherever the main thread is; what a second signal interrupts is the
+            closing.
     """
+    received: list[float] = []
+
+    def handle(number: int, frame: object) -> None:
+        _leave_closed_terminal(number)
+        if received and _is_no_second(number, received[0]):
+            return
+        received.append(time.monotonic())
+        raise StoppedError(number, "what was finished before stays")
+
+    with _handled_by(handle):
+        yield
+
+
+class Signals:
+    """Signals while workers train: at the first they save and stop, not at the second."""
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._passed_on = False
-        self._before: dict[int, Any] = {}
+        self._received = 0.0
+        self._told = False
 
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
+    @contextmanager
+    def handled(self) -> Iterator[Signals]:
+        """Signals come here while the block runs."""
+        with _handled_by(self._handle):
+            yield self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def pass_on(self, ask_to_stop: Callable[[], bool], needs: Callable[[], str]) -> None:
+        """Ask the workers to stop, if there was a signal; again and again, whoever forgets it.
 
-    def pass_on(self, mailbox: Any) -> None:
-        """Ask the workers to stop, once.
+        Args:
+            ask_to_stop: returns whether there are workers.
+            needs: how long a save takes, for people.
 
         Raises:
             StoppedError: there are none yet.
         """
-        import ray
-
-        from piflow.runtime.mailbox import StopReason
-
-        if self.number is None or self._passed_on:
+        if self.number is None:
             return
-        self._passed_on = True
-        if not ray.get(mailbox.ask_to_stop.remote(StopReason.END)):
+        if not ask_to_stop() and not self._told:
             raise StoppedError(self.number, "no worker was training, nothing is lost")
-        name = signal.Signals(self.number).name
-        print(f"{name}: the workers save after this step and stop; once more ends them at once")
+        if not self._told:
+            self._told = True
+            name = signal.Signals(self.number).name
+            print(
+                f"{name}: the workers save after this step and stop{needs()}; once more ends them "
+                "at once",
+                flush=True,
+            )
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.number is not None:
+        _leave_closed_terminal(number)
+        if self.number is None:
+            self.number, self._received = number, time.monotonic()
+        elif not _is_no_second(number, self._received):
             raise StoppedError(number, "steps since the last checkpoint are lost")
-        self.number = number
+
+
+@contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Whatever handles SIGTERM does so after the block as well, which a library takes it from.
+
+    SIGTERM waits until the block ends, and processes that are started in it never get one: a job
+    system sends it to all of them at once, and Ray's own must outlive the workers' last save.
+    """
+    if not _in_main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        if callable(before):
+            signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """All but those that whoever started this process has it ignore, as `nohup` does.
+
+    Python handles signals in the main thread; in another one there is nothing to wait for.
+    """
+    before: dict[int, Any] = {}
+    if _in_main_thread():
+        before = {
+            number: signal.signal(number, handler)
+            for number in _SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
+    try:
+        yield
+    finally:
+        for number, known in before.items():
+            signal.signal(number, known)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _is_no_second(number: int, first: float) -> bool:
+    """Whether a signal says nothing new: a terminal's end, or the same one twice."""
+    return number == signal.SIGHUP or time.monotonic() - first < _SAME_SECONDS
+
+
+def _leave_closed_terminal(number: int) -> None:
+    """After SIGHUP the terminal is gone: writing to it would fail, and end what must go on."""
+    if number != signal.SIGHUP:
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is None or stream.closed:
+            continue
+        if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):  # `isatty` says no once it is gone
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -32,6 +32,7 @@ class Stops:
         self._asked = StopReason.NONE
         self._terminated = tempfile.TemporaryFile()
         faulthandler.register(signal.SIGTERM, file=self._terminated, chain=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # see `kept_handlers`
 
     def agreed(self) -> StopReason:
         """The weightiest reason that any worker knows of; a collective."""

@@ -13,14 +13,19 @@ import pytest
 import ray
 import ray.train
 
-from piflow.config import Recipe, load_recipe
+from piflow.config import Recipe, RuntimeConfig, load_recipe
+from piflow.data.cluster import ResourcesError
 from piflow.runs.lease import Ownership, RunTakenError
 from piflow.runs.tracking import Tracker
-from piflow.runtime import driver
+from piflow.runtime import alive, driver, ray_private
+from piflow.runtime.exits import RayLostError, WorkersFailedError, WorkersLostError
 from piflow.runtime.mailbox import Failure, Mailbox, StopReason
 from piflow.runtime.ray_private import first_failure
+from piflow.runtime.session import start_tries
 from piflow.runtime.signals import Signals, StoppedError
 from piflow.training.step import NonFiniteError
+
+STEPS = 7
 
 
 class Remote(Exception):
@@ -93,14 +98,19 @@ def attempts(
         if isinstance(outcome, Exception):
             done.set_exception(outcome)
         else:
-            handle.mailbox.leave(outcome, 7)
+            handle.mailbox.leave(outcome, STEPS)
             done.set_result(None)
 
-    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
+    monkeypatch.setattr(alive, "ended_processes", list)
+    context = SimpleNamespace(gcs_address="127.0.0.1:1")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(ray, "put", lambda value: value)
     monkeypatch.setattr(driver, "_fit", fit)
     run = Mock()
     run.recipe.runtime.max_failures = max_failures
+    run.recipe.training.steps = STEPS
+    run.recipe.runtime.worker_start_timeout = 60.0
     signals, ownership = Signals(), Ownership()
 
     def loop() -> int:
@@ -117,7 +127,7 @@ def test_attempts_that_ray_train_gives_up_are_made_again(
     """Each is told; the fourth attempt gets through."""
     failures = [ray.train.ControllerError(RuntimeError(f"number {n}")) for n in (1, 2, 3)]
     _, tracker, loop = attempts(monkeypatch, *failures, StopReason.NONE, max_failures=max_failures)
-    refusal = pytest.raises(driver.WorkersFailedError, match=f"RuntimeError: number {made}")
+    refusal = pytest.raises(WorkersLostError, match=f"RuntimeError: number {made}")
     with refusal if made < 4 else nullcontext():
         assert loop() == 7
     told = [call.args for call in tracker.event.call_args_list]
@@ -136,7 +146,7 @@ def test_workers_that_were_told_to_end_are_not_started_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, _, loop = attempts(monkeypatch, StopReason.END, StopReason.NONE)
-    loop.signals.number, loop.signals._passed_on = 15, True
+    loop.signals.number = 15
     with pytest.raises(StoppedError, match="SIGTERM: step 7 is saved"):
         loop()
 
@@ -157,7 +167,7 @@ def test_a_failed_save_does_not_hide_a_loss_that_is_not_finite(
 def test_workers_that_failed_too_often_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = ray.train.WorkerGroupError("", {1: Remote(TRACEBACK)})
     _, _, loop = attempts(monkeypatch, failed, StopReason.NONE)
-    with pytest.raises(driver.WorkersFailedError, match="shard-00000.parquet is corrupt"):
+    with pytest.raises(WorkersFailedError, match="shard-00000.parquet is corrupt"):
         loop()
 
 
@@ -168,3 +178,118 @@ def test_a_driver_whose_run_was_taken_over_ends(monkeypatch: pytest.MonkeyPatch)
     loop.ownership.lost = RunTakenError("it belongs to process 1 on another-machine")
     with pytest.raises(RunTakenError, match="process 1 on another-machine"):
         loop()
+
+
+def test_the_death_of_ray_trains_controller_is_another_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    died = ray.exceptions.RaySystemError("the controller was killed")
+    _, tracker, loop = attempts(monkeypatch, died, StopReason.NONE)
+    assert loop() == STEPS and loop.left == []
+    [call] = tracker.event.call_args_list
+    assert call.args[0] == "controller-failed" and "the controller was killed" in call.args[1]
+
+
+def test_workers_that_get_no_places_in_time_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeout = ray_private.WorkerGroupStartupTimeoutError(2)
+    _, _, loop = attempts(monkeypatch, ray.train.ControllerError(timeout), StopReason.NONE)
+    with pytest.raises(ResourcesError, match=r"no places within 60 s"):
+        loop()
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "seconds", "tries"),
+    [(2, 1800, 0), ((1, 2), 1800, 59), ((1, 2), 10, 0)],
+)
+def test_ray_train_tries_to_get_places_as_long_as_the_recipe_says(
+    num_workers: Any, seconds: float, tries: int
+) -> None:
+    runtime = RuntimeConfig(num_workers=num_workers, worker_start_timeout=seconds)
+    assert start_tries(runtime) == tries
+
+
+def test_an_error_of_our_own_code_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, loop = attempts(monkeypatch, KeyError("a mistake"), StopReason.NONE)
+    with pytest.raises(KeyError, match="a mistake"):
+        loop()
+
+
+def test_a_machine_that_fails_too_often_says_that_another_start_can_help(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone = ray.exceptions.RaySystemError("its node died")
+    _, _, loop = attempts(monkeypatch, ray.train.WorkerGroupError("", {0: gone}))
+    with pytest.raises(WorkersLostError, match="its node died"):
+        loop()
+    _, _, loop = attempts(monkeypatch, ray.train.WorkerGroupError("", {0: gone, 1: OSError()}))
+    with pytest.raises(WorkersFailedError) as caught:
+        loop()
+    assert caught.type is WorkersFailedError
+
+
+def test_a_mailbox_that_forgot_how_workers_ended_is_no_success(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray starts a dead one anew, empty: the attempt is made again."""
+    handle, tracker, loop = attempts(monkeypatch, StopReason.NONE)
+    fit, forgot = driver._fit, []
+
+    def forgetful(done: Future[Any], *rest: object) -> None:
+        if forgot:
+            fit(done, *rest)
+        else:
+            forgot.append(True)
+            handle.mailbox.join(1)
+            handle.mailbox.leave(StopReason.NONE, STEPS)
+            handle.mailbox.__init__()  # type: ignore[misc]
+            done.set_result(None)
+
+    monkeypatch.setattr(driver, "_fit", forgetful)
+    assert loop() == STEPS
+    assert tracker.event.call_args.args[0] == "controller-failed"
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        StopReason.MOVE,
+        ray.train.WorkerGroupError("", {0: ray.exceptions.RaySystemError("a signal")}),
+        ray.train.ControllerError(RuntimeError("a signal")),
+    ],
+)
+def test_a_signal_to_all_processes_at_once_is_the_drivers_end(
+    outcome: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that got it as well leave of themselves, or die; no others are started."""
+    _, _, loop = attempts(monkeypatch, outcome, StopReason.NONE)
+    loop.signals.number = 15
+    expected = "SIGTERM: step 7 is saved" if outcome is StopReason.MOVE else "SIGTERM: steps since"
+    with pytest.raises(StoppedError, match=expected):
+        loop()
+    assert loop.left == [StopReason.NONE]
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_dead_ray_is_found_out_at_once(signalled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, loop = attempts(monkeypatch, StopReason.NONE)
+    monkeypatch.setattr(driver, "_fit", lambda *_: None)  # workers that go on and on
+    monkeypatch.setattr(alive, "ended_processes", lambda: ["gcs_server"])
+    loop.signals.number = 15 if signalled else None
+    with pytest.raises(StoppedError if signalled else RayLostError, match="Ray's gcs_server"):
+        loop()
+
+
+def test_a_clusters_head_that_stays_away_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Ray's own client ends the process: after 45 of its 60 seconds."""
+    now = 0.0
+    monkeypatch.setattr(alive.time, "monotonic", lambda: now)
+    monkeypatch.setattr(alive, "ended_processes", list)
+    context = SimpleNamespace(gcs_address="127.0.0.1:1")  # nobody listens
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    watch = alive.RayWatch()
+    for _ in range(9):
+        now += 5
+        watch.require()
+    now = 51
+    with pytest.raises(RayLostError, match="head at 127.0.0.1:1 didn't answer for 45 s"):
+        watch.require()

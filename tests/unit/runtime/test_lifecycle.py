@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from piflow import cli
+from piflow.data.cluster import ResourcesError
+from piflow.runs.outbox import ServerAwayError
 from piflow.runtime import mailbox as mailbox_module
+from piflow.runtime.exits import RayLostError, WorkersFailedError, WorkersLostError
 from piflow.runtime.mailbox import Departure, Mailbox, StopReason
-from piflow.runtime.signals import Signals, StoppedError
+from piflow.runtime.signals import Signals, StoppedError, ended_by_signals, kept_handlers
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -22,7 +27,7 @@ REPOSITORY = Path(__file__).parents[3]
 def run_script(text: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
-        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=180
     )
 
 
@@ -136,57 +141,148 @@ def test_a_failure_after_a_long_silence_is_a_stall(monkeypatch: pytest.MonkeyPat
 
 
 class Asked:
-    """A mailbox as its handle looks from the driver."""
+    """Workers, as the driver's signals see them."""
 
     def __init__(self, running: bool) -> None:
-        self.reasons: list[StopReason] = []
+        self.times = 0
         self.running = running
-        self.ask_to_stop = self
 
-    def remote(self, reason: StopReason) -> bool:
-        self.reasons.append(reason)
+    def __call__(self) -> bool:
+        self.times += 1
         return self.running
 
 
-@pytest.fixture
-def local_get(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    monkeypatch.setattr(ray, "get", lambda value: value)
-
-
-def test_the_first_signal_is_passed_on_once(
-    local_get: None, capsys: pytest.CaptureFixture[str]
+def test_the_first_signal_is_passed_on_and_a_later_one_ends(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    mailbox, before = Asked(running=True), signal.getsignal(signal.SIGTERM)
-    with Signals() as signals:
-        signals.pass_on(mailbox)
-        assert mailbox.reasons == []
+    """`timeout` sends its signal twice, which counts once; the workers are asked until they end."""
+    workers, before = Asked(running=True), signal.getsignal(signal.SIGTERM)
+    with Signals().handled() as signals:
+        signals.pass_on(workers, str)
+        assert workers.times == 0
+        signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         for _ in range(3):
-            signals.pass_on(mailbox)
-        assert mailbox.reasons == [StopReason.END] and signals.number == signal.SIGTERM
-        assert "SIGTERM: the workers save after this step" in capsys.readouterr().out
+            signals.pass_on(workers, lambda: ", which takes about 7 s")
+        assert workers.times == 3 and signals.number == signal.SIGTERM
+        told = (
+            "SIGTERM: the workers save after this step and stop, which takes about 7 s; once more"
+        )
+        assert capsys.readouterr().out.count(told) == 1
+        signal.raise_signal(signal.SIGHUP)  # says nothing new
+        time.sleep(1.1)
         with pytest.raises(StoppedError, match="SIGINT: steps since the last checkpoint are lost"):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_without_workers_a_signal_ends_the_driver_at_once(local_get: None) -> None:
-    with Signals() as signals, pytest.raises(StoppedError, match="no worker was training"):
+def test_without_workers_a_signal_ends_the_driver_at_once() -> None:
+    with Signals().handled() as signals:
         signal.raise_signal(signal.SIGINT)
-        signals.pass_on(Asked(running=False))
+        with pytest.raises(StoppedError, match="no worker was training"):
+            signals.pass_on(Asked(running=False), str)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_exit_code_names_the_signal(
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_command_from_within_any_library(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped() -> Any:
-        raise StoppedError(number, "step 7 is saved")
+    """A library that catches all exceptions doesn't keep it; the code names the signal."""
+    ends: list[str] = []
 
-    monkeypatch.setattr(cli, "app", stopped)
+    def command() -> None:
+        try:
+            try:
+                signal.raise_signal(number)
+            except Exception:
+                ends.append("swallowed")
+        finally:
+            signal.raise_signal(number)  # twice at once, as `timeout` does
+            ends.append("closed")
+
+    monkeypatch.setattr(cli, "app", command)
     with pytest.raises(SystemExit) as caught:
         cli.main()
+    assert ends == ["closed"]
     assert caught.value.code == 128 + number
-    assert "step 7 is saved. The same command goes on" in capsys.readouterr().err
+    assert "The same command goes on" in capsys.readouterr().err
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nohup` has SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(cli, "app", lambda: signal.raise_signal(signal.SIGHUP))
+        cli.main()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_library_does_not_keep_sigterm() -> None:
+    """Nor do processes that it starts get one, and one that comes meanwhile isn't lost."""
+    with pytest.raises(StoppedError), ended_by_signals():
+        with kept_handlers():
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+            signal.raise_signal(signal.SIGTERM)
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+            child.terminate()
+            assert child.wait(60) == 0
+        time.sleep(60)
+
+
+CLOSED_TERMINAL = """
+import os, signal, sys, time
+from piflow.runtime.signals import Signals
+with Signals().handled() as signals:
+    print("ready", flush=True)
+    while signals.number is None:
+        time.sleep(0.05)
+    signals.pass_on(lambda: True, str)
+    print("more to say", flush=True)
+    print("to stderr", file=sys.stderr, flush=True)
+    open(sys.argv[1], "w").write(signal.Signals(signals.number).name)
+"""
+
+
+def test_a_closed_terminal_ends_nothing_before_it_is_saved(tmp_path: Path) -> None:
+    """A real terminal that hangs up: SIGHUP comes, and nothing can be printed any more."""
+    said = tmp_path / "said"
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-c", CLOSED_TERMINAL, str(said)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    child = subprocess.Popen(
+        ["setsid", "--ctty", *command],
+        stdin=terminal, stdout=terminal, stderr=terminal, env=environment,
+    )  # fmt: skip
+    os.close(terminal)
+    assert b"ready" in os.read(main, 100)
+    os.close(main)
+    assert child.wait(60) == 0
+    assert said.read_text() == "SIGHUP"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("a key"), 1),
+        (FileNotFoundError("a file"), 1),
+        (FloatingPointError("a loss"), 1),
+        (WorkersFailedError("a worker"), 1),
+        (WorkersLostError("a machine"), 75),
+        (RayLostError("a raylet"), 75),
+        (ServerAwayError("MLflow"), 75),
+        (ResourcesError("no GPU"), 69),
+        (TimeoutError("a storage"), 75),
+    ],
+)
+def test_the_exit_code_says_whether_another_start_can_help(
+    error: Exception,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "app", Mock(side_effect=error))
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == code
+    assert capsys.readouterr().err == f"piflow: {error}\n"
