@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import fcntl
 import hashlib
 import io
 import logging
@@ -349,7 +350,20 @@ def connect(uri: str, request_seconds: int = _REQUEST_SECONDS) -> MlflowClient:
 
     environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT.default = request_seconds
     environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.default = 0
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with _alone(uri):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process of a machine at a time opens a SQLite store: the first one makes its tables."""
+    path = uri.removeprefix("sqlite:///")
+    if path == uri or not Path(path).parent.is_dir():
+        yield
+        return
+    with Path(f"{path}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def get_run(client: MlflowClient, uri: str, run_id: str) -> Run:

@@ -367,9 +367,16 @@ def _event(name: str, text: str) -> Entry:
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
     existing = client.get_experiment_by_name(name)
     if existing is None:
-        return client.create_experiment(name, artifact_location=_artifact_location(uri))
+        try:
+            return client.create_experiment(name, artifact_location=_artifact_location(uri))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        return _experiment_id(client, uri, name)  # another run was started at the same time
     if existing.lifecycle_stage == "deleted":
         raise ValueError(
             f"MLflow experiment {name!r} in {uri} was deleted; restore it (`mlflow experiments "

@@ -339,8 +339,9 @@ def _trainer(run: Run, record: RunRecord, store: Any, mailbox: Any, notes: str) 
         notes: a local folder for Ray Train's own list of checkpoints.
     """
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from piflow.runtime.process_group import ClusterTorchConfig
     from piflow.runtime.ray_private import LifecycleCallback
     from piflow.runtime.worker import train_worker
 
@@ -367,7 +368,7 @@ def _trainer(run: Run, record: RunRecord, store: Any, mailbox: Any, notes: str) 
     return TorchTrainer(
         train_worker,
         train_loop_config=config,
-        torch_config=TorchConfig(backend=_collectives(runtime)),
+        torch_config=ClusterTorchConfig(backend=_collectives(runtime)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=runtime.use_gpu,

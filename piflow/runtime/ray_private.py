@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
 from ray._private import worker as ray_worker
+from ray.job_config import JobConfig
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError as WorkerGroupStartupTimeoutError,
 )
@@ -110,3 +112,21 @@ def ended_processes() -> list[str]:
     if node is not None:
         ended = {name for name, _ in node.dead_processes()}
     return sorted(ended & {"gcs_server", "raylet"})
+
+
+class _SearchPath(list[str]):
+    """Of a job's workers, which Ray appends the driver's working directory to."""
+
+    def extend(self, paths: Iterable[str]) -> None:
+        super().extend(path for path in paths if os.path.realpath(path) != os.getcwd())
+
+
+def job_config() -> JobConfig:
+    """For `ray.init`: workers don't import from the driver's working directory.
+
+    Ray puts it before the installed packages, so that a `PIL.py` there would be run in place of
+    the package.
+    """
+    config = JobConfig()
+    config._py_driver_sys_path = _SearchPath()
+    return config

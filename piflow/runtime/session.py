@@ -12,6 +12,8 @@ from piflow.runtime.signals import kept_handlers
 
 _ELASTIC_START_SECONDS = 30.0  # until workers have their places, on machines that are there
 
+_CONNECT_SECONDS = 10.0
+
 _DATA_CPUS = 2  # logical CPUs for Ray Data's reading beside the workers, on a local instance
 
 
@@ -35,9 +37,12 @@ def _start(recipe: Recipe) -> None:
     """Connect to the cluster, or start an instance that ends with this process."""
     import ray
 
+    from piflow.runtime.ray_private import job_config
+
+    _require_cluster(os.environ.get("RAY_ADDRESS", ""))
     with kept_handlers():
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False)
+            ray.init(job_config=job_config(), log_to_driver=False)
         else:
             workers = int(recipe.runtime.max_workers * recipe.runtime.cpus_per_worker)
             encoders = recipe.embed.encoders[1] if recipe.embed.mode == "online" else 0
@@ -45,9 +50,28 @@ def _start(recipe: Recipe) -> None:
                 address="local",  # not a cluster that somebody else has started on this machine
                 num_cpus=max(os.cpu_count() or 1, workers + encoders + _DATA_CPUS),
                 include_dashboard=False,
+                job_config=job_config(),
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
+
+
+def _require_cluster(address: str) -> None:
+    """Make sure that somebody listens there, which Ray's client waits minutes for.
+
+    Raises:
+        ConnectionError: nobody does.
+    """
+    from piflow.runtime.alive import is_listening
+
+    place = address.removeprefix("ray://")
+    if ":" not in place or is_listening(place, _CONNECT_SECONDS):
+        return  # "auto" names no place
+    raise ConnectionError(
+        f"nobody listens at RAY_ADDRESS={address}; expected the address that `ray start --head` "
+        "printed on the cluster's head (port 6379 unless chosen). Start the cluster, correct the "
+        "address, or unset RAY_ADDRESS to use this machine alone"
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import ray
@@ -26,6 +27,8 @@ def test_this_ray_is_the_one_whose_insides_are_known() -> None:
         (ray_private.WorkerGroup, "has_started"),
         (ray_private.WorkerGroup, "shutdown"),
         (ray_private.WorkerGroup, "poll_status"),
+        (ray_private.ray_worker, "_global_node"),
+        (ray_private.JobConfig(), "_py_driver_sys_path"),
         (ray_private.TrainController, "worker_group_cls"),
         (ray_private.ControllerCallback, "after_controller_start"),
         (ray_private.ControllerCallback, "before_controller_execute_resize_decision"),
@@ -34,8 +37,8 @@ def test_this_ray_is_the_one_whose_insides_are_known() -> None:
         (ray_private.WorkerGroupCallback, "after_worker_group_poll_status"),
     ],
 )
-def test_what_is_used_of_ray_train_is_there(owner: type, name: str) -> None:
-    assert hasattr(owner, name), f"Ray {ray.__version__} has no {owner.__name__}.{name}"
+def test_what_is_used_of_ray_train_is_there(owner: Any, name: str) -> None:
+    assert hasattr(owner, name), f"Ray {ray.__version__} has no {owner}.{name}"
 
 
 def test_our_callback_overrides_what_ray_train_calls() -> None:
