@@ -105,7 +105,7 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> int:
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_load", fail)
+    monkeypatch.setattr(cli, "load_recipe", fail)
     return run_main("recipe", str(RECIPE), monkeypatch=monkeypatch)
 
 
@@ -140,7 +140,7 @@ def test_a_value_error_of_a_library_keeps_its_traceback(
     def fail(*_: object) -> None:
         int("x")  # raised in this file, so not by piflow
 
-    monkeypatch.setattr(cli, "_load", fail)
+    monkeypatch.setattr(cli, "load_recipe", fail)
     assert run_main("recipe", str(RECIPE), monkeypatch=monkeypatch) == 1
     (file,) = (tmp_path / "piflow").iterdir()
     told = capsys.readouterr().err

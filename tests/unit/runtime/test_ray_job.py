@@ -35,7 +35,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> bool:
         (["embed", RECIPE, "--set", "run_dir=/d"], "--set embed.store=/shared"),
         (
             ["evaluate", RECIPE, "--set", "run_dir=/d", "--set", "embed.store=s3://bucket/store",
-             "--set", "tracking.uri=sqlite:///mlflow.db"],
+             "--set", f"tracking.uri=sqlite:///{PACKAGE}/mlflow.db"],
             "--set tracking.uri=/shared",
         ),
         (["pretrain", RECIPE, "--set", f"run_dir={PACKAGE}/run"], "--set run_dir=/shared"),
