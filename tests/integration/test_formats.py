@@ -34,11 +34,12 @@ REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "formats"
 EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
 
-# What may be off: 7 to 30 times what other instruction sets of a CPU make of it. A checkpoint
-# without its optimiser or its average, or an adapter without LoRA, is off by 1e-4 and more.
+# What may be off: above what other instruction sets of a CPU and other kinds of it make of it (losses
+# 5e-6, velocities 5e-5). A checkpoint without its optimiser or its average, or an adapter without
+# LoRA, is off by 1e-4 and more.
 WEIGHTS = 1e-6
-LOSSES = 3e-6  # relative
-DRAWN = 1e-5  # velocities, latents, pictures
+LOSSES = 1e-5  # relative
+DRAWN = 8e-5  # velocities, latents, pictures
 
 # minutes are for loaded machines
 pytestmark = pytest.mark.timeout(600)
@@ -102,9 +103,15 @@ def test_a_recipe_is_that_of_its_runs(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED["recipes"])
 def test_a_shipped_recipe_is_still_there_and_the_same(name: str) -> None:
-    """A run that was started with it can be resumed by the file of the same name."""
-    shipped = load_recipe(REPOSITORY / "pipelines" / "recipes" / f"{name}.yaml")
-    assert shipped.is_run_of(EXPECTED["recipes"][name])
+    """A run that was started with it can be resumed by the file of the same name.
+
+    Where the base is bfloat16, with LoRA computed in float32 as it was then.
+    """
+    file = REPOSITORY / "pipelines" / "recipes" / f"{name}.yaml"
+    then = load_recipe(file, ["schema_version=1"])
+    assert then.is_run_of(EXPECTED["recipes"][name])
+    today = load_recipe(file)
+    assert today.is_run_of(EXPECTED["recipes"][name]) == (today.model.dtype == "float32")
 
 
 def test_identity_is_recognised(gm: Recipe) -> None:

@@ -53,6 +53,8 @@ class Results(dict[Any, Any]):
         run = None if isinstance(key, str) else Run(*key)
         world_size = 2 if run is None else TRAINING.world_size(run)
         name = "slow" if run in TRAINING.SLOW else "quick"
+        # a meeting that failed leaves its places, at which the next one would wait for ever
+        (self._folder / f"rendezvous-{name}-{world_size}").unlink(missing_ok=True)
         self._run_ranks(SCRIPT, self._folder, world_size, name, timeout=540)
         self.update(torch.load(self._folder / f"{name}-{world_size}.pt", weights_only=True))
         return dict(self)[key]
