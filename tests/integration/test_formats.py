@@ -34,9 +34,9 @@ REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "formats"
 EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
 
-# What may be off: above what other instruction sets of a CPU and other kinds of it make of it (losses
-# 5e-6, velocities 5e-5). A checkpoint without its optimiser or its average, or an adapter without
-# LoRA, is off by 1e-4 and more.
+# What may be off: more than other instruction sets and kinds of CPU make of it (losses 5e-6,
+# velocities 5e-5). A checkpoint without its optimiser or its average, or an adapter without LoRA,
+# is off by 1e-4 and more.
 WEIGHTS = 1e-6
 LOSSES = 1e-5  # relative
 DRAWN = 8e-5  # velocities, latents, pictures
