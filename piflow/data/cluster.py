@@ -26,8 +26,8 @@ def require_resources(
 ) -> None:
     """Wait until the cluster has room for all bundles at once; say at once if it hasn't.
 
-    On an instance that this machine started for itself (no ``RAY_ADDRESS``) nothing is waited for:
-    no machine will join it.
+    An instance that this machine started for itself (no ``RAY_ADDRESS``) is waited for only while
+    something else uses what is needed: no machine will join it.
 
     Args:
         bundles: what each actor or worker needs: Ray's name of the resource -> amount. Each of them
@@ -50,13 +50,13 @@ def require_resources(
         if _ready(group, _PATIENCE_SECONDS):
             return
         asked = f"{what} asked for {_described(wanted)} ({keys})"
-        if not os.environ.get("RAY_ADDRESS"):
+        if not os.environ.get("RAY_ADDRESS") and not _fits_this_machine(wanted):
             raise ResourcesError(
                 f"{asked}; {_what_there_is()}. This Ray is this machine's alone, and none will "
                 "join it: set RAY_ADDRESS to a cluster that has room, or ask for less"
             )
         print(
-            f"{asked}; {_what_there_is()}: waiting up to {timeout:.0f} s for machines to join",
+            f"{asked}; {_what_there_is()}: waiting up to {timeout:.0f} s for room",
             flush=True,
         )
         if not _ready(group, timeout):
@@ -67,6 +67,17 @@ def require_resources(
             )
     finally:
         remove_placement_group(group)
+
+
+def _fits_this_machine(bundles: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the cluster, of one machine, would have room if nothing else ran on it."""
+    import ray
+
+    whole = ray.cluster_resources()
+    names = {name for bundle in bundles for name in bundle}
+    return all(
+        sum(bundle.get(name, 0.0) for bundle in bundles) <= whole.get(name, 0.0) for name in names
+    )
 
 
 def _ready(group: Any, seconds: float) -> bool:

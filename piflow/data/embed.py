@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, suppress
@@ -457,9 +458,21 @@ def _encode(
                 )
 
 
+def _for_actors(recipe: Recipe) -> Recipe:
+    """The recipe with places that mean the same in another working directory."""
+    prompts = storage.absolute(recipe.embed.prompts)
+    changes = {
+        "encoder": recipe.encoder.absolute(),
+        "model": absolute_paths(recipe.model),
+        "embed": recipe.embed.model_copy(update={"prompts": prompts}),
+    }
+    return recipe.model_copy(update=changes)
+
+
 def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mapping[str, Any]]:
     """Rows from the actors: progress, and one with an entry for each finished shard."""
     import ray.data
+    from ray.util.annotations import RayDeprecationWarning
 
     embed = recipe.embed
     source = ray.data.from_items(
@@ -468,34 +481,31 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
     context = quiet_context(source)
     context.target_max_block_size = 1  # hand every progress row on at once
     plans = ray.put(missing)
-    dataset = source.map_batches(
-        EncodeShard,
-        fn_constructor_args=(
-            recipe.model_copy(
-                update={
-                    "encoder": recipe.encoder.absolute(),
-                    "model": absolute_paths(recipe.model),
-                    "embed": embed.model_copy(update={"prompts": storage.absolute(embed.prompts)}),
-                }
+    with warnings.catch_warnings():
+        # how often an actor may die has no other parameter than the deprecated ones
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = source.map_batches(
+            EncodeShard,
+            fn_constructor_args=(
+                _for_actors(recipe),
+                job.store,
+                job.inputs,
+                plans,
+                PROCESS,
             ),
-            job.store,
-            job.inputs,
-            plans,
-            PROCESS,
-        ),
-        batch_size=1,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(
-            min_size=min(embed.encoders[0], len(missing)),
-            max_size=min(embed.encoders[1], len(missing)),
-            max_concurrent_calls_per_actor=2,  # one encodes while the other one writes
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=1,
-        num_gpus=embed.gpus_per_encoder,
-        max_task_retries=_MAX_RETRIES,
-        max_restarts=_MAX_RESTARTS,
-    )
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(
+                min_size=min(embed.encoders[0], len(missing)),
+                max_size=min(embed.encoders[1], len(missing)),
+                max_concurrent_calls_per_actor=2,  # one encodes while the other one writes
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=1,
+            num_gpus=embed.gpus_per_encoder,
+            max_task_retries=_MAX_RETRIES,
+            max_restarts=_MAX_RESTARTS,
+        )
     begun: set[str] = set()
     try:
         for row in dataset.iter_rows():

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -192,14 +191,3 @@ def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(
         with pytest.raises(RunTakenError, match="belongs to process"), owned(str(tmp_path)):
             pytest.fail("two drivers")
     assert not path.exists()
-
-
-def test_who_is_dead_for_certain() -> None:
-    here = Owner("x", os.uname().nodename, os.getpid(), "")
-    assert here.was_killed_here, "this process has another name: the machine restarted"
-    assert not replace(here, process=lease.PROCESS).was_killed_here
-    assert not replace(here, pid=1).was_killed_here
-    assert not replace(here, host="elsewhere").was_killed_here
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait(20)
-    assert replace(here, pid=child.pid).was_killed_here

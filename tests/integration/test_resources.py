@@ -21,7 +21,7 @@ def test_room_that_is_there_is_given_back() -> None:
 
     before = ray.cluster_resources()
     for _ in range(2):
-        require_resources([{"CPU": 2}, {"CPU": 2, "GPU": 0}], what="all", keys=KEYS, timeout=1)
+        require_resources([{"CPU": 2}, {"CPU": 2, "GPU": 0}], what="all", keys=KEYS, timeout=60)
     assert ray.cluster_resources() == before, "no group is left"
 
 
@@ -32,6 +32,19 @@ def test_this_machines_own_ray_ends_at_once_and_says_what_there_is() -> None:
     with pytest.raises(ResourcesError, match=expected):
         require_resources([{"CPU": 1, "GPU": 1}], what="an encoder", keys=KEYS, timeout=600)
     assert time.monotonic() - began < 30
+
+
+def test_this_machines_own_ray_is_waited_for_while_it_is_busy() -> None:
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    busy = placement_group([{"CPU": 3}])
+    assert busy.wait(60)
+    timer = threading.Timer(4.5, remove_placement_group, [busy])
+    timer.start()
+    require_resources([{"CPU": 2}, {"CPU": 1}], what="all", keys=KEYS, timeout=60)
+    timer.join()
+    assert ray.is_initialized()
 
 
 def test_a_bundle_must_fit_one_machine() -> None:
@@ -49,7 +62,7 @@ def test_a_cluster_is_given_time_and_says_so(
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     with pytest.raises(ResourcesError, match=r"for 1 s \(runtime.worker_start_timeout\)"):
         require_resources([{"GPU": 1}], what="an encoder", keys=KEYS, timeout=1)
-    assert "waiting up to 1 s for machines to join" in capsys.readouterr().out
+    assert "waiting up to 1 s for room" in capsys.readouterr().out
     taken = placement_group([{"CPU": 3}])
     assert taken.wait(30)
     timer = threading.Timer(4.5, remove_placement_group, [taken])
