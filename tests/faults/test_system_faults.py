@@ -82,7 +82,7 @@ def test_a_dead_ray_says_so_and_that_another_start_can_help(
 def test_dead_actors_of_ours_cost_an_attempt_at_most(
     actor: str, inputs: Path, environment: dict[str, str]
 ) -> None:
-    run = new_run(inputs, environment, f"dead-{actor.removeprefix('ray::')}")
+    run = new_run(inputs, environment, f"dead-{actor.removeprefix('ray::').lower()}")
     with run.running() as driver:
         wait_until(lambda: run.last_step() >= 6, "at step 6", run, 600)
         before, step = train_workers(), run.last_step()
@@ -101,7 +101,7 @@ def test_dead_actors_of_ours_cost_an_attempt_at_most(
 def test_a_signal_while_ray_starts_keeps_its_meaning(
     number: int, inputs: Path, environment: dict[str, str]
 ) -> None:
-    run = new_run(inputs, environment, f"early-{signal.Signals(number).name}")
+    run = new_run(inputs, environment, f"early-{signal.Signals(number).name.lower()}")
     with run.running() as driver:
         wait_until(lambda: processes_of(driver.pid, "gcs_server"), "starting Ray", run)
         driver.send_signal(number)
