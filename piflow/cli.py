@@ -104,6 +104,28 @@ def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     pipeline.main(config)
 
 
+@app.command(
+    epilog=f"Example: `piflow preflight {DEFAULT_RECIPE}`; on a cluster, set RAY_ADDRESS. Floors are "
+    "the recipe's runtime.preflight. Exit code 0: everything passed; 1: something failed, 69: no "
+    "room for the workers."
+)
+def preflight(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print what was found as JSON instead of a table")
+    ] = False,
+) -> None:
+    """Try the machines that a recipe's workers run on: GPUs, network, storage and clocks.
+
+    `piflow check` finds mistakes in the recipe itself, without machines.
+    """
+    config = _load(recipe, overrides)
+    from piflow.commands import preflight as pipeline
+
+    pipeline.main(config, as_json=as_json)
+
+
 @app.command(epilog="Example: `piflow pretrain pipelines/recipes/emoji-teacher.yaml --set seed=1`")
 def pretrain(
     recipe: RecipeArgument, overrides: SetOption = None, quiet: QuietOption = False

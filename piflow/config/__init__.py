@@ -25,7 +25,7 @@ from piflow.config.objective import (
     PolicyConfig,
 )
 from piflow.config.recipe import Recipe
-from piflow.config.runtime import DeepSpeedConfig, RuntimeConfig
+from piflow.config.runtime import DeepSpeedConfig, PreflightConfig, RuntimeConfig
 from piflow.config.section import RecipeError
 from piflow.config.text import load_recipe, parse_recipe
 from piflow.config.tracking import EvaluationConfig, TrackingConfig
@@ -57,6 +57,7 @@ __all__ = [
     "ParameterGroupConfig",
     "PiIDConfig",
     "PolicyConfig",
+    "PreflightConfig",
     "Recipe",
     "RecipeError",
     "RuntimeConfig",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from piflow.config.section import Positive, Seconds, Section
+from piflow.config.section import Positive, PositiveFloat, Seconds, Section
 
 
 class DeepSpeedConfig(Section):
@@ -37,6 +37,26 @@ class DeepSpeedConfig(Section):
                 "them whole; use stage 3, or leave it out"
             )
         return self
+
+
+class PreflightConfig(Section):
+    """What `piflow preflight` asks of the workers' machines; what has no floor is only measured."""
+
+    transport: Literal["any", "rdma"] = "any"
+    """Network between machines: rdma refuses NCCL's silent fallback to TCP; any: what it finds."""
+
+    allreduce_gb_s: PositiveFloat | None = None
+    """Least bus bandwidth of an all-reduce over all workers, GB/s: the time of one tells it, with
+    2 (n - 1) / n times its bytes for n workers, as NVIDIA's nccl-tests counts.
+    """
+
+    storage_mb_s: PositiveFloat | None = None
+    """Least speed, MB/s, of writing to run_dir and of reading from it, of each machine while all
+    do.
+    """
+
+    clock_s: Seconds = 5.0
+    """Most seconds between two machines' clocks."""
 
 
 class RuntimeConfig(Section):
@@ -94,6 +114,21 @@ class RuntimeConfig(Section):
     max_failures: int = Field(3, ge=-1, le=1_000_000)
     """Restarts from the last checkpoint; -1 = always."""
 
+    max_preemption_failures: int = Field(-1, ge=-1, le=1_000_000)
+    """Restarts after machines were taken away before their workers had saved; they don't count as
+    max_failures. -1 = always. Those whose workers had saved are never counted.
+    """
+
+    preemption_grace_s: Annotated[float, Field(ge=0, le=1e8)] = 30.0
+    """Seconds that the other workers have, after a machine was to go, to end a save that is under
+    way, before they are started again.
+    """
+
+    relax_collectives_on_preemption: bool = False
+    """Ray Train's own exchanges go on without workers of a machine that goes. A checkpoint needs
+    every worker's part, so this helps no save; it only ends waiting for a machine that went early.
+    """
+
     worker_start_timeout: Seconds = 1800.0
     """Seconds until the workers must be up (GPU nodes take minutes)."""
 
@@ -104,6 +139,8 @@ class RuntimeConfig(Section):
     """Seconds that a step may take, or the start before the first one (loading, compiling) or the
     last upload, before a worker counts as hanging and is restarted.
     """
+
+    preflight: PreflightConfig = PreflightConfig()
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -149,6 +186,15 @@ class RuntimeConfig(Section):
             raise ValueError(
                 f"deepspeed has options, but strategy is {self.strategy}; leave them out, or use "
                 "strategy deepspeed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _transport_fits_device(self) -> RuntimeConfig:
+        if self.preflight.transport == "rdma" and not self.use_gpu:
+            raise ValueError(
+                "preflight.transport = rdma is about NCCL, and use_gpu = false has the workers "
+                "talk by gloo over TCP; use transport any, or use_gpu true"
             )
         return self
 

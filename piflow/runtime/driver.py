@@ -10,20 +10,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from piflow.config import Recipe, RuntimeConfig
-from piflow.data.cluster import ResourcesError, require_resources
+from piflow.config import Recipe
+from piflow.data.cluster import ResourcesError
 from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runs import folder as run_folder
 from piflow.runs import tracking
 from piflow.runs.folder import RunRecord
 from piflow.runs.lease import PROCESS, Ownership, RunTakenError, owned
 from piflow.runs.tracking import MlflowTracker, RunStatus, Tracker, deliver_kept, finish
-from piflow.runtime.exits import RayLostError, WorkersFailedError, WorkersLostError
+from piflow.runtime.exits import RayLostError, WorkersLostError
 from piflow.runtime.mailbox import Departure, StopReason
 from piflow.runtime.progress import mailbox_with_bar
 from piflow.runtime.ray_job import grace_told, stopping_told
-from piflow.runtime.session import ray_session, start_tries
+from piflow.runtime.session import start_tries
 from piflow.runtime.signals import Signals, StoppedError
+from piflow.runtime.workers import collectives, failed, scaling, session_with_room
 from piflow.training.preflight import Run, preflight, require_newest_of
 from piflow.training.step import NonFiniteError
 
@@ -71,37 +72,11 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
             print(grace, flush=True)
         with (
             _tracked(run) as (record, tracker),
-            _session_with_room(recipe),
+            session_with_room(recipe),
             mailbox_with_bar(recipe.name, recipe.training.steps, show=show_progress) as mailbox,
             Signals().handled() as signals,
         ):
             return _attempts(run, record, mailbox, signals, tracker, ownership)
-
-
-@contextmanager
-def _session_with_room(recipe: Recipe) -> Iterator[None]:
-    """Ray, with room for the workers, be it their fewest.
-
-    Raises:
-        ResourcesError: there is none within `runtime.worker_start_timeout`.
-    """
-    runtime = recipe.runtime
-    with ray_session(recipe):
-        require_resources(
-            [_resources(runtime)] * runtime.worker_range[0],
-            what="the workers",
-            keys="runtime.num_workers, use_gpu, cpus_per_worker",
-            timeout=runtime.worker_start_timeout,
-        )
-        yield
-
-
-def _resources(runtime: RuntimeConfig) -> dict[str, float]:
-    """Of a worker, by Ray's names."""
-    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
-    if runtime.use_gpu:
-        resources["GPU"] = 1
-    return resources
 
 
 def _end_dead_run(uri: str, run_id: str, run_dir: str) -> None:
@@ -166,14 +141,6 @@ def _recorded(run: Run) -> RunRecord:
     record = RunRecord(recipe.hash(), recipe.identity(), uri, run_id, run.store.manifest_hash, base)
     run_folder.write_record(recipe.run_dir, record)
     return record
-
-
-def _collectives(runtime: RuntimeConfig) -> str:
-    """torch.distributed's backend."""
-    if not runtime.use_gpu:
-        return "gloo"
-    # gradients that lie in host memory are clipped there
-    return "cpu:gloo,cuda:nccl" if runtime.offload == "cpu" else "nccl"
 
 
 def _attempts(
@@ -243,17 +210,17 @@ class _Attempts:
         """
         import ray.train
 
-        from piflow.runtime.ray_private import (
-            WorkerGroupStartupTimeoutError,
-            first_failure,
-            is_of_system,
-        )
+        from piflow.runtime.ray_private import WorkerGroupStartupTimeoutError, is_of_system
 
         if isinstance(error, ray.train.WorkerGroupError):  # Ray Train has counted these itself
-            text = first_failure(error.worker_failures)
-            self.require_no_signal(text)
-            lost = all(is_of_system(failure) for failure in error.worker_failures.values())
-            raise (WorkersLostError if lost else WorkersFailedError)(text) from error
+            self.require_no_signal(str(failed(error)))
+            raise failed(error) from error
+        if isinstance(error, ray.train.PreemptionError):  # and these
+            self.require_no_signal(str(error))
+            raise WorkersLostError(
+                "machines were taken away before their workers had saved, more often than "
+                f"runtime.max_preemption_failures allows: {error}"
+            ) from error
         cause = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
         if isinstance(cause, WorkerGroupStartupTimeoutError):
             self.require_no_signal(str(cause))
@@ -347,14 +314,14 @@ def _trainer(run: Run, record: RunRecord, store: Any, mailbox: Any, notes: str) 
 
     recipe = run.absolute
     runtime = recipe.runtime
-    # a pair makes Ray Train elastic, which its declared types don't know
-    workers: Any = runtime.worker_range if runtime.is_elastic else runtime.max_workers
     callbacks: list[Any] = [LifecycleCallback(mailbox, runtime.stall_timeout)]
     failures: dict[str, Any] = {
         "max_failures": runtime.max_failures,
         "controller_failure_limit": start_tries(runtime),
+        "max_preemption_failures": runtime.max_preemption_failures,
+        "preemption_grace_s": runtime.preemption_grace_s,
+        "relax_collectives_on_preemption": runtime.relax_collectives_on_preemption,
     }
-    scaling: dict[str, Any] = {"elastic_resize_monitor_interval_s": runtime.resize_interval}
     config: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "written": run.recipe.model_dump(mode="json"),
@@ -368,13 +335,8 @@ def _trainer(run: Run, record: RunRecord, store: Any, mailbox: Any, notes: str) 
     return TorchTrainer(
         train_worker,
         train_loop_config=config,
-        torch_config=ClusterTorchConfig(backend=_collectives(runtime)),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=runtime.use_gpu,
-            resources_per_worker=_resources(runtime),
-            **scaling,
-        ),
+        torch_config=ClusterTorchConfig(backend=collectives(runtime)),
+        scaling_config=scaling(runtime, runtime.resize_interval),
         run_config=ray.train.RunConfig(
             name=run_folder.CHECKPOINTS,
             storage_path=notes,
