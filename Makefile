@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 CLUSTER := $(VENV)/.installed-cluster
+CHECKOV := .venv-checkov/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TARGETS := kuberay aws gcp on-premise slurm sky
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
@@ -22,7 +23,7 @@ help:
 	@echo "make unit         the unit tests alone (seconds)"
 	@echo "make test-recipes every recipe stopped and resumed on a tiny model, slow strategies (an hour)"
 	@echo "make test-faults  killed processes, damaged files, servers that go away, clocks that jump (minutes)"
-	@echo "make test-cluster-files  what cluster/ holds, by kustomize and Kubernetes' schemas (a minute)"
+	@echo "make test-cluster-files  what cluster/ and infra/ hold, by the tools of each (two minutes)"
 	@echo "make render       write cluster/ again from its recipe and values"
 	@echo "make pretrain     train the default teacher again (hours on a CPU)"
 	@echo "make clean        remove the environment and the runs"
@@ -44,6 +45,11 @@ $(DEV): $(STAMP)
 
 $(CLUSTER): $(DEV)
 	$(INSTALL) --editable '.[ray,s3,dev,cluster-files]'
+	@touch $@
+
+$(CHECKOV):  # it pins versions of its own, of boto3 and others
+	test -x .venv-checkov/bin/python || $(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/python -m pip install --quiet --disable-pip-version-check 'checkov==3.3.*'
 	@touch $@
 
 $(FONT):
@@ -83,7 +89,7 @@ test-recipes: install-dev
 test-faults: install-dev $(FAKETIME)
 	$(BIN)/python -m pytest tests/faults
 
-test-cluster-files: $(CLUSTER)
+test-cluster-files: $(CLUSTER) $(CHECKOV)
 	$(BIN)/python -m pytest tests/cluster_files
 
 render: install
@@ -95,4 +101,4 @@ pretrain: install
 	$(BIN)/piflow pretrain pipelines/recipes/emoji-teacher.yaml
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-checkov runs
