@@ -105,9 +105,9 @@ def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 
 
 @app.command(
-    epilog=f"Example: `piflow preflight {DEFAULT_RECIPE}`; on a cluster, set RAY_ADDRESS. Floors are "
-    "the recipe's runtime.preflight. Exit code 0: everything passed; 1: something failed, 69: no "
-    "room for the workers."
+    epilog=f"Example: `piflow preflight {DEFAULT_RECIPE}`; on a cluster, set RAY_ADDRESS. Floors "
+    "are the recipe's runtime.preflight. Exit code 0: everything passed; 1: something failed; 69: "
+    "no room for the workers."
 )
 def preflight(
     recipe: RecipeArgument,
@@ -342,6 +342,33 @@ def render(
         values=values,
         out=out or Path("rendered") / target,
         overrides=overrides or [],
+    )
+
+
+@app.command(
+    name="watch-spot",
+    epilog="Example: `piflow watch-spot --cloud aws --address 10.0.0.5:6379`. `piflow render` has "
+    "machines of a spot market start it; it ends when Ray knows that the machine goes.",
+)
+def watch_spot(
+    cloud: Annotated[Literal["aws", "gcp"], typer.Option(help="whose machine this is")],
+    address: Annotated[
+        str,
+        typer.Option(help="host:port of Ray's head, as given to `ray start`", metavar="ADDRESS"),
+    ],
+    on_rebalance: Annotated[
+        Literal["tell", "drain"],
+        typer.Option(help="when EC2 says that the machine is at elevated risk, without a time"),
+    ] = "tell",
+) -> None:
+    """Wait for a cloud's notice that it takes this machine away, and have Ray drain it."""
+    from piflow.runtime.spot import watch
+
+    watch(
+        cloud,
+        address,
+        drain_on_rebalance=on_rebalance == "drain",
+        tell=lambda text: print(f"piflow watch-spot: {text}", flush=True),
     )
 
 

@@ -171,7 +171,7 @@ def encoder_kind(section: Mapping[str, Any], family: str | None) -> type[Encoder
         kinds.setdefault(kind.model_fields["type"].default, kind)
     takes_bert = not own or any(kind.model_fields["type"].default == _BERT for kind in own)
     tag = section.get("type", _BERT if takes_bert else next(iter(kinds)))
-    if tag not in kinds:
+    if not isinstance(tag, str) or tag not in kinds:
         expected = ", ".join(repr(name) for name in kinds)
         context = {"discriminator": "type", "tag": str(tag), "expected_tags": expected}
         raise PydanticKnownError("union_tag_invalid", context)

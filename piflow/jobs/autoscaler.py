@@ -21,6 +21,7 @@ Config = dict[str, Any]
 HEAD = "head"
 _PORT = 6379
 _MOUNTS = {"~/.ray/auth_token": "~/.ray/auth_token", "~/recipe.yaml": "recipe.yaml"}
+_WATCHER_LOCK, _WATCHER_LOG = "~/.piflow-watch-spot.lock", "~/piflow-watch-spot.log"
 _SHM_SHARE = 0.4  # of the memory: Ray's object store takes 0.3, NCCL and loaders some more
 _ON_PREMISE_TYPE = "local.cluster.node"  # Ray's name of the one kind that it knows there
 
@@ -46,7 +47,10 @@ def aws(recipe: Recipe, values: Values, aws: AwsValues, needed: Demand) -> Confi
         "use_internal_ips": True,
         "cache_stopped_nodes": False,
     }
-    return _config(recipe, values, aws, provider, types)
+    config = _config(recipe, values, aws, provider, types)
+    if "spot" in (aws.cpu_market, aws.gpu_market):
+        _have_notices_watched(config, "aws", "--on-rebalance", aws.on_rebalance)
+    return config
 
 
 def gcp(recipe: Recipe, values: Values, gcp: GcpValues, needed: Demand) -> Config:
@@ -66,7 +70,9 @@ def gcp(recipe: Recipe, values: Values, gcp: GcpValues, needed: Demand) -> Confi
         "use_internal_ips": True,
         "cache_stopped_nodes": False,
     }
-    return _config(recipe, values, gcp, provider, types)
+    config = _config(recipe, values, gcp, provider, types)
+    _have_notices_watched(config, "gcp")  # CPU machines are spot machines
+    return config
 
 
 def on_premise(recipe: Recipe, values: Values, own: OnPremiseValues, needed: Demand) -> Config:
@@ -171,6 +177,18 @@ def _start_worker(values: Values) -> str:
         "chmod 600 ~/.ray/auth_token && RAY_AUTH_MODE=token "
         f"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S={values.saving_seconds} "
         f"ray start --address=$RAY_HEAD_IP:{_PORT}"
+    )
+
+
+def _have_notices_watched(config: Config, cloud: str, *options: str) -> None:
+    """Each worker waits for its cloud's notice and has Ray drain it; one watcher a machine.
+
+    Ray starts the same on every kind of machine: one that isn't of the spot market gets no notice.
+    """
+    watcher = ["piflow", "watch-spot", "--cloud", cloud, *options]
+    config["worker_start_ray_commands"].append(
+        f"RAY_AUTH_MODE=token setsid flock --nonblock {_WATCHER_LOCK} {shlex.join(watcher)} "
+        f"--address $RAY_HEAD_IP:{_PORT} >> {_WATCHER_LOG} 2>&1 < /dev/null &"
     )
 
 

@@ -65,8 +65,12 @@ class AwsValues(SshValues):
     """What runs on CPU machines is done again where one goes."""
 
     gpu_market: Market = "on-demand"
-    """spot: nothing tells Ray of the notice, so the steps since the last checkpoint are done again:
-    set training.checkpoint_every accordingly.
+    """spot: each machine waits for Amazon's notice, 120 s before its end, and its workers save."""
+
+    on_rebalance: Literal["tell", "drain"] = "tell"
+    """When EC2 says that a spot machine is at elevated risk, without a time: tell says so in the
+    watcher's log and waits for the notice; drain leaves the machine at once, which may have lived
+    for hours.
     """
 
     efa_cards: NonNegative = 0
@@ -115,7 +119,7 @@ class GcpValues(SshValues):
     """Machine type, such as a3-highgpu-8g."""
 
     gpu_market: Market = "on-demand"
-    """As with aws."""
+    """As with aws; the notice comes 30 s before the end."""
 
     disk_gb: Positive = 500
     """Of each machine."""

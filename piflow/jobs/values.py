@@ -17,6 +17,7 @@ from piflow.jobs.machines import (
     SlurmValues,
 )
 from piflow.jobs.strict import NonNegative, Positive, PositiveFloat, Strict
+from piflow.runtime.spot import NOTICE_SECONDS
 from piflow.storage.foreign import shown
 
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY)", re.IGNORECASE)
@@ -297,12 +298,20 @@ class Values(Strict):
     @model_validator(mode="after")
     def _saves_within_the_notice(self) -> Values:
         spot = None if self.kubernetes is None else self.kubernetes.spot
-        if spot is not None and self.saving_seconds >= spot.notice_seconds:
-            raise ValueError(
-                f"kubernetes.spot.notice_seconds ({spot.notice_seconds}) is how long a machine "
-                f"lives after its notice, and saving_seconds is {self.saving_seconds}; leave spot "
-                "out, or make steps and saves shorter (more workers, a smaller batch)"
-            )
+        notices: dict[str, int] = {}
+        if spot is not None:
+            notices["kubernetes.spot.notice_seconds"] = spot.notice_seconds
+        if self.aws is not None and self.aws.gpu_market == "spot":
+            notices["aws.gpu_market = spot"] = NOTICE_SECONDS["aws"]
+        if self.gcp is not None and self.gcp.gpu_market == "spot":
+            notices["gcp.gpu_market = spot"] = NOTICE_SECONDS["gcp"]
+        for key, seconds in notices.items():
+            if self.saving_seconds >= seconds:
+                raise ValueError(
+                    f"{key} ({seconds} s) is how long a machine lives after its notice, and "
+                    f"saving_seconds is {self.saving_seconds}; leave spot out, or make steps and "
+                    "saves shorter (more workers, a smaller batch)"
+                )
         return self
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from piflow.config import PiIDConfig, Recipe, RecipeError, flatten, parse_recipe, plain_yaml
@@ -101,6 +101,7 @@ def build_objective(recipe: Recipe) -> None:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
+@example(variant={}, values={"encoder.type": []})
 @given(
     st.sampled_from(VARIANTS),
     st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=2),

@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -16,7 +17,12 @@ import botocore.session
 import pytest
 import yaml
 from botocore.validate import ParamValidator
-from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler._private.command_runner import _with_interactive
+from ray.autoscaler._private.util import (
+    prepare_config,
+    validate_config,
+    with_head_node_ip,
+)
 from typer.testing import CliRunner
 
 from piflow import cli
@@ -269,3 +275,44 @@ def test_skypilots_script_is_bash(tmp_path: Path, programs: Path) -> None:
     address, stage, *_, override = done.stdout.splitlines()
     assert (address, stage) == ("10.0.0.1:6390", "embed")
     assert override == "embed.prompts=s3://b/it's $(id).txt"
+
+
+# -------------------------------------------------------------------------------- spot notices
+
+
+@pytest.mark.parametrize("target", ["aws", "gcp"])
+def test_workers_start_one_watcher_each_as_ray_calls_it(target: str, tmp_path: Path) -> None:
+    """Ray wraps a command in a shell of its own; a second start meets the first one's lock."""
+    command = config(target)["worker_start_ray_commands"][-1]
+    words = _with_interactive(with_head_node_ip([command], "10.0.0.5")[0])
+    piflow = tmp_path / "piflow"
+    piflow.write_text(f'#!/bin/sh\necho "$RAY_AUTH_MODE $@" >> {tmp_path}/called\nsleep 3\n')
+    piflow.chmod(0o755)
+    (tmp_path / ".bashrc").touch()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    for _ in range(2):
+        began = time.monotonic()
+        subprocess.run(
+            ["bash", "-c", *shlex.split(words[-1])], env=environment, check=True, timeout=20
+        )
+        assert time.monotonic() - began < 2.5, "the next command must not wait for the watcher"
+    time.sleep(1)
+    (called,) = (tmp_path / "called").read_text().splitlines()
+    assert called.startswith(f"token watch-spot --cloud {target}")
+    assert called.endswith("--address 10.0.0.5:6379")
+    CliRunner().invoke(cli.app, [*called.split()[1:], "--help"], catch_exceptions=False)
+
+
+def test_without_spot_machines_nothing_is_watched() -> None:
+    aws = section("aws", cpu_market="on-demand")
+    assert len(config("aws", aws=aws)["worker_start_ray_commands"]) == 2
+    watching = section("aws", gpu_market="spot", on_rebalance="drain")
+    (watcher,) = config("aws", aws=watching)["worker_start_ray_commands"][2:]
+    assert "--on-rebalance drain" in watcher
+
+
+@pytest.mark.parametrize(("cloud", "seconds"), [("aws", 120), ("gcp", 30)])
+def test_a_save_that_takes_longer_than_the_notice_is_refused(cloud: str, seconds: int) -> None:
+    spot = section(cloud, gpu_market="spot")
+    with pytest.raises(ValueError, match=rf"{cloud}.gpu_market = spot \({seconds} s\)"):
+        rendered(cloud, kubernetes=None, saving_seconds=seconds, **{cloud: spot})
