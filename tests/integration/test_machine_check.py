@@ -13,7 +13,6 @@ from piflow import cli
 RECIPE = Path(__file__).parents[2] / cli.DEFAULT_RECIPE
 
 
-@pytest.mark.timeout(240)
 def test_two_workers_measure_and_a_floor_that_isnt_reached_fails(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
