@@ -105,6 +105,9 @@ def kept_handlers() -> Iterator[None]:
 
     SIGTERM waits until the block ends, and processes that are started in it never get one: a job
     system sends it to all of them at once, and Ray's own must outlive the workers' last save.
+    The kernel may give it to another thread of this process instead, which doesn't block it; the
+    library's handler then ends the block by its own `sys.exit(15)`, as Ray's does, and the handler
+    from before decides after all.
     """
     if not _in_main_thread():
         yield
@@ -113,6 +116,10 @@ def kept_handlers() -> Iterator[None]:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
+    except SystemExit as end:
+        if end.code == signal.SIGTERM and callable(before):
+            before(signal.SIGTERM, None)
+        raise
     finally:
         if callable(before):
             signal.signal(signal.SIGTERM, before)

@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -228,6 +229,24 @@ def test_a_library_does_not_keep_sigterm() -> None:
             child.terminate()
             assert child.wait(60) == 0
         time.sleep(60)
+
+
+def test_a_library_whose_handler_another_thread_wakes_does_not_choose_the_exit_code() -> None:
+    """The main thread blocks SIGTERM, so the kernel gives a process's signal to any other one."""
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()  # before the block: it doesn't inherit the mask
+    try:
+        with pytest.raises(StoppedError, match="SIGTERM"), ended_by_signals(), kept_handlers():
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        with pytest.raises(SystemExit) as caught, ended_by_signals(), kept_handlers():
+            sys.exit("something else")
+    finally:
+        done.set()
+        other.join()
+    assert caught.value.code == "something else"
 
 
 CLOSED_TERMINAL = """
