@@ -14,19 +14,19 @@ from piflow.runtime.session import ray_session
 
 @contextmanager
 def session_with_room(recipe: Recipe) -> Iterator[None]:
-    """Ray, with room for the workers, be it their fewest.
+    """Ray, with room for the workers and online mode's encoders, be it the fewest of them.
 
     Raises:
         ResourcesError: there is none within `runtime.worker_start_timeout`.
     """
-    runtime = recipe.runtime
+    runtime, embed = recipe.runtime, recipe.embed
+    what, keys = "the workers", "runtime.num_workers, use_gpu, cpus_per_worker"
+    bundles = [resources(runtime)] * runtime.worker_range[0]
+    if embed.mode == "online":
+        what, keys = "the workers and encoders", f"{keys}, embed.encoders, gpus_per_encoder"
+        bundles += [{"CPU": 1, "GPU": embed.gpus_per_encoder}] * embed.encoders[0]
     with ray_session(recipe):
-        require_resources(
-            [resources(runtime)] * runtime.worker_range[0],
-            what="the workers",
-            keys="runtime.num_workers, use_gpu, cpus_per_worker",
-            timeout=runtime.worker_start_timeout,
-        )
+        require_resources(bundles, what=what, keys=keys, timeout=runtime.worker_start_timeout)
         yield
 
 

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from piflow import storage
 from piflow.config import Recipe
+from piflow.runs import folder as run_folder
 from piflow.sharding.everyone import everyone, rank
 from piflow.sharding.tensors import SplitTensor
 from piflow.storage.foreign import ForeignDataError, parse_object, relative_name, shown
@@ -235,6 +236,20 @@ def require_same_run(
             f"checkpoint {where} was trained on store {shown(state.manifest_hash, 16)}, this run's "
             f"is {shown(manifest_hash, 16)}: use the store that it was trained on, or move the "
             "checkpoint away"
+        )
+
+
+def require_step(state: RunState, step: int, where: str) -> None:
+    """Make sure that a checkpoint is of the step that its folder is named after.
+
+    Raises:
+        ForeignCheckpointError: somebody renamed the folder, or copied another one there.
+    """
+    if state.step != step:
+        raise ForeignCheckpointError(
+            f"checkpoint {where} is of step {state.step}, its folder's name says {step}: somebody "
+            "renamed it or copied another one there. Give it the name that it had "
+            f"({run_folder.checkpoint_name(state.step)}), or move it away"
         )
 
 

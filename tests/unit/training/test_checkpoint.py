@@ -438,13 +438,16 @@ def test_a_start_looks_at_the_newest_checkpoint(tmp_path: Path) -> None:
     uris = {}
     for step, written in ((1, recipe()), (2, recipe(seed=5))):
         uris[step] = str(tmp_path / f"step_{step}")
-        save_checkpoint(tmp_path / f"step_{step}", make(), state_of(written))
+        where = replace(state_of(written), step=step)
+        save_checkpoint(tmp_path / f"step_{step}", make(), where)
     require_newest_of(recipe(), "ab" * 32, {})
     require_newest_of(recipe(), "ab" * 32, {1: uris[1]})
     with pytest.raises(ForeignCheckpointError, match="step_2 was written by recipe"):
         require_newest_of(recipe(), "ab" * 32, uris)
     (tmp_path / "step_2" / STATE_FILE).write_text("{}")
     require_newest_of(recipe(), "ab" * 32, uris)
+    with pytest.raises(ForeignCheckpointError, match="is of step 1, its folder's name says 3"):
+        require_newest_of(recipe(), "ab" * 32, {3: uris[1]})
 
 
 def test_run_directory_takes_it_for_finished(saved: Path) -> None:

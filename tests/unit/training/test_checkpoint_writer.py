@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from piflow.sharding.single import SingleStrategy
 from piflow.storage import files
 from piflow.training import checkpoint_writer
 from piflow.training.checkpoint import (
+    ForeignCheckpointError,
     CheckpointError,
     FileRecord,
     RunState,
@@ -97,6 +99,16 @@ def run_dir(tmp_path: Path) -> tuple[Path, dict[int, State]]:
         held[step + 1] = copied(ours)
     saves.wait()
     return tmp_path, held
+
+
+def test_a_checkpoint_under_another_steps_name_is_not_gone_on_from(
+    run_dir: tuple[Path, dict[int, State]],
+) -> None:
+    """Its weights would be taken for those of a later step, its folder for that step's own."""
+    folder = run_dir[0] / "checkpoints"
+    shutil.copytree(folder / "step_00000002", folder / "step_00000009")
+    with pytest.raises(ForeignCheckpointError, match="of step 2, its folder's name says 9"):
+        restore(run_dir[0])
 
 
 # ------------------------------------------------------------------------------- behind the steps
