@@ -182,6 +182,7 @@ def _locked(uri: str, mine: Owner) -> Iterator[Ownership]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path, uri):
         _write(path, mine.to_json())
+        storage.delete_left_over(str(path.parent))
         try:
             yield Ownership()
         finally:

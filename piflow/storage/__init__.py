@@ -12,6 +12,7 @@ Imports nothing else of piflow.
 from piflow.storage.files import (
     delete_file,
     delete_folder,
+    delete_left_over,
     exists,
     expand,
     explained,
@@ -43,6 +44,7 @@ __all__ = [
     "base_name",
     "delete_file",
     "delete_folder",
+    "delete_left_over",
     "exists",
     "expand",
     "explained",

@@ -28,7 +28,9 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,6 +53,8 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _PARTIAL = ".partial"  # suffix of a local file that is still being written
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # `_write_local`'s name for one
+_LEFT_SECONDS = 600.0  # without a change, after which nobody writes to one any more
 
 _LISTED_BY_SERVERS = ("s3", "hf")  # schemes whose names of files come from elsewhere
 
@@ -307,6 +311,29 @@ def delete_folder(uri: str) -> None:
         raise ValueError(f"refusing to delete {redacted(uri)!r}, a root; name a folder inside it")
     if system.get_file_info(path).type == fs.FileType.Directory:
         system.delete_dir(path)
+
+
+def delete_left_over(uri: str) -> list[str]:
+    """Delete what killed processes left half written below a local folder; returns the paths.
+
+    Such a file was never there under its own name. One that was written to within ten minutes
+    stays, since a worker that outlives its driver for a moment may be at it. Links aren't followed.
+    On an object store nothing is left: an upload that isn't finished is no object.
+    """
+    if scheme(uri) != "file":
+        return []
+    newest, deleted = time.time() - _LEFT_SECONDS, []
+    for folder, _, names in os.walk(local_path(uri)):
+        for name in filter(_UNFINISHED.fullmatch, names):
+            path = Path(folder, name)
+            try:
+                found = path.lstat()
+                if stat.S_ISREG(found.st_mode) and found.st_mtime < newest:
+                    path.unlink()
+                    deleted.append(str(path))
+            except OSError:
+                pass  # another process was faster, or may delete there and this one mayn't
+    return sorted(deleted)
 
 
 @_explains

@@ -45,6 +45,15 @@ def test_another_process_of_the_same_number_is_another_one() -> None:
     assert replace(ours, started=ours.started - 1).was_killed_here
 
 
+def test_a_new_owner_deletes_what_killed_processes_left_half_written(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / ".state.json.0a1b2c3d.partial"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    with lease.owned(str(tmp_path)):
+        assert not left.exists()
+
+
 @pytest.mark.parametrize("pid", [1, NOBODY])
 @pytest.mark.parametrize("kind", ["pid", "boot", "unknown"])
 def test_a_process_elsewhere_is_never_called_dead(kind: str, pid: int) -> None:

@@ -132,6 +132,27 @@ def test_listing_is_relative_sorted_and_skips_unfinished_files(tmp_path: Path) -
     assert storage.file_sizes(str(tmp_path)) == {"a": 1, "b/two": 2}
 
 
+def test_what_killed_processes_left_half_written_goes(tmp_path: Path) -> None:
+    """A real writer, killed between its first byte and the rename."""
+    target = tmp_path / "folder" / "file.bin"
+    code = (
+        "import os, signal, sys; from piflow import storage\n"
+        "os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "storage.write_bytes(sys.argv[1], b'half')\n"
+    )
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode == -9
+    old, new = sorted(target.parent.iterdir())
+    theirs, linked = target.parent / "mine.partial", target.parent / ".x.0a1b2c3d.partial"
+    theirs.write_bytes(b"of somebody else")
+    linked.symlink_to(theirs)
+    for path in (old, theirs):
+        os.utime(path, (0, 0))
+    assert storage.delete_left_over(str(tmp_path)) == [str(old)]
+    assert sorted(target.parent.iterdir()) == sorted([new, theirs, linked])
+    assert storage.delete_left_over("s3://bucket/folder") == []
+
+
 def _touch(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
