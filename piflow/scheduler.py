@@ -27,7 +27,10 @@ from piflow.schedule import FewStep, FlowSchedule
 
 @dataclass
 class FlowMapSchedulerOutput(BaseOutput):
-    """`prev_sample`: the sample at the step's end, in the dtype of the one that came."""
+    """`prev_sample`: the sample at the step's end, in the dtype of the one that came.
+
+    Inside `FlowMapScheduler.reading` it is in float32 but after the last step.
+    """
 
     prev_sample: Tensor
 
@@ -101,6 +104,12 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._reader: TokenReader | None = None
         self._generator: Generators | None = None
+        self._loop_dtype: torch.dtype | None = None  # of the latents that a pipeline's loop drew
+
+    @property
+    def step_index(self) -> int | None:
+        """Which step comes next, after `set_begin_index`; None: it is found by its timestep."""
+        return self._step_index
 
     def set_timesteps(
         self,
@@ -154,6 +163,9 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
     def reading(self, reader: TokenReader, generator: Generators | None = None) -> Iterator[None]:
         """Lets `step` take raw tokens inside the context, for loops that know nothing of policies.
 
+        Between the first step and the last the loop carries float32 latents: a few steps that each
+        round to bfloat16 lose more than the network's own rounding does.
+
         Args:
             reader: the layout of the loop's samples, and the student's policy.
             generator: source of the noise of stochastic sampling for steps without their own.
@@ -162,7 +174,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         try:
             yield
         finally:
-            self._reader, self._generator = None, None
+            self._reader, self._generator, self._loop_dtype = None, None, None
 
     def step(
         self,
@@ -195,7 +207,12 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             previous = self._step_tokens(model_output, latents, self.few_step, index, generator)
         else:
             previous = self._follow(model_output, latents, self.few_step, index, generator)
-        previous = previous.to(sample.dtype)
+        if self._reader is None:
+            previous = previous.to(sample.dtype)
+        else:
+            self._loop_dtype = self._loop_dtype or sample.dtype
+            if index + 1 == self.few_step.nfe:
+                previous = previous.to(self._loop_dtype)
         return FlowMapSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:

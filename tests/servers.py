@@ -29,6 +29,8 @@ import pytest
 from piflow import storage
 
 KEYS = {"AWS_ACCESS_KEY_ID": "piflow", "AWS_SECRET_ACCESS_KEY": "only-for-tests"}
+PLANTED = {"HF_TOKEN": "hf_planted0token", "MLFLOW_TRACKING_PASSWORD": "planted-password"}
+SECRETS = [KEYS["AWS_SECRET_ACCESS_KEY"], *PLANTED.values()]
 _SERVICES = ("master", "volume", "filer", "s3", "webdav", "admin")
 _START_SECONDS = 120  # minutes are for loaded machines; on quiet cores it takes 10 to 20 s
 _PORTS = range(21000, 23000)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
 
 from piflow import storage
 from piflow.backbones.transformer import TransformerBackbone
@@ -183,9 +184,36 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         with (
             self._student.in_place(),
             self._transformer_as(self._sampling_transformer()),
+            self._exact_inputs(),
             self.scheduler.reading(reader, arguments["generator"]),
         ):
             return family_call(self, **arguments)
+
+    @contextmanager
+    def _exact_inputs(self) -> Iterator[None]:
+        """Hands the transformer sigma in float32, as in training, and latents in its own dtype.
+
+        The loops of FLUX and Qwen-Image round the timestep to the latents' dtype and divide it by
+        1000: in bfloat16 the network would see sigma = 0.888 at 0.8889 where it saw 0.892 in
+        training, which rounds once.
+        """
+        module, scheduler = self.transformer, self.scheduler
+        if not isinstance(module, nn.Module):  # what stands in for it rounds nothing
+            yield
+            return
+
+        def exact(
+            module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            sigma = scheduler.sigmas[scheduler.step_index].expand_as(named["timestep"])
+            latents = named["hidden_states"].to(module.dtype)
+            return positional, {**named, "timestep": sigma, "hidden_states": latents}
+
+        hook = module.register_forward_pre_hook(exact, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _check_steps(self, nfe: int) -> None:
         """Refuses steps and schedules that the student wasn't trained for."""

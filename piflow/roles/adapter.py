@@ -43,6 +43,10 @@ GM_FIXED = {
 }
 GM_OWN = ("num_gaussians", "logstd_inner_dim", *GM_FIXED)
 DX_OWN = ("segment_size", "shift", "mode")  # in the metadata
+DX_PREFIX = "DX"  # of a DX student's class name in other exporters' files
+DX_DEFAULTS = {"segment_size": 1.0, "mode": "grid"}  # where the published exporters leave them out
+LATER_FIELDS = ("guidance_embeds",)  # which configs of earlier diffusers versions lack
+DORA = (".lora_magnitude_vector", ".dora_scale")  # in names of its tensors
 HEAD_LAYERS = {  # beside `norm_out`; the values' projection first
     "gmflow": ("proj_out_means", "proj_out_logweights", "proj_out_logstds.1", "proj_out_logstds.3"),
     "dx": ("proj_out",),
@@ -125,7 +129,7 @@ class AdapterConfig:
                 student was trained with, or a head of another kind.
         """
         fields = parse_object(text, where=where)
-        class_name = str(fields.get("_class_name"))
+        class_name = str(fields.get("_class_name")).removeprefix(DX_PREFIX)
         is_gm = class_name.startswith(GM_PREFIX)
         kind = "GMFlow" if is_gm else "DX"
         described = parse_object(
@@ -137,6 +141,8 @@ class AdapterConfig:
                 f"{POLICY_KEY} in the safetensors metadata is {shown(policy_json)}: config and "
                 "weights don't belong together, or this is a base model and not an adapter"
             )
+        if not is_gm:
+            described = {**DX_DEFAULTS, **described}
         needed = ["in_channels", "out_channels", *(GM_OWN[:2] if is_gm else ())]
         missing = [field for field in needed if field not in fields]
         missing += [field for field in DX_OWN if not is_gm and field not in described]
@@ -183,7 +189,8 @@ class Adapter:
                 f"{backbone.class_name}, got {shown(repr(config.class_name))}: load the "
                 "base model that the adapter was made from"
             )
-        base = [field for field in expected.fields if field not in GM_OWN]
+        left_out = [field for field in LATER_FIELDS if field not in config.fields]
+        base = [field for field in expected.fields if field not in (*GM_OWN, *left_out)]
         missing = [field for field in base if field not in config.fields]
         if missing:
             raise ValueError(f"the adapter's config lacks {', '.join(missing)}: export it again")
@@ -268,16 +275,30 @@ def load_adapter(folder: str | Path) -> Adapter:
         raise ValueError(
             f"the adapter is damaged: {shown(error, 1000)}; export it again"
         ) from error
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
+    tensors = {_published_name(name): tensor for name, tensor in stored.items()}
     if len(tensors) < len(stored):
         raise ValueError(
-            f"{uris[WEIGHTS_FILE]} holds tensors both with and without the prefix {PREFIX!r}: "
-            "export it again"
+            f"{uris[WEIGHTS_FILE]} holds tensors under two names for one, with and without the "
+            f"prefix {PREFIX!r} or PEFT's '.default': export it again"
+        )
+    if dora := next((name for name in tensors if any(part in name for part in DORA)), None):
+        raise ValueError(
+            f"{uris[WEIGHTS_FILE]} holds DoRA ({shown(dora)}), which isn't LoRA: export the "
+            "student with LoRA"
         )
     tensors = with_scale_one(tensors, metadata, uris[WEIGHTS_FILE])
     _check_complete(tensors, config.policy())
     ranks_of(tensors)
     return Adapter(config, tensors, metadata)
+
+
+def _published_name(name: str) -> str:
+    """A tensor's name without some exporters' prefix, and without PEFT's name of the LoRA."""
+    return (
+        name.removeprefix(PREFIX)
+        .replace(".lora_A.default.", ".lora_A.")
+        .replace(".lora_B.default.", ".lora_B.")
+    )
 
 
 def _with_sorted_metadata(content: bytes) -> bytes:

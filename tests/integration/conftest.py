@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import KEYS, S3Server
+from tests.servers import KEYS, PLANTED, S3Server
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,9 +29,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def s3_keys() -> Iterator[None]:
-    """The server's keys, set before Ray starts: its processes inherit them."""
+    """The server's keys and others' secrets, set before Ray starts: its processes inherit them."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in KEYS.items():
+        for name, value in {**KEYS, **PLANTED}.items():
             patch.setenv(name, value)
         yield
 

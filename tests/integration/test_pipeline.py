@@ -26,6 +26,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from ray._private import worker as ray_worker
 from torch import Tensor
 
 from piflow import storage
@@ -40,6 +41,7 @@ from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunDirectoryError
 from piflow.training.checkpoint import load_tensors
 from piflow.training.export import student_of_checkpoint
+from tests.servers import SECRETS
 
 REPOSITORY = Path(__file__).parents[2]
 PROMPTS = 24
@@ -446,6 +448,32 @@ def test_sampling_from_the_adapter(adapter: tuple[str, str], tmp_path: Path) -> 
         ours, theirs, different = (_pixels(image) for image in (one, other, seed))
     assert (ours - theirs).abs().max() <= 1
     assert (ours - different).abs().max() > 20
+
+
+def test_nothing_of_the_whole_run_holds_a_secret(
+    adapter: tuple[str, str], evaluation: Evaluation, folder: Path, bucket: str
+) -> None:
+    """Store, run, MLflow's database and artifacts, adapter, report, and all that Ray logged."""
+    session = Path(ray_worker._global_node.get_session_dir_path())
+    planted = folder / "planted.txt"
+    planted.write_text(f"key={SECRETS[0]}")
+    assert _holding_a_secret(folder, session) == [planted], "the search finds what is there"
+    planted.unlink()
+    objects = {
+        uri: storage.read_bytes(storage.join(bucket, uri)) for uri in storage.list_files(bucket)
+    }
+    assert any(name.startswith("runs/interrupted/adapter/") for name in objects)
+    assert [name for name, content in objects.items() if _secret_in(content)] == []
+
+
+def _holding_a_secret(*folders: Path) -> list[Path]:
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "recipe.yaml", "raylet.out"} <= {path.name for path in files}
+    return [path for path in files if _secret_in(path.read_bytes())]
+
+
+def _secret_in(content: bytes) -> bool:
+    return any(secret.encode() in content for secret in SECRETS)
 
 
 def _pixels(image: Image.Image) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from piflow.backbones import Backbone, Conditioning, FluxBackbone
 from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, LoRAConfig, PolicyConfig
+from piflow.policies import DXPolicy
 from piflow.roles.adapter import WEIGHTS_FILE, load_adapter, save_adapter
 from piflow.roles.heads import PolicyClock
 from piflow.roles.trio import Trio
@@ -293,9 +294,72 @@ def test_config_lacks_a_field_of_the_base(trio: Trio, flux_folder: Path, tmp_pat
 
 def test_policy_config_lacks_a_field(make_case: MakeCase, tmp_path: Path) -> None:
     path = save(make(make_case("flux")[0], "grid"), tmp_path, "grid") / WEIGHTS_FILE
-    described = json.dumps({"type": "DX", "shift": 3.2, "mode": "grid"})
+    described = json.dumps({"type": "DX", "segment_size": 0.5, "mode": "grid"})
     save_file(load_file(path), path, metadata={"policy_config": described})
-    with pytest.raises(ValueError, match="lacks segment_size"):
+    with pytest.raises(ValueError, match="lacks shift"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("class_name", ["FluxTransformer2DModel", "DXFluxTransformer2DModel"])
+def test_a_dx_file_that_leaves_out_the_published_defaults(
+    class_name: str, make_case: MakeCase, tmp_path: Path
+) -> None:
+    """As exporters in the wild write it: a class name of its own, no mode, no segment size."""
+    backbone, inputs = make_case("flux")
+    trio = make(backbone, "grid")
+    path = save(trio, tmp_path, "grid", dtype="float32") / WEIGHTS_FILE
+    edit_config(tmp_path, _class_name=class_name)
+    described = json.dumps({"type": "DX", "shift": CLOCK.shift})
+    save_file(load_file(path), path, metadata={"policy_config": described})
+    adapter = load_adapter(tmp_path)
+    assert adapter.config.clock() == PolicyClock(1.0, CLOCK.shift)
+    loaded = Trio.from_adapter(make_case("flux")[0], adapter)
+    found, ours = loaded.student(*inputs), trio.student(*inputs)
+    expected = DXPolicy(ours._values, ours._x_src, inputs[1], 1.0, CLOCK.shift, "grid")
+    x, later = inputs[0], 0.5 * inputs[1]
+    assert torch.equal(found.velocity(x, later), expected.velocity(x, later))
+
+
+def test_a_flux2_config_without_guidance_embeds(make_case: MakeCase, tmp_path: Path) -> None:
+    """Earlier diffusers versions had no such field."""
+    backbone, inputs = make_case("flux2")
+    trio = make(backbone)
+    edit_config(save(trio, tmp_path, dtype="float32"), guidance_embeds=None)
+    assert "guidance_embeds" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = Trio.from_adapter(make_case("flux2")[0], load_adapter(tmp_path))
+    x, sigma, _ = inputs
+    expected = trio.student(*inputs).velocity(x, sigma)
+    assert torch.equal(loaded.student(*inputs).velocity(x, sigma), expected)
+
+
+def test_pefts_own_names(trio: Trio, flux_folder: Path, flux_inputs: Any, tmp_path: Path) -> None:
+    """As a PEFT model's state has them, in half precision."""
+    path = save(trio, tmp_path, dtype="float16") / WEIGHTS_FILE
+    x, sigma, _ = flux_inputs
+    expected = Trio.from_adapter(FluxBackbone.load(flux_folder), load_adapter(tmp_path))
+    named = {
+        name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): value
+        for name, value in load_file(path).items()
+    }
+    assert sum(".default." in name for name in named) > 2
+    save_file(named, path)
+    found = Trio.from_adapter(FluxBackbone.load(flux_folder), load_adapter(tmp_path))
+    assert torch.equal(
+        found.student(*flux_inputs).velocity(x, sigma),
+        expected.student(*flux_inputs).velocity(x, sigma),
+    )
+    both = next(name for name in named if ".default." in name)
+    save_file({**named, both.replace(".default", ""): named[both].clone()}, path)
+    with pytest.raises(ValueError, match="under two names for one"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lora_magnitude_vector", "lora_magnitude_vector.default.weight"])
+def test_dora_is_refused_by_name(name: str, trio: Trio, tmp_path: Path) -> None:
+    path = save(trio, tmp_path) / WEIGHTS_FILE
+    more = {f"single_transformer_blocks.0.proj_mlp.{name}": torch.ones(4)}
+    save_file(load_file(path) | more, path)
+    with pytest.raises(ValueError, match="holds DoRA .*proj_mlp.lora_magnitude_vector"):
         load_adapter(tmp_path)
 
 

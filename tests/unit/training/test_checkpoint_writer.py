@@ -25,9 +25,9 @@ from piflow.sharding.single import SingleStrategy
 from piflow.storage import files
 from piflow.training import checkpoint_writer
 from piflow.training.checkpoint import (
-    ForeignCheckpointError,
     CheckpointError,
     FileRecord,
+    ForeignCheckpointError,
     RunState,
     load_state,
     load_tensors,
