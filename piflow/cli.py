@@ -450,3 +450,7 @@ def _kept_traceback(error: Exception) -> str:
         f"The traceback is in {path}. Run the same command again if a service was away; otherwise "
         "report it with that file"
     )
+
+
+if __name__ == "__main__":  # python -m piflow.cli
+    main()

@@ -7,7 +7,8 @@ in `MIGRATIONS` a function that turns an older recipe's tree into one of the nex
 same meaning, old defaults written out.
 
 Schema 0 is version 0.1.0's: there, an identity was the whole recipe less a list of exceptions.
-Until schema 2, LoRA on a bfloat16 base was computed in float32.
+Until schema 2, LoRA on a bfloat16 base was computed in float32. Until schema 3, a DX policy of mode
+`polynomial` was what is `velocity_polynomial` since.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from piflow.config.section import OPERATIONAL, RecipeError, Section, Variant
 
-SCHEMA = 2
+SCHEMA = 3
 VERSION_KEY = "schema_version"
 SINCE_SCHEMA_0: frozenset[str] = frozenset()
 """Dotted keys that decide results and that schema 0 didn't have."""
@@ -61,9 +62,15 @@ def _from_schema_1(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "lora": {"compute_dtype": "float32", **lora}}
 
 
+def _from_schema_2(tree: dict[str, Any]) -> dict[str, Any]:
+    """`polynomial` was a polynomial of the velocity; now it is the published one, of x0."""
+    return _with_mode(tree, {"polynomial": "velocity_polynomial"})
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     0: _from_schema_0,
     1: _from_schema_1,
+    2: _from_schema_2,
 }
 
 
@@ -110,7 +117,9 @@ def as_in_schema_0(deciding: dict[str, Any], changed: dict[str, Any]) -> dict[st
     then = "float32" if values["model.dtype"] == "bfloat16" else "base"
     if values.get("lora.compute_dtype") == then:
         unknown |= {"lora.compute_dtype"}
-    return _with_prompts(_without(deciding, unknown), _CLASSES, _CLASSES_OF_SCHEMA_0)
+    names = {"velocity_polynomial": "polynomial", "polynomial": "(not known then)"}
+    then_named = _with_mode(deciding, names)
+    return _with_prompts(_without(then_named, unknown), _CLASSES, _CLASSES_OF_SCHEMA_0)
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -160,3 +169,11 @@ def _with_prompts(tree: dict[str, Any], before: str, after: str) -> dict[str, An
     if not isinstance(embed, dict) or embed.get("prompts") != before:
         return tree
     return {**tree, "embed": {**embed, "prompts": after}}
+
+
+def _with_mode(tree: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """With another name for a DX policy's mode."""
+    policy = tree.get("policy")
+    if not isinstance(policy, dict) or policy.get("mode") not in names:
+        return tree
+    return {**tree, "policy": {**policy, "mode": names[policy["mode"]]}}

@@ -41,7 +41,7 @@ _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)  # of a stored i
 class Recipe(Section):
     """One run, whole."""
 
-    schema_version: Operational[Literal[2]] = 2
+    schema_version: Operational[Literal[3]] = 3
     """Version of the keys and defaults: a recipe of an older one is read as it was meant."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=200)]

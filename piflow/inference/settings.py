@@ -23,13 +23,12 @@ from piflow.backbones.encoders import build_encoder
 from piflow.config import FamilyEncoder, ModelConfig, Recipe, identity, require_known
 from piflow.config.encoder import TextEncoderConfig
 from piflow.inference.places import resolve_places
-from piflow.roles.adapter import Adapter, load_adapter
+from piflow.roles.adapter import SETTINGS_KEY, Adapter, load_adapter
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
 from piflow.storage.fingerprint import weights_fingerprint
 from piflow.storage.foreign import ForeignDataError, parse_object, shown
 
-SETTINGS_KEY = "piflow_settings"
 BASE_KEY = "piflow_base_sha256"  # `weights_fingerprint` of the base
 
 Weights = Literal["ema", "student"]

@@ -1,11 +1,13 @@
 """The DX policy: x0 as a given function of time, on a grid or as a polynomial.
 
-Source: arXiv 2510.14974, section 3. The field is u = (x - x0(tau)) / sigma.
+Source: arXiv 2510.14974, section 3. The field is u = (x - x0(tau)) / sigma. `velocity_polynomial`
+is piflow's own: no other project's loader knows it.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from piflow.policies.base import SIGMA_MIN, expand_as_latents, per_sample, working_dtype
 from piflow.schedule import FlowSchedule
 
-Mode = Literal["grid", "polynomial"]
+Mode = Literal["grid", "polynomial", "velocity_polynomial"]
 
 
 class DXPolicy:
@@ -22,14 +24,16 @@ class DXPolicy:
     Args:
         values: (B, N_g, C, H, W) or (B, N_g, C, T, H, W), velocity space. *grid*: velocities
             whose x0 values sit at N_g raw times spaced uniformly from the segment's end (first) to
-            its start (last). *polynomial*: u(tau) = sum_i values_i (tau_src - tau)^i, so that
-            x0(tau) = x_src - sigma_src u(tau).
+            its start (last). *polynomial*, as published: with d = tau_src - tau,
+            x0(tau) = sum_i d^i (x_src - sigma_src values_i). *velocity_polynomial*:
+            x0(tau) = x_src - sigma_src sum_i d^i values_i, so that zeros beyond the first value are
+            the teacher's velocity, held for the segment.
         x_src: (B, C, H, W) or (B, C, T, H, W), the latents that the student saw.
         sigma_src: (B,), their noise level.
         segment_size: length of a segment in raw time as trained, kept at inference; a segment
             never reaches below tau = 0.
         shift: the time shift as trained.
-        mode: "grid" (values are interpolated linearly, constant outside) or "polynomial".
+        mode: "grid" (values are interpolated linearly, constant outside), or a polynomial.
 
     Everything is computed in float32, or in float64 if any input is float64.
 
@@ -46,8 +50,8 @@ class DXPolicy:
         shift: float,
         mode: Mode = "grid",
     ) -> None:
-        if mode not in ("grid", "polynomial"):
-            raise ValueError(f"DXPolicy: expected mode 'grid' or 'polynomial', got {mode!r}")
+        if mode not in get_args(Mode):
+            raise ValueError(f"DXPolicy: expected mode {' or '.join(get_args(Mode))}, got {mode!r}")
         if not 0 < segment_size <= 1:
             raise ValueError(f"DXPolicy: expected segment_size in (0, 1], got {segment_size}")
         _check_shapes(values, x_src)
@@ -63,11 +67,15 @@ class DXPolicy:
         """x0(tau) at noise levels `sigma` (B,), as x_src."""
         tau = self.schedule.tau(per_sample(sigma, self._x_src, "sigma"))
         tau_src = self.schedule.tau(self._sigma_src)
+        sigma_src = expand_as_latents(self._sigma_src, self._x_src)
         if self.mode == "grid":
-            velocity = self._interpolate(tau, tau_src)
-        else:
-            velocity = self._evaluate_polynomial(tau_src - tau)
-        return self._x_src - expand_as_latents(self._sigma_src, self._x_src) * velocity
+            return self._x_src - sigma_src * self._interpolate(tau, tau_src)
+        step = expand_as_latents(tau_src - tau, self._x_src)
+        velocity = _polynomial(self._values.unbind(1), step)
+        if self.mode == "velocity_polynomial":
+            return self._x_src - sigma_src * velocity
+        ones = [torch.ones_like(step)] * self._values.shape[1]
+        return _polynomial(ones, step) * self._x_src - sigma_src * velocity
 
     def velocity(self, x: Tensor, sigma: Tensor) -> Tensor:
         """(x - x0(tau)) / sigma at x (as x_src) and sigma (B,)."""
@@ -107,13 +115,13 @@ class DXPolicy:
         left, right = self._values[rows, index], self._values[rows, index + 1]
         return torch.lerp(left, right, expand_as_latents(position - lower, left))
 
-    def _evaluate_polynomial(self, elapsed: Tensor) -> Tensor:
-        """Horner's rule at tau_src - tau = `elapsed` (B,)."""
-        step = expand_as_latents(elapsed, self._x_src)
-        *lower, total = self._values.unbind(1)
-        for coefficient in reversed(lower):
-            total = total * step + coefficient
-        return total
+
+def _polynomial(coefficients: Sequence[Tensor], step: Tensor) -> Tensor:
+    """sum_i coefficients_i step^i, by Horner's rule."""
+    *lower, total = coefficients
+    for coefficient in reversed(lower):
+        total = total * step + coefficient
+    return total
 
 
 def _check_shapes(values: Tensor, x_src: Tensor) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import safetensors
 import torch
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from piflow import storage
 from piflow.backbones.base import Backbone
 from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
+from piflow.config.identity import VERSION_KEY
+from piflow.policies.dx import Mode
 from piflow.roles.heads import PATCH_POSITIONS, PolicyClock
 from piflow.roles.lora import ranks_of, with_scale_one
 from piflow.storage.foreign import ForeignDataError, parse_object, shown
@@ -34,6 +36,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PREFIX = "transformer."  # some published files have it
 POLICY_KEY = "policy_config"  # in the safetensors metadata
+SETTINGS_KEY = "piflow_settings"  # there as well: what `piflow.inference` notes
 GM_PREFIX = "GM"  # of a GM student's class name; a DX student has the base's own class
 
 GM_FIXED = {
@@ -46,6 +49,7 @@ DX_OWN = ("segment_size", "shift", "mode")  # in the metadata
 DX_PREFIX = "DX"  # of a DX student's class name in other exporters' files
 DX_DEFAULTS = {"segment_size": 1.0, "mode": "grid"}  # where the published exporters leave them out
 LATER_FIELDS = ("guidance_embeds",)  # which configs of earlier diffusers versions lack
+SCHEMA_OF_PUBLISHED_POLYNOMIALS = 3
 DORA = (".lora_magnitude_vector", ".dora_scale")  # in names of its tensors
 HEAD_LAYERS = {  # beside `norm_out`; the values' projection first
     "gmflow": ("proj_out_means", "proj_out_logweights", "proj_out_logstds.1", "proj_out_logstds.3"),
@@ -270,6 +274,7 @@ def load_adapter(folder: str | Path) -> Adapter:
         config = AdapterConfig.parse(
             storage.read_bytes(uris[CONFIG_FILE]), metadata.get(POLICY_KEY), uris[CONFIG_FILE]
         )
+        config = _of_earlier_piflow(config, metadata)
         stored = parse_tensors(storage.read_bytes(uris[WEIGHTS_FILE]))
     except (safetensors.SafetensorError, ForeignDataError) as error:
         raise ValueError(
@@ -290,6 +295,20 @@ def load_adapter(folder: str | Path) -> Adapter:
     _check_complete(tensors, config.policy())
     ranks_of(tensors)
     return Adapter(config, tensors, metadata)
+
+
+def _of_earlier_piflow(config: AdapterConfig, metadata: Mapping[str, str]) -> AdapterConfig:
+    """The config as it was meant: `polynomial` was a polynomial of the velocity until schema 3.
+
+    Raises:
+        ForeignDataError: settings that aren't an object of JSON.
+    """
+    if config.policy_fields.get("mode") != "polynomial" or SETTINGS_KEY not in metadata:
+        return config
+    version = parse_object(metadata[SETTINGS_KEY], where=SETTINGS_KEY).get(VERSION_KEY, 0)
+    if type(version) is not int or version >= SCHEMA_OF_PUBLISHED_POLYNOMIALS:
+        return config
+    return replace(config, policy_fields={**config.policy_fields, "mode": "velocity_polynomial"})
 
 
 def _published_name(name: str) -> str:
@@ -333,8 +352,10 @@ def _check_clock(described: Mapping[str, Any], where: str) -> None:
             f"{where}: expected a segment_size from 1/{round(1 / MIN_SEGMENT)} to 1 and a positive "
             f"shift, got {shown(repr(size))} and {shown(repr(shift))}: export it again"
         )
-    if mode not in ("grid", "polynomial"):
-        raise ValueError(f"{where}: expected mode grid or polynomial, got {shown(repr(mode))}")
+    if mode not in get_args(Mode):
+        raise ValueError(
+            f"{where}: expected mode {' or '.join(get_args(Mode))}, got {shown(repr(mode))}"
+        )
 
 
 def _check_outputs(fields: Mapping[str, Any], is_gm: bool, where: str) -> None:

@@ -132,9 +132,10 @@ def split_gm(tokens: Tensor, num_gaussians: int) -> tuple[Tensor, Tensor, Tensor
 class DXHead(nn.Module):
     """The DX policy's output layer (arXiv 2510.14974, section 3), float32.
 
-    At the start its policy has the teacher's x0 all along the segment. *grid*: the teacher's
-    projection N_g times; *polynomial*: the projection, then zeros. Parameters carry the published
-    adapter format's names.
+    *grid*: the teacher's projection N_g times; polynomials: the projection, then zeros. So at the
+    start the policy has the teacher's x0 all along the segment; but for *polynomial* only at its
+    start, since zeros beyond the first stand for x0 = x_src, as published. Parameters carry the
+    published adapter format's names.
 
     Args:
         output: the teacher's output layer, of any float dtype, on any device; it is copied.

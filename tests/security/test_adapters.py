@@ -231,8 +231,8 @@ def test_settings_that_are_no_object(text: str) -> None:
         ({"segment_size": float("nan")}, "expected a segment_size"),
         ({"segment_size": "x"}, "expected a segment_size"),
         ({"shift": float("inf")}, "positive shift"),
-        ({"mode": "\x1b"}, "expected mode grid or polynomial"),
-        ({"mode": ["grid"]}, "expected mode grid or polynomial"),
+        ({"mode": "\x1b"}, "expected mode grid or polynomial or velocity_polynomial"),
+        ({"mode": ["grid"]}, "expected mode grid or polynomial or velocity_polynomial"),
     ],
 )
 def test_a_clock_that_never_ends(

@@ -138,6 +138,24 @@ def test_lora_on_a_bfloat16_base_was_computed_in_float32(name: str) -> None:
     assert today.differences(stored) == changed
 
 
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_a_polynomial_was_one_of_the_velocity(version: int) -> None:
+    """Until schema 3; since, `polynomial` is the published one, which is another policy."""
+    policy = {"type": "dx", "mode": "polynomial", "num_points": 3}
+    then, today = recipe(schema_version=version, policy=policy), recipe(policy=policy)
+    assert (then.policy.mode, today.policy.mode) == ("velocity_polynomial", "polynomial")
+    assert recipe(schema_version=version, policy={"type": "dx"}) == recipe(policy={"type": "dx"})
+    stored = {**then.identity(), "policy": policy, "schema_version": version}
+    if version == 0:
+        stored = identity.as_in_schema_0(then.deciding(), then.identity())
+        assert stored["policy"]["mode"] == "polynomial"
+        assert then.is_run_of(identity.hash_of(stored)), "a checkpoint of 0.1.0 has a hash alone"
+        assert not today.is_run_of(identity.hash_of(stored))
+    assert then.is_run_of("another hash", stored) and not today.is_run_of("another hash", stored)
+    difference = "policy.mode: 'polynomial' here, 'velocity_polynomial' there"
+    assert today.differences(stored) == [difference]
+
+
 def test_an_old_record_goes_on_and_a_difference_is_named(tmp_path: Path) -> None:
     """Version 0.1.0 stored the whole identity."""
     ours = recipe(run_dir=str(tmp_path))
@@ -180,7 +198,7 @@ def test_what_no_recipe_of_today_says_is_still_named() -> None:
 
 
 def test_a_record_of_a_newer_version_says_so() -> None:
-    stored = {**recipe().identity(), "schema_version": 3}
+    stored = {**recipe().identity(), "schema_version": 4}
     assert not recipe().is_run_of("another hash", stored)
     with pytest.raises(RecipeError, match="use the piflow that wrote it, or a newer one"):
         recipe().differences(stored)
@@ -198,10 +216,10 @@ def test_a_record_of_this_version_goes_on_and_a_difference_is_named(tmp_path: Pa
 def test_a_run_before_a_changed_default_is_its_recipe_with_the_old_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As if schema 3 were to come, with another default of `seed` than 7."""
+    """As if schema 4 were to come, with another default of `seed` than 7."""
     ours, seeded, stored = recipe(), recipe(seed=7), recipe().identity()
-    monkeypatch.setattr(identity, "SCHEMA", 3)
-    monkeypatch.setitem(identity.MIGRATIONS, 2, lambda tree: {"seed": 7, **tree})
+    monkeypatch.setattr(identity, "SCHEMA", 4)
+    monkeypatch.setitem(identity.MIGRATIONS, 3, lambda tree: {"seed": 7, **tree})
     assert seeded.is_run_of("another hash", stored)
     assert not ours.is_run_of("another hash", stored)
     assert ours.differences(stored) == ["seed: 0 here, 7 there"]
@@ -215,14 +233,14 @@ def test_the_imagenet_classes_moved(tmp_path: Path) -> None:
     text = (RECIPES / "imagenet-dit-gm-1nfe.yaml").read_text()
     assert NEW_CLASSES in text
     old = tmp_path / "old.yaml"
-    text = text.replace(NEW_CLASSES, OLD_CLASSES).replace("schema_version: 2", "schema_version: 0")
+    text = text.replace(NEW_CLASSES, OLD_CLASSES).replace("schema_version: 3", "schema_version: 0")
     old.write_text(text)
     assert load_recipe(old).is_run_of(HASHES["imagenet-dit-gm-1nfe"])
 
 
-@pytest.mark.parametrize("version", [3, -1])
+@pytest.mark.parametrize("version", [4, -1])
 def test_a_version_that_is_not_known_is_refused(version: int) -> None:
-    with pytest.raises(RecipeError, match=f"schema_version = {version} isn't known.*reads 0 to 2"):
+    with pytest.raises(RecipeError, match=f"schema_version = {version} isn't known.*reads 0 to 3"):
         recipe(schema_version=version)
 
 
@@ -235,4 +253,4 @@ def test_a_version_that_is_no_number_is_refused(version: Any) -> None:
 @pytest.mark.parametrize("name", HASHES)
 def test_shipped_recipes_say_their_version(name: str) -> None:
     """So that copies of them mean the same after an upgrade."""
-    assert (RECIPES / f"{name}.yaml").read_text().count("\nschema_version: 2") == 1
+    assert (RECIPES / f"{name}.yaml").read_text().count("\nschema_version: 3") == 1

@@ -349,7 +349,7 @@ def test_an_adapter_without_settings(
 def test_settings_of_an_older_schema_are_migrated(
     flux_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if schema 3 had renamed `path` of the model, and added a key that is none of theirs."""
+    """As if schema 4 had renamed `path` of the model, and added a key that is none of theirs."""
 
     def renamed(tree: dict[str, Any]) -> dict[str, Any]:
         model = {"path" if key == "folder" else key: item for key, item in tree["model"].items()}
@@ -357,13 +357,13 @@ def test_settings_of_an_older_schema_are_migrated(
 
     ours = SamplingSettings.of(recipe(flux_folder))
     old = json.loads(ours.model_dump_json())
-    assert old["schema_version"] == 2
+    assert old["schema_version"] == 3
     assert SamplingSettings.model_validate_json(json.dumps(old)) == ours
     old["model"]["folder"] = old["model"].pop("path")
-    monkeypatch.setattr(identity, "SCHEMA", 3)
-    monkeypatch.setitem(identity.MIGRATIONS, 2, renamed)
+    monkeypatch.setattr(identity, "SCHEMA", 4)
+    monkeypatch.setitem(identity.MIGRATIONS, 3, renamed)
     assert SamplingSettings.model_validate_json(json.dumps(old)) == ours
-    assert json.loads(ours.model_dump_json())["schema_version"] == 3
+    assert json.loads(ours.model_dump_json())["schema_version"] == 4
 
 
 @pytest.mark.parametrize("version", [4, "1", None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from piflow.policies import DXPolicy, rollout
+from piflow.policies.dx import Mode
 from piflow.schedule import FlowSchedule, segments
 
 F64 = torch.float64
@@ -51,7 +54,7 @@ def test_grid_is_exact_for_linear_x0(space: tuple[int, ...], points: int) -> Non
     scale=st.sampled_from([0.25, 0.5, 1.0]),
     shift=st.floats(0.5, 6),
     space=st.sampled_from([(1, 1), (2, 3), (2, 2, 3)]),
-    mode=st.sampled_from(["grid", "polynomial"]),
+    mode=st.sampled_from(["grid", "velocity_polynomial"]),
     seed=st.integers(0, 1000),
 )
 def test_straight_teacher_at_any_segment(points, nfe, scale, shift, space, mode, seed) -> None:
@@ -72,11 +75,29 @@ def test_straight_teacher_at_any_segment(points, nfe, scale, shift, space, mode,
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_polynomial_is_exact_and_starts_at_the_projection(space: tuple[int, ...]) -> None:
+def test_polynomial_of_x0_as_published(space: tuple[int, ...]) -> None:
+    """x0(tau) = sum_i d^i (x_src - sigma_src values_i): each value is a velocity of its own."""
+    x, tau_src, *_ = case(space)
+    sigma_src = SCHEDULE.sigma(tau_src)
+    coefficients = torch.randn(2, 4, *x.shape[1:], dtype=F64)  # of x0
+    values = (x.unsqueeze(1) - coefficients) / column(sigma_src, coefficients)
+    policy = DXPolicy(values, x, sigma_src, 1 / 3.5, 3.2, "polynomial")
+    for elapsed in (0.0, 0.013, 0.17, 1 / 3.5):
+        x0 = sum(coefficients[:, i] * elapsed**i for i in range(4))
+        sigma = SCHEDULE.sigma(tau_src - elapsed)
+        torch.testing.assert_close(policy.denoised(sigma), x0)
+        torch.testing.assert_close(policy.velocity(x, sigma), (x - x0) / column(sigma, x))
+    zeros = DXPolicy(0 * values, x, sigma_src, 1 / 3.5, 3.2, "polynomial")
+    later = zeros.denoised(SCHEDULE.sigma(tau_src - 0.5))
+    torch.testing.assert_close(later, x * (1 + 0.5 + 0.5**2 + 0.5**3))
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_velocity_polynomial_is_exact_and_starts_at_the_projection(space: tuple[int, ...]) -> None:
     x, tau_src, *_ = case(space)
     sigma_src = SCHEDULE.sigma(tau_src)
     values = torch.randn(2, 4, *x.shape[1:], dtype=F64)
-    policy = DXPolicy(values, x, sigma_src, 1 / 3.5, 3.2, "polynomial")
+    policy = DXPolicy(values, x, sigma_src, 1 / 3.5, 3.2, "velocity_polynomial")
     step = column(torch.full((2,), 0.17, dtype=F64), x)
     u = sum(values[:, i] * step**i for i in range(4))
     found = policy.denoised(SCHEDULE.sigma(tau_src - 0.17))
@@ -84,7 +105,7 @@ def test_polynomial_is_exact_and_starts_at_the_projection(space: tuple[int, ...]
     torch.testing.assert_close(policy.velocity(x, sigma_src), values[:, 0])
 
 
-@pytest.mark.parametrize("mode", ["grid", "polynomial"])
+@pytest.mark.parametrize("mode", ["grid", "velocity_polynomial"])
 def test_constant_velocity_goes_straight_in_any_number_of_substeps(mode: str) -> None:
     x, tau_src, *_ = case((2, 3))
     sigma_src, u = SCHEDULE.sigma(tau_src), torch.randn_like(x)
@@ -112,7 +133,7 @@ def test_last_segments_grid_ends_at_zero_and_is_constant_outside() -> None:
     torch.testing.assert_close(policy.denoised(torch.ones(2, dtype=F64)), grid_point(2))
 
 
-@pytest.mark.parametrize("mode", ["grid", "polynomial"])
+@pytest.mark.parametrize("mode", get_args(Mode))
 def test_gradients_by_finite_differences(mode: str) -> None:
     x, tau_src, *_ = case((1, 2))
     values = torch.randn(2, 3, *x.shape[1:], dtype=F64, requires_grad=True)
@@ -138,7 +159,7 @@ def test_one_point_grid_is_constant_and_half_precision_becomes_float32() -> None
 @pytest.mark.parametrize(
     ("values", "size", "mode", "message"),
     [
-        (torch.zeros(2, 3, 3, 2, 3), 0.5, "spline", "'grid' or 'polynomial'"),
+        (torch.zeros(2, 3, 3, 2, 3), 0.5, "spline", "grid or polynomial or velocity_pol"),
         (torch.zeros(2, 3, 3, 2, 3), 0.0, "grid", "segment_size in"),
         (torch.zeros(2, 0, 3, 2, 3), 0.5, "grid", "N_g >= 1"),
         (torch.zeros(2, 3, 2, 3), 0.5, "grid", "expected values"),

@@ -20,7 +20,7 @@ from torch import Tensor
 from piflow.backbones import Backbone, Conditioning, FluxBackbone
 from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, LoRAConfig, PolicyConfig
 from piflow.policies import DXPolicy
-from piflow.roles.adapter import WEIGHTS_FILE, load_adapter, save_adapter
+from piflow.roles.adapter import SETTINGS_KEY, WEIGHTS_FILE, load_adapter, save_adapter
 from piflow.roles.heads import PolicyClock
 from piflow.roles.trio import Trio
 
@@ -28,6 +28,7 @@ POLICIES: dict[str, PolicyConfig] = {
     "gm": GMFlowPolicyConfig(num_gaussians=3, logstd_inner_dim=8),
     "grid": DXPolicyConfig(mode="grid", num_points=4),
     "polynomial": DXPolicyConfig(mode="polynomial", num_points=4),
+    "velocity": DXPolicyConfig(mode="velocity_polynomial", num_points=4),
 }
 CLOCK = PolicyClock(0.3, 3.2)
 Inputs = tuple[Tensor, Tensor, Conditioning]
@@ -352,6 +353,20 @@ def test_pefts_own_names(trio: Trio, flux_folder: Path, flux_inputs: Any, tmp_pa
     save_file({**named, both.replace(".default", ""): named[both].clone()}, path)
     with pytest.raises(ValueError, match="under two names for one"):
         load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("noted", "mode"),
+    [({}, "velocity_polynomial"), ({"schema_version": 2}, "velocity_polynomial"),
+     ({"schema_version": 3}, "polynomial"), (None, "polynomial")],
+)  # fmt: skip
+def test_polynomials_of_earlier_versions_are_of_the_velocity(
+    noted: dict[str, int] | None, mode: str, make_case: MakeCase, tmp_path: Path
+) -> None:
+    """And those that others wrote are the published ones."""
+    metadata = {} if noted is None else {"metadata": {SETTINGS_KEY: json.dumps(noted)}}
+    save(make(make_case("flux")[0], "polynomial"), tmp_path, "polynomial", **metadata)
+    assert load_adapter(tmp_path).config.policy().mode == mode
 
 
 @pytest.mark.parametrize("name", ["lora_magnitude_vector", "lora_magnitude_vector.default.weight"])

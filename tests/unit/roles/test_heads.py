@@ -120,7 +120,7 @@ def test_a_mixture_is_read_component_major_then_channel_then_position(
 # ---------------------------------------------------------------------------------------------- DX
 
 
-@pytest.mark.parametrize("mode", ["grid", "polynomial"])
+@pytest.mark.parametrize("mode", ["grid", "velocity_polynomial"])
 def test_a_dx_policy_starts_as_the_teachers_x0(mode: str, teacher: OutputLayer) -> None:
     """At every time of the segment, not only at its start."""
     policy_config = DXPolicyConfig(mode=mode, num_points=K)
@@ -132,6 +132,21 @@ def test_a_dx_policy_starts_as_the_teachers_x0(mode: str, teacher: OutputLayer) 
     expected = x - sigma[:, None, None, None] * velocity
     for share in (1.0, 0.7, 0.3):
         torch.testing.assert_close(policy.denoised(share * sigma), expected, atol=1e-5, rtol=0)
+
+
+def test_a_published_polynomial_starts_as_the_teacher_at_its_start(teacher: OutputLayer) -> None:
+    """Elsewhere zeros beyond the first value stand for x0 = x_src."""
+    head = DXHead(teacher, DXPolicyConfig(mode="polynomial", num_points=K), CLOCK)
+    x = torch.randn(2, CHANNELS, HEIGHT, COLUMNS, generator=torch.Generator().manual_seed(2))
+    sigma = torch.tensor([1.0, 0.8])
+    policy = head.policy(head(*inputs()), unpack, x, sigma)
+    velocity = unpack(teacher(*inputs()), HEIGHT, COLUMNS)
+    torch.testing.assert_close(policy.velocity(x, sigma), velocity, atol=1e-5, rtol=0)
+    schedule = FlowSchedule(CLOCK.shift)
+    later = 0.5 * sigma
+    step = (schedule.tau(sigma) - schedule.tau(later))[:, None, None, None]
+    expected = x - sigma[:, None, None, None] * velocity + x * sum(step**i for i in range(1, K))
+    torch.testing.assert_close(policy.denoised(later), expected, atol=1e-5, rtol=0)
 
 
 def test_dx_values_are_read_point_major(teacher: OutputLayer) -> None:
