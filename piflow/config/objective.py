@@ -42,9 +42,9 @@ class DXPolicyConfig(Variant):
 
     type: Literal["dx"] = "dx"
     mode: Literal["grid", "polynomial", "velocity_polynomial"] = "grid"
-    """grid: values interpolated linearly in tau; polynomial: coefficients of x0 in tau_src - tau, as
-    published; velocity_polynomial: coefficients of the velocity, piflow's own, which others can't
-    load."""
+    """grid: values interpolated linearly in tau; polynomial: coefficients of x0 in tau_src - tau,
+    as published; velocity_polynomial: coefficients of the velocity, piflow's own, which others
+    can't load."""
 
     num_points: Annotated[int, Field(ge=1, le=1000)] = 10
     """Grid values or coefficients, N_g."""

@@ -31,7 +31,7 @@ LORA = LoRAConfig(rank=4, dropout=0.0)
 POLICIES: dict[str, PolicyConfig] = {
     "gm": GMFlowPolicyConfig(num_gaussians=3, logstd_inner_dim=8),
     "grid": DXPolicyConfig(mode="grid", num_points=4),
-    "polynomial": DXPolicyConfig(mode="polynomial", num_points=4),
+    "velocity": DXPolicyConfig(mode="velocity_polynomial", num_points=4),
 }
 SCHEDULE = FlowSchedule(3.2)
 SEGMENTS = segments(4, 0.5)
@@ -134,7 +134,7 @@ def few_steps(trio: Trio, inputs: Any) -> tuple[Tensor, Tensor]:
 def test_student_starts_as_the_teachers_few_step_sampler(
     family: str, policy: str, trained: str, make_case: MakeCase
 ) -> None:
-    """Exactly, where the components are equal and have no variance; DX always."""
+    """Exactly, where a mixture's components are equal and have no variance."""
     backbone, inputs = make_case(family)
     trio = make(backbone, trained=trained, policy=policy, bias_noise=0.0)
     if isinstance(trio.head, GMHead):
