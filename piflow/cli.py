@@ -417,8 +417,13 @@ def _explained(error: Exception) -> tuple[str, ExitCode]:
 
 
 def _missing_package(error: BaseException | None) -> str | None:
-    """How to install the package whose absence is an error, or behind it."""
-    while error is not None:
+    """How to install the package whose absence is an error, or behind it.
+
+    The errors behind one another may go in a circle: urllib3's do, where no server answers.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, ModuleNotFoundError) and error.name is not None:
             name = error.name.partition(".")[0]
             wanted = _EXTRAS.get(name) or _PACKAGES.get(name)

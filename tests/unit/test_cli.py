@@ -181,6 +181,17 @@ def test_a_missing_package_says_what_to_install(
         assert expected in capsys.readouterr().err
 
 
+@pytest.mark.timeout(60)
+def test_errors_behind_one_another_in_a_circle_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As urllib3's are, where a server doesn't answer."""
+    first, second = ConnectionError("no server answers"), TimeoutError("too late")
+    first.__cause__, second.__context__ = second, first
+    assert failing(first, monkeypatch) == 75
+    assert capsys.readouterr().err == "piflow: no server answers\n"
+
+
 def test_extras_are_those_of_the_project() -> None:
     import tomllib
 
