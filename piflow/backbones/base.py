@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from piflow.sharding.weights import StoredTensor
 
 PATCH = 2  # a token is a 2×2 patch
+TOKEN_STEP = 32  # cut token states are multiples of it: few lengths, and sizes that kernels like
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,18 @@ class Conditioning:
     Attributes:
         tokens: `(B, L, D)` token states; positions from `num_tokens` on are zeros. L is the
             encoder's `max_tokens`, the same for every batch, so that a sample never depends on its
-            neighbours (FLUX has no text mask).
+            neighbours (FLUX has no text mask); families that mask the text may get fewer (`cut`).
         num_tokens: `(B,)` valid tokens of each prompt.
         pooled: `(B, P)` pooled vector, or None for families without one. For class labels it is the
             class number, `(B, 1)` float32.
+        full: every prompt is known to have L tokens, so that no mask is needed. To find that out
+            from `num_tokens` would make the host wait for the device.
     """
 
     tokens: Tensor
     num_tokens: Tensor
     pooled: Tensor | None = None
+    full: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3:
@@ -62,7 +68,26 @@ class Conditioning:
             self.tokens.to(device=device, dtype=dtype),
             self.num_tokens.to(device=device),
             None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
+            self.full,
         )
+
+    def cut(self, parts: int = 1) -> Conditioning:
+        """Without the positions that no prompt fills, for a model that masks them.
+
+        L becomes the longest prompt's length, rounded up to a multiple of `TOKEN_STEP`; where all
+        prompts are equally long, just that length.
+
+        Args:
+            parts: L stays a multiple of it, as it was: workers that share a sample's tokens.
+        """
+        length = self.tokens.shape[1]
+        counts = self.num_tokens.tolist()  # on the host: a batch is cut before it moves
+        longest = max(counts, default=0)
+        equal = longest > 0 and longest == min(counts) and longest % parts == 0
+        step = math.lcm(TOKEN_STEP, parts)
+        kept = longest if equal else min(length, step * max(1, math.ceil(longest / step)))
+        full = bool(counts) and min(counts) == kept
+        return Conditioning(self.tokens[:, :kept], self.num_tokens, self.pooled, full)
 
     def select(self, rows: Tensor) -> Conditioning:
         """The prompts of these indices, in their order; one may come several times."""
@@ -71,6 +96,7 @@ class Conditioning:
             self.tokens[rows],
             self.num_tokens[rows],
             None if self.pooled is None else self.pooled[rows],
+            self.full,
         )
 
     def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
@@ -80,14 +106,16 @@ class Conditioning:
             ValueError: the two don't have the same widths, or only one has a pooled vector.
         """
         other = other.expand(self.batch_size)
-        Conditioning.cat([self, other])  # checks that they fit
+        both = Conditioning.cat([self, other])  # checks that they fit, and pads the shorter one
+        mine, others = both.tokens.chunk(2)
         pooled = None
         if self.pooled is not None and other.pooled is not None:
             pooled = torch.where(keep[:, None], self.pooled, other.pooled)
         return Conditioning(
-            torch.where(keep[:, None, None], self.tokens, other.tokens),
+            torch.where(keep[:, None, None], mine, others),
             torch.where(keep, self.num_tokens, other.num_tokens),
             pooled,
+            both.full,
         )
 
     def expand(self, batch: int) -> Conditioning:
@@ -107,33 +135,39 @@ class Conditioning:
             self.tokens.expand(batch, -1, -1),
             self.num_tokens.expand(batch),
             None if self.pooled is None else self.pooled.expand(batch, -1),
+            self.full,
         )
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Joins along the batch.
+        """Joins along the batch; shorter parts are padded to the longest.
 
         Raises:
-            ValueError: nothing to join, token lengths or widths that differ, or only some parts
-                have a pooled vector.
+            ValueError: nothing to join, token widths that differ, or only some parts have a pooled
+                vector.
         """
         if not parts:
             raise ValueError("Conditioning.cat needs at least one part, got none")
-        shapes = {tuple(part.tokens.shape[1:]) for part in parts}
-        if len(shapes) > 1:
+        widths = {part.tokens.shape[2] for part in parts}
+        if len(widths) > 1:
             raise ValueError(
-                f"parts must share one (L, D), got {sorted(shapes)}: "
-                "pad all prompts to the same max_tokens"
+                f"parts must share one width D of token states, got {sorted(widths)}: embed all "
+                "prompts with one encoder"
             )
+        lengths = [part.tokens.shape[1] for part in parts]
         pooled = [part.pooled for part in parts if part.pooled is not None]
         if pooled and len(pooled) < len(parts):
             raise ValueError(
                 f"{len(pooled)} of {len(parts)} parts have a pooled vector: give all of them one"
             )
+        longest = max(lengths)
         return Conditioning(
-            torch.cat([part.tokens for part in parts]),
+            torch.cat(
+                [F.pad(part.tokens, (0, 0, 0, longest - part.tokens.shape[1])) for part in parts]
+            ),
             torch.cat([part.num_tokens for part in parts]),
             torch.cat(pooled) if pooled else None,
+            len(set(lengths)) == 1 and all(part.full for part in parts),
         )
 
 

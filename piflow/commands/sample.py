@@ -201,6 +201,7 @@ def _draw(
     from piflow.progress import progress
 
     codec = build_codec(settings.model)
+    masked = find_family(settings.model.family).masks_text
     size = (settings.height, settings.width)
     trio = None
     with progress("sample: pictures", len(missing), show=show_progress) as bar:
@@ -214,7 +215,8 @@ def _draw(
             for start in range(0, len(block), batch_size):
                 batch = block[start : start + batch_size]
                 rows = torch.tensor([prompts.index(request.prompt) for request in batch])
-                chosen = cond.select(rows).to(device)
+                chosen = cond.select(rows)
+                chosen = (chosen.cut() if masked else chosen).to(device)
                 drawn = draw_pictures(
                     trio, codec, settings.few_step, chosen, [item.seed for item in batch], size
                 )

@@ -51,6 +51,8 @@ class Family:
             AutoencoderKL, AutoencoderKLFlux2 and AutoencoderKLQwenImage.
         packs_latents: whether config.json's `in_channels` counts the features of a packed 2×2
             patch, or the latents' channels.
+        masks_text: whether its model keeps the text's padding out of attention, so that a batch may
+            come without what none of its prompts fills.
         splits_tokens: whether its diffusers class has a plan for context parallelism.
         tiny: dotted name of a module that is a `piflow.backbones.tiny.TinyModel`, for
             `piflow smoke`; None: it can't be tried so.
@@ -63,6 +65,7 @@ class Family:
     encoders: tuple[type[EncoderConfig], ...]
     vaes: tuple[str, ...] = ("AutoencoderKL",)
     packs_latents: bool = True
+    masks_text: bool = False
     splits_tokens: bool = False
     tiny: str | None = None
     pipeline: str | None = None

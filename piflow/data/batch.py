@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from piflow.backbones.base import Conditioning
+from piflow.config import Recipe, find_family
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +34,22 @@ class Embedded(Protocol):
         ...
 
 
-def conditioning(batch: Embedded, device: torch.device) -> Conditioning:
-    """The prompts' text conditioning on the device."""
-    return Conditioning(batch.tokens, batch.num_tokens, batch.pooled).to(device)
+def conditioning(
+    batch: Embedded, device: torch.device, *, shared_by: int | None = None
+) -> Conditioning:
+    """The prompts' text conditioning on the device.
+
+    Args:
+        shared_by: as `cut_for` says; without it, padding stays.
+    """
+    cond = Conditioning(batch.tokens, batch.num_tokens, batch.pooled)
+    return (cond if shared_by is None else cond.cut(shared_by)).to(device)
+
+
+def cut_for(recipe: Recipe) -> int | None:
+    """Workers that share what a batch is cut to; None: the model reads padding, which must stay."""
+    masked = find_family(recipe.model.family).masks_text
+    return recipe.runtime.context_parallel if masked else None
 
 
 @dataclass(frozen=True)

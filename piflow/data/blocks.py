@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from piflow.data.background import ahead
 from piflow.data.manifest import StoreError
-from piflow.data.order import WINDOW_GROUPS, PlannedStep, RowGroups, StreamOrder
+from piflow.data.order import WINDOW_GROUPS, PlannedStep, RowGroups, StreamOrder, by_length
 from piflow.data.reader import EmbeddingStore, PromptStore, RowReader
 from piflow.data.rows import SCHEMA, decoded
 
@@ -38,7 +38,8 @@ _BLOCK_BYTES = 16 * 2**20  # that their rows take on disk, if they are more than
 class StreamPlan:
     """One rank's rows of every step from the first one on, without end.
 
-    `mine` are the rank's places in a global batch.
+    `mine` are the rank's places in a global batch, `lengths` those of all rows' prompts if a
+    batch is to be ordered by them before it is dealt out.
     """
 
     store: PromptStore
@@ -46,13 +47,15 @@ class StreamPlan:
     mine: NDArray[np.int64]
     first_step: int
     with_latents: bool = False
+    lengths: NDArray[np.int32] | None = None
 
     def steps(self) -> Iterator[PlannedStep]:
         """The steps, one after the other."""
         for step in count(self.first_step):
             bucket, start = self.order.place(step)
             rows = self.order.rows(bucket, start, self.order.batch_size)
-            yield PlannedStep(step, bucket, start + self.mine, rows[self.mine])
+            mine = self.mine if self.lengths is None else by_length(rows, self.lengths)[self.mine]
+            yield PlannedStep(step, bucket, start + mine, rows[mine])
 
 
 class Reader(Protocol):

@@ -93,6 +93,11 @@ class OnlineStore:
         """``row``, ``prompt_id``, ``prompt``, ``height``, ``width`` of all prompts."""
         return _index([prompt for plan in self.layout.shards for prompt in plan.prompts])
 
+    def lengths(self) -> NDArray[np.int32]:
+        """Bytes of all prompts."""
+        prompts = (prompt for plan in self.layout.shards for prompt in plan.prompts)
+        return np.array([len(prompt.text.encode()) for prompt in prompts], np.int32)
+
     def read(self, rows: Sequence[int]) -> EmbeddingBatch:
         """Decode rows that were embedded ahead.
 

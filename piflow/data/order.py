@@ -186,3 +186,13 @@ class PlannedStep:
     bucket: int
     places: NDArray[np.int64]
     rows: NDArray[np.int64]
+
+
+def by_length(rows: NDArray[np.int64], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+    """A batch's places in an order in which prompts of like length are neighbours.
+
+    Args:
+        rows: the batch's row numbers.
+        lengths: of every row of the store.
+    """
+    return np.argsort(lengths[rows], kind="stable")

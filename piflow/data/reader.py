@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from piflow import storage
@@ -83,6 +84,10 @@ class PromptStore(Protocol):
 
     def index(self) -> pa.Table:
         """``row``, ``prompt_id``, ``prompt``, ``height``, ``width`` of all rows."""
+        ...
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Bytes of all rows' prompts: how long they are, as known before they are encoded."""
         ...
 
     def read(self, rows: Sequence[int]) -> EmbeddingBatch:
@@ -241,6 +246,16 @@ class EmbeddingStore:
                 rows = reader.groups.rows(group)
                 tables.append(reader.rows(rows).append_column("row", pa.array(rows)))
         return pa.concat_tables(tables)
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Bytes of all rows' prompts; 0 in damaged row groups, unless these stop the stream."""
+        reader = RowReader(self, columns=["prompt"])
+        found = np.zeros(self.manifest.num_rows, np.int32)
+        for group in range(len(reader.groups.sizes)):
+            if self.damaged_rows == "stop" or reader.is_readable(group):
+                rows = reader.groups.rows(group)
+                found[rows] = pc.binary_length(reader.rows(rows)["prompt"]).to_numpy()
+        return found
 
     def read(self, rows: Sequence[int]) -> EmbeddingBatch:
         """Decode the rows with these numbers, in this order."""

@@ -20,6 +20,13 @@ counts are closed formulas: any step is found without replaying what came before
 **Ranks.** A batch is cut into micro-batches, and rank ``r`` of ``W`` takes those whose index is
 ``r`` modulo ``W``: at least one, and where ``W`` doesn't divide their number some ranks one more.
 
+**Lengths.** For a model that masks the text's padding, a batch is ordered by the lengths of its
+prompts before it is cut (``by_length``): micro-batches are then of like length, padded little, and
+take about as long on all ranks. A length is the text's in bytes, which is known whether or not it
+is encoded. The order within a batch is all that changes, and it is a pure function of the store and
+the batch. A micro-batch's random numbers belong to its index, and its prompts take them in that
+order, whichever rank it falls to.
+
 **Damage.** A row group that is gone or unreadable stops the stream, or (``damaged_rows="replace"``)
 each of its rows is replaced by the row at the same place of the bucket's next batch, or of the one
 after it, and so on until one can be read. That depends on nothing but the order and the damage, and
@@ -66,6 +73,7 @@ class TrainStream:
         damaged_rows: what is done about rows in damaged row groups, of a store given by its URI.
         reader: how rows are read; default: through Ray Data (Ray must be running).
         with_latents: read the pictures' latents too.
+        by_length: order each batch by the prompts' lengths.
 
     Raises:
         ValueError: the numbers don't fit one another, or the store can't be used.
@@ -84,6 +92,7 @@ class TrainStream:
         damaged_rows: DamagedRows = "stop",
         reader: Reader | None = None,
         with_latents: bool = False,
+        by_length: bool = False,
     ) -> None:
         _check_sizes(batch_size, micro_batch_size, rank, world_size)
         if start_sample < 0 or start_sample % batch_size:
@@ -102,6 +111,7 @@ class TrainStream:
             mine=numbers[rank::world_size].reshape(-1),
             first_step=start_sample // batch_size,
             with_latents=with_latents,
+            lengths=self.store.lengths() if by_length else None,
         )
         self._reader = reader or RayReader()
         self._batch_size = batch_size

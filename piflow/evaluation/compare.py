@@ -19,7 +19,7 @@ from torch import Tensor
 from piflow import storage
 from piflow.backbones import Codec, Conditioning, build_codec
 from piflow.config import Recipe
-from piflow.data.batch import conditioning
+from piflow.data.batch import conditioning, cut_for
 from piflow.data.reader import PromptStore
 from piflow.data.select import evaluation_rows
 from piflow.evaluation.metrics import (
@@ -213,8 +213,10 @@ def evaluate(
         advance: progress, in pictures.
     """
     batch = store.read(evaluation_rows(recipe, store.index()))
-    cond = conditioning(batch, device)
-    negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
+    shared_by = cut_for(recipe)
+    cond = conditioning(batch, device, shared_by=shared_by)
+    negative_prompt = store.negative_prompt(recipe.guidance.negative_prompt)
+    negative = conditioning(negative_prompt, device, shared_by=shared_by)
     codec = build_codec(recipe.model)
     latent = codec.latent_shape(recipe.embed.height, recipe.embed.width)
     generator = micro_batch_generator(recipe.seed, _HELD_OUT, 0)

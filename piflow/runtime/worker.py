@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 from ray.train.collective import broadcast_from_rank_zero
 
-from piflow.config import Recipe
+from piflow.config import Recipe, find_family
 from piflow.data.blocks import Reader
 from piflow.data.online import EncodedReader, start_encoder
 from piflow.data.ray_reader import RayReader
@@ -135,6 +135,7 @@ def _stream(recipe: Recipe, store: PromptStore, reference: Any, start: int) -> T
         start_sample=start * recipe.training.batch_size,
         reader=_reader(recipe, reference, start),
         with_latents=recipe.objective.pictures == "store",
+        by_length=find_family(recipe.model.family).masks_text,
     )
 
 

@@ -19,7 +19,7 @@ from piflow.backbones import (
 )
 from piflow.backbones.flux.fresh import average_of, fresh_backbone
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
-from piflow.data.batch import MicroBatch, conditioning
+from piflow.data.batch import MicroBatch, conditioning, cut_for
 from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import PromptStore
 from piflow.flow import draw_noise
@@ -100,7 +100,8 @@ def assemble(
 
     def flops(batch: MicroBatch) -> int:
         _, height, width = codec.latent_shape(batch.height, batch.width)
-        return training_flops(backbone.flops(height, width, batch.tokens.shape[1]), recipe)
+        cond = conditioning(batch, torch.device("cpu"), shared_by=cut_for(recipe))
+        return training_flops(backbone.flops(height, width, cond.tokens.shape[1]), recipe)
 
     objective = trainer.objective
     teacher_error = None
@@ -133,7 +134,9 @@ def _distillation(
 ) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor], Backbone]:
     dependent = objective.data == "dependent"
     clean = _clean_latents(recipe, store, codec, device) if dependent else None
-    negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
+    negative = conditioning(
+        store.negative_prompt(recipe.guidance.negative_prompt), device, shared_by=cut_for(recipe)
+    )
     trio = prepared_trio(recipe, strategy)
     trainer = Trainer(
         PiIDObjective(trio, codec, negative, recipe, device, clean),
@@ -241,7 +244,7 @@ def _draw_samples(
     device: torch.device,
 ) -> Samples:
     batch = store.first_by_hash(min(SAMPLE_PROMPTS, store.layout.num_rows))
-    cond = conditioning(batch, device)
+    cond = conditioning(batch, device, shared_by=cut_for(recipe))
     shape = codec.latent_shape(recipe.embed.height, recipe.embed.width)
     columns = []
     for seed in range(SAMPLE_SEEDS):

@@ -11,7 +11,7 @@ from torch import Tensor
 from piflow.backbones.base import Backbone, Conditioning
 from piflow.backbones.codec import Codec
 from piflow.config import FlowMatchingConfig, GMFlowPolicyConfig, PiIDConfig, Recipe
-from piflow.data.batch import MicroBatch, conditioning
+from piflow.data.batch import MicroBatch, conditioning, cut_for
 from piflow.flow import draw_noise, noised
 from piflow.imitation import (
     ImitationSettings,
@@ -78,6 +78,7 @@ class PiIDObjective:
         self.dropout = policy.dropout if isinstance(policy, GMFlowPolicyConfig) else 0.0
         self.device = device
         self.seed = recipe.seed
+        self.shared_by = cut_for(recipe)
         self.clean = clean
         self.few_step = FewStep.of(self.config)
 
@@ -85,7 +86,7 @@ class PiIDObjective:
         self, batch: MicroBatch, step: int, generator: torch.Generator
     ) -> Iterator[PartOfLoss]:
         """Data-free: a part a segment, weighted by its size. Data-dependent: one part."""
-        cond = conditioning(batch, self.device)
+        cond = conditioning(batch, self.device, shared_by=self.shared_by)
         teacher = GuidedTeacher(self.trio, cond, self.negative, self.guidance)
         settings = self.settings(step)
 
@@ -113,7 +114,7 @@ class PiIDObjective:
             step: the noise is that of optimiser step `step`.
         """
         generator = micro_batch_generator(self.seed, step, batch.index)
-        cond = conditioning(batch, self.device)
+        cond = conditioning(batch, self.device, shared_by=self.shared_by)
         teacher = GuidedTeacher(self.trio, cond, self.negative, self.guidance)
 
         def exact(x: Tensor, sigma: Tensor) -> Tensor:

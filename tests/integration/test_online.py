@@ -119,6 +119,7 @@ def test_what_is_embedded_ahead_serves_guidance_and_pictures(folder: Path) -> No
     assert isinstance(online, OnlineStore)
     assert online.layout.inputs == real.manifest.inputs
     assert online.index().to_pydict() == real.index().to_pydict()
+    assert online.lengths().tolist() == real.lengths().tolist()  # Qwen-Image's order of a batch
     for ours, theirs in (
         (online.empty_prompt(), real.empty_prompt()),
         (online.negative_prompt("blurry"), real.negative_prompt("blurry")),

@@ -26,6 +26,7 @@ FAMILY = Family(
     backbone="piflow.backbones.qwen_image.backbone:QwenImageBackbone",
     encoders=(QwenImageEncoderConfig, BertEncoderConfig),
     vaes=("AutoencoderKLQwenImage",),
+    masks_text=True,
     splits_tokens=True,
     tiny="piflow.backbones.qwen_image.tiny",
     pipeline="piflow.inference.qwen_image:PiQwenImagePipeline",

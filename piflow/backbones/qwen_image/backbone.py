@@ -103,13 +103,16 @@ class QwenImageBackbone(TransformerBackbone):
         """
         self.check_batch(x, sigma, cond)
         self.check_tokens(cond)
-        positions = torch.arange(cond.tokens.shape[1], device=x.device)
+        mask = None
+        if not cond.full:  # attention without a mask has faster kernels
+            positions = torch.arange(cond.tokens.shape[1], device=x.device)
+            mask = positions < cond.num_tokens[:, None]
         shape = (1, x.shape[2] // PATCH, x.shape[3] // PATCH)  # frames, rows, columns
         tokens: Tensor = self.module(
             hidden_states=pack(x).to(self.dtype),
             timestep=sigma,  # the model multiplies by 1000
             encoder_hidden_states=cond.tokens.to(self.dtype),
-            encoder_hidden_states_mask=positions < cond.num_tokens[:, None],
+            encoder_hidden_states_mask=mask,
             img_shapes=[[shape]] * x.shape[0],
             return_dict=False,
         )[0]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,6 +25,20 @@ def test_cat_of_slices_is_the_whole() -> None:
     assert torch.equal(joined.tokens, whole.tokens)
     assert torch.equal(joined.num_tokens, whole.num_tokens)
     assert torch.equal(joined.pooled, whole.pooled)
+
+
+def test_a_shorter_part_is_padded() -> None:
+    """Which makes room for a mask; parts that are full and of one length need none."""
+    short, long = replace(make(1), full=True), replace(make(2, length=5), full=True)
+    joined = Conditioning.cat([short, long])
+    assert torch.equal(joined.tokens[:1, :3], short.tokens) and not joined.tokens[:1, 3:].any()
+    assert torch.equal(joined.tokens[1:], long.tokens) and joined.num_tokens.tolist() == [3, 5, 5]
+    assert not joined.full and Conditioning.cat([long, long]).full
+    assert not Conditioning.cat([long, make(1, length=5)]).full
+    mixed = long.where(torch.tensor([True, False]), short)
+    assert torch.equal(mixed.tokens[1], joined.tokens[0]) and not mixed.full
+    rows = torch.tensor([1])
+    assert long.select(rows).full and short.expand(4).full and long.to("cpu").full
 
 
 def test_to_converts_floats_only() -> None:
@@ -49,8 +65,8 @@ def test_expand() -> None:
 
 
 def test_parts_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="pad all prompts to the same max_tokens"):
-        Conditioning.cat([make(1), make(1, length=4)])
+    with pytest.raises(ValueError, match=r"share one width D of token states, got \[4, 5\]"):
+        Conditioning.cat([make(1), Conditioning(torch.zeros(1, 3, 5), torch.ones(1))])
     with pytest.raises(ValueError, match="1 of 2 parts have a pooled vector"):
         Conditioning.cat([make(1), make(1, pooled=False)])
     with pytest.raises(ValueError, match="at least one part"):

@@ -42,6 +42,8 @@ def _batches(
     world_size: int = 1,
     start: int = 0,
     damaged_rows: DamagedRows = "stop",
+    *,
+    by_length: bool = False,
 ) -> list[StreamBatch]:
     stream = TrainStream(
         store.uri,
@@ -53,6 +55,7 @@ def _batches(
         start_sample=start * 12,
         damaged_rows=damaged_rows,
         reader=LocalReader(),
+        by_length=by_length,
     )
     batches = list(islice(stream.batches(), count))
     assert [batch.step for batch in batches] == list(range(start, start + count))
@@ -378,6 +381,46 @@ def test_a_step_has_one_picture_size_and_the_stores_rows(make_store: MakeStore) 
 def test_batches_of_encoders_without_a_pooled_vector(make_store: MakeStore) -> None:
     [micro_batches] = _steps(make_store(ONE_SIZE, pooled=False), 1)
     assert len(micro_batches) == 6 and all(m.pooled is None for m in micro_batches)
+
+
+@pytest.mark.parametrize(("start", "world_size"), [(0, 1), (5, 2), (11, 3)])
+def test_prompts_of_like_length_share_micro_batches(
+    make_store: MakeStore, start: int, world_size: int
+) -> None:
+    """A step's prompts stay the step's; neither workers nor a resumption change their order."""
+    store = make_store(THREE_SIZES)
+    plain = _batches(store, 14)
+    whole = _batches(store, 14, by_length=True)
+    for before, after in zip(plain, whole, strict=True):
+        lengths = [len(prompt.encode()) for m in after.micro_batches for prompt in m.prompts]
+        assert lengths == sorted(lengths)
+        names = [[m.prompt_ids for m in batch.micro_batches] for batch in (before, after)]
+        assert sorted(sum(names[0], ())) == sorted(sum(names[1], ()))
+    assert any(
+        [m.prompt_ids for m in before.micro_batches] != [m.prompt_ids for m in after.micro_batches]
+        for before, after in zip(plain, whole, strict=True)
+    )
+    for rank in range(world_size):
+        tail = _batches(store, 14 - start, rank, world_size, start, by_length=True)
+        for ours, theirs in zip(tail, whole[start:], strict=True):
+            expected = theirs.micro_batches[rank::world_size]
+            assert all(_same(a, b) for a, b in zip(ours.micro_batches, expected, strict=True))
+
+
+def test_damaged_rows_have_no_length(make_store: MakeStore) -> None:
+    """The batch that they were in is still ordered, and its other prompts stay in it."""
+    store = make_store(ONE_SIZE)
+    counts = store.lengths()
+    assert counts.tolist() == [len(prompt) for prompt in store.read(range(103)).prompts]
+    entry = store.manifest.shards[1]
+    Path(store.uri, entry.path).unlink()
+    lost = slice(10, 20)  # rows of a shard
+    tolerant = EmbeddingStore(store.uri, store.manifest, "replace")
+    expected = counts.copy()
+    expected[lost] = 0
+    assert tolerant.lengths().tolist() == expected.tolist()
+    with pytest.raises(StoreError):
+        store.lengths()
 
 
 def test_epoch_counts_passes_over_the_store(make_store: MakeStore) -> None:
