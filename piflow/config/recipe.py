@@ -145,6 +145,25 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _attention_takes_the_model(self) -> Recipe:
+        attention, family = self.runtime.attention, self.model.family
+        if attention in ("auto", "native"):
+            return self
+        if attention in ("flash", "native_flash") and find_family(family).masks_text:
+            raise ValueError(
+                f"runtime.attention = {attention} takes no mask, and model.family = {family} masks "
+                "prompts of different lengths; use auto, native or native_cudnn"
+            )
+        in_float32 = self.model.dtype == "float32" or self.lora is None
+        if attention != "native_efficient" and in_float32:
+            raise ValueError(
+                f"runtime.attention = {attention} computes in bfloat16, and this recipe's "
+                f"{'base' if self.lora is not None else 'student (full training)'} is float32; "
+                "use auto, native or native_efficient"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tokens_can_be_split(self) -> Recipe:
         size = self.runtime.context_parallel
         if size == 1:

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from piflow.config.section import Positive, PositiveFloat, Seconds, Section
 
+GPU_ATTENTION = ("native_cudnn", "native_flash", "native_efficient", "flash")
+"""Kernels of runtime.attention that run on GPUs alone."""
+
 
 class DeepSpeedConfig(Section):
     """What ZeRO splits over the workers, and what lies in host memory."""
@@ -108,6 +111,14 @@ class RuntimeConfig(Section):
     selective: all of a block but its matrix products and attention.
     """
 
+    attention: Literal[
+        "auto", "native", "native_cudnn", "native_flash", "native_efficient", "flash"
+    ] = "auto"
+    """Attention's kernel, by its name in diffusers. native: as PyTorch chooses at each call, with
+    or without a mask; native_cudnn, native_flash, native_efficient: PyTorch's kernels of these
+    names; flash: the package flash-attn; auto: what fits GPU, mask and dtype, which the run logs.
+    """
+
     compile: bool = False
     """Torch.compile of each block; seconds to minutes at the start."""
 
@@ -195,6 +206,19 @@ class RuntimeConfig(Section):
             raise ValueError(
                 "preflight.transport = rdma is about NCCL, and use_gpu = false has the workers "
                 "talk by gloo over TCP; use transport any, or use_gpu true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> RuntimeConfig:
+        if self.attention in GPU_ATTENTION and not self.use_gpu:
+            raise ValueError(
+                f"attention = {self.attention} is a kernel for GPUs, and use_gpu is false; use auto"
+            )
+        if self.attention == "native_efficient" and self.context_parallel > 1:
+            raise ValueError(
+                f"diffusers has no context parallelism with attention = native_efficient, and "
+                f"context_parallel is {self.context_parallel}; use auto"
             )
         return self
 

@@ -73,6 +73,7 @@ def train_worker(config: dict[str, Any]) -> None:
         assembly = _assemble_or_tell(recipe, store, strategy, device, config, tracker)
         if assembly is None:
             return
+        tracker.event("attention", assembly.attention)
         loop = TrainLoop(recipe, config, assembly, tracker, stops, watchdog)
         try:
             start = loop.resume()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from piflow.backbones import (
     Backbone,
@@ -31,6 +31,7 @@ from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FewStep, FlowSchedule
 from piflow.sharding.base import Strategy
 from piflow.sharding.weights import StoredTensor, fill, missing
+from piflow.training.attention import use_attention
 from piflow.training.blocks import prepare_blocks
 from piflow.training.context_parallel import split_tokens
 from piflow.training.objective import (
@@ -69,6 +70,7 @@ class Assembly:
         draw: the EMA as a function (conditioning, noise latents) -> x0 latents.
         draw_samples: pictures by the EMA, of the same prompts and noise all along a run.
         flops: operations of training on one sample of a micro-batch's sizes.
+        attention: the kernel of the models' attention and why.
         teacher_error: `PiIDObjective.teacher_error`, if the teacher computes in fp8.
     """
 
@@ -76,7 +78,12 @@ class Assembly:
     draw: Callable[[Conditioning, Tensor], Tensor]
     draw_samples: Callable[[], Samples]
     flops: Callable[[MicroBatch], int]
+    attention: str
     teacher_error: Callable[[MicroBatch, int], float] | None = None
+
+
+_Parts = tuple[Trainer, Callable[[Conditioning, Tensor], Tensor], tuple[nn.Module, ...], Backbone]
+"""Trainer, `Assembly.draw`, all that is called, and the student's backbone."""
 
 
 def assemble(
@@ -96,7 +103,8 @@ def assemble(
         parts = _distillation(recipe, recipe.objective, codec, store, strategy, device)
     else:
         parts = _pretraining(recipe, recipe.objective, codec, store, strategy, device)
-    trainer, draw, backbone = parts
+    trainer, draw, modules, backbone = parts
+    attention = use_attention(recipe, modules, device)
 
     def flops(batch: MicroBatch) -> int:
         _, height, width = codec.latent_shape(batch.height, batch.width)
@@ -108,7 +116,7 @@ def assemble(
     if recipe.model.fp8_teacher is not None and isinstance(objective, PiIDObjective):
         teacher_error = objective.teacher_error
     draw_samples = partial(_draw_samples, recipe, store, codec, draw, device)
-    return Assembly(trainer, draw, draw_samples, flops, teacher_error)
+    return Assembly(trainer, draw, draw_samples, flops, attention, teacher_error)
 
 
 def allow_tf32(device: torch.device) -> None:
@@ -131,7 +139,7 @@ def _distillation(
     store: PromptStore,
     strategy: Strategy,
     device: torch.device,
-) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor], Backbone]:
+) -> _Parts:
     dependent = objective.data == "dependent"
     clean = _clean_latents(recipe, store, codec, device) if dependent else None
     negative = conditioning(
@@ -152,7 +160,7 @@ def _distillation(
     def draw(cond: Conditioning, noise: Tensor) -> Tensor:
         return sample_few_step(lambda x, sigma: trio.ema(x, sigma, cond), noise, few_step)
 
-    return trainer, draw, trio.backbone
+    return trainer, draw, trio.modules, trio.backbone
 
 
 def prepared_trio(recipe: Recipe, strategy: Strategy) -> Trio:
@@ -192,7 +200,7 @@ def _pretraining(
     store: PromptStore,
     strategy: Strategy,
     device: torch.device,
-) -> tuple[Trainer, Callable[[Conditioning, Tensor], Tensor], Backbone]:
+) -> _Parts:
     clean = _clean_latents(recipe, store, codec, device)
     empty = conditioning(store.empty_prompt(), device)
     negative = conditioning(store.negative_prompt(recipe.guidance.negative_prompt), device)
@@ -218,7 +226,7 @@ def _pretraining(
         teacher = GuidedTeacher(average, cond, negative, recipe.guidance)
         return sample_euler(teacher, noise, schedule, _PRETRAIN_STEPS)
 
-    return trainer, draw, backbone
+    return trainer, draw, modules, backbone
 
 
 def _clean_latents(
