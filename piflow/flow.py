@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from piflow.policies.base import Policy, expand_as_latents, working_dtype
+from piflow.policies.base import Policy, expand_as_latents, to_device, working_dtype
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, ...), sigma (B,)) -> u, as x."""
@@ -38,7 +38,7 @@ def noised(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
             f"expected x0 and noise of one shape, got {tuple(x0.shape)} and {tuple(noise.shape)}"
         )
     dtype = working_dtype(x0, noise)
-    level = expand_as_latents(sigma.to(x0.device, non_blocking=x0.is_cuda), x0).to(dtype)
+    level = expand_as_latents(to_device(sigma, x0.device), x0).to(dtype)
     return (1 - level) * x0.to(dtype) + level * noise.to(dtype)
 
 
@@ -49,4 +49,5 @@ def draw_noise(
 
     A CPU generator so gives the same noise on every machine and accelerator.
     """
-    return torch.randn(*shape, generator=generator, device=generator.device).to(device)
+    drawn = torch.randn(*shape, generator=generator, device=generator.device)
+    return to_device(drawn, device)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from piflow.flow import Student, Velocity, noised
-from piflow.policies.base import Policy, expand_as_latents, working_dtype
+from piflow.policies.base import Policy, expand_as_latents, to_device, working_dtype
 from piflow.policies.gmflow import GMFlowPolicy
 from piflow.policies.rollout import mean_velocity, rollout
 from piflow.schedule import FewStep, FlowSchedule, num_substeps, sample_segments
@@ -181,13 +181,13 @@ def imitation_loss(
         with torch.no_grad():
             tau_a = (tau - student_step).clamp(min=0)  # rounding may take it below 0
             x_a = rollout(walker, x, tau, tau_a, schedule, total_substeps)
-            sigma_a = _on(x, schedule.sigma(tau_a))
+            sigma_a = to_device(schedule.sigma(tau_a), x.device)
             target = teacher(x_a, sigma_a).to(x_a.dtype)
         tau_b = (tau_a - teacher_step).clamp(min=0)
         tau_end = (tau_b - window).clamp(min=0)
         average = mean_velocity(policy, x_a, tau_a, tau_end, schedule, total_substeps)
         losses.append((average - target).square().mean())
-        step = _on(x, schedule.sigma(tau_b)) - sigma_a
+        step = to_device(schedule.sigma(tau_b), x.device) - sigma_a
         # On the teacher's velocity up to tau_b, not to tau_end: windows may overlap the next step.
         x, tau = x_a + expand_as_latents(step, x_a) * target, tau_b
     loss = 0.5 * scale * torch.stack(losses).mean()
@@ -279,7 +279,7 @@ def _imitate(
 ) -> tuple[ImitationOutput, Policy]:
     """One segment's student call and loss; and the detached policy that was walked on."""
     schedule, substeps = few_step.schedule, few_step.total_substeps
-    policy = student(x, _on(x, schedule.sigma(tau_src)))
+    policy = student(x, to_device(schedule.sigma(tau_src), x.device))
     walker = _walker(policy, settings.dropout, generator)
     window = micro_window(size, settings.window_substeps, substeps)
     intervals = sample_intervals(
@@ -301,8 +301,3 @@ def _walker(policy: Policy, dropout: float, generator: torch.Generator) -> Polic
             "set dropout to 0"
         )
     return policy.detach().dropout(dropout, generator)
-
-
-def _on(x: Tensor, value: Tensor) -> Tensor:
-    """A (B,) host value on the device of `x`, without waiting for it; its dtype stays."""
-    return value.to(x.device, non_blocking=x.is_cuda)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from piflow.policies.base import to_device
 from piflow.sharding.weights import StoredTensor
 
 PATCH = 2  # a token is a 2×2 patch
@@ -60,14 +61,12 @@ class Conditioning:
     def batch_size(self) -> int:
         return self.tokens.shape[0]
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Conditioning:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """Moves all three to `device`; `dtype` applies to tokens and pooled only."""
         return Conditioning(
-            self.tokens.to(device=device, dtype=dtype),
-            self.num_tokens.to(device=device),
-            None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
+            to_device(self.tokens, device, dtype),
+            to_device(self.num_tokens, device),
+            None if self.pooled is None else to_device(self.pooled, device, dtype),
             self.full,
         )
 

@@ -40,6 +40,22 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def to_device(
+    value: Tensor, device: torch.device | str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A tensor on a device; the host doesn't wait for what the device is still computing.
+
+    A copy to a GPU can only be queued from pinned memory, which PyTorch keeps until it is done.
+    """
+    device = torch.device(device)
+    converted = value if dtype is None else value.to(dtype)
+    if converted.device.type != "cpu" or device.type == "cpu":
+        return converted.to(device)
+    if device.type == "cuda":
+        converted = converted.pin_memory()
+    return converted.to(device, non_blocking=True)
+
+
 def per_sample(value: Tensor, like: Tensor, name: str) -> Tensor:
     """Bring (B,) times to the device and dtype of `like` (B, ...), checked.
 
@@ -51,7 +67,7 @@ def per_sample(value: Tensor, like: Tensor, name: str) -> Tensor:
             f"{name}: expected shape ({like.shape[0]},), one value a sample, got "
             f"{tuple(value.shape)}; expand a scalar with torch.full"
         )
-    return value.to(device=like.device, dtype=like.dtype, non_blocking=like.is_cuda)
+    return to_device(value, like.device, like.dtype)
 
 
 def expand_as_latents(value: Tensor, latents: Tensor) -> Tensor:

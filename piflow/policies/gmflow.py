@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from piflow.policies.base import SIGMA_MIN, per_sample, working_dtype
+from piflow.policies.base import SIGMA_MIN, per_sample, to_device, working_dtype
 from piflow.policies.mixture import CenteredMixture, Mixture
 
 FUSED_LIMIT = 64
@@ -117,7 +117,7 @@ class GMFlowPolicy:
         device = generator.device if generator is not None else logweights.device
         draws = torch.rand(logweights.shape[:2], generator=generator, device=device)
         dropped = (draws < p) & (draws < draws.amax(1, keepdim=True))
-        mask = dropped.to(logweights.device, non_blocking=logweights.is_cuda)[:, :, None]
+        mask = to_device(dropped, logweights.device)[:, :, None]
         mixture = self.mixture.reweighted(
             logweights.masked_fill(mask, -torch.inf), self.mixture.variance
         )

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from piflow.policies.base import Policy, expand_as_latents, recomputed, working_dtype
+from piflow.policies.base import (
+    Policy,
+    expand_as_latents,
+    per_sample,
+    recomputed,
+    to_device,
+    working_dtype,
+)
 from piflow.policies.gmflow import GMFlowPolicy
 from piflow.schedule import FlowSchedule, num_substeps
 
@@ -31,7 +38,7 @@ class SubstepTable:
     def to(self, device: torch.device, dtype: torch.dtype) -> SubstepTable:
         """A copy on another device, in one transfer."""
         both = torch.stack([self.sigma, self.delta])
-        return SubstepTable(*both.to(device, dtype, non_blocking=device.type == "cuda"))
+        return SubstepTable(*to_device(both, device, dtype))
 
 
 def substep_table(
@@ -111,15 +118,15 @@ def mean_velocity(
     latents = x.to(working_dtype(x))
     sigma_from, sigma_to = schedule.sigma(start), schedule.sigma(stop)
     if bool(short.all()):
-        return policy.velocity(latents, sigma_from.to(latents.device, latents.dtype))
+        return policy.velocity(latents, per_sample(sigma_from, latents, "tau_from"))
     end = rollout(policy, latents, start, stop, schedule, total_substeps)
     # 1 where the secant isn't taken: 0 / 0 there would be NaN, and stay NaN in `where`'s gradient
-    span = torch.where(short, 1.0, sigma_from - sigma_to).to(latents.device, latents.dtype)
+    span = per_sample(torch.where(short, 1.0, sigma_from - sigma_to), latents, "tau_from")
     average = (latents - end) / expand_as_latents(span, latents)
     if not bool(short.any()):
         return average
-    instantaneous = policy.velocity(latents, sigma_from.to(latents.device, latents.dtype))
-    mask = expand_as_latents(short.to(latents.device), latents)
+    instantaneous = policy.velocity(latents, per_sample(sigma_from, latents, "tau_from"))
+    mask = expand_as_latents(to_device(short, latents.device), latents)
     return torch.where(mask, instantaneous, average)
 
 

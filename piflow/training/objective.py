@@ -20,7 +20,7 @@ from piflow.imitation import (
     run_data_free,
     teacher_ratio,
 )
-from piflow.policies.base import Policy
+from piflow.policies.base import Policy, to_device
 from piflow.roles.fp8 import velocity_error
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.trio import Trio
@@ -98,7 +98,7 @@ class PiIDObjective:
             return run_data_free(
                 student, teacher, noise, self.few_step, settings, generator=generator
             )
-        x0 = self.clean(batch, generator).to(self.device)
+        x0 = to_device(self.clean(batch, generator), self.device)
         noise = draw_noise(x0.shape, generator, self.device)
         return run_data_dependent(
             student, teacher, x0, noise, self.few_step, settings, generator=generator
@@ -189,13 +189,13 @@ class FlowMatchingObjective:
     ) -> Iterator[PartOfLoss]:
         """One part: mean |u - (ε - x0)|² at x_sigma, sigma = sigmoid(normal)."""
         size = len(batch.prompts)
-        x0 = self.clean(batch, generator).to(self.device)
+        x0 = to_device(self.clean(batch, generator), self.device)
         noise = draw_noise(x0.shape, generator, self.device)
         logit = torch.randn(size, generator=generator)
         sigma = torch.sigmoid(self.config.logit_mean + self.config.logit_std * logit)
         dropped = torch.rand(size, generator=generator) < self.config.prompt_dropout
-        sigma = sigma.to(self.device)
-        cond = conditioning(batch, self.device).where(~dropped.to(self.device), self.empty)
+        sigma = to_device(sigma, self.device)
+        cond = conditioning(batch, self.device).where(to_device(~dropped, self.device), self.empty)
         velocity = self.backbone(noised(x0, noise, sigma), sigma, cond)
         yield (velocity - (noise - x0)).square().mean(), True
 
@@ -214,7 +214,7 @@ def drawn_latents(codec: Codec, pictures: Pictures, device: torch.device) -> Cle
                 f"the source of pictures returned {tuple(drawn.shape)} for {expected[0]} prompts "
                 f"of {batch.height}x{batch.width} pixels, expected {expected}"
             )
-        return codec.encode(drawn.to(device))
+        return codec.encode(to_device(drawn, device))
 
     return clean
 

@@ -234,15 +234,19 @@ class Trainer:
                 del loss  # its graph must be gone before the next part's network call
             if counts:
                 losses.append(total)
+        samples = self.num_micro_batches * self.context_parallel
+        mean = float(sum_over_workers(torch.stack(losses).sum())) / samples
+        if math.isfinite(mean):  # finite losses have a finite sum: nothing more is asked of the GPU
+            return mean, []
         suspects = [
             prompt_id
-            for batch, finite in zip(micro_batches, torch.stack(losses).isfinite(), strict=True)
+            for batch, finite in zip(
+                micro_batches, torch.stack(losses).isfinite().tolist(), strict=True
+            )
             if not finite
             for prompt_id in batch.prompt_ids
         ]
-        total = torch.stack(losses).sum()  # finite losses have a finite sum
-        samples = self.num_micro_batches * self.context_parallel
-        return float(sum_over_workers(total)) / samples, suspects
+        return mean, suspects
 
     @torch.no_grad()
     def _update_ema(self, step: int) -> None:

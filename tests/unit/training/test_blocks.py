@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from piflow.config import GMFlowPolicyConfig, LoRAConfig, RuntimeConfig
 from piflow.roles.trio import Trio
 from piflow.training.blocks import prepare_blocks
 from piflow.training.build import build_trio
+from tests.unit.models import case
 from tests.unit.sharding import training
 from tests.unit.sharding.training import AGAIN, COMPILE, LORA, SOME_AGAIN, Run
 
@@ -54,6 +57,24 @@ def test_compilations_are_bounded_and_change_nothing(folder: Path) -> None:
             torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [7, 7, 16, 16, 16, 16, 16]
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("family", ["flux2", "qwen_image", "sd3"])
+def test_no_block_of_any_family_breaks_into_pieces(family: str) -> None:
+    """With adapters and without; Qwen-Image's without a mask and with."""
+    backbone, (x, sigma, cond) = case(family)
+    trio = Trio.from_backbone(
+        backbone,
+        LoRAConfig(rank=2, dropout=0.0),
+        GMFlowPolicyConfig(num_gaussians=2, logstd_inner_dim=8),
+        None,
+        generator=torch.Generator().manual_seed(0),
+    )
+    prepare_blocks(RuntimeConfig(compile=True), backbone, trio.modules, backend="eager")
+    trio.teacher_velocity(x, sigma, cond)
+    trio.student(x, sigma, replace(cond, full=True))
+    assert counters["stats"]["unique_graphs"] >= 2
     assert not counters["graph_break"]
 
 
