@@ -44,7 +44,7 @@ $(DEV): $(STAMP)
 	@touch $@
 
 $(CLUSTER): $(DEV)
-	$(INSTALL) --editable '.[ray,s3,dev,cluster-files]'
+	$(INSTALL) --editable '.[ray,s3,gcp,dev,cluster-files]'
 	@touch $@
 
 $(CHECKOV):  # it pins versions of its own, of boto3 and others

@@ -115,3 +115,26 @@ def test_no_policy_gives_everything_away() -> None:
         for statement in json.loads(policy(role))["Statement"]:
             assert not [action for action in statement["Action"] if action.endswith("*")]
             assert statement["Resource"] != "*" or "Condition" in statement
+
+
+def test_an_environment_is_listed_offline_as_the_image_is(tmp_path: Path) -> None:
+    """The Dockerfile's own command, on the environment that these tests run in."""
+    text = DOCKERFILE.read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"/opt/sbom/bin/cyclonedx-py (.*)", text)
+    listed = tmp_path / "sbom.json"
+    words = command.split()
+    words[words.index("/opt/piflow/bin/python")] = sys.executable
+    words[words.index("/opt/piflow/sbom.cdx.json")] = str(listed)
+    offline = ["unshare", "--net", Path(sys.executable).with_name("cyclonedx-py"), *words]
+    subprocess.run(offline, check=True, capture_output=True, timeout=300)
+    tree = json.loads(listed.read_text())
+    found = {part["name"]: part["version"] for part in tree["components"]}
+    assert tree["bomFormat"] == "CycloneDX"
+    for name in ("torch", "ray", "diffusers"):
+        assert found[name] == version(name)
+
+
+def version(name: str) -> str:
+    from importlib import metadata
+
+    return metadata.version(name)
