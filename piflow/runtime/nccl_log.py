@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from piflow.storage.foreign import shown
 
 _CHOSEN = re.compile(r"NCCL INFO Using network ([^\r\n]+)")
 _CHANNEL = re.compile(r"NCCL INFO Channel .* via ([^\r\n]+)")
@@ -30,11 +32,13 @@ class NcclNetwork:
         channels: what the channels go over, such as ``P2P``, ``NET/IB`` or ``NET/IB/GDRDMA``, the
             last one if the network card reads GPU memory itself.
         provider: libfabric's, such as ``efa``; empty: its plug-in isn't used.
+        asked: the environment's NCCL_NET, which leaves NCCL no choice; empty: it isn't set.
     """
 
     chosen: str
     channels: tuple[str, ...]
     provider: str
+    asked: str = ""
 
     @property
     def is_rdma(self) -> bool:
@@ -52,6 +56,8 @@ class NcclNetwork:
         text = self.chosen or "unknown"
         if self.provider:
             text += f" (provider {self.provider})"
+        if self.asked:
+            text += f" (NCCL_NET={shown(self.asked, 40)} is set)"
         return f"{text}; channels {', '.join(self.channels)}" if self.channels else text
 
 
@@ -66,10 +72,12 @@ def keep_nccl_log() -> Path:
 
 def read_nccl_log(file: Path) -> NcclNetwork:
     """What the log tells so far; the beginning of a very long one."""
-    if not file.is_file():
-        return network_of("")
-    with file.open("rb") as stream:
-        return network_of(stream.read(_MOST_BYTES).decode(errors="replace"))
+    log = b""
+    if file.is_file():
+        with file.open("rb") as stream:
+            log = stream.read(_MOST_BYTES)
+    network = network_of(log.decode(errors="replace"))
+    return replace(network, asked=os.environ.get("NCCL_NET", ""))
 
 
 def network_of(log: str) -> NcclNetwork:

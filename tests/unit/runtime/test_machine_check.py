@@ -60,7 +60,6 @@ def test_healthy_machines_pass_every_check() -> None:
     ("name", "planted", "told"),
     [
         ("devices", {"device": "cpu"}, "rank 1"),
-        ("devices", {"device": "A100"}, "rank 1: A100"),
         ("matrix products", {"wrong_products": 3}, "rank 1 on b (10.0.0.2)"),
         ("GPU memory", {"memory_errors": ["uncorrected ECC errors: 2"]}, "rank 1 on b"),
         ("all-reduce", {"allreduce_gb_s": 29.9}, ""),
@@ -79,6 +78,11 @@ def test_a_planted_fault_fails_its_check_and_no_other(
     checks = checked(machines(**planted), **STRICT)
     assert [check.name for check in checks.values() if not check.ok] == [name]
     assert told in " ".join(checks[name].where)
+
+
+def test_gpus_of_two_kinds_are_told_and_pass() -> None:
+    devices = checked(machines(device="A100"))["devices"]
+    assert devices.ok and devices.found.startswith("2 x A100, H100 on 2 machine(s); the slowest")
 
 
 def test_without_floors_slow_and_tcp_pass() -> None:
@@ -131,11 +135,14 @@ def test_infiniband_is_rdma_with_and_without_direct_access_to_gpus() -> None:
 def test_nccl_is_told_where_to_log(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "NCCL_DEBUG_FILE"):
         monkeypatch.setenv(name, "a user's own")
+    monkeypatch.delenv("NCCL_NET", raising=False)
     file = keep_nccl_log()
     assert os.environ["NCCL_DEBUG"] == "INFO" and os.environ["NCCL_DEBUG_FILE"] == str(file)
     assert read_nccl_log(file).chosen == ""  # NCCL hasn't started
     file.write_text(TCP_LOG)
-    assert read_nccl_log(file).chosen == "Socket"
+    monkeypatch.setenv("NCCL_NET", "Socket")
+    told = read_nccl_log(file)
+    assert told.chosen == "Socket" and "(NCCL_NET=Socket is set)" in str(told)
 
 
 # -------------------------------------------------------------------------------- the measuring
