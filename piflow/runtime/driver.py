@@ -277,6 +277,8 @@ def _watch(
         wait([attempt], timeout=_POLL_SECONDS)
         ownership.require()
         ray_watch.require()
+        if ray_watch.answer(mailbox.is_machine_leaving.remote()):
+            signals.machine_leaves()
         signals.pass_on(ask_to_stop, needs)
         for name, text in ray_watch.answer(mailbox.take_events.remote()):
             tracker.event(name, text)

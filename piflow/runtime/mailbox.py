@@ -19,6 +19,8 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from piflow.runtime.draining import is_draining
+
 
 class StopReason(IntEnum):
     """Why workers save and stop before the last step; if there are several, the largest counts."""
@@ -111,6 +113,10 @@ class Mailbox:
     def read(self) -> tuple[int, str]:
         """Newest step and its text."""
         return self._latest
+
+    def is_machine_leaving(self) -> bool:
+        """Whether the driver's machine is about to be taken away."""
+        return is_draining()
 
     def ask_to_stop(self, reason: StopReason) -> bool:
         """Workers shall save and stop; returns whether there are any."""

@@ -34,13 +34,18 @@ def ray_session(recipe: Recipe) -> Iterator[None]:
 
 
 def _start(recipe: Recipe) -> None:
-    """Connect to the cluster, or start an instance that ends with this process."""
+    """Connect to the cluster, or start an instance that ends with this process.
+
+    Raises:
+        ConnectionError: there is no cluster at the address.
+        PermissionError: it wants another token.
+    """
     import ray
 
     from piflow.runtime.ray_private import job_config
 
     _require_cluster(os.environ.get("RAY_ADDRESS", ""))
-    with kept_handlers():
+    with _token_explained(), kept_handlers():
         if os.environ.get("RAY_ADDRESS"):
             ray.init(job_config=job_config(), log_to_driver=False)
         else:
@@ -54,6 +59,30 @@ def _start(recipe: Recipe) -> None:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
+
+
+@contextmanager
+def _token_explained() -> Iterator[None]:
+    """Tell a refused token from a cluster that is away, which Ray doesn't.
+
+    Raises:
+        PermissionError: it is the token.
+    """
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except (AuthenticationError, ConnectionError) as error:
+        if AuthenticationError.__name__ not in f"{error!r} {error.__cause__}":
+            raise
+        place = os.environ.get("RAY_ADDRESS")
+        whose = f"the cluster at RAY_ADDRESS={place}" if place else "a Ray of this machine's own"
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        raise PermissionError(
+            f"{whose} didn't take this process's token; expected the cluster's own in "
+            "RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token, "
+            f"and RAY_AUTH_MODE=token, which is {mode}"
+        ) from error
 
 
 def _require_cluster(address: str) -> None:

@@ -60,6 +60,8 @@ class Signals:
     def __init__(self) -> None:
         self.number: int | None = None
         self._received = 0.0
+        self._cause = ""
+        self._noticed = False  # nobody has sent it
         self._told = False
 
     @contextmanager
@@ -67,6 +69,15 @@ class Signals:
         """Signals come here while the block runs."""
         with _handled_by(self._handle):
             yield self
+
+    def machine_leaves(self) -> None:
+        """The driver's machine is about to be taken away: as if SIGTERM had come.
+
+        Whoever takes it may send SIGTERM as well, which then is the first signal.
+        """
+        if self.number is None:
+            self.number, self._noticed = signal.SIGTERM, True
+            self._cause = "this machine is about to be taken away (Ray drains it)"
 
     def pass_on(self, ask_to_stop: Callable[[], bool], needs: Callable[[], str]) -> None:
         """Ask the workers to stop, if there was a signal; again and again, whoever forgets it.
@@ -84,17 +95,18 @@ class Signals:
             raise StoppedError(self.number, "no worker was training, nothing is lost")
         if not self._told:
             self._told = True
-            name = signal.Signals(self.number).name
+            again = "a signal" if self._noticed else "once more"
             print(
-                f"{name}: the workers save after this step and stop{needs()}; once more ends them "
-                "at once",
+                f"{self._cause}: the workers save after this step and stop{needs()}; {again} ends "
+                "them at once",
                 flush=True,
             )
 
     def _handle(self, number: int, frame: object) -> None:
         _leave_closed_terminal(number)
-        if self.number is None:
-            self.number, self._received = number, time.monotonic()
+        if self.number is None or self._noticed:
+            self.number, self._received, self._noticed = number, time.monotonic(), False
+            self._cause = signal.Signals(number).name
         elif not _is_no_second(number, self._received):
             raise StoppedError(number, "steps since the last checkpoint are lost")
 

@@ -17,7 +17,7 @@ from piflow.config import Recipe, RuntimeConfig, load_recipe
 from piflow.data.cluster import ResourcesError
 from piflow.runs.lease import Ownership, RunTakenError
 from piflow.runs.tracking import Tracker
-from piflow.runtime import alive, driver, ray_private
+from piflow.runtime import alive, driver, mailbox, ray_private
 from piflow.runtime.exits import RayLostError, WorkersFailedError, WorkersLostError
 from piflow.runtime.mailbox import Failure, Mailbox, StopReason
 from piflow.runtime.ray_private import first_failure
@@ -83,9 +83,9 @@ class Handle:
 
 
 def attempts(
-    monkeypatch: pytest.MonkeyPatch, *outcomes: Exception | StopReason, max_failures: int = 3
+    monkeypatch: pytest.MonkeyPatch, *outcomes: Exception | StopReason | None, max_failures: int = 3
 ) -> tuple[Handle, Mock, Any]:
-    """The loop over attempts, each of which ends in one of the `outcomes`.
+    """The loop over attempts, each of which ends in one of the `outcomes`; None: it finds no room.
 
     Returns:
         the mailbox, the tracker and a function that runs the loop.
@@ -94,6 +94,8 @@ def attempts(
 
     def fit(done: Future[Any], *_: object) -> None:
         outcome = left.pop(0)
+        if outcome is None:
+            return
         handle.mailbox.join(1)
         if isinstance(outcome, Exception):
             done.set_exception(outcome)
@@ -103,6 +105,7 @@ def attempts(
 
     monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
     monkeypatch.setattr(alive, "ended_processes", list)
+    monkeypatch.setattr(mailbox, "is_draining", lambda: False)
     context = SimpleNamespace(gcs_address="127.0.0.1:1")
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(ray, "put", lambda value: value)
@@ -140,6 +143,17 @@ def test_attempts_that_ray_train_gives_up_are_made_again(
 def test_workers_that_move_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, loop = attempts(monkeypatch, StopReason.MOVE, StopReason.MOVE, StopReason.NONE)
     assert loop() == 7 and loop.left == []
+
+
+def test_no_workers_are_waited_for_on_a_machine_that_is_taken_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They left for another one before the driver heard that its own machine goes as well."""
+    _, _, loop = attempts(monkeypatch, StopReason.MOVE, None, StopReason.NONE)
+    monkeypatch.setattr(mailbox, "is_draining", lambda: True)
+    with pytest.raises(StoppedError, match="SIGTERM: no worker was training, nothing is lost"):
+        loop()
+    assert loop.left == [StopReason.NONE]
 
 
 def test_workers_that_were_told_to_end_are_not_started_again(
@@ -284,6 +298,7 @@ def test_a_clusters_head_that_stays_away_is_lost(monkeypatch: pytest.MonkeyPatch
     now = 0.0
     monkeypatch.setattr(alive.time, "monotonic", lambda: now)
     monkeypatch.setattr(alive, "ended_processes", list)
+    monkeypatch.setattr(mailbox, "is_draining", lambda: False)
     context = SimpleNamespace(gcs_address="127.0.0.1:1")  # nobody listens
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     watch = alive.RayWatch()

@@ -177,6 +177,34 @@ def test_the_first_signal_is_passed_on_and_a_later_one_ends(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_machine_that_is_taken_away_is_as_the_first_signal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whoever takes it may send SIGTERM as well, at any time; only one after that ends at once."""
+    workers = Asked(running=True)
+    with Signals().handled() as signals:
+        for _ in range(2):
+            signals.machine_leaves()
+            signals.pass_on(workers, lambda: ", which takes about 7 s")
+        told = "this machine is about to be taken away (Ray drains it): the workers save after this"
+        assert capsys.readouterr().out.count(told) == 1
+        assert workers.times == 2 and signals.number == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(1.1)
+        with pytest.raises(StoppedError, match="SIGTERM: steps since the last checkpoint"):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_notice_after_a_signal_says_nothing_new() -> None:
+    with Signals().handled() as signals:
+        signal.raise_signal(signal.SIGINT)
+        signals.machine_leaves()
+        assert signals.number == signal.SIGINT
+        time.sleep(1.1)
+        with pytest.raises(StoppedError, match="steps since the last checkpoint are lost"):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_without_workers_a_signal_ends_the_driver_at_once() -> None:
     with Signals().handled() as signals:
         signal.raise_signal(signal.SIGINT)
