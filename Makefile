@@ -84,7 +84,7 @@ integration: install-dev
 
 test-recipes: install-dev
 	$(BIN)/python -m pytest tests/integration -m smoke_all
-	$(BIN)/python -m pytest tests/unit/sharding -m slow_runs
+	$(BIN)/python -m pytest tests/unit/sharding tests/unit/planning -m slow_runs
 
 test-faults: install-dev $(FAKETIME)
 	$(BIN)/python -m pytest tests/faults

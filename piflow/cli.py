@@ -372,6 +372,58 @@ def watch_spot(
     )
 
 
+@app.command(
+    epilog=f"Example: `piflow plan {DEFAULT_RECIPE} --gpu h100-80gb --nodes 1 --gpus-per-node 8`. "
+    "No GPU and no weights are needed; docs/planning.md explains the figures. "
+    "Exit code 0 also where it doesn't fit: the table says so, and --json has `fits`."
+)
+def plan(
+    recipe: RecipeArgument,
+    gpu: Annotated[
+        str, typer.Option(help="kind of GPU, by its name in the table", metavar="NAME")
+    ] = "h100-80gb",
+    nodes: Annotated[int, typer.Option(help="machines")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a machine")] = 8,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="compare strategies, GPUs and numbers of machines")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="with --sweep: an HTML page with the picture", metavar="FILE"),
+    ] = None,
+    in_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    price: Annotated[
+        float | None, typer.Option(help="US dollars of a GPU, an hour; default: the table's")
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="your own GPUs, efficiencies and prices, as YAML", metavar="FILE"),
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="of a GPU by hand, GiB")] = None,
+    peak: Annotated[float | None, typer.Option(help="of a GPU by hand, bfloat16 TFLOP/s")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="of a GPU by hand, of its memory, GB/s")
+    ] = None,
+    link: Annotated[
+        float | None, typer.Option(help="of a GPU by hand, to its neighbours, GB/s one way")
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(help="of a machine to others, Gbit/s; default: the table's")
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Predict a run's memory, time and cost on GPUs that nobody has rented yet."""
+    config = load_recipe(recipe, overrides)
+    if out is not None and not sweep:
+        raise typer.BadParameter("--out is the page of a comparison: add --sweep")
+    from piflow.commands import plan as pipeline
+
+    wanted = pipeline.Wanted(
+        gpu, nodes, gpus_per_node, memory, peak, bandwidth, link, network, price
+    )
+    pipeline.main(config, wanted, table_path=table, in_json=in_json, compare=sweep, out=out)
+
+
 @app.command(name="recipe", epilog=f"Example: `piflow recipe {DEFAULT_RECIPE}`")
 def show_recipe(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Print a recipe with every default filled in; a wrong one is explained."""

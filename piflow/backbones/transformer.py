@@ -111,6 +111,28 @@ class TransformerBackbone(ABC):
         return cls(module, embedded_guidance=embedded_guidance), sources
 
     @classmethod
+    def on_meta(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        dtype: torch.dtype = torch.float32,
+        embedded_guidance: float | None = None,
+    ) -> Self:
+        """A backbone of this config without any value, to be counted: all of it is on "meta".
+
+        Raises:
+            ValueError: a config that the family refuses, or guidance that doesn't fit it.
+        """
+        try:
+            with parameters_on_meta(dtype), torch.device("meta"):
+                module = cls.model_class.from_config(dict(config)).eval()
+        except LIBRARY_ERRORS as error:
+            raise ValueError(
+                f"config.json isn't that of a {cls.class_name}: {reason(error)}"
+            ) from error
+        return cls(module, embedded_guidance=embedded_guidance)
+
+    @classmethod
     def _check_folder(
         cls, folder: str, uri: str, embedded_guidance: float | None
     ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from piflow.config import Recipe
 from piflow.data.reader import EmbeddingStore
-from piflow.planning.memory import GIB, replica_bytes, shard_bytes
-from piflow.training.placement import measure
+from piflow.planning.memory import GIB
+from piflow.training.placement import replica_and_shard
 from piflow.training.preflight import Run, preflight
 
 
@@ -48,16 +48,16 @@ def _about_data(run: Run) -> Iterator[tuple[str, str]]:
 
 def _about_model(run: Run) -> Iterator[tuple[str, str]]:
     recipe = run.recipe
-    size = measure(run.absolute)
+    workers = recipe.runtime.max_workers
+    model, whole, part = replica_and_shard(run.absolute, workers)
     yield "model", f"{recipe.model.family}, {recipe.model.path}, codec {recipe.model.codec}"
     yield (
         "weights",
-        f"frozen {size.frozen_bytes / GIB:.2f} GiB, trained {size.trained:,} parameters",
+        f"frozen {model.base_bytes / GIB:.2f} GiB, trained {model.trained:,} parameters",
     )
-    yield "a replica takes", str(replica_bytes(recipe, size))
-    workers = recipe.runtime.max_workers
+    yield "a replica takes", str(whole)
     if workers > 1:
-        yield f"a shard of {workers} takes", str(shard_bytes(recipe, size, workers))
+        yield f"a shard of {workers} takes", str(part)
 
 
 def _about_run(run: Run) -> Iterator[tuple[str, str]]:

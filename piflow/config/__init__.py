@@ -13,7 +13,14 @@ from piflow.config.encoder import (
     EncoderConfig,
     TextEncoderConfig,
 )
-from piflow.config.family import BUILT_IN, Family, FamilyEncoder, find_family, require_known
+from piflow.config.family import (
+    BUILT_IN,
+    Family,
+    FamilyEncoder,
+    Published,
+    find_family,
+    require_known,
+)
 from piflow.config.identity import differences, flatten
 from piflow.config.model import Fp8TeacherConfig, LoRAConfig, ModelConfig
 from piflow.config.objective import (
@@ -58,6 +65,7 @@ __all__ = [
     "PiIDConfig",
     "PolicyConfig",
     "PreflightConfig",
+    "Published",
     "Recipe",
     "RecipeError",
     "RuntimeConfig",

@@ -40,6 +40,19 @@ _RECORD = "FAMILY"
 _BERT = "bert"  # of families that take it, where a recipe's encoder has no type
 
 
+@dataclass(frozen=True)
+class Published:
+    """A family's best known model, to plan with where a recipe's own isn't at hand.
+
+    Attributes:
+        name: as people call it.
+        config: constructor arguments of its diffusers class that differ from the class's defaults.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What piflow knows of one family of models.
@@ -58,6 +71,7 @@ class Family:
             `piflow smoke`; None: it can't be tried so.
         pipeline: "module:class" of its `piflow.inference.base.FewStepPipeline`; None: its students
             are sampled by `piflow sample` alone.
+        published: its best known model, for `piflow plan` without the recipe's folder.
         defaults: recipe keys, nested as in a recipe, for what a recipe of this family leaves out.
     """
 
@@ -69,6 +83,7 @@ class Family:
     splits_tokens: bool = False
     tiny: str | None = None
     pipeline: str | None = None
+    published: Published | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -1,137 +1,224 @@
-"""What one worker's memory has to hold: an estimate, from sizes alone.
+"""What a worker's memory holds, part by part, for a way to spread the model over the workers.
 
-frozen base         as stored, at the recipe's dtype
-trained weights     float32, each with its gradient, its average and the optimiser's state
-activations         what the student's backward pass needs of one micro-batch
-fp8 teacher         one weight at a time, quantised: no second copy of the base
+    weights         the frozen base, in its own dtype
+    lora, heads     the student's trained weights, float32; without adapters all of its weights
+    ema             their averages, float32
+    gradients       float32, of all trained weights
+    optimizer       its state
+    activations     what the student's forward pass keeps for its backward pass
+    policy          what the policy's rollouts and the losses keep besides
+    working         the most that passes, or the optimiser's step, hold for a moment beyond that
+    gathered        weights that are whole while a unit computes (FSDP, ZeRO stage 3)
+    fp8             the teacher's weight that is being quantised
+    buffers         of collectives
+    context         CUDA's context and NCCL's channels: assumed
 
-A replica holds all of it. Sharded workers (FSDP, ZeRO 3) hold a part of the first two, and whole
-blocks for as long as they compute with them; what is offloaded lies in host memory instead.
+A replica holds all of it. Sharded workers hold a part of the weights, averages and states; what is
+offloaded lies in host memory instead. Sizes of passes are counted (`passes.py`), all else follows
+from the model's shapes (`model.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
-from piflow.config import Recipe
+from piflow.config import DeepSpeedConfig, PiIDConfig, Recipe
+from piflow.planning.model import Model, Unit
+from piflow.planning.passes import Passes
 
 SAFE_SHARE = 0.85  # of the free memory: the rest is for kernels' workspaces and fragmentation
 GIB = 2**30
 
-_WEIGHT = 4
-_WEIGHT_GRADIENT_AVERAGE = _WEIGHT + 4 + 4  # bytes a trained parameter
-_OPTIMIZER: Mapping[str, int] = {"adamw": 8, "adamw8bit": 2, "muon": 8}  # bytes, at most
-# Bytes a token and channel of a block, arXiv 2205.05198, section 4.1: 34 at 16 bits without the
-# attention's scores, which fused kernels don't keep. Twice that: float32 activations, or the
-# float32 copies that LoRA branches keep of their inputs.
-_BLOCK_ACTIVATIONS = 2 * 34
-# Of which selective checkpointing keeps products and attention: queries, keys and values 3,
-# attention and its projection 2, the MLP 4 + 1 values, in float32
-_BLOCK_PRODUCTS = 4 * 10
-_BLOCK_INPUT = 4  # all that is kept of a block which is computed again in the backward pass
+StrategyName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
+SHARDED: tuple[StrategyName, ...] = ("fsdp", "zero3")
+
+_FLOAT = 4
+_OPTIMIZER: Mapping[str, int] = {"adamw": 8, "adamw8bit": 2, "muon": 8}  # bytes a value, at most
 _FP8_WORKSPACE = 1 + 4 + 4  # bytes a value of a weight: code, float32 copy, that over its scale
-_BLOCKS_WHOLE = 2  # gathered at once: the one that computes, and the next
-_LATENT_PIXEL = {"pixels": 2, "vae": 8}  # side in picture pixels
-_PATCH = 2  # side of a token in latent pixels
+_DDP_BUCKET = 2 * 64 * 2**20  # gradients laid end to end, and the quotient
 
 
 @dataclass(frozen=True)
-class ModelSize:
-    """What the estimate needs to know of a model.
+class Placement:
+    """How the model is spread.
 
     Attributes:
-        frozen_bytes: of weights that are not trained.
-        trained: number of trained parameters.
-        blocks: transformer blocks.
-        width: channels of a token in them.
-        largest: values of the largest weight that is not trained.
+        strategy: what splits it.
+        world: workers, a GPU each.
+        shard: workers that hold one copy of what is split.
     """
 
-    frozen_bytes: int
-    trained: int
-    blocks: int
-    width: int
-    largest: int = 0
+    strategy: StrategyName
+    world: int
+    shard: int
+
+    @property
+    def parts(self) -> int:
+        """Into how many the frozen weights are cut."""
+        return self.shard if self.strategy in SHARDED else 1
+
+    def __str__(self) -> str:
+        if self.strategy == "fsdp" and self.shard < self.world:
+            return f"hsdp({self.shard})"
+        return self.strategy
 
 
 @dataclass(frozen=True)
-class ReplicaBytes:
-    """Estimated bytes of a worker that keeps everything."""
+class Memory:
+    """Bytes of one worker at a step's peak; `host` of them in host memory, all else on the GPU."""
 
-    frozen: int
-    trained: int  # with gradients, averages and the optimiser's state
+    weights: int
+    lora: int
+    heads: int
+    ema: int
+    gradients: int
+    optimizer: int
     activations: int
-    fp8: int = 0  # the teacher's weight that is being quantised
+    policy: int
+    working: int
+    gathered: int
+    fp8: int
+    buffers: int
+    context: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.frozen + self.trained + self.activations + self.fp8
+        """Bytes on the device."""
+        return sum(self.parts().values())
+
+    @property
+    def own(self) -> int:
+        """Of which PyTorch allocates."""
+        return self.total - self.context
+
+    def parts(self) -> dict[str, int]:
+        """Name -> bytes, of what lies on the device."""
+        names = (entry.name for entry in fields(self) if entry.name != "host")
+        return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
-        fp8 = f", fp8 {self.fp8 / GIB:.2f}" if self.fp8 else ""
-        return (
-            f"{self.total / GIB:.2f} GiB (frozen base {self.frozen / GIB:.2f}, trained weights "
-            f"with gradients, EMA and optimiser {self.trained / GIB:.2f}, activations "
-            f"{self.activations / GIB:.2f}{fp8})"
+        told = ", ".join(
+            f"{name} {size / GIB:.2f}" for name, size in self.parts().items() if size >= GIB / 200
         )
+        host = f", and {self.host / GIB:.2f} GiB of host memory" if self.host else ""
+        return f"{self.total / GIB:.2f} GiB ({told}){host}"
 
 
-@dataclass(frozen=True)
-class ShardBytes:
-    """Estimated bytes of a worker that keeps a part of everything.
-
-    Attributes:
-        device: where it computes.
-        host: what is offloaded from there.
-    """
-
-    device: int
-    host: int
-
-    def __str__(self) -> str:
-        host = f" and {self.host / GIB:.2f} GiB of host memory" if self.host else ""
-        return f"{self.device / GIB:.2f} GiB{host}"
+def fits(needed: Memory, free: int) -> bool:
+    """Whether a worker fits `free` bytes without its context; `SAFE_SHARE` are counted on."""
+    return needed.own <= SAFE_SHARE * free
 
 
-def replica_bytes(recipe: Recipe, size: ModelSize) -> ReplicaBytes:
-    """The estimate for a recipe and the size of its model."""
+def passes_a_step(recipe: Recipe, world: int) -> int:
+    """Backward passes that a worker makes in a step: one a segment and micro-batch."""
+    return micro_batches(recipe, world) * segments(recipe)
+
+
+def micro_batches(recipe: Recipe, world: int) -> int:
+    """Micro-batches of a step that a worker computes; those with fewer repeat their last."""
     training = recipe.training
-    tokens = -(-tokens_of(recipe) // recipe.runtime.context_parallel)
-    layer = training.micro_batch_size * tokens * size.width  # values
-    kept = size.blocks * layer * _BLOCK_ACTIVATIONS
-    if recipe.runtime.activation_checkpointing == "full":
-        kept = size.blocks * layer * _BLOCK_INPUT + layer * _BLOCK_ACTIVATIONS
-    elif recipe.runtime.activation_checkpointing == "selective":
-        kept = size.blocks * layer * _BLOCK_PRODUCTS + layer * _BLOCK_ACTIVATIONS
-    per_parameter = _WEIGHT_GRADIENT_AVERAGE + _OPTIMIZER[training.optimizer.type]
-    fp8 = 0 if recipe.model.fp8_teacher is None else size.largest * _FP8_WORKSPACE
-    return ReplicaBytes(size.frozen_bytes, size.trained * per_parameter, kept, fp8)
+    groups = world // recipe.runtime.context_parallel
+    return -(-(training.batch_size // training.micro_batch_size) // groups)
 
 
-def shard_bytes(recipe: Recipe, size: ModelSize, world_size: int) -> ShardBytes:
-    """The estimate for a worker under FSDP, or HSDP if the recipe says so."""
-    whole = replica_bytes(recipe, size)
-    parts = recipe.runtime.shard_size or world_size
-    kept = -(-(whole.frozen + whole.trained) // parts)
-    weights = whole.frozen + size.trained * _WEIGHT
-    gathered = _BLOCKS_WHOLE * weights // max(size.blocks, 1)
-    working = gathered + whole.activations + whole.fp8
-    if recipe.runtime.offload == "cpu":
-        return ShardBytes(device=working, host=kept)
-    return ShardBytes(device=working + kept, host=0)
+def segments(recipe: Recipe) -> int:
+    """Segments of a micro-batch: all where training starts from noise, else one."""
+    objective = recipe.objective
+    return objective.nfe if isinstance(objective, PiIDConfig) and objective.data == "free" else 1
 
 
-def tokens_of(recipe: Recipe) -> int:
-    """Tokens of a sample: the largest picture's, of those that the recipe names, and the text's."""
-    embed = recipe.embed
-    sizes = [(embed.height, embed.width), *((bucket[0], bucket[1]) for bucket in embed.buckets)]
-    side = _LATENT_PIXEL[recipe.model.codec] * _PATCH
-    picture = max(-(-height // side) * -(-width // side) for height, width in sizes)
-    return picture + recipe.encoder.text_tokens
+def memory_of(
+    recipe: Recipe, model: Model, passes: Passes, placement: Placement, *, context: int = 0
+) -> Memory:
+    """The estimate for a worker.
+
+    Args:
+        passes: with the recipe's activation checkpointing.
+        context: bytes that aren't PyTorch's.
+    """
+    parts, trained = placement.parts, _FLOAT * model.trained
+    state = _OPTIMIZER[recipe.training.optimizer.type] * model.trained
+    split = placement.world if placement.strategy.startswith("zero") else parts
+    update = trained // split  # what a step of the optimiser computes with, beside its state
+    cut = recipe.runtime.context_parallel
+    activations, policy = passes.kept // cut, passes.policy // cut
+    gathered = _gathered(recipe, model, placement)
+    lora = _FLOAT * (model.trained - model.head)
+    fp8 = 0 if recipe.model.fp8_teacher is None else model.largest * _FP8_WORKSPACE
+    held = activations + policy + gathered  # not by then
+    memory = Memory(
+        weights=-(-model.base_bytes // parts),
+        lora=-(-lora // parts),
+        heads=-(-_FLOAT * model.head // parts),
+        ema=-(-trained // parts),
+        gradients=_gradients(recipe, trained, placement),
+        optimizer=-(-state // split),
+        activations=activations,
+        policy=policy,
+        working=max(passes.working // cut, update - held),
+        gathered=gathered,
+        fp8=fp8,
+        buffers=_buffers(recipe, placement),
+        context=context,
+    )
+    return _offloaded(recipe, memory, placement)
 
 
-def fits(needed: ReplicaBytes, free: int) -> bool:
-    """Whether a replica fits a worker with `free` bytes, `SAFE_SHARE` of which are counted on."""
-    return needed.total <= SAFE_SHARE * free
+def _gradients(recipe: Recipe, trained: int, placement: Placement) -> int:
+    """FSDP splits them at a step's last backward pass: until then they add up whole."""
+    strategy = placement.strategy
+    if strategy in ("zero2", "zero3"):
+        return -(-trained // placement.world)
+    if strategy == "fsdp" and passes_a_step(recipe, placement.world) == 1:
+        return -(-trained // placement.shard)
+    return trained
+
+
+def _gathered(recipe: Recipe, model: Model, placement: Placement) -> int:
+    """The rest of the module stays whole while its blocks compute, one after the other.
+
+    The next block comes meanwhile, first as the workers' parts end to end, then as its weights.
+    """
+    if placement.parts == 1:
+        return 0
+    passes = [units for units in (model.student, model.teacher) if units]
+    blocks = max(
+        (unit.nbytes() for units in passes for unit in units if _is_block(unit)), default=0
+    )
+    rest = max(sum(u.nbytes() for u in units if u.part == "rest") for units in passes)
+    if placement.strategy == "fsdp" and not recipe.runtime.reshard_after_forward:
+        return rest + sum(unit.nbytes() for unit in model.student if unit.part != "rest") + blocks
+    return rest + 3 * blocks
+
+
+def _is_block(unit: Unit) -> bool:
+    return unit.part != "rest"
+
+
+def _buffers(recipe: Recipe, placement: Placement) -> int:
+    if placement.strategy == "ddp":
+        return _DDP_BUCKET
+    if placement.strategy.startswith("zero"):
+        options = recipe.runtime.deepspeed or DeepSpeedConfig()
+        return 2 * _FLOAT * options.bucket_values
+    return 0
+
+
+def _offloaded(recipe: Recipe, memory: Memory, placement: Placement) -> Memory:
+    """The same with what the recipe keeps in host memory there."""
+    away: tuple[str, ...] = ()
+    options = recipe.runtime.deepspeed
+    if placement.strategy == "fsdp" and recipe.runtime.offload == "cpu":
+        away = ("weights", "lora", "heads", "ema", "optimizer")
+        if passes_a_step(recipe, placement.world) == 1:  # else they add up whole on the device
+            away = (*away, "gradients")
+    elif placement.strategy.startswith("zero") and options is not None:
+        away += ("optimizer", "gradients") if options.offload_optimizer == "cpu" else ()
+        moved = ("weights", "lora", "heads", "ema")
+        away += moved if options.offload_parameters == "cpu" else ()
+    sizes = {entry.name: getattr(memory, entry.name) for entry in fields(memory)}
+    sizes["host"] = sum(sizes[name] for name in away)
+    return Memory(**{**sizes, **dict.fromkeys(away, 0)})

@@ -35,6 +35,7 @@ from piflow.sharding.everyone import everyone
 from piflow.training.build import Assembly, assemble
 from piflow.training.checkpoint import ForeignCheckpointError
 from piflow.training.placement import strategy_for
+from piflow.training.prediction import predicted
 from piflow.training.step import NonFiniteError
 
 _KINDS: dict[type[Exception], Literal["recipe", "non-finite", "fp8-teacher"]] = {
@@ -74,6 +75,9 @@ def train_worker(config: dict[str, Any]) -> None:
         if assembly is None:
             return
         tracker.event("attention", assembly.attention)
+        local = context.get_local_world_size()
+        if rank == 0 and (metrics := predicted(recipe, device, world_size, local)):
+            tracker.log_summary(metrics, step=0)
         loop = TrainLoop(recipe, config, assembly, tracker, stops, watchdog)
         try:
             start = loop.resume()

@@ -12,21 +12,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from piflow.backbones.flux.fresh import fresh_backbone
-from piflow.config import DeepSpeedConfig, FlowMatchingConfig, LoRAConfig, Recipe
-from piflow.planning.memory import (
-    GIB,
-    SAFE_SHARE,
-    ModelSize,
-    ReplicaBytes,
-    fits,
-    replica_bytes,
-    shard_bytes,
-)
+from piflow.config import DeepSpeedConfig, Recipe
+from piflow.planning.memory import GIB, SAFE_SHARE, Memory, Placement, fits, memory_of
+from piflow.planning.model import Model, backbone_of, model_of
+from piflow.planning.passes import Passes, Passing
 from piflow.sharding import DeepSpeedStrategy, Strategy, build_strategy
 from piflow.sharding.everyone import of_rank_0, rank
-from piflow.sharding.weights import parameters_on_meta
-from piflow.training.build import build_empty_trio
 
 Sharing = Literal["fsdp", "ddp"]
 
@@ -72,8 +63,12 @@ def _deepspeed(recipe: Recipe, world_size: int, device: torch.device) -> tuple[S
     return strategy, f"deepspeed: runtime.strategy says so; ZeRO stage {options.stage}: {loads}"
 
 
-def choose(needed: ReplicaBytes, free: int) -> tuple[Sharing, str]:
-    """Replicas or shards, and why, for workers that have at least `free` bytes each."""
+def choose(needed: Memory, free: int) -> tuple[Sharing, str]:
+    """Replicas or shards, and why, for workers that have at least `free` bytes each.
+
+    Args:
+        needed: of a replica.
+    """
     name: Sharing = "ddp" if fits(needed, free) else "fsdp"
     relation = "fits" if name == "ddp" else "doesn't fit"
     return name, (
@@ -82,39 +77,28 @@ def choose(needed: ReplicaBytes, free: int) -> tuple[Sharing, str]:
     )
 
 
-def measure(recipe: Recipe) -> ModelSize:
-    """Sizes of the recipe's model, read from its config.json and its files' headers.
-
-    With full training, the output layer, which the policy's head replaces, is counted as trained.
+def measure(recipe: Recipe) -> tuple[Model, Passes]:
+    """The recipe's model and passes as `piflow plan` counts them, from its config.json.
 
     Raises:
         ValueError: a folder that isn't the family's model, or a LoRA target without a match.
     """
-    if isinstance(recipe.objective, FlowMatchingConfig):
-        with parameters_on_meta(torch.float32):
-            fresh = fresh_backbone(recipe.model, recipe.seed)
-        blocks = sum(isinstance(m, fresh.block_classes) for m in fresh.module.modules())
-        return ModelSize(0, sum(p.numel() for p in fresh.module.parameters()), blocks, fresh.width)
-    # An adapter's size is proportional to its rank: of rank 1 it takes no memory worth mentioning
-    lora = recipe.lora or LoRAConfig()
-    narrow = recipe.model_copy(update={"lora": lora.model_copy(update={"rank": 1})})
-    trio, _ = build_empty_trio(narrow)
-    backbone = trio.backbone
-    own = list(trio.trainable_parameters().values())
-    copies = {id(parameter) for parameter in [*own, *trio.ema_parameters().values()]}
-    base = [p for p in backbone.module.parameters() if id(p) not in copies]
-    head = sum(p.numel() for p in trio.head.parameters())
-    if recipe.lora is None:
-        trained = sum(p.numel() for p in base)
-    else:
-        trained = (sum(p.numel() for p in own) - head) * recipe.lora.rank
-    return ModelSize(
-        frozen_bytes=sum(p.nbytes for p in base),
-        trained=trained + head,
-        blocks=sum(isinstance(m, backbone.block_classes) for m in backbone.module.modules()),
-        width=backbone.width,
-        largest=max(p.numel() for p in base),
-    )
+    backbone, source = backbone_of(recipe)
+    model = model_of(recipe, backbone, source)
+    return model, Passing(recipe, backbone).measure(recipe.runtime.activation_checkpointing)
+
+
+def replica_and_shard(recipe: Recipe, world_size: int) -> tuple[Model, Memory, Memory]:
+    """The model, and what a worker of so many needs with all of it and with a part.
+
+    Raises:
+        ValueError: as `measure`.
+    """
+    model, passes = measure(recipe)
+    shard = Placement("fsdp", world_size, recipe.runtime.shard_size or world_size)
+    replica = Placement("ddp" if world_size > 1 else "single", world_size, 1)
+    whole, part = (memory_of(recipe, model, passes, placed) for placed in (replica, shard))
+    return model, whole, part
 
 
 def free_bytes(device: torch.device, world_size: int) -> int:
@@ -145,11 +129,10 @@ def _decide_together(recipe: Recipe, world_size: int, device: torch.device) -> t
 
 def _measure_and_choose(recipe: Recipe, free: int) -> tuple[Sharing, str]:
     try:
-        size = measure(recipe)
-        name, reason = choose(replica_bytes(recipe, size), free)
-        if name == "fsdp":
-            shard = shard_bytes(recipe, size, dist.get_world_size())
-            reason = f"{reason}; a worker's shard and work are estimated at {shard}"
-        return name, reason
+        _, whole, part = replica_and_shard(recipe, dist.get_world_size())
     except ValueError as error:  # loading the model will say the same, and end the run properly
         return "fsdp", f"fsdp: the model can't be measured: {error}"
+    name, reason = choose(whole, free)
+    if name == "fsdp":
+        reason = f"{reason}; a worker's shard and work are estimated at {part}"
+    return name, reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from piflow.config import EncoderConfig, Family
+from piflow.config import EncoderConfig, Family, Published
 from piflow.config.section import Positive
 
 
@@ -50,4 +50,5 @@ FAMILY = Family(
     packs_latents=False,  # the model cuts its patches itself
     tiny="piflow.backbones.dit.tiny",
     pipeline="piflow.inference.dit:PiDiTPipeline",
+    published=Published("DiT-XL/2 of 256x256"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from piflow.config import BertEncoderConfig, Family, TextEncoderConfig
+from piflow.config import BertEncoderConfig, Family, Published, TextEncoderConfig
 from piflow.config.section import Positive
 
 
@@ -38,4 +38,5 @@ FAMILY = Family(
     splits_tokens=True,
     tiny="piflow.backbones.flux.tiny",
     pipeline="piflow.inference.flux:PiFluxPipeline",
+    published=Published("FLUX.1-dev", {"guidance_embeds": True}),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from piflow.config import BertEncoderConfig, Family, TextEncoderConfig
+from piflow.config import BertEncoderConfig, Family, Published, TextEncoderConfig
 from piflow.config.section import Positive
 
 
@@ -34,4 +34,5 @@ FAMILY = Family(
     splits_tokens=True,
     tiny="piflow.backbones.flux2.tiny",
     pipeline="piflow.inference.flux2:PiFlux2Pipeline",
+    published=Published("FLUX.2-dev"),
 )

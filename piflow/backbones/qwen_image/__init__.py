@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from piflow.config import BertEncoderConfig, Family, TextEncoderConfig
+from piflow.config import BertEncoderConfig, Family, Published, TextEncoderConfig
 from piflow.config.section import Positive
 
 
@@ -30,4 +30,5 @@ FAMILY = Family(
     splits_tokens=True,
     tiny="piflow.backbones.qwen_image.tiny",
     pipeline="piflow.inference.qwen_image:PiQwenImagePipeline",
+    published=Published("Qwen-Image"),
 )

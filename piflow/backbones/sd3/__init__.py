@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from piflow.config import BertEncoderConfig, Family, TextEncoderConfig
+from piflow.config import BertEncoderConfig, Family, Published, TextEncoderConfig
 from piflow.config.section import Positive
 
 
@@ -38,4 +38,14 @@ FAMILY = Family(
     packs_latents=False,  # the model cuts its patches itself
     tiny="piflow.backbones.sd3.tiny",
     pipeline="piflow.inference.sd3:PiSD3Pipeline",
+    published=Published(
+        "Stable Diffusion 3.5 large",
+        {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    ),
 )

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from piflow.planning.model import backbone_of, model_of
 from piflow.sharding import DDPStrategy, FSDPStrategy, SingleStrategy, build_strategy
-from piflow.training.placement import measure
 from tests.unit.sharding import golden
 from tests.unit.sharding import training as TRAINING
 from tests.unit.sharding.training import Run
@@ -169,8 +169,8 @@ def test_workers_hold_what_the_estimate_counts(
 ) -> None:
     """All weights of replicas, a part of shards, whose sizes are uneven."""
     recipe = TRAINING.recipe_of(run, folder)
-    size = measure(recipe)
-    weights = size.frozen_bytes + 2 * 4 * size.trained  # the student's and the average's
+    model = model_of(recipe, *backbone_of(recipe))
+    weights = model.base_bytes + 2 * 4 * model.trained  # the student's and the average's
     splits = run.strategy in ("fsdp", "hsdp", "zero3")
     parts = recipe.runtime.shard_size or recipe.runtime.max_workers if splits else 1
     assert several_processes[tuple(run)]["held"] == pytest.approx(weights / parts, rel=0.1)

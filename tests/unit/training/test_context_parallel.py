@@ -17,7 +17,9 @@ from diffusers.models.attention_dispatch import _native_attention_forward_op
 
 from piflow.backbones import FluxBackbone, PixelCodec
 from piflow.config import RecipeError, parse_recipe
-from piflow.planning.memory import ModelSize, replica_bytes
+from piflow.planning.memory import Placement, memory_of
+from piflow.planning.model import Model, Unit, Weight
+from piflow.planning.passes import Passes
 from piflow.training.context_parallel import check_pictures, split_tokens
 from tests.unit.sharding import split_families
 from tests.unit.sharding.training import CPU, NO_DROPOUT, TINY_FLUX, TOGETHER, Run, recipe_of
@@ -91,10 +93,13 @@ def test_heads_must_divide() -> None:
 
 
 def test_a_worker_keeps_its_tokens_activations() -> None:
-    size = ModelSize(frozen_bytes=1000, trained=7, blocks=3, width=16)
+    units = (Unit("rest", (Weight((10, 10), 4, "base"), Weight((7,), 4, "student"))),)
+    model = Model("made up", 100, units, units, units, True, 8, 0, 4, 16, 3)
+    passes = Passes({}, kept=1000, policy=20, working=30, peak_phase="backward")
     ours = parse_recipe(changed())
     alone = parse_recipe(changed(runtime={"context_parallel": 1}))
-    assert 2 * replica_bytes(ours, size).activations == replica_bytes(alone, size).activations
+    both = [memory_of(r, model, passes, Placement("ddp", 2, 1)) for r in (ours, alone)]
+    assert [memory.activations for memory in both] == [500, 1000]
 
 
 # If one of these fails, diffusers has learnt it: `split_tokens` may call `enable_parallelism`, and

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from piflow.backbones.flux.fresh import fresh_backbone
 from piflow.config import Recipe, parse_recipe
-from piflow.planning.memory import GIB, ModelSize, ReplicaBytes
+from piflow.planning.memory import GIB, Memory
 from piflow.sharding import SingleStrategy
-from piflow.training.build import build_trio
-from piflow.training.placement import choose, free_bytes, measure, strategy_for
+from piflow.training.placement import choose, free_bytes, replica_and_shard, strategy_for
 
 CPU = torch.device("cpu")
 FULL = {"lora": None}
@@ -34,50 +33,30 @@ def recipe(folder: Path, **changed: Any) -> Recipe:
     return parse_recipe(tree | changed)
 
 
-def test_sizes_of_an_adapter_are_those_of_the_trio(folder: Path) -> None:
-    """Counted on the trio that training makes; the base in bfloat16."""
-    trio = build_trio(recipe(folder))
-    own = [*trio.trainable_parameters().values(), *trio.ema_parameters().values()]
-    everything = sum(p.nbytes for module in trio.modules for p in module.parameters())
-    expected = ModelSize(
-        frozen_bytes=everything - sum(p.nbytes for p in own),
-        trained=sum(p.numel() for p in trio.trainable_parameters().values()),
-        blocks=3,
-        width=16,
-        largest=max(p.numel() for p in trio.backbone.module.parameters()),
-    )
-    assert measure(recipe(folder)) == expected
-
-
-def test_sizes_of_full_training(folder: Path) -> None:
-    """The teacher stays in bfloat16; the output layer is counted, though the head replaces it."""
-    trio = build_trio(recipe(folder, **FULL))
-    teacher = list(trio.modules[0].parameters())
-    output = sum(p.numel() for p in trio.modules[0].get_submodule("norm_out").parameters())
-    output += sum(p.numel() for p in trio.modules[0].get_submodule("proj_out").parameters())
-    size = measure(recipe(folder, **FULL))
-    assert size.frozen_bytes == sum(p.nbytes for p in teacher)
-    trained = sum(p.numel() for p in trio.trainable_parameters().values())
-    assert trained <= size.trained <= trained + output
-
-
-def test_sizes_of_pretraining(folder: Path) -> None:
-    pretraining = recipe(folder, **PRETRAINING)
-    before = torch.random.get_rng_state()
-    size = measure(pretraining)
-    assert torch.equal(torch.random.get_rng_state(), before), "measuring must not draw"
-    fresh = fresh_backbone(pretraining.model, 0)
-    numel = sum(p.numel() for p in fresh.module.parameters())
-    assert size == ModelSize(0, numel, blocks=3, width=16)
+def memory(size: int) -> Memory:
+    """So many GiB of frozen weights, half as many for activations."""
+    parts = dict.fromkeys((field.name for field in fields(Memory)), 0)
+    return Memory(**{**parts, "weights": size * GIB, "activations": size * GIB // 2})
 
 
 def test_replicas_if_they_fit() -> None:
-    needed = ReplicaBytes(40 * GIB, 30 * GIB, 15 * GIB)
-    name, reason = choose(needed, 101 * GIB)
+    needed = memory(60)
+    name, reason = choose(needed, 106 * GIB)
     assert name == "ddp"
-    assert "85.00 GiB" in reason and "fits in 85% of the 101.00 GiB" in reason
-    name, reason = choose(needed, 99 * GIB)
-    assert name == "fsdp" and "doesn't fit in 85% of the 99.00 GiB" in reason
+    assert "90.00 GiB" in reason and "fits in 85% of the 106.00 GiB" in reason
+    name, reason = choose(needed, 105 * GIB)
+    assert name == "fsdp" and "doesn't fit in 85% of the 105.00 GiB" in reason
+
+
+@pytest.mark.parametrize("changed", [{}, FULL, PRETRAINING])
+def test_a_replica_and_a_shard(folder: Path, changed: dict[str, Any]) -> None:
+    """Of two workers: each holds half of what is split, and the same work."""
+    before = torch.random.get_rng_state()
+    model, whole, part = replica_and_shard(recipe(folder, **changed), 2)
+    assert torch.equal(torch.random.get_rng_state(), before), "measuring must not draw"
+    assert whole.weights == model.base_bytes and whole.optimizer == 8 * model.trained
+    assert part.weights == -(-model.base_bytes // 2) and part.optimizer == 4 * model.trained
+    assert part.activations == whole.activations > 0 and part.gathered > whole.gathered == 0
 
 
 def test_the_cpus_memory_is_shared_by_its_workers() -> None:
