@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from piflow.config.model import ComputeDtype
@@ -135,6 +136,23 @@ def add_layers(
             projections.add_module(adapter, plain)
     for adapted in layers(module):  # PEFT would cast their input to the weights' float32
         adapted.cast_input_dtype_enabled = compute_dtype == "float32"
+        adapted.lora_variant.update(dict.fromkeys(adapted.lora_A, _UnscaledSum()))
+
+
+class _UnscaledSum(LoraVariant):
+    """W x + B A x, where PEFT multiplies B A x by alpha / rank, which is one here.
+
+    That would be a pass over all the layer's outputs, and another over their gradients.
+    """
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: Tensor, result: Tensor, **_options: Any
+    ) -> Tensor:
+        """`(..., in)`, the base layer's `(..., out)` -> `(..., out)`."""
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        added: Tensor = result + up(down(module.lora_dropout[active_adapter](x)))
+        return added
 
 
 class _InputDtypeLinear(nn.Linear):
