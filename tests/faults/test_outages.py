@@ -233,7 +233,8 @@ def test_a_clock_that_jumps_while_a_run_trains(
         run.finish(driver)
     ended = time.time()
     require_equal(run, straight, clock_jumps=True)
-    assert sorted(run.names()) == sorted(["start", "strategy", *["checkpoint"] * (STEPS // 5)])
+    expected = ["start", "strategy", "attention", *["checkpoint"] * (STEPS // 5)]
+    assert sorted(run.names()) == sorted(expected)
     shown = {step: moment for step, (_, moment) in points(run, "loss").items()}
     first, second = JUMPS
     phases = {0: range(1, first + 1), HOUR: range(first + 3, second + 1)}

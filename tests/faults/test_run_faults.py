@@ -49,7 +49,7 @@ def straight(folder: Path, address: str) -> SmallRun:
     run = new_run(folder, address, "straight")
     with run.running() as driver:
         run.finish(driver)
-    assert run.names() == ["start", "strategy", *["checkpoint"] * (STEPS // 5)]
+    assert run.names() == ["start", "strategy", "attention", *["checkpoint"] * (STEPS // 5)]
     return run
 
 
@@ -80,7 +80,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     [saved] = run_folder.checkpoints(run.recipe.run_dir)
     assert saved % 5 and saved == run.last_step() + 1, "no step is lost"
     assert f"stopped by SIGTERM: step {saved} is saved. The same command goes on" in run.log
-    assert run.names()[2:] == ["checkpoint", "stop"]
+    assert run.names()[3:] == ["checkpoint", "stop"]
     with run.running() as driver:
         run.finish(driver)
     assert ("resume", f"from step {saved}") in run.events()
