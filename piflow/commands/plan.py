@@ -159,7 +159,7 @@ def _about_memory(found: Fit) -> list[tuple[str, str]]:
 def _about_work(plan: Plan) -> list[tuple[str, str]]:
     rows = []
     for phase, kinds in plan.flops.items():
-        told = [f"{kind} {dtype} {n / _TERA:,.1f}" for (kind, dtype), n in sorted(kinds.items())]
+        told = [f"{kind} {dtype} {n / _TERA:,.5g}" for (kind, dtype), n in sorted(kinds.items())]
         rows.append((f"TFLOP a step: {phase}", ", ".join(told)))
     for c in plan.traffic:
         sizes = f"{c.nbytes / _GIGA:,.2f} GB over {c.workers} workers, {c.sent / _GIGA:,.2f} sent"

@@ -101,7 +101,7 @@ class Table(Section):
         if name in self.gpus:
             return self.gpus[name]
         near = difflib.get_close_matches(name, self.gpus, n=1, cutoff=0.5)
-        hint = f", perhaps {near[0]}" if near else ""
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise PlanError(
             f"--gpu {shown(repr(name))} isn't in the table, which has "
             f"{', '.join(sorted(self.gpus))}{hint}; give another one's figures with --memory, "
