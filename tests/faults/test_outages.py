@@ -59,10 +59,14 @@ def complete(run: SmallRun) -> None:
         run.finish(driver)
 
 
-def fail(run: SmallRun) -> str:
-    """What it says when it gives up, in one line."""
+def fail(run: SmallRun, code: int = 1) -> str:
+    """What it says when it gives up, in one line.
+
+    Args:
+        code: its exit code; 75: the same command can help.
+    """
     with run.running() as driver:
-        assert driver.wait(300) == 1, run.log
+        assert driver.wait(300) == code, run.log
     return " ".join(run.log.split())
 
 
@@ -101,7 +105,7 @@ def test_an_mlflow_server_that_comes_late_and_dies_for_a_minute(
     training = {"steps": steps, "checkpoint_every": 10}
     tracking = {"uri": server.uri}
     run = new_run(folder, address, "mlflow", PACE, training=training, tracking=tracking)
-    text = fail(run)
+    text = fail(run, 75)
     assert "didn't answer for 20 s: start it, or check tracking.uri" in text
     assert run_folder.read_record(run.recipe.run_dir) is None and not run.lines()
     server.start()
