@@ -223,7 +223,12 @@ def sample(
         typer.Option(help="what the base computes in; default: as in training"),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="base model folder; default: the adapter's", metavar="URI")
+        str | None,
+        typer.Option(
+            help="base model: a diffusers pipeline's folder, URI or name on the hub, or its "
+            "transformer's folder; default: the adapter's",
+            metavar="URI",
+        ),
     ] = None,
     encoder: Annotated[
         str | None, typer.Option(help="text encoder folder; default: the adapter's", metavar="URI")
@@ -232,7 +237,8 @@ def sample(
         list[str] | None,
         typer.Option(
             help="place that the adapter may name besides its own folder and bucket and the hub, "
-            "with all below it; repeatable",
+            "with all below it; local folders that it knows by name are looked for there; "
+            "repeatable",
             metavar="URI",
         ),
     ] = None,

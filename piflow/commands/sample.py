@@ -24,7 +24,7 @@ class Choices:
 
     Attributes:
         nfe: network evaluations.
-        base: URI of the base model.
+        base: the base model: a pipeline's folder, URI or hub name, or its transformer's folder.
         height, width: pixels.
         batch_size: pictures drawn at once.
         device: "auto" is a GPU if there is one.

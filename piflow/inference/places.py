@@ -1,16 +1,61 @@
-"""Which places an adapter's notes may have opened here.
+"""Which places an adapter's notes may have opened here, and how they name folders of a machine.
 
 An adapter is somebody else's file: a base or encoder that it names by an absolute path, on another
 object store or in a package would be opened with this machine's rights and keys. Its own folder and
 bucket and the public hub are open to it; all else is the user's to name.
+
+A local folder is written into an adapter by its name alone, since its path means nothing elsewhere.
+It is found again in the adapter's own folder, or below what the user allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 from piflow import storage
 from piflow.storage.foreign import ForeignDataError, relative_name, shown
+
+_PARTS = ("transformer", "vae", "text_encoder")  # folders whose name says nothing of the model
+_PIPELINE = "model_index.json"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[^/]+)?")
+
+
+def portable(place: str) -> str:
+    """How an adapter names a place: a store's URI as it is, a local folder by its last name.
+
+    ``/home/a/models/FLUX.1-dev/transformer`` is ``FLUX.1-dev/transformer``.
+    """
+    if storage.scheme(place) != "file":
+        return place
+    parts = [part for part in storage.absolute(place).split("/") if part] or ["model"]
+    return "/".join(parts[-2:] if parts[-1] in _PARTS else parts[-1:])
+
+
+def parts_of_base(base: str) -> dict[str, str]:
+    """What lies where in a base that the user names.
+
+    Args:
+        base: a transformer's folder, or a diffusers pipeline's with transformer, VAE and text
+            encoders: a path, a URI, or a repository's name on the hub (``owner/name``).
+
+    Returns:
+        "base" alone, or "base", "VAE" and "encoder".
+    """
+    if _HUB_NAME.fullmatch(base) and not storage.exists(base):
+        base = f"hf://{base}"
+    if not storage.exists(storage.join(base, _PIPELINE)):
+        return {"base": base}
+    return {
+        "base": storage.join(base, "transformer"),
+        "VAE": storage.join(base, "vae"),
+        "encoder": base,
+    }
+
+
+def is_name(place: str) -> bool:
+    """Whether a place is a folder's name and no path or URI."""
+    return "://" not in place and not place.startswith(("/", "~"))
 
 
 def resolve_places(
@@ -46,8 +91,10 @@ def resolve_places(
 def _resolve(place: str, adapter: str, allowed: Sequence[str]) -> str | None:
     """The place's URI, or None if it is neither open to the adapter nor allowed."""
     where = f"the adapter {adapter}"
-    if "://" not in place and not place.startswith(("/", "~")):
-        return storage.join(adapter, relative_name(place, where=where))
+    if is_name(place):
+        name = relative_name(place, where=where)
+        found = (uri for prefix in allowed for uri in _below(prefix, name) if storage.exists(uri))
+        return next(found, storage.join(adapter, name))
     if ".." in place.split("?")[0].split("/"):
         raise ForeignDataError(f"{where} names {shown(repr(place))}; expected a place without '..'")
     kind = storage.scheme(place)
@@ -61,6 +108,23 @@ def _resolve(place: str, adapter: str, allowed: Sequence[str]) -> str | None:
         if (own.bucket, own.options) == (other.bucket, other.options):
             return place
     return None
+
+
+def _below(prefix: str, name: str) -> Iterator[str]:
+    """Where a named folder may lie: below a place, or beginning with the place's own last parts.
+
+    Below ``/models/FLUX.1-dev`` that is, of ``FLUX.1-dev/transformer``,
+    ``/models/FLUX.1-dev/transformer`` and ``/models/FLUX.1-dev/FLUX.1-dev/transformer``.
+    """
+    kind = storage.scheme(prefix)
+    if kind not in ("file", "s3"):
+        return
+    path = storage.s3_place(prefix).key if kind == "s3" else storage.absolute(prefix)
+    own, parts = path.strip("/").split("/"), name.split("/")
+    whole = prefix if kind == "s3" else storage.absolute(prefix)
+    for count in range(len(parts), -1, -1):
+        if own[len(own) - count :] == parts[:count]:
+            yield storage.join(whole, *parts[count:])
 
 
 def _holds(prefix: str, place: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -21,8 +21,8 @@ from piflow import storage
 from piflow.backbones import Conditioning, load_backbone
 from piflow.backbones.encoders import build_encoder
 from piflow.config import FamilyEncoder, ModelConfig, Recipe, identity, require_known
-from piflow.config.encoder import TextEncoderConfig
-from piflow.inference.places import resolve_places
+from piflow.config.encoder import EncoderConfig, TextEncoderConfig
+from piflow.inference.places import is_name, parts_of_base, portable, resolve_places
 from piflow.roles.adapter import SETTINGS_KEY, Adapter, load_adapter
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
@@ -50,8 +50,8 @@ class SamplingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: ModelConfig  # the base and its codec, with absolute URIs
-    encoder: FamilyEncoder  # with an absolute URI
+    model: ModelConfig  # the base and its codec; local folders by their names alone
+    encoder: FamilyEncoder  # likewise
     height: Annotated[int, Field(gt=0, le=MAX_SIDE)]  # pixels
     width: Annotated[int, Field(gt=0, le=MAX_SIDE)]
     few_step: FewStep
@@ -83,14 +83,16 @@ class SamplingSettings(BaseModel):
 
     @classmethod
     def of(cls, recipe: Recipe) -> SamplingSettings:
-        """The recipe's.
+        """The recipe's, as an adapter carries them: without paths of this machine.
 
         Raises:
             ValueError: the recipe distils nothing.
         """
+        model, vae = recipe.model, recipe.model.vae
+        places = {"path": portable(model.path), "vae": None if vae is None else portable(vae)}
         return cls(
-            model=_absolute_model(recipe.model),
-            encoder=recipe.encoder.absolute(),
+            model=model.model_copy(update=places),
+            encoder=_portable_encoder(recipe.encoder),
             height=recipe.embed.height,
             width=recipe.embed.width,
             few_step=FewStep.of(recipe.distillation()),
@@ -156,7 +158,8 @@ def load_student(
     """Teacher and student from an adapter folder, on the CPU, ready to sample.
 
     Args:
-        base: URI of the base model; default: the one that the student was made from.
+        base: folder, URI or hub name of the base: its transformer, or a pipeline that holds VAE
+            and text encoders as well; default: the one that the student was made from.
         encoder: URI of the text encoder; default: the one that the adapter names.
         allowed: URIs that the adapter may name besides its own folder and bucket and the hub,
             with all that lies below them.
@@ -183,7 +186,7 @@ def read_adapter(
     """An adapter folder, and the settings to sample with; no model is loaded.
 
     Args:
-        base: URI of the base model; default: the one that the student was made from.
+        base: as of `load_student`.
         dtype: what the base computes in; default: as in training.
         encoder, allowed: as of `load_student`.
 
@@ -223,8 +226,9 @@ def places_of(recipe: Recipe) -> tuple[str, ...]:
     Raises:
         ValueError: the recipe distils nothing.
     """
-    settings = SamplingSettings.of(recipe)
-    return tuple(_named(settings).values())
+    recipe.distillation()
+    named = {**_places_of_model(recipe.model), **_encoder_places(recipe.encoder)}
+    return tuple(storage.absolute(place) for place in named.values())
 
 
 def _placed(
@@ -235,29 +239,63 @@ def _placed(
     allowed: Sequence[str],
 ) -> SamplingSettings:
     """The settings with the user's places, and those of the adapter's own that it may name."""
-    given = {what: uri for what, uri in (("base", base), ("encoder", encoder)) if uri is not None}
-    named = {what: place for what, place in _named(settings).items() if what not in given}
-    found = resolve_places(named, adapter, allowed) | given
-    model = settings.model.model_copy(
-        update={"path": found["base"], "vae": found.get("VAE", settings.model.vae)}
-    )
+    named = _named(settings)
+    given = {} if base is None else parts_of_base(base)
+    if encoder is not None:
+        given["encoder"] = encoder
+    if "encoder" in given and not _takes(settings.encoder, encoder is not None):
+        del given["encoder"]
+    open_to_it = {what: place for what, place in named.items() if what not in given}
+    found = resolve_places(open_to_it, adapter, allowed)
+    _require_there(open_to_it, found, adapter)
+    found |= given
+    vae = found["VAE"] if "VAE" in named else settings.model.vae
+    model = settings.model.model_copy(update={"path": found["base"], "vae": vae})
     texts = settings.encoder
     if isinstance(texts, TextEncoderConfig):
         texts = texts.model_copy(update={"path": found["encoder"]})
     return settings.model_copy(update={"model": model, "encoder": texts})
 
 
+def _takes(encoder: EncoderConfig, is_asked: bool) -> bool:
+    """Whether a place is for this encoder: one that the user names, or a pipeline's folder."""
+    return isinstance(encoder, TextEncoderConfig) and (is_asked or encoder.in_pipeline)
+
+
+def _require_there(named: Mapping[str, str], found: Mapping[str, str], adapter: str) -> None:
+    """Refuses names of folders that nobody finds here.
+
+    Raises:
+        ForeignDataError: says what the adapter calls them.
+    """
+    absent = {
+        what: place
+        for what, place in named.items()
+        if what in ("base", "VAE", "encoder") and is_name(place) and not storage.exists(found[what])
+    }
+    if absent:
+        told = ", ".join(f"{what} {shown(repr(place))}" for what, place in absent.items())
+        raise ForeignDataError(
+            f"the adapter {adapter} was made with {told}, a folder of another machine or place: "
+            "say where it is with --base (a pipeline's or transformer's folder, s3://… or a name "
+            "on the hub) and --encoder, or allow the folder that holds it with --allow (in Python: "
+            "base=, encoder=, allowed=)"
+        )
+
+
 def _named(settings: SamplingSettings) -> dict[str, str]:
     """What is loaded -> the place that the settings name for it."""
-    named = {"base": settings.model.path}
-    if settings.model.vae is not None:
-        named["VAE"] = settings.model.vae
+    named = _places_of_model(settings.model)
     if isinstance(settings.encoder, TextEncoderConfig):
         return named | {"encoder": settings.encoder.path}
-    for key, value in settings.encoder.model_dump(mode="json").items():
-        if isinstance(value, str) and "/" in value:  # of another package: what looks like a place
-            named[f"encoder.{key}"] = value
-    return named
+    others = _encoder_places(settings.encoder)
+    return named | {f"encoder.{key}": place for key, place in others.items()}
+
+
+def _places_of_model(model: ModelConfig) -> dict[str, str]:
+    """The same of base and VAE."""
+    vae = {} if model.vae is None else {"VAE": model.vae}
+    return {"base": model.path, **vae}
 
 
 def encode_prompts(
@@ -285,7 +323,16 @@ def encode_prompts(
     )
 
 
-def _absolute_model(model: ModelConfig) -> ModelConfig:
-    """The same, wherever it is read; a VAE beside the transformer stays where the base is."""
-    vae = None if model.vae is None else storage.absolute(model.vae)
-    return model.model_copy(update={"path": storage.absolute(model.path), "vae": vae})
+def _portable_encoder(encoder: EncoderConfig) -> EncoderConfig:
+    """The same without paths of this machine; another package's kind is its own business."""
+    if isinstance(encoder, TextEncoderConfig):
+        return encoder.model_copy(update={"path": portable(encoder.path)})
+    return encoder.absolute()
+
+
+def _encoder_places(encoder: EncoderConfig) -> dict[str, str]:
+    """Its keys that name places; in another package's encoder, what looks like one."""
+    if isinstance(encoder, TextEncoderConfig):
+        return {"path": encoder.path}
+    dumped = encoder.model_dump(mode="json")
+    return {key: value for key, value in dumped.items() if isinstance(value, str) and "/" in value}

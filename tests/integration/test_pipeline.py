@@ -47,7 +47,7 @@ REPOSITORY = Path(__file__).parents[2]
 PROMPTS = 24
 STEPS = 8
 MAX_TOKENS = 12
-ANYWHERE = sample.Choices(allowed=("/", "package://"))  # what these adapters may name
+HERE = sample.Choices(allowed=(".", "package://"))  # where what these adapters name is
 
 # minutes are for loaded machines; on two quiet cores a fit takes half a minute
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("folder")]
@@ -432,16 +432,14 @@ def test_model_version_carries_its_lineage(
 def test_sampling_from_the_adapter(adapter: tuple[str, str], tmp_path: Path) -> None:
     """The teacher is found through the adapter; a picture doesn't depend on its neighbours."""
     prompts = ["red heart", "a prompt that was never seen"]
-    files = sample.main(
-        adapter[0], prompts, out=str(tmp_path / "two"), seeds=[5, 6], choices=ANYWHERE
-    )
+    files = sample.main(adapter[0], prompts, out=str(tmp_path / "two"), seeds=[5, 6], choices=HERE)
     assert [re.sub(r"-[0-9a-f]{10}-", "-", Path(file).name) for file in files] == [
         "0001-red-heart-5.png", "0001-red-heart-6.png",
         "0002-a-prompt-that-was-never-seen-5.png", "0002-a-prompt-that-was-never-seen-6.png",
         "grid.jpg",
     ]  # fmt: skip
     alone = sample.main(
-        adapter[0], ["red heart"], out=str(tmp_path / "one"), seeds=[6], choices=ANYWHERE
+        adapter[0], ["red heart"], out=str(tmp_path / "one"), seeds=[6], choices=HERE
     )
     with Image.open(alone[0]) as one, Image.open(files[1]) as other, Image.open(files[0]) as seed:
         assert one.size == (128, 128) and one.mode == "RGB"
@@ -484,7 +482,7 @@ def test_fewer_evaluations_than_trained_are_refused(
     adapter: tuple[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="trained for 2 network evaluations .* or more, got 1"):
-        sample.main(adapter[0], ["red heart"], out=str(tmp_path), choices=replace(ANYWHERE, nfe=1))
+        sample.main(adapter[0], ["red heart"], out=str(tmp_path), choices=replace(HERE, nfe=1))
 
 
 # ------------------------------------------------------------------- other objectives and policies
@@ -508,11 +506,11 @@ def test_a_dx_student_from_pictures_with_all_weights(store: EmbeddingStore, tmp_
     assert result.methods[-1].psnr is not None and result.methods[-1].psnr > 5
     folder, _ = export.main(other, dtype="float32")
     assert load_adapter(folder).tensors.keys() == weights(other, "ema", 2).keys()
-    files = sample.main(folder, ["red heart"], out=str(tmp_path), seeds=[0], choices=ANYWHERE)
+    files = sample.main(folder, ["red heart"], out=str(tmp_path), seeds=[0], choices=HERE)
     with Image.open(files[0]) as picture:
         assert picture.size == (128, 128)
     with pytest.raises(ValueError, match="runs at 2 exactly .its policy is DX., got 4"):
-        sample.main(folder, ["red heart"], out=str(tmp_path), choices=replace(ANYWHERE, nfe=4))
+        sample.main(folder, ["red heart"], out=str(tmp_path), choices=replace(HERE, nfe=4))
 
 
 def test_pre_training_writes_a_teacher_that_loads(store: EmbeddingStore) -> None:

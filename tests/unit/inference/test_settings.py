@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,15 @@ from piflow.config import (
     parse_recipe,
 )
 from piflow.imitation import PartOfLoss
-from piflow.inference.settings import SamplingSettings, encode_prompts, load_student, settings_of
+from piflow.inference.places import parts_of_base
+from piflow.inference.settings import (
+    SamplingSettings,
+    encode_prompts,
+    load_student,
+    places_of,
+    read_adapter,
+    settings_of,
+)
 from piflow.roles.adapter import WEIGHTS_FILE, load_adapter
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_few_step
@@ -39,7 +48,7 @@ from piflow.training.export import export_adapter, student_of_checkpoint
 from piflow.training.step import Trainer
 from tests.unit.whole import save_checkpoint
 
-ANYWHERE = ("/", "package://")  # what these adapters may name
+PACKAGES = ("package://",)  # where these adapters' encoders are
 
 
 def recipe(flux_folder: Path, **sections: Any) -> Recipe:
@@ -134,7 +143,7 @@ def test_export_and_load_draw_identical_pictures(
         dtype="float32",
         lineage={"piflow.run_id": "run"},
     )
-    student, settings = load_student(out, allowed=ANYWHERE)
+    student, settings = load_student(out, allowed=places_of(recipe(flux_folder)))
     cond = flux_inputs[2]
     assert torch.equal(pictures(student.student, cond), pictures(trio.ema, cond))
     assert (settings.height, settings.width) == (16, 8)
@@ -142,7 +151,7 @@ def test_export_and_load_draw_identical_pictures(
     assert settings.encoder == BertEncoderConfig(path="package://an.encoder", max_tokens=4)
     assert settings.model == ModelConfig(path=str(flux_folder))
     metadata = load_adapter(out).metadata
-    assert metadata["piflow.run_id"] == "run" and metadata["base_model"] == str(flux_folder)
+    assert metadata["piflow.run_id"] == "run" and metadata["base_model"] == flux_folder.name
 
 
 @pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
@@ -156,7 +165,7 @@ def test_every_kind_of_student_comes_back(
     folder, trio = trained(ours, inputs, tmp_path / "checkpoint")
     out = str(tmp_path / "adapter")
     export_adapter(ours, str(folder), out, weights="ema", dtype="float32", lineage={})
-    student, settings = load_student(out, allowed=ANYWHERE)
+    student, settings = load_student(out, allowed=places_of(ours))
     x, _, cond = inputs
     drawn, expected = pictures(student.student, cond, x), pictures(trio.ema, cond, x)
     assert torch.equal(drawn, expected)
@@ -189,21 +198,92 @@ def saved(backbone: Any, folder: Path) -> Path:
     return folder
 
 
-def test_relative_places_are_made_absolute(tmp_path: Path) -> None:
-    """An adapter is read from other working directories than it was written in."""
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("models/flux", "flux"),
+        ("../FLUX.1-dev/transformer", "FLUX.1-dev/transformer"),
+        ("/home/somebody/models/flux/vae/", "flux/vae"),
+        ("file:///mnt/flux", "flux"),
+        ("s3://bucket/flux/transformer?region=x", "s3://bucket/flux/transformer?region=x"),
+        ("hf://owner/name@main/transformer", "hf://owner/name@main/transformer"),
+        ("package://a.teacher", "package://a.teacher"),
+    ],
+)
+def test_local_folders_are_written_by_their_names(place: str, name: str) -> None:
     ours = recipe(
-        Path("models/flux"),
-        model={"path": "models/flux", "codec": "vae", "vae": "models/vae"},
-        encoder={"type": "flux", "path": "models"},
+        Path("unused"),
+        model={"path": place, "codec": "vae", "vae": "models/vae"},
+        encoder={"type": "flux", "path": "/data/models"},
     )
     settings = SamplingSettings.of(ours)
-    here = Path.cwd()
-    assert settings.model.path == str(here / "models/flux")
-    assert settings.model.vae == str(here / "models/vae")
+    assert settings.model.path == name and settings.model.vae == "models/vae"
     assert isinstance(settings.encoder, FluxEncoderConfig)
-    assert settings.encoder.path == str(here / "models") and settings.encoder.max_tokens == 512
+    assert settings.encoder.path == "models" and settings.encoder.max_tokens == 512
     again = SamplingSettings.model_validate_json(settings.model_dump_json())
     assert again == settings
+
+
+def test_an_adapter_holds_no_path_of_its_machine(
+    checkpoint: tuple[Path, Trio], flux_folder: Path, tmp_path: Path
+) -> None:
+    """It is found through what the user allows, by its name; nowhere else."""
+    out = tmp_path / "adapter"
+    ours = recipe(flux_folder)
+    export_adapter(ours, str(checkpoint[0]), str(out), weights="ema", dtype="float32", lineage={})
+    written = b"".join(file.read_bytes() for file in out.iterdir())
+    assert str(flux_folder.parent).encode() not in written
+    assert flux_folder.name.encode() in written
+    for allowed in (places_of(ours), [str(flux_folder.parent)], [str(flux_folder)]):
+        _, settings = load_student(str(out), allowed=["package://", *allowed])
+        assert settings.model.path == str(flux_folder)
+    with pytest.raises(ValueError, match=f"made with base '{flux_folder.name}', a folder of anot"):
+        load_student(str(out), allowed=["package://", str(tmp_path)])
+    moved = shutil.copytree(flux_folder, out / flux_folder.name)
+    _, settings = load_student(str(out), allowed=["package://"])
+    assert settings.model.path == str(moved)
+
+
+def test_all_parts_are_found_in_a_pipelines_folder(
+    flux_folder: Path, flux_inputs: Any, tmp_path: Path
+) -> None:
+    """On another machine `--base` is all that is needed; an encoder of its own goes before."""
+    out = str(tmp_path / "adapter")
+    model = {"path": str(flux_folder), "codec": "vae", "vae": "models/vae"}
+    ours = recipe(flux_folder, model=model, encoder={"type": "flux", "path": "models/flux"})
+    folder, _ = trained(ours, flux_inputs, tmp_path / "checkpoint")
+    export_adapter(ours, str(folder), out, weights="ema", dtype="float32", lineage={})
+    with pytest.raises(ValueError, match=r"base 'flux\d+', VAE 'models/vae', encoder 'flux'"):
+        read_adapter(out)
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(flux_folder, pipeline / "transformer")
+    (pipeline / "model_index.json").write_text("{}")
+    _, settings = read_adapter(out, str(pipeline))
+    assert settings.model.path == str(pipeline / "transformer")
+    assert settings.model.vae == str(pipeline / "vae")
+    assert settings.encoder.model_dump()["path"] == str(pipeline)
+    _, settings = read_adapter(out, str(pipeline), encoder="/my/encoder")
+    assert settings.encoder.model_dump()["path"] == "/my/encoder"
+
+
+def test_a_base_on_the_hub_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As diffusers takes it; a local folder of that name goes before."""
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+
+    def exists(uri: str) -> bool:
+        asked.append(uri)
+        return uri in ("hf://owner/name/model_index.json", "owner/local")
+
+    monkeypatch.setattr("piflow.storage.exists", exists)
+    assert parts_of_base("owner/name") == {
+        "base": "hf://owner/name/transformer",
+        "VAE": "hf://owner/name/vae",
+        "encoder": "hf://owner/name",
+    }
+    assert asked == ["owner/name", "hf://owner/name/model_index.json"]
+    assert parts_of_base("owner/local") == {"base": "owner/local"}
+    assert parts_of_base("/a/b/transformer") == {"base": "/a/b/transformer"}
 
 
 def test_the_schedules_numbers_are_keys_beside_the_others() -> None:
@@ -259,7 +339,7 @@ def test_the_guidance_input_is_kept(flux_config: dict[str, Any], tmp_path: Path)
     save_checkpoint(tmp_path / "step", trainer, RunState(0, 0, ours.hash(), None, {}))
     out = str(tmp_path / "adapter")
     export_adapter(ours, str(tmp_path / "step"), out, weights="ema", dtype="float32", lineage={})
-    assert load_student(out, allowed=ANYWHERE)[1].embedded_guidance == 3.5
+    assert load_student(out, allowed=places_of(ours))[1].embedded_guidance == 3.5
 
 
 def test_bfloat16_is_close(
@@ -271,9 +351,8 @@ def test_bfloat16_is_close(
         recipe(flux_folder), str(folder), out, weights="student", dtype="bfloat16", lineage={}
     )
     cond = flux_inputs[2]
-    difference = pictures(load_student(out, allowed=ANYWHERE)[0].student, cond) - pictures(
-        trio.student, cond
-    )
+    loaded, _ = load_student(out, str(flux_folder), allowed=PACKAGES)
+    difference = pictures(loaded.student, cond) - pictures(trio.student, cond)
     assert 0 < difference.abs().max() < 0.1
 
 
@@ -285,9 +364,9 @@ def test_another_base_may_be_given(
     export_adapter(ours, str(checkpoint[0]), out, weights="ema", dtype="float32", lineage={})
     moved = tmp_path / "moved"
     moved.symlink_to(flux_folder)
-    load_student(out, base=str(moved), allowed=ANYWHERE)
+    load_student(out, base=str(moved), allowed=PACKAGES)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_student(out, base=str(tmp_path / "nowhere"), allowed=ANYWHERE)
+        load_student(out, base=str(tmp_path / "nowhere"), allowed=PACKAGES)
 
 
 def test_replaced_base_weights_are_refused(
@@ -302,18 +381,18 @@ def test_replaced_base_weights_are_refused(
         str(base), max_shard_size="5KB"
     )
     assert len(list(base.glob("*.safetensors"))) > 1
-    load_student(out, base=str(base), allowed=ANYWHERE)
+    load_student(out, base=str(base), allowed=PACKAGES)
     file = sorted(base.glob("*.safetensors"))[0]
     tensors = load_file(file)
     next(iter(tensors.values())).view(-1)[0] += 1
     save_file(tensors, file)
     with pytest.raises(ValueError, match="made from base weights .*Give the base that it was made"):
-        load_student(out, base=str(base), allowed=ANYWHERE)
+        load_student(out, base=str(base), allowed=PACKAGES)
     adapter = load_file(Path(out) / WEIGHTS_FILE)
     notes = load_adapter(out).metadata
     del notes["piflow_base_sha256"]  # as version 0.1.0 wrote them
     save_file(adapter, Path(out) / WEIGHTS_FILE, metadata=notes)
-    load_student(out, base=str(base), allowed=ANYWHERE)
+    load_student(out, base=str(base), allowed=PACKAGES)
 
 
 def test_a_checkpoint_of_another_recipe(checkpoint: tuple[Path, Trio], flux_folder: Path) -> None:
