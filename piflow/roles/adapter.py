@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +19,6 @@ import torch
 from diffusers import __version__ as diffusers_version
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as serialise_tensors
 from torch import Tensor, nn
 
 from piflow import storage
@@ -57,6 +56,10 @@ HEAD_LAYERS = {  # beside `norm_out`; the values' projection first
 }
 MIN_SEGMENT = 1 / 64  # as many evaluations as recipes have
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # in safetensors' headers
+
+Read = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Names -> whole tensors."""
 
 
 @dataclass(frozen=True)
@@ -226,17 +229,19 @@ def save_adapter(
     base_model: str,
     metadata: Mapping[str, str] | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    read: Read | None = None,
 ) -> None:
     """Writes an adapter folder; weights first, so that a folder with a config is complete.
 
     Args:
         folder: URI or path.
         tensors: whole tensors by published name, such as a strategy gathers from
-            `Trio.ema_parameters()`.
+            `Trio.ema_parameters()`; with `read` they may be on "meta".
         clock: DX's segment size and shift; not used for GM.
         base_model: name or URI of the base, for the metadata.
         metadata: further strings for the safetensors header (lineage, sampling settings).
         dtype: of all tensors in the file.
+        read: gives the values, of one tensor after the other.
 
     Raises:
         ValueError: output-layer tensors that are missing, LoRA that doesn't fit the backbone, a DX
@@ -250,10 +255,44 @@ def save_adapter(
     clash = sorted(own.keys() & extra.keys())
     if clash:
         raise ValueError(f"metadata {', '.join(clash)} belongs to the format: use another key")
-    converted = {name: _convert(name, tensor, dtype) for name, tensor in tensors.items()}
-    content = _with_sorted_metadata(serialise_tensors(converted, metadata={**own, **extra}))
-    storage.write_bytes(storage.join(str(folder), WEIGHTS_FILE), content)
+    content = _serialised(tensors, {**own, **extra}, dtype, read or _given(tensors))
+    storage.write_bytes(storage.join(str(folder), WEIGHTS_FILE), memoryview(content))
     storage.write_bytes(storage.join(str(folder), CONFIG_FILE), config.to_json().encode())
+
+
+def _given(tensors: Mapping[str, Tensor]) -> Read:
+    return lambda names: {name: tensors[name] for name in names}
+
+
+def _serialised(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: str, read: Read
+) -> bytearray:
+    """A safetensors file, filled tensor by tensor.
+
+    It is what the library writes, which would hold all values three times; but the library orders
+    the metadata in another way in every process.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end, size = 0, DTYPES[dtype].itemsize
+    for name in sorted(tensors):
+        start, end = end, end + tensors[name].numel() * size
+        place = {"shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _CODES[dtype], **place}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are aligned to 8 bytes
+    content = bytearray(8 + len(text) + end)
+    content[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
+    values = torch.frombuffer(content, dtype=torch.uint8)[8 + len(text) :]
+    for name in sorted(tensors):
+        start, end = header[name]["data_offsets"]
+        out = values[start:end].view(DTYPES[dtype])
+        out.copy_(read([name])[name].detach().flatten())
+        if not out.isfinite().all():
+            raise ValueError(
+                f"{name} has values that {dtype} can't hold: export as bfloat16 or float32, or "
+                "check that training stayed finite"
+            )
+    return content
 
 
 def load_adapter(folder: str | Path) -> Adapter:
@@ -318,16 +357,6 @@ def _published_name(name: str) -> str:
         .replace(".lora_A.default.", ".lora_A.")
         .replace(".lora_B.default.", ".lora_B.")
     )
-
-
-def _with_sorted_metadata(content: bytes) -> bytes:
-    """The same safetensors file for the same metadata: the library writes it in any order."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the tensors are aligned to 8 bytes
-    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :]])
 
 
 def _check_numbers(fields: Mapping[str, Any], is_gm: bool, where: str) -> None:
@@ -441,14 +470,3 @@ def _same(field: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     if field == "out_channels":
         return bool((one[field] or one["in_channels"]) == (other[field] or other["in_channels"]))
     return bool(one[field] == other[field])
-
-
-def _convert(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """A contiguous CPU copy in the file's dtype."""
-    converted = tensor.detach().to(device="cpu", dtype=DTYPES[dtype]).contiguous()
-    if not converted.isfinite().all():
-        raise ValueError(
-            f"{name} has values that {dtype} can't hold: export as bfloat16 or float32, or check "
-            "that training stayed finite"
-        )
-    return converted

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -289,24 +289,47 @@ def load_checkpoint(
     return state
 
 
-def load_tensors(folder: Path, section: str) -> dict[str, Tensor]:
-    """One section ("trainable" or "ema") as whole tensors on the CPU, without a trainer.
+class StoredSection:
+    """One section ("trainable" or "ema") of a checkpoint; its tensors are read when asked for.
+
+    Args:
+        folder: is verified, every byte of it.
 
     Raises:
         DamagedCheckpointError: the folder is no finished checkpoint, or bytes are not as written.
         CheckpointError: it lacks the section.
     """
-    _, stored = _verified(folder)
-    prefix = f"{section}."
-    tree = {
-        key: torch.empty(entry.shape, dtype=entry.dtype)
-        for key, entry in stored.items()
-        if key.startswith(prefix)
-    }
-    if not tree:
-        raise CheckpointError(f"checkpoint {folder} has no section {section!r}")
-    _read(tree, folder, stored, no_dist=True)
-    return {key.removeprefix(prefix): tensor for key, tensor in tree.items()}
+
+    def __init__(self, folder: Path, section: str) -> None:
+        _, self._stored = _verified(folder)
+        self._folder, self._prefix = folder, f"{section}."
+        names = [name for name in self._stored if name.startswith(self._prefix)]
+        if not names:
+            raise CheckpointError(f"checkpoint {folder} has no section {section!r}")
+        self.empty: dict[str, Tensor] = {
+            name.removeprefix(self._prefix): self._like(name, "meta") for name in names
+        }
+        """By published name, on "meta": shapes and dtypes."""
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU."""
+        tree = {f"{self._prefix}{name}": self._like(f"{self._prefix}{name}") for name in names}
+        _read(tree, self._folder, self._stored, no_dist=True)
+        return {name.removeprefix(self._prefix): tensor for name, tensor in tree.items()}
+
+    def _like(self, name: str, device: str = "cpu") -> Tensor:
+        entry = self._stored[name]
+        return torch.empty(entry.shape, dtype=entry.dtype, device=device)
+
+
+def load_tensors(folder: Path, section: str) -> dict[str, Tensor]:
+    """All of a section as whole tensors on the CPU, without a trainer.
+
+    Raises:
+        DamagedCheckpointError, CheckpointError: as of `StoredSection`.
+    """
+    stored = StoredSection(folder, section)
+    return stored.read(stored.empty)
 
 
 def _read_state(folder: Path) -> tuple[RunState, dict[str, FileRecord]]:

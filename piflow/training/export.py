@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from piflow import storage
 from piflow.backbones import load_empty_backbone
 from piflow.backbones.flux.fresh import fresh_module
@@ -26,6 +24,7 @@ from piflow.storage.fingerprint import weights_fingerprint
 from piflow.training.build import build_trio
 from piflow.training.checkpoint import (
     RunState,
+    StoredSection,
     load_state,
     load_tensors,
     require_same_run,
@@ -61,20 +60,20 @@ def student_of_checkpoint(
             distils nothing.
     """
     recipe.distillation()
-    tensors, state = _tensors_of_checkpoint(recipe, checkpoint, weights, manifest_hash)
+    stored, state = _stored_in_checkpoint(recipe, checkpoint, weights, manifest_hash)
     trio = build_trio(recipe)
-    trio.load_student(tensors)
+    trio.load_student(stored.read(stored.empty))
     return trio.train(False), state
 
 
-def _tensors_of_checkpoint(
+def _stored_in_checkpoint(
     recipe: Recipe, checkpoint: str, weights: Weights, manifest_hash: str | None
-) -> tuple[dict[str, Tensor], RunState]:
-    """A checkpoint's trained tensors by published name, on the CPU, if it is of this run."""
+) -> tuple[StoredSection, RunState]:
+    """A checkpoint's trained tensors, if it is of this run."""
     folder = storage.local_folder(checkpoint)
     state = load_state(folder)
     require_same_run(state, recipe, manifest_hash, checkpoint)
-    return load_tensors(folder, SECTIONS[weights]), state
+    return StoredSection(folder, SECTIONS[weights]), state
 
 
 def _base_of(recipe: Recipe) -> dict[str, str]:
@@ -95,8 +94,8 @@ def export_adapter(
 ) -> None:
     """Write a checkpoint as an adapter folder in the published format.
 
-    Of the base its config, headers and output layer are read, not its weights. The same checkpoint
-    gives the same bytes.
+    Of the base its config, headers and output layer are read, not its weights. Host memory holds
+    the adapter's bytes and one trained tensor at a time. The same checkpoint gives the same bytes.
 
     Args:
         lineage: strings for the metadata: run, hashes, step.
@@ -106,15 +105,16 @@ def export_adapter(
         ValueError: the recipe distils nothing, or the checkpoint doesn't fit it.
     """
     settings = SamplingSettings.of(recipe)
-    tensors, _ = _tensors_of_checkpoint(recipe, checkpoint, weights, manifest_hash)
+    stored, _ = _stored_in_checkpoint(recipe, checkpoint, weights, manifest_hash)
     backbone, _ = load_empty_backbone(recipe.model, embedded_guidance=recipe.guidance.embedded)
     save_adapter(
         folder,
         backbone,
-        tensors,
+        stored.empty,
         recipe.policy,
         PolicyClock.of(settings.few_step),
         base_model=settings.model.path,
         metadata={SETTINGS_KEY: settings.model_dump_json(), **_base_of(recipe), **lineage},
         dtype=dtype,
+        read=stored.read,
     )
