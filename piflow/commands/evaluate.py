@@ -14,9 +14,10 @@ from piflow.config import Recipe
 
 if TYPE_CHECKING:
     from piflow.evaluation.compare import Evaluation
+    from piflow.evaluation.drawing import Drawing, Plan
+    from piflow.training.preflight import Run
 
 GRID_PROMPTS = 8  # rows of the picture grid
-NUM_METHODS = 4  # the teacher at three step counts, the student
 FOLDER = "evaluation"  # in the run's
 PICTURES = "pictures"  # in that
 
@@ -34,13 +35,11 @@ def main(
     """
     from piflow import storage
     from piflow.commands import embed
-    from piflow.evaluation.compare import evaluate
-    from piflow.inference.drawing import choose_device
-    from piflow.progress import progress
+    from piflow.evaluation.compare import measure
+    from piflow.evaluation.drawing import Drawing, Plan
     from piflow.runs import folder as run_folder
     from piflow.runs.tracking import MlflowTracker
-    from piflow.training.checkpoint import STATE_FILE
-    from piflow.training.export import student_of_checkpoint
+    from piflow.training.checkpoint import STATE_FILE, read_state, require_same_run
     from piflow.training.preflight import preflight
 
     record = run_folder.require_run(recipe)
@@ -49,23 +48,15 @@ def main(
         embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
     found = preflight(recipe, evaluation=True)
     store = found.store
-    trio, state = student_of_checkpoint(recipe, checkpoint, "ema", store.manifest_hash)
-    device = choose_device("auto")
-    for module in trio.modules:
-        module.to(device)
+    state = read_state(checkpoint)
+    require_same_run(state, recipe, store.manifest_hash, checkpoint)
     folder = storage.join(recipe.run_dir, FOLDER)
-    total = recipe.evaluation.prompts * recipe.evaluation.seeds * NUM_METHODS
-    with progress(f"{recipe.name}: pictures", total, show=show_progress) as bar:
-        result = evaluate(
-            recipe,
-            trio,
-            store,
-            device,
-            storage.join(folder, PICTURES),
-            storage.sha256(storage.join(checkpoint, STATE_FILE)),
-            retrieve=found.retrieval,
-            advance=bar.advance,
-        )
+    digest = storage.sha256(storage.join(checkpoint, STATE_FILE))
+    plan = Plan.of(recipe, store, storage.join(folder, PICTURES), digest)
+    drawing = Drawing(recipe, plan, store)
+    if drawing.num_missing():
+        _draw(recipe, found, plan, drawing, checkpoint, show_progress)
+    result = measure(drawing, retrieve=found.retrieval)
     files = _write_report(recipe, result, record.mlflow_run_id, store.manifest_hash, state.step)
     tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
     tracker.log_summary(summary(result), step=state.step)
@@ -75,6 +66,28 @@ def main(
         print(f"not yet in MLflow: {problem}. It is kept in the run's folder for the next command")
     print(f"report written to {storage.join(folder, 'report.html')}")
     return result
+
+
+def _draw(
+    recipe: Recipe, found: Run, plan: Plan, drawing: Drawing, checkpoint: str, show_progress: bool
+) -> None:
+    """Draw what is missing: on workers, or in this process on a GPU if there is one."""
+    if recipe.evaluation_workers:
+        from piflow.runtime.evaluating import draw_on_workers
+
+        draw_on_workers(found, plan, checkpoint, drawing.total, show_progress=show_progress)
+        return
+    from piflow.inference.drawing import choose_device
+    from piflow.progress import progress
+    from piflow.sharding.single import SingleStrategy
+    from piflow.training.export import student_of_checkpoint
+
+    trio, _ = student_of_checkpoint(recipe, checkpoint, "ema", found.store.manifest_hash)
+    strategy = SingleStrategy(choose_device("auto"))
+    for module in trio.modules:
+        strategy.prepare(module, trio.block_classes)
+    with progress(f"{recipe.name}: pictures", drawing.total, show=show_progress) as bar:
+        drawing.draw(trio, strategy, advance=bar.advance)
 
 
 def summary(result: Evaluation) -> dict[str, float]:

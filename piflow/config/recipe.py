@@ -231,6 +231,13 @@ class Recipe(Section):
             tree["training"]["steps"] = self.training.steps
         return tree
 
+    @property
+    def evaluation_workers(self) -> int:
+        """Workers that draw for an evaluation; 0: the command does."""
+        if self.evaluation.workers is not None:
+            return self.evaluation.workers
+        return self.runtime.worker_range[0] if self.runtime.use_gpu else 0
+
     def hash(self) -> str:
         """sha256 (16 hex digits) of `identity()`."""
         return identity.hash_of(self.identity())

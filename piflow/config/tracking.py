@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 from pydantic import Field, field_validator
 
 from piflow import storage
-from piflow.config.section import Positive, Section, Text, Uri
+from piflow.config.section import NonNegative, Positive, Section, Text, Uri
 from piflow.storage.foreign import shown
 
 _SERVERS = ("http", "https")
@@ -115,7 +115,14 @@ class EvaluationConfig(Section):
     """Euler steps of the reference."""
 
     batch_size: Positive = 64
-    """Pictures drawn at once."""
+    """Pictures drawn at once; each worker is dealt so many at a time."""
+
+    workers: NonNegative | None = None
+    """Processes on the cluster that draw, with the base replicated or sharded as in training;
+    0: the command draws by itself. Default: with runtime.use_gpu the fewest of
+    runtime.num_workers, which the base is known to fit on; on CPUs 0, since one process uses all
+    of a machine's cores and a second one takes longer to start than most pictures.
+    """
 
     retrieval: bool = True
     """Retrieval@1; needs the emoji pictures."""

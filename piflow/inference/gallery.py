@@ -28,6 +28,8 @@ _HASH = 10  # hexadecimal digits
 _INDEX_SECONDS = 5.0  # between two writes of the index
 _NEEDED = ("file", "key", "seed", "sha256")  # of an index's line
 
+Entry = dict[str, Any]  # a line of the index
+
 
 @dataclass(frozen=True)
 class Request:
@@ -75,10 +77,14 @@ class Gallery:
         Args:
             notes: more for the index, of this picture.
         """
+        self.enter(self.write(request, png, **notes))
+
+    def write(self, request: Request, png: bytes, **notes: float) -> Entry:
+        """Write a picture alone; returns its line of the index, for whoever writes that."""
         key, digest = self._key(request), hashlib.sha256(png).hexdigest()
         name = self._free_name(request, digest)
         storage.write_bytes(storage.join(self._folder, name), png)
-        self._entries[key] = {
+        return {
             "file": name,
             "prompt": request.prompt,
             "seed": request.seed,
@@ -88,9 +94,17 @@ class Gallery:
             "key": key,
             "sha256": digest,
         }
+
+    def enter(self, entry: Entry) -> None:
+        """Take a written picture into the index, which follows within seconds, or at `close`."""
+        self._entries[entry["key"]] = entry
         self._changed = True
         if time.monotonic() - self._written > _INDEX_SECONDS:
             self.close()
+
+    def has(self, request: Request) -> bool:
+        """Whether the index names the picture, whatever became of its file."""
+        return self._key(request) in self._entries
 
     def file(self, request: Request) -> str:
         """URI of a picture that is there."""
@@ -140,14 +154,14 @@ class Gallery:
         place = storage.join(self._folder, entry["file"])
         return storage.exists(place) and storage.sha256(place) == entry["sha256"]
 
-    def _read(self) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[str, Entry]:
         """The index's lines by key."""
         place = storage.join(self._folder, INDEX)
         try:
             content = storage.read_bytes(place)
         except FileNotFoundError:
             return {}
-        entries: dict[str, dict[str, Any]] = {}
+        entries: dict[str, Entry] = {}
         for number, line in enumerate(content.splitlines(), 1):
             where = f"line {number} of {place}"
             entry = parse_object(line, where=where)

@@ -46,7 +46,8 @@ class Demand:
 
     Attributes:
         groups: the one with GPUs first, if there is one.
-        driver_gpus: GPUs of the driver itself, which then runs on a worker and not on the head.
+        driver_gpus: GPUs of the driver itself, which then runs on a machine with GPUs and not on
+            the head: an evaluation's without workers.
     """
 
     stage: Stage
@@ -73,10 +74,18 @@ def demand(recipe: Recipe, values: Values, stage: Stage) -> Demand:
             return Demand(stage, (gpus, _cpu_group(values)))
         return Demand(stage, (_cpu_group(values, fewest, most, 1.0, "embed.encoders"),))
     if stage == "evaluate":
-        if recipe.runtime.use_gpu:
-            return Demand(stage, (_gpu_group(values, 1, 1), _cpu_group(values)), driver_gpus=1)
-        return Demand(stage, (_cpu_group(values),))
+        return _evaluation(recipe, values)
     return Demand(stage, _training_groups(recipe, values))
+
+
+def _evaluation(recipe: Recipe, values: Values) -> Demand:
+    workers, runtime = recipe.evaluation_workers, recipe.runtime
+    if runtime.use_gpu:
+        gpus = max(workers, 1)
+        groups = _gpu_group(values, gpus, gpus), _cpu_group(values)
+        return Demand("evaluate", groups, driver_gpus=0 if workers else 1)
+    each = runtime.cpus_per_worker
+    return Demand("evaluate", (_cpu_group(values, workers, workers, each, "evaluation.workers"),))
 
 
 def _training_groups(recipe: Recipe, values: Values) -> tuple[Group, ...]:

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from piflow.config import Recipe
-from piflow.data.cluster import ResourcesError
-from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runs import folder as run_folder
 from piflow.runs import tracking
 from piflow.runs.folder import RunRecord
 from piflow.runs.lease import PROCESS, Ownership, RunTakenError, owned
 from piflow.runs.tracking import MlflowTracker, RunStatus, Tracker, deliver_kept, finish
-from piflow.runtime.exits import RayLostError, WorkersLostError
-from piflow.runtime.mailbox import Departure, StopReason
+from piflow.runtime.attempts import Work, done_by_attempts
 from piflow.runtime.progress import mailbox_with_bar
-from piflow.runtime.ray_job import grace_told, stopping_told
-from piflow.runtime.session import start_tries
+from piflow.runtime.ray_job import grace_told
 from piflow.runtime.signals import Signals, StoppedError
-from piflow.runtime.workers import collectives, failed, scaling, session_with_room
+from piflow.runtime.workers import session_with_room
 from piflow.training.preflight import Run, preflight, require_newest_of
-from piflow.training.step import NonFiniteError
-
-if TYPE_CHECKING:
-    from piflow.runtime.alive import RayWatch
-
-_POLL_SECONDS = 0.5
-
-_FAILURES: dict[str, type[Exception]] = {
-    "recipe": ValueError,
-    "non-finite": NonFiniteError,
-    "fp8-teacher": TeacherPrecisionError,
-}
 
 
 def train(recipe: Recipe, *, show_progress: bool = True) -> int:
@@ -73,10 +54,39 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
         with (
             _tracked(run) as (record, tracker),
             session_with_room(recipe),
-            mailbox_with_bar(recipe.name, recipe.training.steps, show=show_progress) as mailbox,
+            mailbox_with_bar(
+                f"{recipe.name}: steps", recipe.training.steps, show=show_progress
+            ) as mailbox,
             Signals().handled() as signals,
         ):
-            return _attempts(run, record, mailbox, signals, tracker, ownership)
+            work = _training(run, record, ownership)
+            return done_by_attempts(work, mailbox, signals, tracker)
+
+
+def _training(run: Run, record: RunRecord, ownership: Ownership) -> Work:
+    """What the workers are to do; they take the run's opened store from Ray's object store."""
+    import ray
+
+    from piflow.runtime.worker import train_worker
+
+    recipe = run.absolute
+    config: dict[str, Any] = {
+        "recipe": recipe.model_dump(mode="json"),
+        "written": run.recipe.model_dump(mode="json"),
+        "manifest_hash": record.manifest_hash,
+        "tracking_uri": record.tracking_uri,
+        "run_id": record.mlflow_run_id,
+        "store": ray.put(run.store),
+        "owner": PROCESS,
+    }
+    return Work(
+        train_worker,
+        config,
+        recipe.runtime,
+        recipe.training.steps,
+        lambda step: f"step {step} is saved",
+        ownership.require,
+    )
 
 
 def _end_dead_run(uri: str, run_id: str, run_dir: str) -> None:
@@ -141,211 +151,6 @@ def _recorded(run: Run) -> RunRecord:
     record = RunRecord(recipe.hash(), recipe.identity(), uri, run_id, run.store.manifest_hash, base)
     run_folder.write_record(recipe.run_dir, record)
     return record
-
-
-def _attempts(
-    run: Run,
-    record: RunRecord,
-    mailbox: Any,
-    signals: Signals,
-    tracker: Tracker,
-    ownership: Ownership,
-) -> int:
-    """Workers from the newest checkpoint on, again and again until the last step is done.
-
-    Ray Train restarts workers that fail, `runtime.max_failures` times. Another attempt is made here
-    where they stopped because a machine is going away, and where Ray Train itself gave up before
-    they were training: such is a worker that dies while its group starts.
-
-    Returns:
-        The number of optimiser steps done.
-    """
-    import ray
-
-    from piflow.runtime.alive import RayWatch
-
-    attempts, ray_watch = _Attempts(run, signals, tracker), RayWatch()
-    store = ray.put(run.store)
-    while True:
-        attempt: Future[Any] = Future()
-        arguments = (attempt, run, record, store, mailbox)
-        # Ray would handle Ctrl-C in the main thread, and leave the steps since the last checkpoint
-        threading.Thread(target=_fit, args=arguments, name="fit", daemon=True).start()
-        try:
-            _watch(attempt, mailbox, signals, tracker, ownership, ray_watch)
-            left: Departure = ray_watch.answer(mailbox.departure.remote())
-        except RayLostError as lost:
-            attempts.require_no_signal(str(lost))
-            raise
-        if left.failure is not None:
-            raise _FAILURES[left.failure.kind](left.failure.message)
-        error = attempt.exception()
-        if error is not None:
-            attempts.count(error)
-        elif left.reason in (StopReason.END, StopReason.MOVE) and signals.number is not None:
-            raise StoppedError(signals.number, f"step {left.step} is saved")
-        elif left.reason is StopReason.NONE:
-            if left.step >= run.recipe.training.steps:
-                return left.step
-            attempts.again("the mailbox lost the workers' last word")
-
-
-class _Attempts:
-    """How often Ray Train gave up, and whether another attempt is made."""
-
-    def __init__(self, run: Run, signals: Signals, tracker: Tracker) -> None:
-        self._limit = run.recipe.runtime.max_failures
-        self._start_timeout = run.recipe.runtime.worker_start_timeout
-        self._signals = signals
-        self._tracker = tracker
-        self._failed = 0
-
-    def count(self, error: BaseException) -> None:
-        """An attempt failed; returns if another one is to be made.
-
-        Raises:
-            StoppedError: a signal had asked for the end anyway.
-            WorkersFailedError: it is enough.
-            ResourcesError: Ray Train got no places for the workers in time.
-        """
-        import ray.train
-
-        from piflow.runtime.ray_private import WorkerGroupStartupTimeoutError, is_of_system
-
-        if isinstance(error, ray.train.WorkerGroupError):  # Ray Train has counted these itself
-            self.require_no_signal(str(failed(error)))
-            raise failed(error) from error
-        if isinstance(error, ray.train.PreemptionError):  # and these
-            self.require_no_signal(str(error))
-            raise WorkersLostError(
-                "machines were taken away before their workers had saved, more often than "
-                f"runtime.max_preemption_failures allows: {error}"
-            ) from error
-        cause = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
-        if isinstance(cause, WorkerGroupStartupTimeoutError):
-            self.require_no_signal(str(cause))
-            raise ResourcesError(
-                f"the workers got no places within {self._start_timeout:.0f} s "
-                "(runtime.worker_start_timeout): other jobs hold them, or machines went away. The "
-                "same command goes on once there is room"
-            ) from error
-        if cause is error and not is_of_system(error):
-            raise error
-        self.again(f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}", error)
-
-    def again(self, text: str, error: BaseException | None = None) -> None:
-        """Ray Train gave up for the reason that `text` tells; raises as `count`."""
-        self._tracker.event("controller-failed", text)
-        self.require_no_signal(text)
-        self._failed += 1
-        if 0 <= self._limit < self._failed:
-            raise WorkersLostError(text) from error
-
-    def require_no_signal(self, text: str) -> None:
-        """Go on only if nobody has asked for the end.
-
-        Raises:
-            StoppedError: somebody has.
-        """
-        number = self._signals.number
-        if number is not None:
-            raise StoppedError(number, f"steps since the last checkpoint are lost ({text})")
-
-
-def _watch(
-    attempt: Future[Any],
-    mailbox: Any,
-    signals: Signals,
-    tracker: Tracker,
-    ownership: Ownership,
-    ray_watch: RayWatch,
-) -> None:
-    """Until the workers have ended: signals go to them, and their events to MLflow.
-
-    Raises:
-        RunTakenError: another driver owns the run by now; its workers can't seal a checkpoint.
-        RayLostError: Ray is gone.
-    """
-
-    def ask_to_stop() -> bool:
-        return bool(ray_watch.answer(mailbox.ask_to_stop.remote(StopReason.END)))
-
-    def needs() -> str:
-        return stopping_told(ray_watch.answer(mailbox.save_seconds.remote()))
-
-    while not attempt.done():
-        wait([attempt], timeout=_POLL_SECONDS)
-        ownership.require()
-        ray_watch.require()
-        if ray_watch.answer(mailbox.is_machine_leaving.remote()):
-            signals.machine_leaves()
-        signals.pass_on(ask_to_stop, needs)
-        for name, text in ray_watch.answer(mailbox.take_events.remote()):
-            tracker.event(name, text)
-
-
-def _fit(attempt: Future[Any], run: Run, record: RunRecord, store: Any, mailbox: Any) -> None:
-    """Ray Train's workers, from their start to their end, which `attempt` then knows of.
-
-    Ray Train's own list of checkpoints goes to a fresh local folder, and nobody reads it. It isn't
-    on the run's storage: an outage while the controller writes it would end the attempt, and one of
-    an earlier attempt names checkpoints that are gone.
-    """
-    try:
-        with tempfile.TemporaryDirectory(
-            prefix="piflow-ray-train-", ignore_cleanup_errors=True
-        ) as notes:
-            attempt.set_result(_trainer(run, record, store, mailbox, notes).fit())
-    except BaseException as error:
-        attempt.set_exception(error)
-
-
-def _trainer(run: Run, record: RunRecord, store: Any, mailbox: Any, notes: str) -> Any:
-    """Ray Train's part of the run.
-
-    Args:
-        store: reference to the run's opened store, which workers take from Ray's object store.
-        notes: a local folder for Ray Train's own list of checkpoints.
-    """
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    from piflow.runtime.process_group import ClusterTorchConfig
-    from piflow.runtime.ray_private import LifecycleCallback
-    from piflow.runtime.worker import train_worker
-
-    recipe = run.absolute
-    runtime = recipe.runtime
-    callbacks: list[Any] = [LifecycleCallback(mailbox, runtime.stall_timeout)]
-    failures: dict[str, Any] = {
-        "max_failures": runtime.max_failures,
-        "controller_failure_limit": start_tries(runtime),
-        "max_preemption_failures": runtime.max_preemption_failures,
-        "preemption_grace_s": runtime.preemption_grace_s,
-        "relax_collectives_on_preemption": runtime.relax_collectives_on_preemption,
-    }
-    config: dict[str, Any] = {
-        "recipe": recipe.model_dump(mode="json"),
-        "written": run.recipe.model_dump(mode="json"),
-        "manifest_hash": record.manifest_hash,
-        "tracking_uri": record.tracking_uri,
-        "run_id": record.mlflow_run_id,
-        "store": store,
-        "mailbox": mailbox,
-        "owner": PROCESS,
-    }
-    return TorchTrainer(
-        train_worker,
-        train_loop_config=config,
-        torch_config=ClusterTorchConfig(backend=collectives(runtime)),
-        scaling_config=scaling(runtime, runtime.resize_interval),
-        run_config=ray.train.RunConfig(
-            name=run_folder.CHECKPOINTS,
-            storage_path=notes,
-            failure_config=ray.train.FailureConfig(**failures),
-            callbacks=callbacks,
-        ),
-    )
 
 
 def _tell_undelivered(problem: str | None) -> None:

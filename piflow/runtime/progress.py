@@ -20,11 +20,11 @@ _ANSWER_SECONDS = 2.0
 
 
 @contextmanager
-def mailbox_with_bar(name: str, total: int, *, show: bool) -> Iterator[Any]:
-    """A new mailbox, and the progress over `total` steps, as it has them, while the block runs."""
+def mailbox_with_bar(title: str, total: int, *, show: bool) -> Iterator[Any]:
+    """A new mailbox, and the progress over `total`, as it has it, while the block runs."""
     mailbox = start_mailbox()
     done = threading.Event()
-    with progress(f"{name}: steps", total, show=show) as bar:
+    with progress(title, total, show=show) as bar:
 
         def show_latest() -> None:
             try:

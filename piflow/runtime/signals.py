@@ -55,9 +55,20 @@ def ended_by_signals() -> Iterator[None]:
 
 
 class Signals:
-    """Signals while workers train: at the first they save and stop, not at the second."""
+    """Signals while workers are at work: at the first they save and stop, not at the second.
 
-    def __init__(self) -> None:
+    Args:
+        saving: what they do at the first one, for people.
+        unsaved: what is lost at the second.
+    """
+
+    def __init__(
+        self,
+        saving: str = "save after this step and stop",
+        unsaved: str = "steps since the last checkpoint are lost",
+    ) -> None:
+        self.unsaved = unsaved
+        self._saving = saving
         self.number: int | None = None
         self._received = 0.0
         self._cause = ""
@@ -92,13 +103,12 @@ class Signals:
         if self.number is None:
             return
         if not ask_to_stop() and not self._told:
-            raise StoppedError(self.number, "no worker was training, nothing is lost")
+            raise StoppedError(self.number, "no worker was at work, nothing is lost")
         if not self._told:
             self._told = True
             again = "a signal" if self._noticed else "once more"
             print(
-                f"{self._cause}: the workers save after this step and stop{needs()}; {again} ends "
-                "them at once",
+                f"{self._cause}: the workers {self._saving}{needs()}; {again} ends them at once",
                 flush=True,
             )
 
@@ -108,7 +118,7 @@ class Signals:
             self.number, self._received, self._noticed = number, time.monotonic(), False
             self._cause = signal.Signals(number).name
         elif not _is_no_second(number, self._received):
-            raise StoppedError(number, "steps since the last checkpoint are lost")
+            raise StoppedError(number, self.unsaved)
 
 
 @contextmanager

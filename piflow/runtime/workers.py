@@ -13,16 +13,22 @@ from piflow.runtime.session import ray_session
 
 
 @contextmanager
-def session_with_room(recipe: Recipe) -> Iterator[None]:
+def session_with_room(
+    recipe: Recipe, *, key: str = "runtime.num_workers", encodes: bool = True
+) -> Iterator[None]:
     """Ray, with room for the workers and online mode's encoders, be it the fewest of them.
+
+    Args:
+        key: the recipe's, that says how many workers there are.
+        encodes: whether online mode's encoders run beside them.
 
     Raises:
         ResourcesError: there is none within `runtime.worker_start_timeout`.
     """
     runtime, embed = recipe.runtime, recipe.embed
-    what, keys = "the workers", "runtime.num_workers, use_gpu, cpus_per_worker"
+    what, keys = "the workers", f"{key}, runtime.use_gpu, runtime.cpus_per_worker"
     bundles = [resources(runtime)] * runtime.worker_range[0]
-    if embed.mode == "online":
+    if encodes and embed.mode == "online":
         what, keys = "the workers and encoders", f"{keys}, embed.encoders, gpus_per_encoder"
         bundles += [{"CPU": 1, "GPU": embed.gpus_per_encoder}] * embed.encoders[0]
     with ray_session(recipe):

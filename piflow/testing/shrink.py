@@ -72,6 +72,7 @@ def shrink(
         "seeds": SEEDS,
         "teacher_steps": objective.nfe + 1,
         "batch_size": 4,
+        "workers": _small_evaluation_workers(recipe, tree["runtime"]["num_workers"]),
         "retrieval": False,
     }
     return parse_recipe(tree, f"{recipe.name}, made small,")
@@ -116,6 +117,11 @@ def _small_runtime(recipe: Recipe, gpus: int, workers: int) -> dict[str, Any]:
         "cpus_per_worker": min(runtime.cpus_per_worker, 1.0),
         "max_failures": 0,
     }
+
+
+def _small_evaluation_workers(recipe: Recipe, training: int) -> int | None:
+    asked = recipe.evaluation.workers
+    return None if asked is None else min(asked, training)
 
 
 def _small_size(height: int, width: int) -> list[int]:

@@ -272,12 +272,7 @@ def load_checkpoint(
     require(state)
     _allocate_optimizer_state(trainer, stored)
     tree = _without_fresh_state(_tree(trainer), stored)
-    problems = _mismatches(tree, stored)
-    if problems:
-        raise CheckpointError(
-            f"checkpoint {folder} doesn't fit this model: {'; '.join(problems[:5])}"
-            f"{' …' if len(problems) > 5 else ''}. Resume with the recipe that wrote it"
-        )
+    _require_fit(folder, tree, stored)
     no_dist = not dist.is_initialized()
     in_place = {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}
     _read(in_place, folder, stored, no_dist=no_dist)
@@ -330,6 +325,26 @@ def load_tensors(folder: Path, section: str) -> dict[str, Tensor]:
     """
     stored = StoredSection(folder, section)
     return stored.read(stored.empty)
+
+
+def load_section(folder: Path, section: str, into: Mapping[str, Tensor]) -> RunState:
+    """Verify, then read one section into tensors that are there, whole or sharded by torch.
+
+    Every worker calls it; all of them fail together.
+
+    Args:
+        into: by published name.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, or not what was written, for any of the workers.
+        CheckpointError: a tensor is missing, or its shape is another one.
+    """
+    state, stored = _verified_by_all(folder)
+    tree = {f"{section}.{name}": tensor.detach() for name, tensor in into.items()}
+    there = {name: entry for name, entry in stored.items() if name.startswith(f"{section}.")}
+    _require_fit(folder, tree, there)
+    _read(tree, folder, stored, no_dist=not dist.is_initialized())
+    return state
 
 
 def _read_state(folder: Path) -> tuple[RunState, dict[str, FileRecord]]:
@@ -485,6 +500,16 @@ def _batches(tree: dict[str, Tensor | SplitTensor]) -> Iterator[dict[str, SplitT
             batch, size = {}, 0
     if batch:
         yield batch
+
+
+def _require_fit(folder: Path, tree: Mapping[str, Tensor | SplitTensor], stored: Layout) -> None:
+    """Refuses tensors that aren't exactly those that the checkpoint has."""
+    problems = _mismatches(tree, stored)
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {folder} doesn't fit this model: {'; '.join(problems[:5])}"
+            f"{' …' if len(problems) > 5 else ''}. Use the recipe that wrote it"
+        )
 
 
 def _mismatches(tree: Mapping[str, Tensor | SplitTensor], stored: Layout) -> list[str]:

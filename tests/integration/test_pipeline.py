@@ -35,10 +35,12 @@ from piflow.commands import check, distill, embed, evaluate, export, pretrain, s
 from piflow.config import ModelConfig, Recipe, parse_recipe
 from piflow.data.manifest import StoreError
 from piflow.data.reader import EmbeddingStore
-from piflow.evaluation.compare import Evaluation
+from piflow.evaluation.compare import Evaluation, measure
+from piflow.evaluation.drawing import Drawing, Plan
 from piflow.roles.adapter import load_adapter
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunDirectoryError
+from piflow.sharding.single import SingleStrategy
 from piflow.training.checkpoint import load_tensors
 from piflow.training.export import student_of_checkpoint
 from tests.servers import SECRETS
@@ -342,9 +344,15 @@ def test_one_worker_equals_two(straight: Recipe) -> None:
 # ------------------------------------------------------------------- evaluate, export and sample
 
 
+def evaluated_by(run: Recipe, workers: int) -> Recipe:
+    changed = run.evaluation.model_copy(update={"workers": workers})
+    return run.model_copy(update={"evaluation": changed})
+
+
 @pytest.fixture(scope="module")
 def evaluation(interrupted: Interrupted) -> Evaluation:
-    return evaluate.main(interrupted.recipe, show_progress=False)
+    """Drawn by two workers, of which each has a shard of the base."""
+    return evaluate.main(evaluated_by(interrupted.recipe, 2), show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +372,43 @@ def test_evaluation_measures_four_methods(evaluation: Evaluation) -> None:
     assert four.psnr > two.psnr > 5, "more Euler steps come closer to the reference"
     assert student.psnr is not None and student.psnr > 5
     assert all(method.retrieval_at_1 is not None for method in evaluation.methods)
+
+
+def test_two_workers_draw_what_one_process_draws(
+    evaluation: Evaluation, interrupted: Interrupted, tmp_path: Path
+) -> None:
+    """Bit for bit, pictures and figures."""
+    alone = evaluated_by(interrupted.recipe, 0)
+    checkpoint = run_folder.newest_checkpoint(alone.run_dir)
+    drawing = Drawing(alone, *_plan_and_store(alone, tmp_path))
+    trio, _ = student_of_checkpoint(alone, checkpoint, "ema")
+    assert drawing.num_missing() == drawing.total == 16
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as Ray's workers have it: sums of several threads round otherwise
+    assert drawing.draw(trio, SingleStrategy(torch.device("cpu")))
+    torch.set_num_threads(threads)
+    expected = measure(drawing)
+    assert evaluation.psnr_gain == expected.psnr_gain
+    assert evaluation.diversity_ratio == expected.diversity_ratio
+    assert evaluation.per_prompt == expected.per_prompt
+    for name, pictures in expected.pictures.items():
+        assert torch.equal(evaluation.pictures[name], pictures), name
+
+
+def _plan_and_store(run: Recipe, folder: Path) -> tuple[Plan, EmbeddingStore]:
+    store = EmbeddingStore.open(run.embed.store)
+    return Plan.of(run, store, str(folder), "checkpoint"), store
+
+
+def test_a_second_evaluation_draws_nothing(
+    evaluation: Evaluation, interrupted: Interrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts no workers, nor loads the base."""
+    monkeypatch.delattr("piflow.runtime.evaluating.draw_on_workers")
+    monkeypatch.delattr("piflow.training.export.student_of_checkpoint")
+    for workers in (2, 0):
+        again = evaluate.main(evaluated_by(interrupted.recipe, workers), show_progress=False)
+        assert again.methods == evaluation.methods and again.psnr_gain == evaluation.psnr_gain
 
 
 def test_report_is_one_file_that_needs_nothing_else(

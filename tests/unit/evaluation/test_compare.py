@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,18 +14,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from piflow.backbones import Conditioning, PixelCodec
+from piflow.backbones import Conditioning
 from piflow.config import Recipe, parse_recipe
 from piflow.data.reader import EmbeddingStore
 from piflow.data.select import evaluation_rows
-from piflow.evaluation import compare
-from piflow.evaluation.compare import Method, build_methods, draw, evaluate
+from piflow.evaluation import drawing
+from piflow.evaluation.compare import Evaluation, Retrieve, measure
+from piflow.evaluation.drawing import Drawing, Method, Plan, Sampler, methods_of
 from piflow.evaluation.metrics import endpoint_psnr, pairwise_diversity
 from piflow.evaluation.sheet import to_uint8
-from piflow.inference.gallery import Gallery
 from piflow.roles.trio import Trio
+from piflow.sharding.single import SingleStrategy
 from piflow.training.build import build_trio
+from piflow.training.export import student_of_checkpoint
 from piflow.training.step import micro_batch_generator
+from tests.unit.inference.test_settings import trained
 
 CPU = torch.device("cpu")
 NAMES = [f"prompt {number}" for number in range(9)]
@@ -107,94 +112,146 @@ def test_a_list_that_is_missing(store: EmbeddingStore) -> None:
 # --------------------------------------------------------------------------------------- drawing
 
 
+def drawing_of(ours: Recipe, store: EmbeddingStore, folder: Path, checkpoint: str = "c") -> Drawing:
+    return Drawing(ours, Plan.of(ours, store, str(folder), checkpoint), store)
+
+
+def with_sampler(monkeypatch: pytest.MonkeyPatch, sample: Sampler) -> None:
+    """All methods draw by `sample`, which needs no models."""
+    monkeypatch.setattr(drawing, "sampler_of", lambda *_: sample)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_draw_pairs_every_seed_with_its_prompt(batch_size: int, tmp_path: Path) -> None:
-    """A sampler that returns noise + the prompt's number shows which came with which."""
-    noise = torch.randn(3, 2, 12, 4, 2, generator=torch.Generator().manual_seed(0)) / 100
-    numbers = torch.tensor([0.1, 0.2, 0.3])
-    cond = Conditioning(numbers.view(3, 1, 1), torch.ones(3).long(), numbers.view(3, 1))
+def test_draw_pairs_every_seed_with_its_prompt(
+    batch_size: int, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sampler that returns a number of the prompt's and the noise's shows which came with which.
 
-    def sample(x: Tensor, prompts: Conditioning) -> Tensor:
-        assert prompts.pooled is not None
-        assert torch.equal(prompts.tokens[:, 0], prompts.pooled)
-        return x + prompts.tokens.view(-1, 1, 1, 1)
+    The number is the level of a flat picture, up to its rounding to 8 bits.
+    """
 
+    def level(noise: Tensor, tokens: Tensor) -> Tensor:
+        return (noise.flatten(1).mean(1) * 4 + tokens.flatten(1).mean(1)).tanh() / 2
+
+    def sample(noise: Tensor, cond: Conditioning) -> Tensor:
+        return level(noise, cond.tokens).view(-1, 1, 1, 1).expand_as(noise)
+
+    with_sampler(monkeypatch, sample)
+    ours = recipe(store, evaluation={"prompts": 3, "seeds": 2, "batch_size": batch_size})
+    subject = drawing_of(ours, store, tmp_path)
     done: list[int] = []
-    codec = PixelCodec()
-    names = ["a", "b", "c"]
-    method, gallery = Method("m", 1, sample), Gallery(str(tmp_path), {})
-    drawn = draw(method, names, cond, noise, codec, gallery, batch_size, done.append)
-    assert drawn.pictures.shape == (3, 2, 3, 8, 4)
-    for prompt in range(3):
-        for seed in range(2):
-            expected = codec.decode(noise[prompt, seed][None] + numbers[prompt])[0]
-            assert (drawn.pictures[prompt, seed] - expected).abs().max() <= 1.001 / 255
-            assert torch.equal(to_uint8(drawn.pictures[prompt, seed]), to_uint8(expected))
-    assert sum(done) == 6 and max(done) <= batch_size
-    assert drawn.seconds > 0 and len(list(tmp_path.glob("*.png"))) == 6
-    for row, file in enumerate(drawn.files):
+    assert subject.draw(Mock(), SingleStrategy(CPU), advance=done.append)
+    assert sum(done) == subject.total == 4 * 6 and max(done) <= batch_size
+    noise, tokens = subject._noise, subject._cond.tokens
+    [first, *_] = subject.read().values()
+    assert first.seconds > 0 and len(list(tmp_path.glob("*.png"))) == 4 * 6
+    levels = [[level(noise[p, s, None], tokens[p, None]) for s in range(2)] for p in range(3)]
+    assert torch.tensor(levels).unique().numel() == 6
+    for prompt, seed in itertools.product(range(3), range(2)):
+        pictures = first.pictures[prompt, seed]
+        assert (pictures - levels[prompt][seed]).abs().max() <= 1.001 / 255
+    for row, file in enumerate(first.files):
         with Image.open(tmp_path / file) as image:
-            assert np.array_equal(np.asarray(image), to_uint8(drawn.pictures[row, 0]).numpy())
+            assert np.array_equal(np.asarray(image), to_uint8(first.pictures[row, 0]).numpy())
 
 
-def test_draw_clamps_to_the_range_of_pictures(tmp_path: Path) -> None:
-    cond = Conditioning(torch.zeros(1, 1, 1), torch.ones(1).long())
-    noise = torch.full((1, 2, 12, 2, 2), 3.0)
-    gallery = Gallery(str(tmp_path), {})
-    method = Method("m", 1, lambda x, _: x)
-    drawn = draw(method, ["a"], cond, noise, PixelCodec(), gallery, 2, lambda done: None)
-    assert torch.equal(drawn.pictures, torch.ones(1, 2, 3, 4, 4))
+def test_draw_clamps_to_the_range_of_pictures(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_sampler(monkeypatch, lambda noise, _: torch.full_like(noise, 3.0))
+    subject = drawing_of(recipe(store), store, tmp_path)
+    subject.draw(Mock(), SingleStrategy(CPU))
+    [first, *_] = subject.read().values()
+    assert torch.equal(first.pictures, torch.ones(3, 2, 3, 16, 8))
 
 
-def test_one_prompt_twice_has_pictures_of_its_own_noise(tmp_path: Path) -> None:
-    cond = Conditioning(torch.zeros(2, 1, 1), torch.ones(2).long())
-    noise = torch.stack([torch.zeros(1, 12, 2, 2), torch.ones(1, 12, 2, 2)])
-    gallery = Gallery(str(tmp_path), {})
-    method = Method("m", 1, lambda x, _: x)
-    drawn = draw(method, ["a", "a"], cond, noise, PixelCodec(), gallery, 2, lambda done: None)
-    assert drawn.pictures[0].abs().max() < 0.01 and torch.equal(
-        drawn.pictures[1], torch.ones(1, 3, 4, 4)
-    )
+def test_workers_draw_what_one_process_draws(
+    store: EmbeddingStore,
+    flux_folder: Path,
+    flux_inputs: Any,
+    tmp_path: Path,
+    run_ranks: Callable[..., None],
+) -> None:
+    """Bit for bit, by shards and by replicas, and stopped in between.
+
+    Five batches for two workers: in the last round one of them has none. With shards neither ever
+    has the base whole, which the script sees to.
+    """
+    odd = {"prompts": 3, "seeds": 3, "teacher_steps": 6, "batch_size": 2}
+    ours = recipe(store, flux_folder, evaluation=odd)
+    folder, trio = trained(ours, flux_inputs, tmp_path / "checkpoint")
+    averaged, _ = student_of_checkpoint(ours, str(folder), "ema")
+    expected = evaluate(ours, averaged, store, tmp_path / "alone")
+    newest = evaluate(ours, trio, store, tmp_path / "newest")
+    assert newest.psnr_gain != expected.psnr_gain, "the average is another student"
+    (tmp_path / "recipe.json").write_text(ours.model_dump_json())
+    run_ranks(Path(__file__).parent / "drawing_workers.py", tmp_path)
+    for strategy in ("fsdp", "ddp"):
+        together = measure(drawing_of(ours, store, tmp_path / strategy))
+        assert together.psnr_gain == expected.psnr_gain
+        assert together.per_prompt == expected.per_prompt
+        for name, pictures in expected.pictures.items():
+            assert torch.equal(together.pictures[name], pictures), name
+
+
+def test_pictures_that_the_driver_does_not_see(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_sampler(monkeypatch, lambda noise, _: noise)
+    subject = drawing_of(recipe(store), store, tmp_path)
+    subject.draw(Mock(), SingleStrategy(CPU))
+    (tmp_path / "index.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks 6 of 6 pictures .* on a shared disk"):
+        subject.read()
 
 
 # --------------------------------------------------------------------------------------- methods
-
-
-def build(ours: Recipe) -> Trio:
-    return build_trio(ours).train(False)
-
-
-def empty() -> Conditioning:
-    return Conditioning(torch.zeros(1, 4, 6), torch.tensor([2]), torch.zeros(1, 5))
 
 
 def test_methods_are_teacher_at_three_step_counts_and_student(
     store: EmbeddingStore, flux_folder: Path
 ) -> None:
     ours = recipe(store, flux_folder)
-    methods = build_methods(ours, build(ours), empty())
-    assert [(method.name, method.nfe) for method in methods] == [
-        ("teacher, 6 Euler steps", 6),
-        ("teacher, 4 Euler steps", 4),
-        ("teacher, 2 Euler steps", 2),
-        ("student, 2 NFE", 2),
+    assert methods_of(ours) == [
+        Method("teacher, 6 Euler steps", 6),
+        Method("teacher, 4 Euler steps", 4),
+        Method("teacher, 2 Euler steps", 2),
+        Method("student, 2 NFE", 2, is_student=True),
     ]
 
 
 def test_no_method_is_measured_twice(store: EmbeddingStore, flux_folder: Path) -> None:
     ours = recipe(store, flux_folder, evaluation={"teacher_steps": 4})
-    assert [method.nfe for method in build_methods(ours, build(ours), empty())] == [4, 2, 2]
+    assert [method.nfe for method in methods_of(ours)] == [4, 2, 2]
 
 
 def test_a_recipe_that_distils_nothing(store: EmbeddingStore, flux_folder: Path) -> None:
-    ours = recipe(store, flux_folder)
     square = {"prompts": "p.txt", "store": store.uri, "height": 16, "width": 16}
     pretraining = recipe(store, flux_folder, objective={"type": "flow_matching"}, embed=square)
     with pytest.raises(ValueError, match="expected .* pi_id, got flow_matching"):
-        build_methods(pretraining, build(ours), empty())
+        methods_of(pretraining)
 
 
 # ------------------------------------------------------------------------------------- the whole
+
+
+def build(ours: Recipe) -> Trio:
+    return build_trio(ours).train(False)
+
+
+def evaluate(
+    ours: Recipe,
+    trio: Trio,
+    store: EmbeddingStore,
+    folder: Path,
+    checkpoint: str = "c",
+    *,
+    retrieve: Retrieve | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Evaluation:
+    subject = drawing_of(ours, store, folder, checkpoint)
+    assert subject.draw(trio, SingleStrategy(CPU), advance=advance)
+    return measure(subject, retrieve=retrieve)
 
 
 def test_evaluate_measures_its_own_pictures(
@@ -209,9 +266,7 @@ def test_evaluate_measures_its_own_pictures(
         asked.append((tuple(pictures.shape), list(prompts)))
         return torch.arange(len(pictures)) < 3  # three of the first method's six pictures
 
-    result = evaluate(
-        ours, trio, store, CPU, str(tmp_path), "c", retrieve=retrieve, advance=done.append
-    )
+    result = evaluate(ours, trio, store, tmp_path, retrieve=retrieve, advance=done.append)
     assert sum(done) == 4 * 3 * 2
     assert result.prompts == store.first_by_hash(3).prompts
     drawn = list(result.pictures.values())
@@ -238,8 +293,8 @@ def test_evaluate_repeats_and_uses_held_out_noise(
 ) -> None:
     ours = recipe(store, flux_folder)
     trio = build(ours)
-    first = evaluate(ours, trio, store, CPU, str(tmp_path / "a"), "c")
-    again = evaluate(ours, trio, store, CPU, str(tmp_path / "b"), "c")
+    first = evaluate(ours, trio, store, tmp_path / "a")
+    again = evaluate(ours, trio, store, tmp_path / "b")
     assert first.methods[0].retrieval_at_1 is None
     for name, pictures in first.pictures.items():
         assert torch.equal(pictures, again.pictures[name])
@@ -251,37 +306,36 @@ def test_what_was_drawn_is_not_drawn_again(
     store: EmbeddingStore, flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not by a second call, nor after an interruption; the teacher's not for another checkpoint."""
-    ours, folder = recipe(store, flux_folder), str(tmp_path)
+    ours, folder = recipe(store, flux_folder), tmp_path
     calls: list[int] = []
-    real = compare.build_methods
+    real = drawing.sampler_of
 
-    def counted(*arguments: Any) -> list[Method]:
-        def wrapped(method: Method) -> Method:
-            def sample(noise: Tensor, cond: Conditioning) -> Tensor:
-                calls.append(len(noise))
-                if len(calls) == 3:
-                    raise KeyboardInterrupt
-                return method.sample(noise, cond)
+    def counted(*arguments: Any) -> Sampler:
+        sampler = real(*arguments)
 
-            return Method(method.name, method.nfe, sample)
+        def sample(noise: Tensor, cond: Conditioning) -> Tensor:
+            calls.append(len(noise))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return sampler(noise, cond)
 
-        return [wrapped(method) for method in real(*arguments)]
+        return sample
 
-    monkeypatch.setattr(compare, "build_methods", counted)
+    monkeypatch.setattr(drawing, "sampler_of", counted)
     trio = build(ours)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(ours, trio, store, CPU, folder, "c")
+        evaluate(ours, trio, store, folder)
     assert calls == [4, 2, 4]
-    first = evaluate(ours, trio, store, CPU, folder, "c")
+    first = evaluate(ours, trio, store, folder)
     assert calls[3:] == [4, 2] * 3, "six pictures a method, four at once"
-    again = evaluate(ours, trio, store, CPU, folder, "c")
+    again = evaluate(ours, trio, store, folder)
     assert len(calls) == 9
     assert again.methods == first.methods and again.psnr_gain == first.psnr_gain
     damaged = tmp_path / first.files["student, 2 NFE"][1]
     damaged.write_bytes(b"foreign")
-    mended = evaluate(ours, trio, store, CPU, folder, "c")
+    mended = evaluate(ours, trio, store, folder)
     assert calls[9:] == [1] and mended.psnr_gain == first.psnr_gain
-    other = evaluate(ours, trio, store, CPU, folder, "another")
+    other = evaluate(ours, trio, store, folder, "another")
     assert calls[10:] == [4, 2] and other.psnr_gain == first.psnr_gain
 
 
@@ -293,7 +347,7 @@ def test_batch_size_does_not_change_pictures(
     ours, one = recipe(store, flux_folder), recipe(store, flux_folder, evaluation=small)
     trio = build(ours)
     four, single = (
-        evaluate(each, trio, store, CPU, str(tmp_path / name), "c").pictures
+        evaluate(each, trio, store, tmp_path / name).pictures
         for name, each in (("a", ours), ("b", one))
     )
     for name in four:  # a value on the border of two levels may be rounded to either

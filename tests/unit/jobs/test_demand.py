@@ -56,11 +56,30 @@ def test_fractional_gpus_of_encoders_are_rounded_up() -> None:
     assert demand(embed, VALUES, "embed").groups[0].gpus == 3
 
 
-def test_evaluation_draws_on_a_gpu_of_its_own() -> None:
-    needed = demand(recipe(), VALUES, "evaluate")
-    assert needed.driver_gpus == 1 and needed.groups[0].gpus == 1
+def test_evaluation_draws_on_as_many_gpus_as_training_can_start_with() -> None:
+    needed = demand(recipe("runtime.num_workers=[8, 16]"), VALUES, "evaluate")
+    assert needed.driver_gpus == 0 and needed.groups[0] == Group("gpu", 1, 1, 8, 184, 1900)
+    two = demand(recipe("evaluation.workers=2"), VALUES, "evaluate")
+    assert two.driver_gpus == 0 and two.groups[0].gpus == 2
+
+
+def test_evaluation_without_workers_draws_in_the_driver() -> None:
+    gpu = demand(recipe("evaluation.workers=0"), VALUES, "evaluate")
+    assert gpu.driver_gpus == 1 and gpu.groups[0].gpus == 1
     cpu = demand(recipe("runtime.use_gpu=false", "runtime.num_workers=2"), VALUES, "evaluate")
-    assert cpu.driver_gpus == 0 and [group.gpus for group in cpu.groups] == [0]
+    assert cpu.driver_gpus == 0 and cpu.groups[0].fewest == 0 and cpu.groups[0].gpus == 0
+
+
+def test_evaluation_on_cpu_workers_gets_their_machines() -> None:
+    overrides = ["runtime.use_gpu=false", "runtime.num_workers=2", "evaluation.workers=4"]
+    needed = demand(recipe(*overrides, "runtime.cpus_per_worker=5"), VALUES, "evaluate")
+    assert needed.groups == (Group("cpu", 2, 2, 0, 15, 56),)
+    with pytest.raises(ValueError, match="evaluation.workers asks for 4 processes of 8 CPUs"):
+        demand(
+            recipe(*overrides, "runtime.cpus_per_worker=8"),
+            values(cpu_machines={**VALUES.cpu_machines.model_dump(), "most": 2}),
+            "evaluate",
+        )
 
 
 def test_workers_without_gpus_share_cpu_machines() -> None:

@@ -165,8 +165,12 @@ def test_jobs_end_and_are_tried_again(stage: str) -> None:
     assert "deletionStrategy" not in spec  # never both
     assert (spec["activeDeadlineSeconds"], spec["preRunningDeadlineSeconds"]) == (259200, 3600)
     assert spec["backoffLimit"] == 2
-    assert spec.get("entrypointNumGpus") == (1 if stage == "evaluate" else None)
+    assert "entrypointNumGpus" not in spec, "GPUs are the workers'"
     assert len(job(stage)["metadata"]["name"]) <= 47
+
+
+def test_an_evaluation_without_workers_has_a_gpu_for_its_driver() -> None:
+    assert job("evaluate", "evaluation.workers=0")["spec"]["entrypointNumGpus"] == 1
 
 
 def test_gcs_fault_tolerance_is_the_development_clusters_with_its_password_in_a_secret() -> None:

@@ -165,7 +165,8 @@ def environment(programs: Path, **variables: str) -> dict[str, str]:
 
 
 def test_a_stage_is_submitted_with_its_overrides(programs: Path, tmp_path: Path) -> None:
-    (tmp_path / "submit.sh").write_text(rendered("aws", "training.steps=7")["submit.sh"])
+    overrides = ["evaluation.workers=0", "training.steps=7"]
+    (tmp_path / "submit.sh").write_text(rendered("aws", *overrides)["submit.sh"])
     program(programs, "ray", 'printf "%s\\n" "$@"')
     done = subprocess.run(
         ["bash", tmp_path / "submit.sh", "evaluate"],

@@ -18,6 +18,7 @@ from piflow.data.cluster import ResourcesError
 from piflow.runs.lease import Ownership, RunTakenError
 from piflow.runs.tracking import Tracker
 from piflow.runtime import alive, driver, mailbox, ray_private
+from piflow.runtime import attempts as attempting
 from piflow.runtime.exits import RayLostError, WorkersFailedError, WorkersLostError
 from piflow.runtime.mailbox import Failure, Mailbox, StopReason
 from piflow.runtime.ray_private import first_failure
@@ -55,18 +56,14 @@ def test_a_failure_without_traceback_is_told_whole() -> None:
     assert first_failure({}) == "the workers failed"
 
 
-def test_workers_are_told_whose_checkpoints_are_theirs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_workers_are_told_whose_checkpoints_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the recipe as it was written, which has another identity than with absolute paths."""
     path = Path(__file__).parents[3] / "pipelines/recipes/emoji-flux.yaml"
     written = load_recipe(path, ["model.path=teacher"])
     absolute = load_recipe(path, ["model.path=/mnt/teacher"])
-    trainer = Mock()
-    monkeypatch.setattr("ray.train.torch.TorchTrainer", trainer)
+    monkeypatch.setattr(ray, "put", lambda value: value)
     run = Mock(recipe=written, absolute=absolute)
-    driver._trainer(run, Mock(manifest_hash="ab"), "store", "mailbox", str(tmp_path))
-    config = trainer.call_args.kwargs["train_loop_config"]
+    config = driver._training(run, Mock(manifest_hash="ab"), Ownership()).config
     assert Recipe.model_validate(config["recipe"]) == absolute
     assert Recipe.model_validate(config["written"]).hash() == written.hash() != absolute.hash()
     assert config["manifest_hash"] == "ab"
@@ -108,16 +105,14 @@ def attempts(
     monkeypatch.setattr(mailbox, "is_draining", lambda: False)
     context = SimpleNamespace(gcs_address="127.0.0.1:1")
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(ray, "put", lambda value: value)
-    monkeypatch.setattr(driver, "_fit", fit)
-    run = Mock()
-    run.recipe.runtime.max_failures = max_failures
-    run.recipe.training.steps = STEPS
-    run.recipe.runtime.worker_start_timeout = 60.0
+    monkeypatch.setattr(attempting, "_fit", fit)
     signals, ownership = Signals(), Ownership()
+    runtime = RuntimeConfig(max_failures=max_failures, worker_start_timeout=60.0)
+    kept = "step {} is saved".format
+    work = attempting.Work(Mock(), {}, runtime, STEPS, kept, ownership.require)
 
     def loop() -> int:
-        return driver._attempts(run, Mock(), handle, signals, tracker, ownership)
+        return attempting.done_by_attempts(work, handle, signals, tracker)
 
     loop.signals, loop.left, loop.ownership = signals, left, ownership  # type: ignore[attr-defined]
     return handle, tracker, loop
@@ -151,7 +146,7 @@ def test_no_workers_are_waited_for_on_a_machine_that_is_taken_away(
     """They left for another one before the driver heard that its own machine goes as well."""
     _, _, loop = attempts(monkeypatch, StopReason.MOVE, None, StopReason.NONE)
     monkeypatch.setattr(mailbox, "is_draining", lambda: True)
-    with pytest.raises(StoppedError, match="SIGTERM: no worker was training, nothing is lost"):
+    with pytest.raises(StoppedError, match="SIGTERM: no worker was at work, nothing is lost"):
         loop()
     assert loop.left == [StopReason.NONE]
 
@@ -188,7 +183,7 @@ def test_workers_that_failed_too_often_end_the_run(monkeypatch: pytest.MonkeyPat
 def test_a_driver_whose_run_was_taken_over_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a signal, which would look like somebody's Ctrl-C."""
     _, _, loop = attempts(monkeypatch, StopReason.NONE)
-    monkeypatch.setattr(driver, "_fit", lambda *_: None)  # workers that go on and on
+    monkeypatch.setattr(attempting, "_fit", lambda *_: None)  # workers that go on and on
     loop.ownership.lost = RunTakenError("it belongs to process 1 on another-machine")
     with pytest.raises(RunTakenError, match="process 1 on another-machine"):
         loop()
@@ -246,7 +241,7 @@ def test_a_mailbox_that_forgot_how_workers_ended_is_no_success(
 ) -> None:
     """Ray starts a dead one anew, empty: the attempt is made again."""
     handle, tracker, loop = attempts(monkeypatch, StopReason.NONE)
-    fit, forgot = driver._fit, []
+    fit, forgot = attempting._fit, []
 
     def forgetful(done: Future[Any], *rest: object) -> None:
         if forgot:
@@ -258,7 +253,7 @@ def test_a_mailbox_that_forgot_how_workers_ended_is_no_success(
             handle.mailbox.__init__()  # type: ignore[misc]
             done.set_result(None)
 
-    monkeypatch.setattr(driver, "_fit", forgetful)
+    monkeypatch.setattr(attempting, "_fit", forgetful)
     assert loop() == STEPS
     assert tracker.event.call_args.args[0] == "controller-failed"
 
@@ -286,7 +281,7 @@ def test_a_signal_to_all_processes_at_once_is_the_drivers_end(
 @pytest.mark.parametrize("signalled", [False, True])
 def test_a_dead_ray_is_found_out_at_once(signalled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, loop = attempts(monkeypatch, StopReason.NONE)
-    monkeypatch.setattr(driver, "_fit", lambda *_: None)  # workers that go on and on
+    monkeypatch.setattr(attempting, "_fit", lambda *_: None)  # workers that go on and on
     monkeypatch.setattr(alive, "ended_processes", lambda: ["gcs_server"])
     loop.signals.number = 15 if signalled else None
     with pytest.raises(StoppedError if signalled else RayLostError, match="Ray's gcs_server"):

@@ -208,7 +208,7 @@ def test_a_notice_after_a_signal_says_nothing_new() -> None:
 def test_without_workers_a_signal_ends_the_driver_at_once() -> None:
     with Signals().handled() as signals:
         signal.raise_signal(signal.SIGINT)
-        with pytest.raises(StoppedError, match="no worker was training"):
+        with pytest.raises(StoppedError, match="no worker was at work"):
             signals.pass_on(Asked(running=False), str)
 
 

@@ -345,7 +345,7 @@ def test_another_models_shapes_are_named(saved: Path) -> None:
         load_checkpoint(saved, trainer)
     message = str(caught.value)
     assert "trainable.blocks.weight has shape (6, 4), expected (7, 4)" in message
-    assert "Resume with the recipe that wrote it" in message
+    assert "Use the recipe that wrote it" in message
     for name, parameter in trainer.parameters.items():
         assert torch.equal(parameter, before[name])
 
