@@ -11,10 +11,12 @@ TARGETS := kuberay aws gcp on-premise slurm sky
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 PARALLEL := --numprocesses logical --maxprocesses 4
 FAKETIME := /usr/bin/faketime
+PROMETHEUS := /usr/bin/promtool
+POSTGRESQL := /usr/lib/postgresql
 SINCE  := HEAD
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: install install-dev demo test lint quick unit integration test-recipes test-faults test-cluster-files render pretrain clean help
+.PHONY: install install-dev demo test lint quick unit integration test-recipes test-faults test-cluster test-cluster-files render pretrain clean help
 
 help:
 	@echo "make demo         the whole pipeline on the embedded default (about 15 minutes on 2 cores)"
@@ -23,7 +25,8 @@ help:
 	@echo "make unit         the unit tests alone (seconds)"
 	@echo "make test-recipes every recipe stopped and resumed on a tiny model, slow strategies (an hour)"
 	@echo "make test-faults  killed processes, damaged files, servers that go away, clocks that jump (minutes)"
-	@echo "make test-cluster-files  what cluster/ and infra/ hold, by the tools of each (two minutes)"
+	@echo "make test-cluster services of infra/compose.yaml, in a namespace of their own (minutes; Linux)"
+	@echo "make test-cluster-files  what cluster/ and infra/ hold, by the tools of each (minutes)"
 	@echo "make render       write cluster/ again from its recipe and values"
 	@echo "make pretrain     train the default teacher again (hours on a CPU)"
 	@echo "make clean        remove the environment and the runs"
@@ -60,6 +63,14 @@ $(FAKETIME):
 	$(SUDO) apt-get update -qq
 	$(SUDO) apt-get install -y -qq faketime
 
+$(PROMETHEUS):
+	$(SUDO) apt-get update -qq
+	$(SUDO) env RUNLEVEL=1 apt-get install -y -qq --no-install-recommends prometheus  # starts no service
+
+$(POSTGRESQL):
+	$(SUDO) apt-get update -qq
+	$(SUDO) env RUNLEVEL=1 apt-get install -y -qq --no-install-recommends postgresql  # starts no service
+
 demo: install
 	$(BIN)/piflow demo
 
@@ -89,7 +100,10 @@ test-recipes: install-dev
 test-faults: install-dev $(FAKETIME)
 	$(BIN)/python -m pytest tests/faults
 
-test-cluster-files: $(CLUSTER) $(CHECKOV)
+test-cluster: install-dev $(PROMETHEUS) $(POSTGRESQL)
+	tests/cluster/isolated $(BIN)/python -m pytest tests/cluster
+
+test-cluster-files: $(CLUSTER) $(CHECKOV) $(PROMETHEUS)
 	$(BIN)/python -m pytest tests/cluster_files
 
 render: install

@@ -146,6 +146,11 @@ class RuntimeConfig(Section):
     resize_interval: Seconds = 60.0
     """Seconds between looks whether a range of workers has room for more."""
 
+    peak_tflops: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """TFLOP/s of a worker's device at best, for Prometheus' utilisation; default: a known GPU's
+    (dense bfloat16), else there is no utilisation.
+    """
+
     stall_timeout: Seconds = 1800.0
     """Seconds that a step may take, or the start before the first one (loading, compiling) or the
     last upload, before a worker counts as hanging and is restarted.

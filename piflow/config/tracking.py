@@ -82,8 +82,8 @@ class TrackingConfig(Section):
     """Registered model; default: the recipe's name."""
 
     system_metrics: bool = False
-    """With the training metrics also system/*: CPU, memory, disk, network and GPUs of rank 0's
-    machine.
+    """With the training metrics also system/MACHINE/*: CPU, memory, disk, network and GPUs of each
+    machine with workers, by its address, or its MLFLOW_SYSTEM_METRICS_NODE_ID.
     """
 
     @field_validator("uri")

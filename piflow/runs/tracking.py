@@ -173,15 +173,20 @@ class MlflowTracker:
 
 
 class SystemMetrics:
-    """This machine's CPU, memory, disk, network and NVIDIA or AMD GPUs, in MLflow's own names."""
+    """This machine's CPU, memory, disk, network and NVIDIA or AMD GPUs, in MLflow's own names.
 
-    def __init__(self) -> None:
+    Args:
+        machine: what tells it from the run's others; MLflow calls it a node's id.
+    """
+
+    def __init__(self, machine: str) -> None:
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
         from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
 
+        self._prefix = f"system/{re.sub(r'[^A-Za-z0-9_.-]+', '-', machine)}"
         self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
         for gpus in (GPUMonitor, ROCMMonitor):
             try:
@@ -196,7 +201,7 @@ class SystemMetrics:
             monitor.collect_metrics()
             values |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        return {f"system/{name}": float(value) for name, value in values.items()}
+        return {f"{self._prefix}/{name}": float(value) for name, value in values.items()}
 
 
 def default_tracking_uri(run_dir: str) -> str:

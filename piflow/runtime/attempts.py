@@ -193,6 +193,8 @@ def _watch(
         signals.pass_on(ask_to_stop, needs)
         for name, text in ray_watch.answer(mailbox.take_events.remote()):
             tracker.event(name, text)
+        for step, values in ray_watch.answer(mailbox.take_machines.remote()):
+            tracker.log_metrics(values, step=step)
 
 
 def _fit(attempt: Future[Any], work: Work, mailbox: Any) -> None:

@@ -55,7 +55,10 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
             _tracked(run) as (record, tracker),
             session_with_room(recipe),
             mailbox_with_bar(
-                f"{recipe.name}: steps", recipe.training.steps, show=show_progress
+                f"{recipe.name}: steps",
+                recipe.training.steps,
+                show=show_progress,
+                run=recipe.name,
             ) as mailbox,
             Signals().handled() as signals,
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import ray.train.torch
 from ray.train.collective import broadcast_from_rank_zero
+from ray.util import get_node_ip_address
 
 from piflow import storage
 from piflow.config import Recipe
@@ -25,6 +27,7 @@ from piflow.runs.tracking import SystemMetrics, Tracker
 from piflow.runtime.mailbox import Failure, StopReason
 from piflow.runtime.stopping import Stops
 from piflow.runtime.watchdog import Watchdog
+from piflow.runtime.worker_metrics import WorkerMetrics
 from piflow.sharding.everyone import everyone
 from piflow.training.build import Assembly
 from piflow.training.checkpoint import CheckpointError, RunState, require_same_run
@@ -47,6 +50,7 @@ class TrainLoop:
         config: dict[str, Any],
         assembly: Assembly,
         tracker: Tracker,
+        metrics: WorkerMetrics,
         stops: Stops,
         watchdog: Watchdog,
     ) -> None:
@@ -56,13 +60,15 @@ class TrainLoop:
         self.training = recipe.training
         self.assembly = assembly
         self.tracker = tracker
+        self.metrics = metrics
         self.stops = stops
         self.watchdog = watchdog
         self.mailbox = config["mailbox"]
-        self.rank = ray.train.get_context().get_world_rank()
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
         self.run_id = config["run_id"]
-        tracked = recipe.tracking.system_metrics and self.rank == 0
-        self.system = SystemMetrics() if tracked else None
+        tracked = recipe.tracking.system_metrics and context.get_local_rank() == 0
+        self.system = SystemMetrics(_machine()) if tracked else None
         self.start = 0
         self.skipped = SkippedSteps(recipe.training)
         self.waits: list[float] = []  # of each step since the last metric point
@@ -107,10 +113,13 @@ class TrainLoop:
         batches = iter(stream.batches())
         for step in range(start, self.training.steps):
             began = time.perf_counter()
+            self.metrics.begin()
             batch: StreamBatch = next(batches)
             waited = time.perf_counter() - began
+            self.metrics.lap("data")
             self._count_replaced(step, batch)
             self._check_teacher(step, batch)
+            self.metrics.lap("other")
             try:
                 metrics = self.assembly.trainer.step(step, batch.micro_batches)
             except NonFiniteError as error:  # every rank raises it in the same step
@@ -122,16 +131,21 @@ class TrainLoop:
                 self.step_seconds = seconds
                 self.losses.append(metrics.loss)
                 flops = self.assembly.flops(batch.micro_batches[0])
+                self.metrics.stepped(metrics, self._images(batch), flops)
                 self._report(metrics, seconds, waited, stream.epoch_of(step), flops)
             done = step + 1
             self.watchdog.rearm()
+            self.metrics.lap("other")
             if self.training.sample_every and done % self.training.sample_every == 0:
                 self._log_pictures(done)
+                self.metrics.lap("pictures")
             reason = self.stops.agreed()
             last = done == self.training.steps or reason is not StopReason.NONE
             if done % self.training.checkpoint_every == 0 or last:
                 self._save(done)
+                self.metrics.lap("checkpoint")
             self._log_saves()
+            self.metrics.lap("other")
             if last:
                 self._leave(StopReason.NONE if done == self.training.steps else reason, done)
                 return
@@ -157,6 +171,7 @@ class TrainLoop:
         error = measure(batch.micro_batches[0], step)
         if self.rank == 0:
             self.tracker.log_metrics({"fp8_teacher_error": error}, step=step)
+            self.metrics.teacher_checked(error, config.max_error)
         check_error(step, error, config.max_error)
 
     def _skip(self, step: int, error: NonFiniteError) -> None:
@@ -164,9 +179,15 @@ class TrainLoop:
         self.skipped.skip(step, error)
         if self.rank == 0:
             done = step + 1
+            self.metrics.skipped()
             self.mailbox.update.remote(done, "skipped")
             self.tracker.log_metrics({"skipped_steps": self.skipped.count(step)}, step=done)
             self.tracker.event("skip", error.what)
+
+    def _images(self, batch: StreamBatch) -> float:
+        """How many this worker trains on, or its part of those that its group shares."""
+        group = self.recipe.runtime.context_parallel
+        return len(batch.micro_batches) * self.training.micro_batch_size / group
 
     def _is_logged(self, done: int) -> bool:
         return done % self.training.log_every == 0 or done in (1, self.training.steps)
@@ -192,9 +213,12 @@ class TrainLoop:
         self, metrics: StepMetrics, seconds: float, waited: float, epoch: float, flops: int
     ) -> None:
         """To mailbox and tracker; `flops`: operations of training on one sample."""
+        done = metrics.step + 1
+        if self.system is not None and self._is_logged(done):
+            self.mailbox.machine.remote(done, self.system.read())
         if self.rank:
             return
-        done = metrics.step + 1
+        self.metrics.agreed(metrics)
         speed = self.training.batch_size / seconds
         self.mailbox.update.remote(done, f"loss {metrics.loss:.4f}, {speed:.3g} samples/s")
         if not self._is_logged(done):
@@ -213,8 +237,6 @@ class TrainLoop:
             "skipped_steps": float(self.skipped.count(metrics.step)),
         }
         self.waits, self.seconds = [], []
-        if self.system is not None:
-            values |= self.system.read()
         self.tracker.log_metrics(values, step=done)
 
     def _log_pictures(self, step: int) -> None:
@@ -276,6 +298,7 @@ class TrainLoop:
                     "checkpoint_write_seconds": saved.write_seconds,
                 }
                 self.tracker.log_metrics(values, step=saved.step)
+                self.metrics.saved(saved)
                 self.tracker.event("checkpoint", f"step {saved.step}")
                 took = self.step_seconds + saved.stall_seconds + saved.write_seconds
                 self.mailbox.save_took.remote(took)
@@ -300,6 +323,11 @@ class TrainLoop:
         self.watchdog.rearm()
         self.saver.wait()
         self._log_saves()
+
+
+def _machine() -> str:
+    """This machine's name in MLflow's metrics: the same whatever ranks its workers have."""
+    return os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or get_node_ip_address()
 
 
 @contextmanager

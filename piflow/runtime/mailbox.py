@@ -20,6 +20,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from piflow.runtime.draining import is_draining
+from piflow.runtime.metrics import RunMetrics
 
 
 class StopReason(IntEnum):
@@ -55,9 +56,15 @@ class Departure:
 
 
 class Mailbox:
-    """What was said last, by whom it concerns. Its methods are called through a Ray handle."""
+    """What was said last, by whom it concerns. Its methods are called through a Ray handle.
 
-    def __init__(self) -> None:
+    Args:
+        run: name of a training run, of which Prometheus is told; None: another job.
+        steps: of the whole run.
+    """
+
+    def __init__(self, run: str | None = None, steps: int = 0) -> None:
+        self._metrics = RunMetrics(run, steps)
         self._latest: tuple[int, str] = (0, "starting workers")
         self._when = time.monotonic()  # something was last heard of the workers
         self._world_size = 0
@@ -67,6 +74,7 @@ class Mailbox:
         self._saved = 0
         self._failure: Failure | None = None
         self._events: list[tuple[str, str]] = []
+        self._machines: list[tuple[int, dict[str, float]]] = []
         self._save_seconds: float | None = None
 
     def join(self, world_size: int) -> int:
@@ -77,16 +85,24 @@ class Mailbox:
         if self._asked is StopReason.RESIZE:  # this is the new number
             self._asked = StopReason.NONE
         self._when = time.monotonic()
+        self._metrics.started(world_size)
         return before
 
     def update(self, step: int, text: str) -> None:
         """A step is done."""
         self._latest = (step, text)
         self._when = time.monotonic()
+        self._metrics.stepped(step)
         self._running = True
 
     def save_took(self, seconds: float) -> None:
-        """From a request to stop until all is saved, as the last step and checkpoint had it."""
+        """A checkpoint is complete.
+
+        Args:
+            seconds: from a request to stop until all is saved, as the last step and this checkpoint
+                had it.
+        """
+        self._metrics.saved()
         self._save_seconds = seconds
 
     def save_seconds(self) -> float | None:
@@ -96,6 +112,7 @@ class Mailbox:
     def give_up(self, failure: Failure) -> None:
         """No other try can help: workers that are started all the same leave at once."""
         self._failure = self._failure or failure
+        self._metrics.gave_up(failure.kind)
 
     def failure(self) -> Failure | None:
         """Why no other try can help, if a worker said so."""
@@ -105,6 +122,7 @@ class Mailbox:
         """Workers end after so many steps, with all of them saved."""
         self._reason, self._saved = reason, step
         self._running = False
+        self._metrics.ended()
 
     def departure(self) -> Departure:
         """How the last workers ended."""
@@ -133,8 +151,10 @@ class Mailbox:
         if silent > 0.9 * stall_timeout:
             told = f"no step for {silent:.0f} s; the workers' logs say where each was. {text}"
             self._events.append(("stall", told))
+            self._metrics.failed("stall")
         else:
             self._events.append(("worker-failed", text))
+            self._metrics.failed("failed")
         self._running = False
 
     def take_events(self) -> list[tuple[str, str]]:
@@ -142,11 +162,20 @@ class Mailbox:
         events, self._events = self._events, []
         return events
 
+    def machine(self, step: int, values: dict[str, float]) -> None:
+        """How a machine is doing at a step, by names of metrics."""
+        self._machines.append((step, values))
 
-def start_mailbox() -> Any:
-    """The handle of a mailbox on this process's machine."""
+    def take_machines(self) -> list[tuple[int, dict[str, float]]]:
+        """(step, values) of the machines since the last call."""
+        machines, self._machines = self._machines, []
+        return machines
+
+
+def start_mailbox(run: str | None = None, steps: int = 0) -> Any:
+    """The handle of a mailbox on this process's machine; arguments as `Mailbox` has them."""
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)(
         Mailbox
     )
-    return actor.remote()
+    return actor.remote(run, steps)

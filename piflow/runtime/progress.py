@@ -20,9 +20,15 @@ _ANSWER_SECONDS = 2.0
 
 
 @contextmanager
-def mailbox_with_bar(title: str, total: int, *, show: bool) -> Iterator[Any]:
-    """A new mailbox, and the progress over `total`, as it has it, while the block runs."""
-    mailbox = start_mailbox()
+def mailbox_with_bar(
+    title: str, total: int, *, show: bool, run: str | None = None
+) -> Iterator[Any]:
+    """A new mailbox, and the progress over `total`, as it has it, while the block runs.
+
+    Args:
+        run: name of the training run; None: it is another job.
+    """
+    mailbox = start_mailbox(run, total)
     done = threading.Event()
     with progress(title, total, show=show) as bar:
 

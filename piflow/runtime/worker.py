@@ -30,6 +30,7 @@ from piflow.runtime.loop import TrainLoop
 from piflow.runtime.mailbox import Failure
 from piflow.runtime.stopping import Stops
 from piflow.runtime.watchdog import Watchdog
+from piflow.runtime.worker_metrics import WorkerMetrics
 from piflow.sharding import Strategy
 from piflow.sharding.everyone import everyone
 from piflow.training.build import Assembly, assemble
@@ -78,7 +79,8 @@ def train_worker(config: dict[str, Any]) -> None:
         local = context.get_local_world_size()
         if rank == 0 and (metrics := predicted(recipe, device, world_size, local)):
             tracker.log_summary(metrics, step=0)
-        loop = TrainLoop(recipe, config, assembly, tracker, stops, watchdog)
+        exported = WorkerMetrics(recipe.name, rank, recipe.runtime.peak_tflops, device)
+        loop = TrainLoop(recipe, config, assembly, tracker, exported, stops, watchdog)
         try:
             start = loop.resume()
             loop.run(start, _stream(recipe, store, config["store"], start))

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -101,6 +102,8 @@ class StepMetrics:
     loss: float
     grad_norm: float
     lr: float  # the schedule's; a parameter group has it times its lr_scale
+    # wall time after the gradients were there: clipping, optimiser, EMA
+    update_seconds: float = field(default=0.0, compare=False)
 
 
 def micro_batch_generator(seed: int, step: int, index: int) -> torch.Generator:
@@ -177,7 +180,8 @@ class Trainer:
         self._require_share(step, micro_batches)
         for parameter in self.parameters.values():
             parameter.grad = None
-        loss, suspects = self._accumulate(step, micro_batches)
+        loss, suspects = self._accumulate(step, micro_batches)  # waits for the device
+        began = time.perf_counter()
         config = self.training.optimizer
         max_norm = config.clip_norm if step >= config.warmup_steps else math.inf
         lr = learning_rate(step, self.training.steps, config)
@@ -189,7 +193,7 @@ class Trainer:
                 suspects = [prompt_id for batch in micro_batches for prompt_id in batch.prompt_ids]
             raise NonFiniteError(_what_is_not_finite(step, loss, grad_norm, suspects), _ADVICE)
         self._update_ema(step)
-        return StepMetrics(step, loss, grad_norm, lr)
+        return StepMetrics(step, loss, grad_norm, lr, time.perf_counter() - began)
 
     def optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
         """The optimiser that moves a parameter."""

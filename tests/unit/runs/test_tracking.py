@@ -356,11 +356,20 @@ def test_flatten_params_cuts_and_keeps_types_readable() -> None:
 
 
 def test_system_metrics_have_the_names_that_mlflow_shows() -> None:
-    system = SystemMetrics()
+    system = SystemMetrics("10.0.0.7")
     first, second = system.read(), system.read()
-    assert first.keys() == second.keys() and all(name.startswith("system/") for name in first)
-    assert 0 < second["system/system_memory_usage_percentage"] <= 100
-    assert "system/cpu_utilization_percentage" in second
+    assert first.keys() == second.keys()
+    assert all(name.startswith("system/10.0.0.7/") for name in first)
+    assert 0 < second["system/10.0.0.7/system_memory_usage_percentage"] <= 100
+    assert "system/10.0.0.7/cpu_utilization_percentage" in second
+
+
+def test_a_machines_name_that_mlflow_refuses_is_made_one_that_it_takes() -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    for name in SystemMetrics("fe80::1%eth0/../ä").read():
+        _validate_metric_name(name)
+        assert name.startswith("system/fe80-1-eth0-..-")
 
 
 def test_telemetry_is_off(uri: str, run_id: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
@@ -149,6 +150,25 @@ def test_no_workers_are_waited_for_on_a_machine_that_is_taken_away(
     with pytest.raises(StoppedError, match="SIGTERM: no worker was at work, nothing is lost"):
         loop()
     assert loop.left == [StopReason.NONE]
+
+
+def test_what_machines_tell_goes_to_mlflow_while_workers_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handle, tracker, loop = attempts(monkeypatch, StopReason.NONE)
+    fit = attempting._fit
+
+    def slow_fit(*arguments: Any) -> None:
+        handle.mailbox.machine(3, {"system/a/cpu": 1.0})
+        handle.mailbox.machine(3, {"system/b/cpu": 2.0})
+        while handle.mailbox._machines:
+            time.sleep(0.01)
+        fit(*arguments)
+
+    monkeypatch.setattr(attempting, "_fit", slow_fit)
+    assert loop() == 7
+    points = [(call.args[0], call.kwargs) for call in tracker.log_metrics.call_args_list]
+    assert points == [({"system/a/cpu": 1.0}, {"step": 3}), ({"system/b/cpu": 2.0}, {"step": 3})]
 
 
 def test_workers_that_were_told_to_end_are_not_started_again(

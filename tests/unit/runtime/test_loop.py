@@ -16,6 +16,7 @@ from piflow.config import Fp8TeacherConfig, Recipe, load_recipe
 from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runtime.loop import TrainLoop
 from piflow.runtime.mailbox import Failure, StopReason
+from piflow.runtime.worker_metrics import WorkerMetrics
 from piflow.training.checkpoint import (
     STATE_FILE,
     CheckpointError,
@@ -31,7 +32,7 @@ MANIFEST = "ab" * 32
 @pytest.fixture(autouse=True)
 def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0, and an actor's answers as they are."""
-    context = SimpleNamespace(get_world_rank=lambda: 0)
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_local_rank=lambda: 0)
     monkeypatch.setattr("piflow.runtime.worker.ray.train.get_context", lambda: context)
     monkeypatch.setattr("piflow.runtime.worker.ray.get", lambda answer: answer)
 
@@ -61,7 +62,8 @@ def _loop(
         "owner": None,
     }
     stops: Any = SimpleNamespace(agreed=lambda: StopReason.NONE)
-    loop = TrainLoop(recipe, config, assembly, tracker, stops, MagicMock())
+    metrics = WorkerMetrics(recipe.name, 0, None, torch.device("cpu"))
+    loop = TrainLoop(recipe, config, assembly, tracker, metrics, stops, MagicMock())
     loop._save = saved.append  # type: ignore[method-assign]
     return loop, tracker
 
@@ -104,6 +106,23 @@ def test_skipped_steps_are_told_and_checkpoints_are_still_due() -> None:
         for call in tracker.log_metrics.call_args_list
     }
     assert points == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_machines_first_worker_tells_how_it_is_doing(
+    local_rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a name that stays when ranks change, whatever its rank is now."""
+    context = SimpleNamespace(get_world_rank=lambda: 2, get_local_rank=lambda: local_rank)
+    monkeypatch.setattr("piflow.runtime.worker.ray.train.get_context", lambda: context)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_NODE_ID", "rack 7")
+    loop, tracker = _loop(set(), 0, [], "tracking.system_metrics=true", "training.log_every=3")
+    loop.run(0, _stream())
+    told = {call.args[0]: call.args[1] for call in loop.mailbox.machine.remote.call_args_list}
+    assert list(told) == ([1, 3, 6] if local_rank == 0 else [])
+    names = {name for values in told.values() for name in values}
+    assert ("system/rack-7/cpu_utilization_percentage" in names) == (local_rank == 0)
+    assert not tracker.log_metrics.called, "rank 0 alone logs the run's metrics"
 
 
 @pytest.mark.parametrize(
