@@ -101,7 +101,7 @@ def test_a_policy_on_cuda_keeps_the_means_as_they_came() -> None:
         x_src = torch.empty(2, 4, 2, 3, device=device)
         logstds = torch.empty(2, 1, 1, 1, 1, device=device)
         logweights = torch.empty(2, 3, 1, 2, 3, device=device)
-        return GMFlowPolicy(means, logstds, logweights, x_src, torch.ones(2))
+        return GMFlowPolicy(means, logstds, logweights, x_src, torch.ones(2, device=device))
 
     with FakeTensorMode():
         fused = policy("cuda").mixture

@@ -111,7 +111,7 @@ def test_numbers_that_are_no_class(backbone: DiTBackbone, x: Any, number: float)
 def test_half_precision_class_numbers_are_refused(backbone: DiTBackbone, x: Any) -> None:
     """bfloat16 rounds 999 to 1000, the null class."""
     with pytest.raises(ValueError, match="of float32, got .* torch.bfloat16"):
-        backbone(x, SIGMA, classes(1, 2, 999).to(dtype=torch.bfloat16))
+        backbone(x, SIGMA, classes(1, 2, 999).to("cpu", torch.bfloat16))
     with pytest.raises(ValueError, match="encoder.type class_label"):
         backbone(x, SIGMA, Conditioning(torch.zeros(3, 1, 1), torch.ones(3)))
 
