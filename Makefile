@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV): $(STAMP)
-	$(INSTALL) --editable '.[ray,mlflow,s3,demo,lowbit,deepspeed,dev]'
+	$(INSTALL) --editable '.[ray,mlflow,s3,demo,lowbit,deepspeed,cluster,dev]'
 	@touch $@
 
 $(CLUSTER): $(DEV)

@@ -38,6 +38,21 @@ CheckpointOption = Annotated[
     str | None,
     typer.Option(help="checkpoint folder (URI); default: the run's newest", metavar="URI"),
 ]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="the cluster's dashboard, http://host:8265; default: RAY_API_SERVER_ADDRESS, "
+        "RAY_ADDRESS, or this machine's",
+        metavar="URL",
+    ),
+]
+FollowOption = Annotated[
+    bool,
+    typer.Option("--follow", "-f", help="print its log until it ends; Ctrl-C leaves it running"),
+]
+JobArgument = Annotated[
+    str, typer.Argument(help="id, or the beginning of the ids of a run's jobs", metavar="JOB")
+]
 
 _LINE = 4000  # characters of a message's line that a terminal gets
 
@@ -56,6 +71,7 @@ _EXTRAS = {  # package that an extra of piflow brings -> what to install
 
 _PACKAGES = {  # of a service that a recipe may name
     "aiohttp": "ray[default]",
+    "requests": "ray[default]",
     "huggingface_hub": "huggingface_hub",
     "psycopg": "psycopg[binary]",
     "psycopg2": "psycopg2-binary",
@@ -428,6 +444,88 @@ def plan(
         gpu, nodes, gpus_per_node, memory, peak, bandwidth, link, network, price
     )
     pipeline.main(config, wanted, table_path=table, in_json=in_json, compare=sweep, out=out)
+
+
+@app.command(
+    epilog="Example: `piflow submit my-recipe.yaml --address http://127.0.0.1:8265 --follow`. "
+    "Submit again to attach to the run's job, or to go on with a run whose job has ended. With "
+    "--follow the exit code is the job's; docs/operations.md says which can be tried again."
+)
+def submit(
+    recipe: RecipeArgument,
+    address: AddressOption = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            help="of embed,distill,evaluate,export (or embed,pretrain); default: all that the "
+            "recipe needs"
+        ),
+    ] = None,
+    named: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="your own module, package or file that goes along; repeatable"),
+    ] = None,
+    values: Annotated[
+        Path | None,
+        typer.Option(
+            help="values file of `piflow render`: the machines that an autoscaler may start, "
+            "which the recipe is checked against",
+            metavar="FILE",
+        ),
+    ] = None,
+    wait_for_nodes: Annotated[
+        bool,
+        typer.Option(
+            "--wait-for-nodes", help="submit though machines are missing: somebody will add them"
+        ),
+    ] = False,
+    stop_seconds: Annotated[
+        int, typer.Option(min=1, help="that the job gets to save its step when it is stopped")
+    ] = 600,
+    follow: FollowOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """Run a recipe's stages as a job on a Ray cluster; check both before anything is started."""
+    config = load_recipe(recipe, overrides)
+    from piflow.commands import submit as pipeline
+
+    code = pipeline.main(
+        config,
+        address=address,
+        stages=stages,
+        named=named or [],
+        values=values,
+        wait_for_nodes=wait_for_nodes,
+        stop_seconds=stop_seconds,
+        follow=follow,
+    )
+    raise typer.Exit(code)
+
+
+@app.command(epilog="Example: `piflow jobs --address http://127.0.0.1:8265`")
+def jobs(address: AddressOption = None) -> None:
+    """List the jobs that were submitted to a cluster."""
+    from piflow.commands import jobs as pipeline
+
+    pipeline.show(address)
+
+
+@app.command(epilog="Example: `piflow logs emoji-flux-1a2b3c4d-1 --follow`")
+def logs(job: JobArgument, address: AddressOption = None, follow: FollowOption = False) -> None:
+    """Print what a submitted job prints."""
+    from piflow.commands import jobs as pipeline
+
+    raise typer.Exit(pipeline.logs(job, address, follow=follow))
+
+
+@app.command(
+    epilog="Example: `piflow stop emoji-flux-1a2b3c4d-1`. Submit the same recipe to go on."
+)
+def stop(job: JobArgument, address: AddressOption = None) -> None:
+    """Have a submitted job save its step and end; say what was saved."""
+    from piflow.commands import jobs as pipeline
+
+    raise typer.Exit(pipeline.stop(job, address))
 
 
 @app.command(name="recipe", epilog=f"Example: `piflow recipe {DEFAULT_RECIPE}`")

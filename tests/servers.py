@@ -1,4 +1,4 @@
-"""Real servers that tests start, kill and start again: an S3 store, an MLflow server.
+"""Real servers that tests start, kill and start again: an S3 store, an MLflow server, a Ray head.
 
 `S3Proxy` stands before an S3 server and can answer in its place, as a cloud's S3 would.
 """
@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -315,3 +316,66 @@ class _ProxyHandler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+@dataclass
+class RayHead(Server):
+    """The head of a cluster, with dashboard, job server and token; two logical CPUs."""
+
+    token: str = field(default_factory=lambda: os.urandom(20).hex())
+    ports: list[int] = field(default_factory=lambda: free_ports(3))
+    scratch: Path = field(  # sockets below it have no room for pytest's long names
+        default_factory=lambda: Path(tempfile.mkdtemp(prefix="ray-head-"))
+    )
+
+    @property
+    def address(self) -> str:
+        """Of the dashboard."""
+        return f"http://127.0.0.1:{self.ports[1]}"
+
+    @property
+    def gcs(self) -> str:
+        """What `ray.init` takes."""
+        return f"127.0.0.1:{self.ports[0]}"
+
+    def command(self) -> list[str]:
+        options = {
+            "--port": self.ports[0],
+            "--dashboard-port": self.ports[1],
+            "--ray-client-server-port": self.ports[2],
+            "--dashboard-host": "127.0.0.1",
+            "--node-ip-address": "127.0.0.1",
+            "--temp-dir": self.scratch,
+            "--num-cpus": 2,
+            "--num-gpus": 0,
+            "--object-store-memory": 256 * 2**20,
+        }
+        words = [str(word) for pair in options.items() for word in pair]
+        return [_command("ray"), "start", "--head", "--block", "--disable-usage-stats", *words]
+
+    def environment(self) -> dict[str, str]:
+        """A job's commands are those of the running Python."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+
+    def answers(self) -> bool:
+        """Whether jobs can be submitted and machines are known."""
+        request = urllib.request.Request(
+            f"{self.address}/nodes?view=summary", headers={"Authorization": f"Bearer {self.token}"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return b"ALIVE" in answer.read()
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """Ray ends its own processes; what is left of them is killed."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                pass
+        super().kill()
+        shutil.rmtree(self.scratch, ignore_errors=True)
