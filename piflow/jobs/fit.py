@@ -141,14 +141,17 @@ def _ask(recipe: Recipe, stage: Stage) -> Ask | None:
     encoder = {"CPU": 1.0, "GPU": embed.gpus_per_encoder}
     if stage == "embed":
         return Ask("embed's encoders", "embed.gpus_per_encoder", (encoder,))
+    worker = {"CPU": runtime.cpus_per_worker, "GPU": 1.0 if runtime.use_gpu else 0.0}
     if stage in ("distill", "pretrain"):
-        worker = {"CPU": runtime.cpus_per_worker, "GPU": 1.0 if runtime.use_gpu else 0.0}
         bundles = (worker,) * runtime.worker_range[0]
         keys = "runtime.num_workers, use_gpu, cpus_per_worker"
         if embed.mode == "online":
             bundles += (encoder,) * embed.encoders[0]
             return Ask("workers and encoders", f"{keys}, embed.encoders, gpus_per_encoder", bundles)
         return Ask("the workers", keys, bundles)
+    if stage == "evaluate" and recipe.evaluation_workers:
+        keys = "evaluation.workers, runtime.use_gpu, cpus_per_worker"
+        return Ask("an evaluation's workers", keys, (worker,) * recipe.evaluation_workers)
     return None
 
 

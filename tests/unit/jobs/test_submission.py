@@ -141,6 +141,13 @@ def test_online_encoders_are_counted() -> None:
     assert "2 x {CPU: 1, GPU: 1}" in refusal(online, [gpu_node(8), gpu_node(1)])
 
 
+def test_an_evaluations_workers_are_counted() -> None:
+    recipe = recipe_with(*EIGHT, "evaluation.workers=3")
+    assert fit.misfit(recipe, ("evaluate",), [gpu_node(3)], None) is None
+    told = fit.misfit(recipe, ("evaluate",), [gpu_node(2)], None)
+    assert told is not None and "an evaluation's workers need 3 x {CPU: 8, GPU: 1}" in told
+
+
 def test_no_change_of_another_kind_is_proposed() -> None:
     """Whatever is proposed leaves the run what it is."""
     recipe = recipe_with(*EIGHT)
