@@ -74,6 +74,7 @@ class Mailbox:
         self._saved = 0
         self._failure: Failure | None = None
         self._events: list[tuple[str, str]] = []
+        self._logs: list[str] = []
         self._machines: list[tuple[int, dict[str, float]]] = []
         self._save_seconds: float | None = None
 
@@ -156,6 +157,15 @@ class Mailbox:
             self._events.append(("worker-failed", text))
             self._metrics.failed("failed")
         self._running = False
+
+    def keep_log(self, text: str) -> None:
+        """The end of a failed worker's log, for the driver's terminal."""
+        self._logs.append(text)
+
+    def take_logs(self) -> list[str]:
+        """What was kept since the last call."""
+        logs, self._logs = self._logs, []
+        return logs
 
     def take_events(self) -> list[tuple[str, str]]:
         """(name, text) of what happened since the last call."""

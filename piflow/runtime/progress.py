@@ -5,6 +5,7 @@ worker rank 0 --update()--> Mailbox (actor) <--read()-- driver thread --> termin
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import ray
 
 from piflow.progress import progress
+from piflow.runtime.environment import without_secrets
 from piflow.runtime.mailbox import start_mailbox
 
 _POLL_SECONDS = 0.5
@@ -34,9 +36,12 @@ def mailbox_with_bar(
 
         def show_latest() -> None:
             try:
+                logs = ray.get(mailbox.take_logs.remote(), timeout=_ANSWER_SECONDS)
                 latest = ray.get(mailbox.read.remote(), timeout=_ANSWER_SECONDS)
             except ray.exceptions.RayError:  # the driver's own loop finds out what is wrong
                 return
+            for log in logs:
+                print(without_secrets(log, os.environ), flush=True)
             bar.update(*latest)
 
         def poll() -> None:

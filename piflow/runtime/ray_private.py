@@ -19,6 +19,7 @@ from ray.train.v2._internal.execution.controller.controller import TrainControll
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
 from piflow.runtime.mailbox import StopReason
+from piflow.runtime.worker_log import Place, log_of
 
 _POLL_SECONDS = 0.2
 
@@ -52,6 +53,7 @@ class LifecycleCallback(ControllerCallback, WorkerGroupCallback):
         self._mailbox = mailbox
         self._stall_timeout = stall_timeout
         self._group: Any = None  # of workers that run
+        self._places: list[Place] = []  # of its workers, by rank
         self._told = False
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -61,6 +63,8 @@ class LifecycleCallback(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Workers run from now on: remember them, to save before a resize."""
         self._group, self._told = worker_group, False
+        machines = [worker.metadata for worker in worker_group.get_workers()]
+        self._places = [Place(here.node_id, here.pid, here.hostname) for here in machines]
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         """There are none to save any more."""
@@ -72,6 +76,9 @@ class LifecycleCallback(ControllerCallback, WorkerGroupCallback):
             self._told = True
             text = first_failure(worker_group_status.errors)
             self._mailbox.failed.remote(text, self._stall_timeout)
+            rank = min(worker_group_status.errors)
+            if rank < len(self._places):
+                self._mailbox.keep_log.remote(log_of(rank, self._places[rank]))
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Ray Train ends running workers as they are: have them save and end before it does."""

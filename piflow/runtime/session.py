@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from piflow.config import Recipe, RuntimeConfig
+from piflow.runtime.environment import worker_setup
 from piflow.runtime.signals import kept_handlers
 
 _ELASTIC_START_SECONDS = 30.0  # until workers have their places, on machines that are there
@@ -47,7 +48,12 @@ def _start(recipe: Recipe) -> None:
     _require_cluster(os.environ.get("RAY_ADDRESS", ""))
     with _token_explained(), kept_handlers():
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(job_config=job_config(), log_to_driver=False)
+            hook = worker_setup(os.environ)
+            ray.init(
+                job_config=job_config(),
+                log_to_driver=False,
+                runtime_env=None if hook is None else {"worker_process_setup_hook": hook},
+            )
         else:
             workers = int(recipe.runtime.max_workers * recipe.runtime.cpus_per_worker)
             encoders = recipe.embed.encoders[1] if recipe.embed.mode == "online" else 0

@@ -167,5 +167,60 @@ def test_the_gcs_port_is_no_dashboard(client: Client, recipe_file: str) -> None:
     assert "isn't Ray's dashboard" in refused.stderr
 
 
+DRIVER = """
+import os, sys, time
+import ray
+from piflow.config import load_recipe
+from piflow.runtime.progress import mailbox_with_bar
+from piflow.runtime.session import ray_session
+from piflow.runtime.worker_log import Place, log_of
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def place(self):
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+    def token(self):
+        return os.environ.get("HF_TOKEN")
+    def die(self):
+        print("refused:", os.environ["HF_TOKEN"], "\\x1b[31m", file=sys.stderr, flush=True)
+        os.abort()
+
+recipe = load_recipe("pipelines/recipes/emoji-flux.yaml")
+with ray_session(recipe), mailbox_with_bar("run", 1, show=False) as mailbox:
+    worker = Worker.remote()
+    print("worker has it:", ray.get(worker.token.remote()) == os.environ["HF_TOKEN"])
+    print("environment:", ray.get_runtime_context().runtime_env)
+    node, pid = ray.get(worker.place.remote())
+    worker.die.remote()
+    time.sleep(1)
+    ray.get(mailbox.keep_log.remote(log_of(0, Place(node, pid, "head"))))
+    gone = log_of(1, Place("0" * 56, pid, "elsewhere"))
+    ray.get(mailbox.keep_log.remote(gone))
+"""
+
+
+def test_keys_of_the_driver_reach_workers_and_a_workers_log_the_driver(client: Client) -> None:
+    """The cluster's processes were started without the variable; nobody else gets to see it."""
+    environment = client.environment | {"RAY_ADDRESS": client.head.gcs, "HF_TOKEN": PLANTED}
+    told = subprocess.run(
+        [sys.executable, "-c", DRIVER], env=environment, cwd=REPOSITORY, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert "worker has it: True" in told.stdout, told.stderr
+    assert re.search(r"the log of worker 0 \(process \d+ on head\) ends with:", told.stdout)
+    assert "  | refused: <HF_TOKEN> \\x1b[31m" in told.stdout
+    assert "the log of worker 1" in told.stdout and "its machine doesn't answer" in told.stdout
+    assert PLANTED not in told.stdout + told.stderr
+    jobs = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "job", "list", "--address",
+         client.head.address],
+        env=client.environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "set_keys_and_tokens" in jobs.stdout + jobs.stderr
+    assert PLANTED not in jobs.stdout + jobs.stderr
+    shown = [path for path in _logs(client.head) if PLANTED.encode() in path.read_bytes()]
+    assert {path.suffix for path in shown} <= {".err"}, "only what the worker itself has written"
+
+
 def _logs(head: RayHead) -> list[Path]:
     return [path for path in head.scratch.rglob("*") if path.is_file() and "logs" in path.parts]

@@ -27,6 +27,7 @@ def test_this_ray_is_the_one_whose_insides_are_known() -> None:
         (ray_private.WorkerGroup, "has_started"),
         (ray_private.WorkerGroup, "shutdown"),
         (ray_private.WorkerGroup, "poll_status"),
+        (ray_private.WorkerGroup, "get_workers"),
         (ray_private.ray_worker, "_global_node"),
         (ray_private.JobConfig(), "_py_driver_sys_path"),
         (ray_private.TrainController, "worker_group_cls"),
