@@ -25,7 +25,7 @@ help:
 	@echo "make unit         the unit tests alone (seconds)"
 	@echo "make test-recipes every recipe stopped and resumed on a tiny model, slow strategies (an hour)"
 	@echo "make test-faults  killed processes, damaged files, servers that go away, clocks that jump (minutes)"
-	@echo "make test-cluster services of infra/compose.yaml, in a namespace of their own (minutes; Linux)"
+	@echo "make test-cluster jobs on a cluster, services of infra/compose.yaml, in their own namespace (minutes; Linux)"
 	@echo "make test-cluster-files  what cluster/ and infra/ hold, by the tools of each (minutes)"
 	@echo "make render       write cluster/ again from its recipe and values"
 	@echo "make pretrain     train the default teacher again (hours on a CPU)"

@@ -1,6 +1,6 @@
 """Submitting, attaching and stopping, as a job server in memory sees them.
 
-tests/integration/test_submit.py does the same on a real cluster; here are the ways that it can go.
+tests/cluster/test_submit.py does the same on a real cluster; here are the ways that it can go.
 """
 
 from __future__ import annotations
