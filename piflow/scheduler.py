@@ -29,7 +29,7 @@ from piflow.schedule import FewStep, FlowSchedule
 class FlowMapSchedulerOutput(BaseOutput):
     """`prev_sample`: the sample at the step's end, in the dtype of the one that came.
 
-    Inside `FlowMapScheduler.reading` it is in float32 but after the last step.
+    With `FlowMapScheduler.reading(..., in_float32=True)` it is in float32 but after the last step.
     """
 
     prev_sample: Tensor
@@ -104,6 +104,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._reader: TokenReader | None = None
         self._generator: Generators | None = None
+        self._in_float32 = False
         self._loop_dtype: torch.dtype | None = None  # of the latents that a pipeline's loop drew
 
     @property
@@ -160,21 +161,27 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     @contextmanager
-    def reading(self, reader: TokenReader, generator: Generators | None = None) -> Iterator[None]:
+    def reading(
+        self,
+        reader: TokenReader,
+        generator: Generators | None = None,
+        *,
+        in_float32: bool = False,
+    ) -> Iterator[None]:
         """Lets `step` take raw tokens inside the context, for loops that know nothing of policies.
-
-        Between the first step and the last the loop carries float32 latents: a few steps that each
-        round to bfloat16 lose more than the network's own rounding does.
 
         Args:
             reader: the layout of the loop's samples, and the student's policy.
             generator: source of the noise of stochastic sampling for steps without their own.
+            in_float32: whether the loop gets float32 latents between the first step and the last:
+                a few steps that each round to bfloat16 lose more than the network's own rounding.
         """
-        self._reader, self._generator = reader, generator
+        self._reader, self._generator, self._in_float32 = reader, generator, in_float32
         try:
             yield
         finally:
             self._reader, self._generator, self._loop_dtype = None, None, None
+            self._in_float32 = False
 
     def step(
         self,
@@ -207,7 +214,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             previous = self._step_tokens(model_output, latents, self.few_step, index, generator)
         else:
             previous = self._follow(model_output, latents, self.few_step, index, generator)
-        if self._reader is None:
+        if not self._in_float32:
             previous = previous.to(sample.dtype)
         else:
             self._loop_dtype = self._loop_dtype or sample.dtype

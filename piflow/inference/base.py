@@ -46,6 +46,9 @@ class FewStepPipeline(DiffusionPipeline, ABC):
     """
 
     backbone_class: ClassVar[type[TransformerBackbone]]
+    takes_float32: ClassVar[bool] = False
+    """Whether the loop may carry float32 latents, and hands its transformer sigma as `timestep` and
+    latents as `hidden_states`; or a stand-in for the transformer that casts latents itself."""
     scheduler: Any
     transformer: Any
     default_sample_size: int  # of families whose samples are packed tokens
@@ -185,7 +188,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             self._student.in_place(),
             self._transformer_as(self._sampling_transformer()),
             self._exact_inputs(),
-            self.scheduler.reading(reader, arguments["generator"]),
+            self.scheduler.reading(reader, arguments["generator"], in_float32=self.takes_float32),
         ):
             return family_call(self, **arguments)
 
@@ -198,7 +201,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         training, which rounds once.
         """
         module, scheduler = self.transformer, self.scheduler
-        if not isinstance(module, nn.Module):  # what stands in for it rounds nothing
+        if not self.takes_float32 or not isinstance(module, nn.Module):
             yield
             return
 

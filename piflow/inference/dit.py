@@ -33,6 +33,7 @@ class PiDiTPipeline(FewStepPipeline, DiTPipeline):
     """
 
     backbone_class = DiTBackbone
+    takes_float32 = True
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class PiFluxPipeline(FewStepPipeline, FluxPipeline):
     """
 
     backbone_class = FluxBackbone
+    takes_float32 = True
 
     def __init__(
         self,

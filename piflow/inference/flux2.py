@@ -31,6 +31,7 @@ class PiFlux2Pipeline(FewStepPipeline, Flux2Pipeline):
     """
 
     backbone_class = Flux2Backbone
+    takes_float32 = True
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class PiQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
     """
 
     backbone_class = QwenImageBackbone
+    takes_float32 = True
 
     def __init__(
         self,

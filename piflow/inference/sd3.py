@@ -41,6 +41,7 @@ class PiSD3Pipeline(FewStepPipeline, StableDiffusion3Pipeline):
     """
 
     backbone_class = SD3Backbone
+    takes_float32 = True
 
     def __init__(
         self,

@@ -92,7 +92,8 @@ def test_tiny_model_fits_the_recipe(name: str, tmp_path: Path) -> None:
     rows = (tmp_path / "prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(row)["prompt"] for row in rows]
     assert len(set(prompts)) == 8
-    cond = encode_prompts(SamplingSettings.of(small), prompts[:2])
+    settings = SamplingSettings.of(small).model_copy(update={"encoder": small.encoder.absolute()})
+    cond = encode_prompts(settings, prompts[:2])
     trio = build_trio(small).train(False)
     shape = build_codec(small.model).latent_shape(small.embed.height, small.embed.width)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
