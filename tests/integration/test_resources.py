@@ -22,7 +22,7 @@ def test_room_that_is_there_is_given_back() -> None:
 
     before = ray.cluster_resources()
     for _ in range(2):
-        require_resources([{"CPU": 2}, {"CPU": 2, "GPU": 0}], what="all", keys=KEYS, timeout=60)
+        require_resources([{"CPU": 1}, {"CPU": 1, "GPU": 0}], what="two", keys=KEYS, timeout=60)
     assert ray.cluster_resources() == before, "no group is left"
 
 
