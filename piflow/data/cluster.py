@@ -7,6 +7,7 @@ workers will make, and what it started is there for them when the group is given
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,9 @@ def require_resources(
     try:
         if _ready(group, _PATIENCE_SECONDS):
             return
+        # Ray Data leaves an actor whose task has failed in a reference cycle of its executor's, and
+        # the actor keeps its CPUs and GPU until this process's garbage collector happens to run.
+        gc.collect()
         asked = f"{what} asked for {_described(wanted)} ({keys})"
         if not os.environ.get("RAY_ADDRESS") and not _fits_this_machine(wanted):
             raise ResourcesError(

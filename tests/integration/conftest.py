@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,39 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory, s3_keys: None) -> Iter
             yield
         finally:
             ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _gives_its_cpus_back() -> Iterator[None]:
+    """A test that leaves actors or placement groups behind fails itself, not those after it."""
+    yield
+    import ray
+
+    if not ray.is_initialized():
+        return
+    gc.collect()  # Ray Data leaves an actor whose task has failed in a reference cycle
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, f"CPUs are still held by {_holders()}"
+        time.sleep(0.2)
+
+
+def _holders() -> list[str]:
+    """The actors and placement groups that still hold resources."""
+    from ray._private import state
+    from ray.util import placement_group_table
+
+    actors = [
+        f"{actor['ActorClassName']} ({actor['State']})"
+        for actor in state.actors().values()
+        if actor["State"] != "DEAD"
+    ]
+    groups = [
+        f"placement group {group['placement_group_id']} ({group['state']}, {group['bundles']})"
+        for group in placement_group_table().values()
+        if group["state"] != "REMOVED"
+    ]
+    return actors + groups
 
 
 @pytest.fixture(scope="session")

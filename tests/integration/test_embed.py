@@ -26,6 +26,7 @@ from piflow.data import blocks, ray_reader
 from piflow.data import embed as embed_job
 from piflow.data.batch import MicroBatch, StreamBatch
 from piflow.data.blocks import LocalReader, Reader
+from piflow.data.cluster import require_resources
 from piflow.data.layout import ShardPlan, empty_prompt_plan, plan_store
 from piflow.data.manifest import SCHEMA_VERSION, StoreError, StoreInputs, StoreManifest
 from piflow.data.prompts import Prompt
@@ -190,6 +191,9 @@ def test_the_actors_errors_arrive_without_rays_wrapping(folder: Path, tmp_path: 
         embed.main(recipe, show_progress=False)
     assert not {"Traceback", "UDF"} & set(str(caught.value).split())
     assert not (tmp_path / "other" / "manifest.json").exists()
+    del caught  # its frames hold Ray Data's executor
+    everything = [{"CPU": 4}]  # also what the actor had whose task has failed
+    require_resources(everything, what="who comes next", keys="none", timeout=30)
 
 
 @pytest.mark.parametrize(
