@@ -133,6 +133,7 @@ class Server:
 class S3Server(Server):
     """One SeaweedFS with the bucket `piflow`; knows no keys but `KEYS`."""
 
+    host: str = "127.0.0.1"
     ports: dict[str, int] = field(
         default_factory=lambda: dict(zip(_SERVICES, free_ports(len(_SERVICES)), strict=True))
     )
@@ -140,7 +141,7 @@ class S3Server(Server):
     @property
     def address(self) -> str:
         """Host and port of the S3 API."""
-        return f"127.0.0.1:{self.ports['s3']}"
+        return f"{self.host}:{self.ports['s3']}"
 
     @property
     def uri(self) -> str:
@@ -148,7 +149,7 @@ class S3Server(Server):
         return s3_uri(self.address)
 
     def command(self) -> list[str]:
-        arguments = ["mini", f"-dir={self.folder}", "-ip=127.0.0.1", "-bucket=piflow"]
+        arguments = ["mini", f"-dir={self.folder}", f"-ip={self.host}", "-bucket=piflow"]
         ports = [f"-{name}.port={port}" for name, port in self.ports.items()]
         return [_command("weed"), *arguments, *ports]
 
@@ -182,21 +183,22 @@ class MlflowServer(Server):
     """A tracking server with SQLite; artifacts go through it to a folder, or to an S3 server."""
 
     s3: S3Server | None = None
+    host: str = "127.0.0.1"
     port: int = field(default_factory=lambda: free_ports(1)[0])
 
     @property
     def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def command(self) -> list[str]:
         artifacts = "s3://piflow/mlflow" if self.s3 else str(self.folder / "artifacts")
         arguments = {
             "--backend-store-uri": f"sqlite:///{self.folder / 'mlflow.db'}",
             "--artifacts-destination": artifacts,
-            "--host": "127.0.0.1",
+            "--host": self.host,
             "--port": str(self.port),
             "--workers": "1",
-            "--allowed-hosts": f"127.0.0.1:{self.port}",
+            "--allowed-hosts": f"{self.host}:{self.port}",
         }
         options = [word for pair in arguments.items() for word in pair]
         return [sys.executable, "-m", "mlflow", "server", *options]

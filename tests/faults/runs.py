@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
+import torch
 from torch import Tensor
 
+from piflow import storage
 from piflow.commands import smoke
 from piflow.config import Recipe, load_recipe, parse_recipe
 from piflow.runs import folder as run_folder
@@ -51,12 +54,16 @@ def write_inputs(folder: Path) -> None:
 def make_store(folder: Path, environment: dict[str, str]) -> None:
     """`write_inputs`, and the embedding store of all runs in the folder."""
     write_inputs(folder)
-    run = SmallRun(folder, small_recipe(folder, "inputs"), environment)
+    embed(SmallRun(folder, small_recipe(folder, "inputs"), environment))
+
+
+def embed(run: SmallRun) -> None:
+    """The embedding store of the run's recipe."""
     run.write_recipe()
     command = "from piflow.cli import main; main()"
     subprocess.run(
         [sys.executable, "-c", command, "embed", str(run.recipe_file), "--quiet"],
-        env=environment, check=True, timeout=240,
+        env=run.environment, check=True, timeout=600,
     )  # fmt: skip
 
 
@@ -85,13 +92,21 @@ class SmallRun:
     def write_recipe(self) -> None:
         self.recipe_file.write_text(self.recipe.model_dump_json())
 
-    def start(self) -> subprocess.Popen[bytes]:
+    @property
+    def command(self) -> list[str]:
+        """Of the driver."""
+        arguments = [str(self.recipe_file), str(self.records), str(self.pace)]
+        return [sys.executable, str(SCRIPT), *arguments]
+
+    def prepare(self) -> None:
+        """Write what the driver reads."""
         self.records.mkdir(exist_ok=True)
         self.write_recipe()
-        arguments = [str(self.recipe_file), str(self.records), str(self.pace)]
-        command = [sys.executable, str(SCRIPT), *arguments]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.prepare()
         with (self.folder / f"{self.recipe.name}.log").open("ab") as log:
-            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+            return subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
 
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
@@ -133,7 +148,8 @@ class SmallRun:
     def weights(self) -> dict[str, Tensor]:
         """Trained weights and averages of the last step's checkpoint."""
         uri = run_folder.checkpoints(self.recipe.run_dir)[self.recipe.training.steps]
-        sections = {name: load_tensors(Path(uri), name) for name in ("trainable", "ema")}
+        folder = storage.local_folder(uri)
+        sections = {name: load_tensors(folder, name) for name in ("trainable", "ema")}
         return {
             f"{name} {key}": value for name, part in sections.items() for key, value in part.items()
         }
@@ -169,6 +185,21 @@ class SmallRun:
         record = run_folder.read_record(self.recipe.run_dir)
         assert record is not None
         return MlflowClient(tracking_uri=record.tracking_uri), record.mlflow_run_id
+
+
+def require_equal(run: SmallRun, straight: SmallRun, *, tolerance: float = 0.0) -> None:
+    """The uninterrupted run's prompts, losses and weights, and a step axis without a gap."""
+    assert run.status() == "FINISHED"
+    assert run.sequence() == straight.sequence()
+    points, expected = run.losses(), straight.losses()
+    assert [step for step, _ in points] == list(range(1, straight.recipe.training.steps + 1))
+    assert [loss for _, loss in points] == pytest.approx(
+        [loss for _, loss in expected], rel=max(1e-6, tolerance)
+    )
+    ours, theirs = run.weights(), straight.weights()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=tolerance)
 
 
 def train_workers() -> list[int]:

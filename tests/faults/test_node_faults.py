@@ -14,13 +14,13 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from tests.faults.runs import (
     SmallRun,
     cluster_environment,
     cluster_of,
     make_store,
+    require_equal,
     small_recipe,
     train_workers,
     wait_until,
@@ -51,16 +51,6 @@ def new_run(folder: Path, cluster: Any, name: str, pace: float = PACE, **runtime
     training = {"steps": STEPS, "checkpoint_every": 50, "keep_last": 3}
     recipe = small_recipe(folder, name, training=training, runtime={"max_failures": 0, **runtime})
     return SmallRun(folder, recipe, cluster_environment(cluster.address), pace)
-
-
-def require_equal(run: SmallRun, other: SmallRun) -> None:
-    """One run's prompts and weights are the other's, up to the order of sums."""
-    assert run.status() == other.status() == "FINISHED"
-    assert [step for step, _ in run.losses()] == list(range(1, STEPS + 1))
-    assert run.sequence() == other.sequence()
-    ours, theirs = run.weights(), other.weights()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=TOLERANCE)
 
 
 def worker_counts(run: SmallRun) -> list[int]:
@@ -100,7 +90,7 @@ def test_a_node_that_joins_is_used_and_one_that_dies_is_done_without(
     alone_at, both_at = steps_with(run, 1), steps_with(run, 2)
     assert both_at.count(saved) == 2 and saved == min(both_at), "two went on from the save"
     assert alone_at.count(saved) == 1, "what they did was lost with the node, and done again"
-    require_equal(run, alone)
+    require_equal(run, alone, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("num_workers", [1, [1, 2]], ids=["moves", "shrinks"])

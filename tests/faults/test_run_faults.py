@@ -13,12 +13,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 from piflow.runs import folder as run_folder
 from piflow.training.checkpoint import load_tensors
 from piflow.training.export import student_of_checkpoint
-from tests.faults.runs import SmallRun, cluster_environment, small_recipe, train_workers, wait_until
+from tests.faults.runs import (
+    SmallRun,
+    cluster_environment,
+    require_equal,
+    small_recipe,
+    train_workers,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 40
@@ -51,21 +57,6 @@ def straight(folder: Path, address: str) -> SmallRun:
         run.finish(driver)
     assert run.names() == ["start", "strategy", "attention", *["checkpoint"] * (STEPS // 5)]
     return run
-
-
-def require_equal(run: SmallRun, straight: SmallRun, *, tolerance: float = 0.0) -> None:
-    """The uninterrupted run's prompts, losses and weights, and a step axis without a gap."""
-    assert run.status() == "FINISHED"
-    assert run.sequence() == straight.sequence()
-    points, expected = run.losses(), straight.losses()
-    assert [step for step, _ in points] == list(range(1, straight.recipe.training.steps + 1))
-    assert [loss for _, loss in points] == pytest.approx(
-        [loss for _, loss in expected], rel=max(1e-6, tolerance)
-    )
-    ours, theirs = run.weights(), straight.weights()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=tolerance)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(
