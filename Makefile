@@ -13,6 +13,7 @@ PARALLEL := --numprocesses logical --maxprocesses 4
 FAKETIME := /usr/bin/faketime
 PROMETHEUS := /usr/bin/promtool
 POSTGRESQL := /usr/lib/postgresql
+REDIS := /usr/bin/redis-server
 SINCE  := HEAD
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
@@ -71,6 +72,10 @@ $(POSTGRESQL):
 	$(SUDO) apt-get update -qq
 	$(SUDO) env RUNLEVEL=1 apt-get install -y -qq --no-install-recommends postgresql  # starts no service
 
+$(REDIS):
+	$(SUDO) apt-get update -qq
+	$(SUDO) env RUNLEVEL=1 apt-get install -y -qq --no-install-recommends redis-server  # starts no service
+
 demo: install
 	$(BIN)/piflow demo
 
@@ -100,7 +105,7 @@ test-recipes: install-dev
 test-faults: install-dev $(FAKETIME)
 	$(BIN)/python -m pytest tests/faults
 
-test-cluster: install-dev $(PROMETHEUS) $(POSTGRESQL)
+test-cluster: install-dev $(PROMETHEUS) $(POSTGRESQL) $(REDIS)
 	tests/cluster/isolated $(BIN)/python -m pytest tests/cluster
 
 test-cluster-files: $(CLUSTER) $(CHECKOV) $(PROMETHEUS)

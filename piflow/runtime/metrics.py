@@ -10,12 +10,17 @@ anyway: nothing waits for a GPU. Ray puts `ray_` before the names, and labels wi
 
 Numbers of the run as a whole come from the mailbox, which outlives workers: when these are gone,
 their gauges are gone as well, and that is when somebody wants to know. Counters stay on the page.
+
+Ray forgets a gauge that nobody has set for two of its reports, and then an alert on it can't fire.
+So each process sets its gauges again every two seconds, as long as it lives.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 # Ray refuses to add 0 to a counter, and one that is absent until it counts hides its first increase
 _AS_GOOD_AS_ZERO = 5e-324
+_AGAIN_SECONDS = 2.0  # Ray reports every 10 s, or every second at most
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,8 @@ class Metrics:
         if off:
             return
         self._metrics: dict[str, Any] = {}
+        self._gauges: dict[str, float] = {}
+        self._lock = threading.Lock()  # so that no older value follows a newer one
         with self.harmless():
             for name, metric in metrics.items():
                 label, values = metric.by or ("", ())
@@ -158,6 +166,16 @@ class Metrics:
                 if metric.kind == "counter":
                     for by in [{label: value} for value in values] or [{}]:
                         made.inc(_AS_GOOD_AS_ZERO, by)
+            threading.Thread(
+                target=_keep_alive, args=(weakref.ref(self),), name="metrics", daemon=True
+            ).start()
+
+    def set_again(self) -> bool:
+        """All gauges, to the values that they have; false: nothing is exported any more."""
+        with self.harmless(), self._lock:
+            for name, value in self._gauges.items():
+                self._metrics[name].set(value)
+        return not self._off
 
     @contextmanager
     def harmless(self) -> Iterator[None]:
@@ -172,14 +190,25 @@ class Metrics:
     def set(self, name: str, value: float) -> None:
         """A gauge's value."""
         if not self._off:
-            with self.harmless():
+            with self.harmless(), self._lock:
                 self._metrics[name].set(float(value))
+                self._gauges[name] = float(value)
 
     def add(self, name: str, value: float = 1.0, by: Mapping[str, str] | None = None) -> None:
         """Count more; nothing if there is no more."""
         if value > 0 and not self._off:
             with self.harmless():
                 self._metrics[name].inc(value, None if by is None else dict(by))
+
+
+def _keep_alive(of: weakref.ref[Metrics]) -> None:
+    """Set the gauges again and again, until nobody holds them."""
+    while True:
+        time.sleep(_AGAIN_SECONDS)
+        metrics = of()
+        if metrics is None or not metrics.set_again():
+            return
+        del metrics
 
 
 class RunMetrics:

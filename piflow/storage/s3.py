@@ -22,27 +22,55 @@ _S3_OPTIONS = ("endpoint_override", "region", "scheme")
 
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # the first that is set counts
 
+_CREDENTIAL_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_ROLE_ARN",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
+
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 _HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 
 
 def s3_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """An S3 client with time limits and retries, which `FileSystem.from_uri` can't set."""
-    from pyarrow import fs
-
+    """An S3 client with time limits and retries, and the path in it; one is kept for each store."""
     place = s3_place(uri)
     bucket, key, options = place
     scheme, endpoint = place.endpoint()
-    system = fs.S3FileSystem(
-        region=options.get("region") or (None if endpoint else _aws_region(bucket)),
+    region = options.get("region") or (None if endpoint else _aws_region(bucket))
+    settings = tuple(os.environ.get(name) for name in _CREDENTIAL_VARIABLES)
+    return _filesystem(region, scheme, endpoint, settings), f"{bucket}/{key}" if key else bucket
+
+
+@lru_cache(maxsize=32)
+def _filesystem(
+    region: str | None, scheme: str, endpoint: str | None, settings: tuple[str | None, ...]
+) -> fs.FileSystem:
+    """A client: to make one costs 20 ms, and every new one connects anew.
+
+    Args:
+        settings: values of `_CREDENTIAL_VARIABLES`; other ones, another client.
+    """
+    from pyarrow import fs
+
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
+        # Whoever has keys needs no role's from the machine's metadata service. Each new client asks
+        # it for a region nevertheless, and waits for 3 s where the network drops such requests.
+        os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+    return fs.S3FileSystem(
+        region=region,
         scheme=scheme,
         endpoint_override=endpoint,
         connect_timeout=CONNECT_SECONDS,
         request_timeout=REQUEST_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
     )
-    return system, f"{bucket}/{key}" if key else bucket
 
 
 @lru_cache(maxsize=256)
@@ -200,6 +228,7 @@ def client(uri: str) -> Any:
 def forget_keys() -> None:
     """The next request looks for keys anew; so it is after each refusal."""
     _client.cache_clear()
+    _filesystem.cache_clear()
 
 
 @lru_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,26 @@ def test_names_follow_prometheus_conventions() -> None:
         assert re.fullmatch(r"piflow_[a-z0-9_]+", name)
         assert (metric.kind == "counter") == name.endswith("_total"), name
         assert not re.search(r"_(ms|minutes|gib|mb|percent)(_|$)", name), "base units"
+
+
+def test_gauges_are_set_again_as_long_as_their_holder_lives(
+    values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray forgets those that nobody has set for two reports; counters are not counted twice."""
+    monkeypatch.setattr(module, "_AGAIN_SECONDS", 0.01)
+    metrics = RunMetrics("run", 9)
+    metrics.stepped(3)
+    [thread] = [one for one in threading.enumerate() if one.name == "metrics"]
+    values.clear()
+    end = time.monotonic() + 30
+    while ("piflow_step", "run") not in values and time.monotonic() < end:
+        time.sleep(0.01)
+    assert values[("piflow_step", "run")] == 3
+    assert values[("piflow_steps_planned", "run")] == 9
+    assert not any("total" in name for name, *_ in values)
+    del metrics
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_the_page_lists_every_metric_with_its_meaning() -> None:

@@ -490,3 +490,26 @@ def test_one_process_of_a_machine_downloads_and_the_others_wait(
 )
 def test_a_refusal_is_told_by_the_code_and_not_by_a_name(message: str, refused: bool) -> None:
     assert files._is_refusal(OSError(message)) == refused
+
+
+def test_a_stores_client_is_kept_until_keys_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new one for each request would connect anew, and ask the machine's metadata service."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "first")
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED", raising=False)
+    options = "?endpoint_override=127.0.0.1:9&scheme=http"
+    first, path = storage.filesystem(f"s3://bucket/folder{options}")
+    assert path == "bucket/folder"
+    assert os.environ["AWS_EC2_METADATA_DISABLED"] == "true"
+    assert storage.filesystem(f"s3://other/key{options}")[0] is first
+    assert storage.filesystem(f"s3://bucket/folder{options}&region=eu-west-1")[0] is not first
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "second")
+    assert storage.filesystem(f"s3://bucket/folder{options}")[0] is not first
+
+
+def test_a_machine_without_keys_may_ask_for_its_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED", raising=False)
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")  # so that this test needn't ask
+    storage.filesystem("s3://bucket/folder?endpoint_override=127.0.0.1:9&scheme=http")
+    assert "AWS_EC2_METADATA_DISABLED" not in os.environ
