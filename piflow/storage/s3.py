@@ -44,18 +44,29 @@ def s3_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     bucket, key, options = place
     scheme, endpoint = place.endpoint()
     region = options.get("region") or (None if endpoint else _aws_region(bucket))
-    settings = tuple(os.environ.get(name) for name in _CREDENTIAL_VARIABLES)
-    return _filesystem(region, scheme, endpoint, settings), f"{bucket}/{key}" if key else bucket
+    system = _filesystem(region, scheme, endpoint, _credentials_state())
+    return system, f"{bucket}/{key}" if key else bucket
+
+
+def _credentials_state() -> tuple[str | int | None, ...]:
+    """What changes whenever variables or files hold other keys."""
+    variables = [os.environ.get(name) for name in _CREDENTIAL_VARIABLES]
+    file = os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
+    try:
+        written = os.stat(os.path.expanduser(file)).st_mtime_ns
+    except OSError:
+        written = None
+    return (*variables, file, written)
 
 
 @lru_cache(maxsize=32)
 def _filesystem(
-    region: str | None, scheme: str, endpoint: str | None, settings: tuple[str | None, ...]
+    region: str | None, scheme: str, endpoint: str | None, keys: tuple[str | int | None, ...]
 ) -> fs.FileSystem:
     """A client: to make one costs 20 ms, and every new one connects anew.
 
     Args:
-        settings: values of `_CREDENTIAL_VARIABLES`; other ones, another client.
+        keys: what `_credentials_state` says; another one, another client.
     """
     from pyarrow import fs
 

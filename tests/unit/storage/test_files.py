@@ -492,7 +492,9 @@ def test_a_refusal_is_told_by_the_code_and_not_by_a_name(message: str, refused: 
     assert files._is_refusal(OSError(message)) == refused
 
 
-def test_a_stores_client_is_kept_until_keys_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stores_client_is_kept_until_keys_change(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A new one for each request would connect anew, and ask the machine's metadata service."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "first")
@@ -504,7 +506,11 @@ def test_a_stores_client_is_kept_until_keys_change(monkeypatch: pytest.MonkeyPat
     assert storage.filesystem(f"s3://other/key{options}")[0] is first
     assert storage.filesystem(f"s3://bucket/folder{options}&region=eu-west-1")[0] is not first
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "second")
-    assert storage.filesystem(f"s3://bucket/folder{options}")[0] is not first
+    second = storage.filesystem(f"s3://bucket/folder{options}")[0]
+    assert second is not first
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    (tmp_path / "credentials").write_text("[default]\naws_access_key_id = renewed\n")
+    assert storage.filesystem(f"s3://bucket/folder{options}")[0] is not second
 
 
 def test_a_machine_without_keys_may_ask_for_its_roles(monkeypatch: pytest.MonkeyPatch) -> None:
