@@ -298,6 +298,10 @@ class Backbone(Protocol):
         """The teacher's last adaptive norm and projection; a ValueError once replaced."""
         ...
 
+    def require_stored_output(self) -> None:
+        """A ValueError if the output layer isn't as the files have it, row by row."""
+        ...
+
     def install_output(self, output: nn.Module) -> None:
         """Makes `output(hidden, temb)` the model's last layer."""
         ...

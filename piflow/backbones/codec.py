@@ -105,10 +105,13 @@ def vae_uri(model: ModelConfig) -> str:
 
 
 def absolute_paths(model: ModelConfig) -> ModelConfig:
-    """The same model and VAE, found from any working directory."""
-    paths = {"path": storage.absolute(model.path)}
+    """The same model, its LoRA and VAE, found from any working directory."""
+    paths: dict[str, Any] = {"path": storage.absolute(model.path)}
     if model.vae is not None:
         paths["vae"] = storage.absolute(model.vae)
+    if model.lora is not None:
+        path = storage.absolute(model.lora.path)
+        paths["lora"] = model.lora.model_copy(update={"path": path})
     return model.model_copy(update=paths)
 
 

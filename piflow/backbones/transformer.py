@@ -247,6 +247,18 @@ class TransformerBackbone(ABC):
             )
         return OutputLayer(self.module.get_submodule("norm_out"), projection)
 
+    def require_stored_output(self) -> None:
+        """Lets the output layer be changed by what was made for the diffusers model.
+
+        Raises:
+            ValueError: it has the weights in another order than the files.
+        """
+        if not isinstance(self.module, self.model_class):
+            raise ValueError(
+                f"LoRA on a {self.class_name}'s output layer isn't supported, whose weights are "
+                "kept in another order here: merge it into the base, and give that as model.path"
+            )
+
     def install_output(self, output: nn.Module) -> None:
         """Makes `output(hidden, temb)` the model's last layer.
 

@@ -153,18 +153,21 @@ def _checked(recipe: Recipe, stages: Sequence[Stage]) -> WorkerGib | None:
         return None
     has_store = _is_here(storage.join(recipe.embed.store, MANIFEST))
     has_model = recipe.objective.type != "pi_id" or _is_here(recipe.model.path)
-    if has_store and has_model and _is_here(recipe.model.vae):
+    lora = recipe.model.lora
+    has_lora = lora is None or _is_here(lora.path)
+    if has_store and has_model and has_lora and _is_here(recipe.model.vae):
         preflight(recipe)
         return fit.Estimate() if recipe.runtime.use_gpu else None
     unseen = {
         "embed.store": has_store or "embed" in stages,
         "model.path": has_model,
+        "model.lora.path": has_lora,
         "model.vae": _is_here(recipe.model.vae),
     }
     if elsewhere := [key for key, seen in unseen.items() if not seen]:
         print(f"not seen from here, the job checks it first: {', '.join(elsewhere)}", flush=True)
     record = run_folder.require_same_recipe(recipe) if _is_here(recipe.run_dir) else None
-    if not has_model:
+    if not has_model or not has_lora:
         return None
     run_folder.require_same_base(recipe, record, base_fingerprint(recipe))
     return fit.Estimate() if recipe.runtime.use_gpu else None

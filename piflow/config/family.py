@@ -71,6 +71,8 @@ class Family:
             `piflow smoke`; None: it can't be tried so.
         pipeline: "module:class" of its `piflow.inference.base.FewStepPipeline`; None: its students
             are sampled by `piflow sample` alone.
+        lora_files: "module:class" of the diffusers mixin whose `lora_state_dict` knows how other
+            trainers name the family's LoRA; None: only diffusers' own layout is read.
         published: its best known model, for `piflow plan` without the recipe's folder.
         defaults: recipe keys, nested as in a recipe, for what a recipe of this family leaves out.
     """
@@ -83,6 +85,7 @@ class Family:
     splits_tokens: bool = False
     tiny: str | None = None
     pipeline: str | None = None
+    lora_files: str | None = None
     published: Published | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 

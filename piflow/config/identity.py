@@ -24,7 +24,7 @@ from piflow.config.section import OPERATIONAL, RecipeError, Section, Variant
 
 SCHEMA = 3
 VERSION_KEY = "schema_version"
-SINCE_SCHEMA_0: frozenset[str] = frozenset()
+SINCE_SCHEMA_0 = frozenset({"model.lora"})
 """Dotted keys that decide results and that schema 0 didn't have."""
 _CLASSES_OF_SCHEMA_0 = "package://pipelines/recipes/imagenet_classes.txt"
 _CLASSES = "package://piflow.backbones.dit/imagenet_classes.txt"
@@ -112,14 +112,19 @@ def as_in_schema_0(deciding: dict[str, Any], changed: dict[str, Any]) -> dict[st
         deciding: today's `deciding_values`.
         changed: today's `changed_values`.
     """
-    unknown = SINCE_SCHEMA_0 - flatten(changed).keys()
+    set_now = flatten(changed)
+    unknown = {
+        key
+        for key in SINCE_SCHEMA_0
+        if not any(name == key or name.startswith(f"{key}.") for name in set_now)
+    }
     values = flatten(deciding)
     then = "float32" if values["model.dtype"] == "bfloat16" else "base"
     if values.get("lora.compute_dtype") == then:
         unknown |= {"lora.compute_dtype"}
     names = {"velocity_polynomial": "polynomial", "polynomial": "(not known then)"}
     then_named = _with_mode(deciding, names)
-    return _with_prompts(_without(then_named, unknown), _CLASSES, _CLASSES_OF_SCHEMA_0)
+    return _with_prompts(_without(then_named, frozenset(unknown)), _CLASSES, _CLASSES_OF_SCHEMA_0)
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
+from piflow import storage
 from piflow.config.family import find_family
 from piflow.config.section import (
     Operational,
@@ -35,6 +36,34 @@ class Fp8TeacherConfig(Section):
     """
 
 
+class TeacherLoRAConfig(Section):
+    """Somebody's LoRA that the teacher has on top of the base, and with it the student."""
+
+    path: Uri
+    """URI (local, s3://, hf://owner/repo/file) of one safetensors file, in a layout that diffusers
+    reads for the family.
+    """
+
+    strength: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    """Factor of what it adds to the base's weights; 1 is as it was trained."""
+
+    @field_validator("path")
+    @classmethod
+    def _is_safetensors(cls, path: str) -> str:
+        if not storage.base_name(path).endswith(".safetensors"):
+            raise ValueError(
+                f"expected one .safetensors file (pickled weights are never read), got {path}"
+            )
+        return path
+
+    @field_validator("strength")
+    @classmethod
+    def _counts(cls, strength: float) -> float:
+        if strength == 0:
+            raise ValueError("strength 0 is the base alone: leave model.lora out")
+        return strength
+
+
 class ModelConfig(Section):
     """The teacher: one diffusers transformer and the codec between pictures and its latents."""
 
@@ -60,6 +89,9 @@ class ModelConfig(Section):
     """{} or its options: the teacher's velocity in fp8 (needs torchao, and a GPU of compute
     capability 8.9); null: in `dtype`.
     """
+
+    lora: TeacherLoRAConfig | None = None
+    """{path: URI, strength: 1.0}: the teacher is the base with this LoRA; null: the base alone."""
 
     @field_validator("family")
     @classmethod

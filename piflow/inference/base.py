@@ -108,7 +108,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             FileNotFoundError: the adapter that the pipeline was made from isn't there any more.
         """
         folder = str(Path(save_directory) / ADAPTER_FOLDER)
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
+        for name in (WEIGHTS_FILE, CONFIG_FILE, *self._student.training.files):
             content = storage.read_bytes(storage.join(self._adapter_uri, name))
             storage.write_bytes(storage.join(folder, name), content)
         super().save_pretrained(save_directory, *options, **named)

@@ -17,11 +17,18 @@ from torch import Tensor, nn
 
 from piflow.backbones.base import pack, unpack
 from piflow.backbones.transformer import TransformerBackbone
-from piflow.inference.settings import SETTINGS_KEY, settings_of
+from piflow.inference.places import is_name
+from piflow.inference.settings import (
+    SETTINGS_KEY,
+    settings_of,
+    teacher_lora_of,
+    with_lora_placed,
+)
 from piflow.policies import DXPolicy, GMFlowPolicy
 from piflow.roles import lora
 from piflow.roles.adapter import Adapter
 from piflow.roles.heads import GMHead, PolicyHead
+from piflow.roles.teacher_lora import TeacherLora
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
 
@@ -36,10 +43,12 @@ class Training:
     Attributes:
         few_step: the schedule.
         embedded_guidance: FLUX.1-dev's guidance input; None if it isn't known or not there.
+        files: what belongs to the adapter's folder beside its own two: its teacher's LoRA.
     """
 
     few_step: FewStep
     embedded_guidance: float | None
+    files: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, adapter: Adapter, where: str) -> Training:
@@ -50,7 +59,9 @@ class Training:
         """
         if SETTINGS_KEY in adapter.metadata:
             settings = settings_of(adapter, where)
-            return cls(settings.few_step, settings.embedded_guidance)
+            lora = settings.model.lora
+            files = (lora.path,) if lora is not None and is_name(lora.path) else ()
+            return cls(settings.few_step, settings.embedded_guidance, files)
         clock, few_step = adapter.config.clock(), PUBLISHED
         if clock is not None:  # h = 1 / (N - 1 + f)
             nfe = round(1 / clock.segment_size + 1 - few_step.final_step_size_scale)
@@ -88,7 +99,7 @@ class PipelineStudent:
         shares = not set(transformer.modules()).isdisjoint(own.values())
         parts: dict[str, nn.Module] = {}
         try:
-            trio = Trio.from_adapter(backbone, adapter)
+            trio = Trio.from_adapter(backbone, adapter, _teacher_lora(adapter, where, backbone))
         finally:
             if shares:
                 parts = _student_parts(module, backbone.output_names)
@@ -190,6 +201,20 @@ class PlainLatents:
     def policy(self, tokens: Tensor, latents: Tensor, sigma: Tensor) -> GMFlowPolicy | DXPolicy:
         """From the student's tokens at (latents, sigma (B,))."""
         return self.head.policy(tokens, unpack, latents, sigma)
+
+
+def _teacher_lora(
+    adapter: Adapter, where: str, backbone: TransformerBackbone
+) -> TeacherLora | None:
+    """What the student has of its teacher's LoRA, which isn't the output layer's nor all weights'.
+
+    Raises:
+        ValueError: the adapter names a place that it may not name, or another LoRA lies there.
+    """
+    if adapter.is_full_model or SETTINGS_KEY not in adapter.metadata:
+        return None
+    found = teacher_lora_of(adapter, with_lora_placed(settings_of(adapter, where), where))
+    return None if found is None else found.without(backbone.output_names)
 
 
 def _check_no_lora(layers: Mapping[str, nn.Module]) -> None:

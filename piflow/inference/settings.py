@@ -24,14 +24,18 @@ from piflow.config import FamilyEncoder, ModelConfig, Recipe, identity, require_
 from piflow.config.encoder import EncoderConfig, TextEncoderConfig
 from piflow.inference.places import is_name, parts_of_base, portable, resolve_places
 from piflow.roles.adapter import SETTINGS_KEY, Adapter, load_adapter
+from piflow.roles.teacher_lora import TeacherLora, read_teacher_lora
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
 from piflow.storage.fingerprint import weights_fingerprint
 from piflow.storage.foreign import ForeignDataError, parse_object, shown
 
 BASE_KEY = "piflow_base_sha256"  # `weights_fingerprint` of the base
+TEACHER_LORA_KEY = "piflow_teacher_lora_sha256"  # of the file of `model.lora`
 
 Weights = Literal["ema", "student"]
+
+_TEACHER_LORA = "teacher's LoRA"  # in messages
 
 MAX_SIDE = 16384  # pixels
 MAX_NFE = 64  # as recipes have it
@@ -89,7 +93,13 @@ class SamplingSettings(BaseModel):
             ValueError: the recipe distils nothing.
         """
         model, vae = recipe.model, recipe.model.vae
-        places = {"path": portable(model.path), "vae": None if vae is None else portable(vae)}
+        places: dict[str, Any] = {
+            "path": portable(model.path),
+            "vae": None if vae is None else portable(vae),
+        }
+        if model.lora is not None:
+            path = portable(model.lora.path)
+            places["lora"] = model.lora.model_copy(update={"path": path})
         return cls(
             model=model.model_copy(update=places),
             encoder=_portable_encoder(recipe.encoder),
@@ -216,8 +226,27 @@ def student_of(adapter: Adapter, settings: SamplingSettings) -> Trio:
             f"{found[:16]}: pictures would differ from the student's. Give the base that it was "
             "made from with --base"
         )
+    teacher_lora = teacher_lora_of(adapter, settings)
     backbone = load_backbone(settings.model, embedded_guidance=settings.embedded_guidance)
-    return Trio.from_adapter(backbone, adapter)
+    return Trio.from_adapter(backbone, adapter, teacher_lora)
+
+
+def teacher_lora_of(adapter: Adapter, settings: SamplingSettings) -> TeacherLora | None:
+    """The LoRA of the teacher that an adapter was made from, read from where the settings say.
+
+    Raises:
+        ValueError: it isn't a LoRA, or another one than the adapter's.
+    """
+    if settings.model.lora is None:
+        return None
+    noted, path = adapter.metadata.get(TEACHER_LORA_KEY), settings.model.lora.path
+    if noted is not None and storage.sha256(path) != noted:
+        raise ValueError(
+            f"{path} isn't the teacher's LoRA that the adapter was made with (its sha256 begins "
+            f"with {shown(noted, 16)}): pictures would differ from the student's. Put that file "
+            "into the adapter's folder under this name, or allow its folder with --allow"
+        )
+    return read_teacher_lora(settings.model)
 
 
 def places_of(recipe: Recipe) -> tuple[str, ...]:
@@ -250,11 +279,30 @@ def _placed(
     _require_there(open_to_it, found, adapter)
     found |= given
     vae = found["VAE"] if "VAE" in named else settings.model.vae
-    model = settings.model.model_copy(update={"path": found["base"], "vae": vae})
+    lora = settings.model.lora
+    if lora is not None:
+        lora = lora.model_copy(update={"path": found[_TEACHER_LORA]})
+    model = settings.model.model_copy(update={"path": found["base"], "vae": vae, "lora": lora})
     texts = settings.encoder
     if isinstance(texts, TextEncoderConfig):
         texts = texts.model_copy(update={"path": found["encoder"]})
     return settings.model_copy(update={"model": model, "encoder": texts})
+
+
+def with_lora_placed(settings: SamplingSettings, adapter: str) -> SamplingSettings:
+    """The settings with the place of the teacher's LoRA, if they name one that an adapter may.
+
+    Raises:
+        ValueError: they name another.
+    """
+    lora = settings.model.lora
+    if lora is None:
+        return settings
+    named = {_TEACHER_LORA: lora.path}
+    found = resolve_places(named, adapter)
+    _require_there(named, found, adapter)
+    placed = lora.model_copy(update={"path": found[_TEACHER_LORA]})
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"lora": placed})})
 
 
 def _takes(encoder: EncoderConfig, is_asked: bool) -> bool:
@@ -271,12 +319,14 @@ def _require_there(named: Mapping[str, str], found: Mapping[str, str], adapter: 
     absent = {
         what: place
         for what, place in named.items()
-        if what in ("base", "VAE", "encoder") and is_name(place) and not storage.exists(found[what])
+        if what in ("base", "VAE", "encoder", _TEACHER_LORA)
+        and is_name(place)
+        and not storage.exists(found[what])
     }
     if absent:
         told = ", ".join(f"{what} {shown(repr(place))}" for what, place in absent.items())
         raise ForeignDataError(
-            f"the adapter {adapter} was made with {told}, a folder of another machine or place: "
+            f"the adapter {adapter} was made with {told}, a place of another machine: "
             "say where it is with --base (a pipeline's or transformer's folder, s3://… or a name "
             "on the hub) and --encoder, or allow the folder that holds it with --allow (in Python: "
             "base=, encoder=, allowed=)"
@@ -295,7 +345,8 @@ def _named(settings: SamplingSettings) -> dict[str, str]:
 def _places_of_model(model: ModelConfig) -> dict[str, str]:
     """The same of base and VAE."""
     vae = {} if model.vae is None else {"VAE": model.vae}
-    return {"base": model.path, **vae}
+    lora = {} if model.lora is None else {_TEACHER_LORA: model.lora.path}
+    return {"base": model.path, **vae, **lora}
 
 
 def encode_prompts(

@@ -174,6 +174,7 @@ def require_reachable(recipe: Recipe, shared_folder: str | None) -> None:
         "run_dir": recipe.run_dir,
         "model.path": recipe.model.path,
         "model.vae": recipe.model.vae,
+        "model.lora.path": None if recipe.model.lora is None else recipe.model.lora.path,
         "encoder.path": recipe.encoder.model_dump().get("path"),
         "embed.prompts": recipe.embed.prompts,
         "embed.store": recipe.embed.store,

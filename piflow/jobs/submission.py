@@ -91,6 +91,7 @@ def require_places(recipe: Recipe) -> None:
         "run_dir": recipe.run_dir,
         "model.path": recipe.model.path,
         "model.vae": recipe.model.vae,
+        "model.lora.path": None if recipe.model.lora is None else recipe.model.lora.path,
         "encoder.path": recipe.encoder.model_dump().get("path"),
         "embed.store": recipe.embed.store,
     }

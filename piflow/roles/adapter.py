@@ -27,7 +27,7 @@ from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
 from piflow.config.identity import VERSION_KEY
 from piflow.policies.dx import Mode
 from piflow.roles.heads import PATCH_POSITIONS, PolicyClock
-from piflow.roles.lora import ranks_of, with_scale_one
+from piflow.roles.lora import published_name, ranks_of, with_scale_one
 from piflow.storage.foreign import ForeignDataError, parse_object, shown
 from piflow.storage.tensor_file import read_header
 
@@ -352,11 +352,7 @@ def _of_earlier_piflow(config: AdapterConfig, metadata: Mapping[str, str]) -> Ad
 
 def _published_name(name: str) -> str:
     """A tensor's name without some exporters' prefix, and without PEFT's name of the LoRA."""
-    return (
-        name.removeprefix(PREFIX)
-        .replace(".lora_A.default.", ".lora_A.")
-        .replace(".lora_B.default.", ".lora_B.")
-    )
+    return published_name(name.removeprefix(PREFIX))
 
 
 def _check_numbers(fields: Mapping[str, Any], is_gm: bool, where: str) -> None:

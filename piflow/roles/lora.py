@@ -181,27 +181,33 @@ def layers(module: nn.Module) -> list[LoraLayer]:
     return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
 
 
-def activate(adapted: Iterable[LoraLayer], adapter: str | None) -> None:
-    """Switches the layers to one adapter, or to none; touches no parameter.
+def activate(adapted: Iterable[LoraLayer], *adapters: str) -> None:
+    """Switches each layer to those of the adapters that it has; touches no parameter.
 
     PEFT's `set_adapter` and `disable_adapters` would also change `requires_grad`.
     """
     for layer in adapted:
-        layer._disable_adapters = adapter is None
-        if adapter is not None:
-            layer._active_adapter = [adapter]
+        active = [adapter for adapter in adapters if adapter in layer.lora_A]
+        layer._disable_adapters = not active
+        if active:
+            layer._active_adapter = active
 
 
 def parameters(module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The adapter's weights by published name: `<layer>.lora_A.weight`, `<layer>.lora_B.weight`."""
     found: dict[str, nn.Parameter] = {}
     for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
             for kind in ("lora_A", "lora_B"):
                 found[f"{name}.{kind}.weight"] = module.get_parameter(
                     f"{name}.{kind}.{adapter}.weight"
                 )
     return found
+
+
+def published_name(name: str) -> str:
+    """A tensor's name without PEFT's name of the LoRA."""
+    return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
 
 
 def ranks_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:

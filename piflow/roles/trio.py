@@ -6,6 +6,8 @@ With LoRA they are three views of one backbone:
                   ├─ adapter "student" + policy head "student"        = student (trained)
                   └─ adapter "ema"     + policy head "ema"            = EMA of the student
 
+A teacher with a LoRA of its own has it on the base as an adapter that is always on.
+
 One copy of the base in memory and in every all-gather. Between calls the student is active, so a
 backward pass that recomputes activations (gradient checkpointing) recomputes the student's.
 
@@ -29,6 +31,7 @@ from piflow.config.objective import PolicyConfig
 from piflow.ema import ema_update
 from piflow.policies import DXPolicy, GMFlowPolicy
 from piflow.roles import lora as adapters
+from piflow.roles import teacher_lora as teachers
 from piflow.roles.fp8 import Fp8Linears
 from piflow.roles.heads import (
     BIAS_NOISE,
@@ -134,7 +137,8 @@ class SharedBackbone:
             self._activate(STUDENT)
 
     def _activate(self, role: str | None) -> None:
-        adapters.activate(self._adapted, role)
+        own = () if role is None else (role,)
+        adapters.activate(self._adapted, teachers.TEACHER, *own)
         self._router.role = "teacher" if role is None else role
 
 
@@ -210,6 +214,7 @@ class Trio:
         *,
         generator: torch.Generator,
         bias_noise: float = BIAS_NOISE,
+        teacher_lora: teachers.TeacherLora | None = None,
     ) -> Trio:
         """Adds student and EMA, equal to each other, to a loaded backbone, which it takes over.
 
@@ -220,14 +225,20 @@ class Trio:
             lora: None for full training.
             clock: DX only.
             generator: a CPU generator; equal seeds give equal trios on every worker and device.
+            teacher_lora: what the teacher, and with it the student, has on top of the base; with
+                full training it is merged into the base's weights.
 
         Raises:
-            ValueError: a LoRA target without a match, a DX policy without a clock, or a backbone
-                that was taken over before.
+            ValueError: a LoRA target without a match, a teacher's LoRA that doesn't fit, a DX
+                policy without a clock, or a backbone that was taken over before.
         """
         output = backbone.output_layer()
+        if teacher_lora is not None:
+            teachers.merge(backbone, teacher_lora, outputs_alone=lora is not None)
         if lora is not None:
             _inject_lora(backbone, lora, generator)
+            if teacher_lora is not None:
+                teachers.put_on(backbone, teacher_lora, lora.compute_dtype)
         head = build_head(output, policy, clock, generator=generator, bias_noise=bias_noise)
         roles: Roles
         if lora is None:
@@ -241,14 +252,24 @@ class Trio:
         return trio.train(True)
 
     @classmethod
-    def from_adapter(cls, backbone: Backbone, adapter: Adapter) -> Trio:
+    def from_adapter(
+        cls,
+        backbone: Backbone,
+        adapter: Adapter,
+        teacher_lora: teachers.TeacherLora | None = None,
+    ) -> Trio:
         """Adds a published adapter to a loaded backbone, for sampling: teacher and student only.
 
+        Args:
+            teacher_lora: of the teacher that the student was made from.
+
         Raises:
-            ValueError: the adapter was made for another architecture, its tensors don't fit, or a
-                backbone that was taken over before.
+            ValueError: the adapter was made for another architecture, its tensors or the teacher's
+                LoRA don't fit, or a backbone that was taken over before.
         """
         adapter.check_fits(backbone)
+        if teacher_lora is not None:
+            teachers.merge(backbone, teacher_lora, outputs_alone=not adapter.is_full_model)
         generator = torch.Generator().manual_seed(0)  # every value it draws is overwritten below
         config = adapter.config
         head = build_head(
@@ -261,6 +282,8 @@ class Trio:
             ranks = adapters.ranks_of(adapter.tensors)
             if ranks:
                 adapters.inject(backbone.module, STUDENT, ranks, dropout=0.0, generator=generator)
+            if teacher_lora is not None:
+                teachers.put_on(backbone, teacher_lora)
             roles = SharedBackbone(backbone, {STUDENT: head})
         trio = cls(roles)
         trio.load_student(adapter.tensors)
@@ -287,7 +310,7 @@ class Trio:
         return (*self.backbone.block_classes, OutputLayer, GMHead, DXHead)
 
     def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """The frozen base's unguided velocity `(B, C, H, W)`, float32, without gradient."""
+        """The teacher's unguided velocity `(B, C, H, W)`, float32, without gradient."""
         return self._roles.teacher_velocity(x, sigma, cond)
 
     def student(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> GMFlowPolicy | DXPolicy:

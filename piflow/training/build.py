@@ -26,6 +26,7 @@ from piflow.flow import draw_noise
 from piflow.roles.fp8 import check_device
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.heads import PolicyClock
+from piflow.roles.teacher_lora import read_teacher_lora
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FewStep, FlowSchedule
@@ -313,4 +314,5 @@ def _trio_of(recipe: Recipe, objective: PiIDConfig, backbone: Backbone) -> Trio:
         recipe.policy,
         PolicyClock.of(FewStep.of(objective)),
         generator=torch.Generator().manual_seed(recipe.seed),
+        teacher_lora=read_teacher_lora(recipe.model),
     )

@@ -9,15 +9,19 @@ from piflow import storage
 from piflow.backbones import load_empty_backbone
 from piflow.backbones.flux.fresh import fresh_module
 from piflow.config import Recipe
+from piflow.config.model import TeacherLoRAConfig
+from piflow.inference.places import is_name, portable
 from piflow.inference.settings import (
     BASE_KEY,
     SECTIONS,
     SETTINGS_KEY,
+    TEACHER_LORA_KEY,
     SamplingSettings,
     Weights,
 )
 from piflow.roles.adapter import save_adapter
 from piflow.roles.heads import PolicyClock
+from piflow.roles.teacher_lora import MAX_BYTES as MAX_LORA_BYTES
 from piflow.roles.trio import Trio
 from piflow.runs import folder as run_folder
 from piflow.storage.fingerprint import weights_fingerprint
@@ -77,9 +81,19 @@ def _stored_in_checkpoint(
 
 
 def _base_of(recipe: Recipe) -> dict[str, str]:
-    """What tells the base from others, for an adapter's metadata, where it is known."""
+    """What tells base and teacher's LoRA from others, for an adapter's metadata, where known."""
     found = weights_fingerprint(recipe.model.path)
-    return {} if found is None else {BASE_KEY: found}
+    base = {} if found is None else {BASE_KEY: found}
+    lora = recipe.model.lora
+    return base if lora is None else {**base, TEACHER_LORA_KEY: storage.sha256(lora.path)}
+
+
+def _take_along(lora: TeacherLoRAConfig, folder: str) -> None:
+    """Copies a teacher's LoRA of this machine beside the adapter, where sampling looks for it."""
+    name = portable(lora.path)
+    if is_name(name):
+        content = storage.read_bytes(lora.path, max_bytes=MAX_LORA_BYTES)
+        storage.write_bytes(storage.join(folder, name), content)
 
 
 def export_adapter(
@@ -96,6 +110,7 @@ def export_adapter(
 
     Of the base its config, headers and output layer are read, not its weights. Host memory holds
     the adapter's bytes and one trained tensor at a time. The same checkpoint gives the same bytes.
+    A teacher's LoRA is noted by its place and hash; one of this machine is copied beside it.
 
     Args:
         lineage: strings for the metadata: run, hashes, step.
@@ -105,6 +120,8 @@ def export_adapter(
         ValueError: the recipe distils nothing, or the checkpoint doesn't fit it.
     """
     settings = SamplingSettings.of(recipe)
+    if recipe.model.lora is not None:
+        _take_along(recipe.model.lora, folder)
     stored, _ = _stored_in_checkpoint(recipe, checkpoint, weights, manifest_hash)
     backbone, _ = load_empty_backbone(recipe.model, embedded_guidance=recipe.guidance.embedded)
     save_adapter(

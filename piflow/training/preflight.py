@@ -6,11 +6,14 @@ opened: the driver, the workers and the evaluation open none of it again.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from piflow import storage
+from piflow.backbones import Backbone, family_class
 from piflow.backbones.codec import absolute_paths, build_codec, check_channels
 from piflow.backbones.encoders import encoder_identity
+from piflow.backbones.transformer import TransformerBackbone, read_model_config
 from piflow.config import PiIDConfig, Recipe
 from piflow.data.layout import require_recipes_prompts
 from piflow.data.online import open_store
@@ -18,6 +21,7 @@ from piflow.data.pictures import codec_identity
 from piflow.data.reader import EmbeddingStore, PromptStore
 from piflow.data.select import evaluation_rows, listed_prompts
 from piflow.demo.retrieval import EmojiRetrieval
+from piflow.roles.teacher_lora import check_teacher_lora
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunRecord
 from piflow.storage.fingerprint import CodecIdentity, weights_fingerprint
@@ -72,8 +76,8 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
         ValueError: the run folder belongs to another recipe, store or base weights; no store, a
             damaged one, one of another encoder, for a new run one of other prompts, or one without
             the recipe's negative prompt or, where it trains on them, latents of its VAE; a VAE of
-            another family, or one that makes other latents than the model takes; or weights that
-            aren't safetensors.
+            another family, or one that makes other latents than the model takes; a teacher's LoRA
+            that doesn't go onto the base; or weights that aren't safetensors.
         OSError: something that the recipe names can't be read.
     """
     record = run_folder.require_same_recipe(recipe)
@@ -95,6 +99,8 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     run_folder.require_same_store(recipe, record, store.manifest_hash)
     base = base_fingerprint(recipe)
     run_folder.require_same_base(recipe, record, base)
+    if isinstance(recipe.objective, PiIDConfig):
+        _check_teacher_lora(recipe)
     found = run_folder.checkpoints(recipe.run_dir)
     require_newest_of(recipe, store.manifest_hash, found)
     retrieval = _retrieval(recipe, store) if evaluation else None
@@ -119,10 +125,31 @@ def _retrieval(recipe: Recipe, store: PromptStore) -> EmojiRetrieval | None:
 
 
 def base_fingerprint(recipe: Recipe) -> str | None:
-    """What tells the base weights of a distillation from others; None: there are none to read."""
+    """What tells the teacher's weights in a distillation from others; None: none to read.
+
+    They are the base's, and those of its LoRA if it has one.
+    """
     if not isinstance(recipe.objective, PiIDConfig):  # which starts from fresh weights
         return None
-    return weights_fingerprint(recipe.model.path)
+    base = weights_fingerprint(recipe.model.path)
+    if recipe.model.lora is None:
+        return base
+    both = f"{base} {storage.sha256(recipe.model.lora.path)}"
+    return hashlib.sha256(both.encode()).hexdigest()
+
+
+def _check_teacher_lora(recipe: Recipe) -> None:
+    """Refuses a teacher's LoRA that doesn't go onto the base; of the base its config is read."""
+    kind, path = family_class(recipe.model.family), recipe.model.path
+    guidance = recipe.guidance.embedded
+
+    def empty() -> Backbone:
+        if not issubclass(kind, TransformerBackbone):
+            return kind.load_empty(path, embedded_guidance=guidance)[0]
+        config = read_model_config(storage.for_ranges(path), kind.class_name, path)
+        return kind.on_meta(config, embedded_guidance=guidance)
+
+    check_teacher_lora(recipe.model, empty)
 
 
 def require_newest_of(recipe: Recipe, manifest_hash: str, checkpoints: dict[int, str]) -> None:

@@ -242,7 +242,7 @@ def test_gradients_reach_every_lora_layer(case: Case) -> None:
     case.gradients()
     unreached = [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
     assert not unreached
-    lora.activate(lora.layers(case.backbone.module), None)
+    lora.activate(lora.layers(case.backbone.module))
     assert torch.equal(case.velocity(), expected)
 
 

@@ -38,5 +38,6 @@ FAMILY = Family(
     splits_tokens=True,
     tiny="piflow.backbones.flux.tiny",
     pipeline="piflow.inference.flux:PiFluxPipeline",
+    lora_files="diffusers.loaders.lora_pipeline:FluxLoraLoaderMixin",
     published=Published("FLUX.1-dev", {"guidance_embeds": True}),
 )

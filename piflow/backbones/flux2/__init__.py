@@ -34,5 +34,6 @@ FAMILY = Family(
     splits_tokens=True,
     tiny="piflow.backbones.flux2.tiny",
     pipeline="piflow.inference.flux2:PiFlux2Pipeline",
+    lora_files="diffusers.loaders.lora_pipeline:Flux2LoraLoaderMixin",
     published=Published("FLUX.2-dev"),
 )

@@ -30,5 +30,6 @@ FAMILY = Family(
     splits_tokens=True,
     tiny="piflow.backbones.qwen_image.tiny",
     pipeline="piflow.inference.qwen_image:PiQwenImagePipeline",
+    lora_files="diffusers.loaders.lora_pipeline:QwenImageLoraLoaderMixin",
     published=Published("Qwen-Image"),
 )

@@ -38,6 +38,7 @@ FAMILY = Family(
     packs_latents=False,  # the model cuts its patches itself
     tiny="piflow.backbones.sd3.tiny",
     pipeline="piflow.inference.sd3:PiSD3Pipeline",
+    lora_files="diffusers.loaders.lora_pipeline:SD3LoraLoaderMixin",
     published=Published(
         "Stable Diffusion 3.5 large",
         {

@@ -184,7 +184,7 @@ def test_an_old_hash_is_no_run_with_a_key_that_came_since(monkeypatch: pytest.Mo
     """As if `seed` were such a key: its default is what the old run did."""
     without = identity.as_in_schema_0(recipe().deciding(), recipe().identity())
     del without["seed"]
-    monkeypatch.setattr(identity, "SINCE_SCHEMA_0", frozenset({"seed"}))
+    monkeypatch.setattr(identity, "SINCE_SCHEMA_0", identity.SINCE_SCHEMA_0 | {"seed"})
     assert recipe().is_run_of(identity.hash_of(without))
     assert not recipe(seed=5).is_run_of(identity.hash_of(without))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusers import (
     QwenImagePipeline,
     StableDiffusion3Pipeline,
 )
+from safetensors.torch import save_file
 from torch import Tensor
 
 from piflow.backbones import (
@@ -38,11 +40,18 @@ from piflow.inference import (
     PiQwenImagePipeline,
     PiSD3Pipeline,
 )
-from piflow.roles.adapter import WEIGHTS_FILE, load_adapter
+from piflow.inference.settings import (
+    SETTINGS_KEY,
+    settings_of,
+    teacher_lora_of,
+    with_lora_placed,
+)
+from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_few_step
 from piflow.schedule import FewStep, FlowSchedule, segments
 from piflow.scheduler import FlowMapScheduler
+from tests.unit.roles.test_teacher_lora import linear_layers, write_lora
 
 NFE, SHIFT, SUBSTEPS, GUIDANCE = 3, 2.0, 24, 2.5  # as conftest's adapters note
 PROMPTS = ["a red heart", "two blue stars on a hill"]
@@ -185,7 +194,12 @@ def sampled(
     guided = GUIDANCE if family in (FLUX, FLUX2) else None
     place = base / "transformer"
     backbone = family.backbone.load(place, dtype=dtype, embedded_guidance=guided)
-    trio = Trio.from_adapter(backbone, load_adapter(pipe.made))
+    adapter = load_adapter(pipe.made)
+    lora = None
+    if SETTINGS_KEY in adapter.metadata:
+        settings = with_lora_placed(settings_of(adapter, "made"), str(pipe.made))
+        lora = teacher_lora_of(adapter, settings)
+    trio = Trio.from_adapter(backbone, adapter, lora)
     cond, generator = family.condition(pipe), torch.Generator().manual_seed(5)
     height, width = family.size
     if family is FLUX2:  # draws patches
@@ -522,6 +536,34 @@ def test_lora_that_comes_after_the_student(load: Load) -> None:
     pipe.transformer.add_adapter(LoraConfig(target_modules=["proj_mlp"], **options), "style")
     with pytest.raises(ValueError, match="carries LoRA on single_transformer_blocks.0.proj_mlp"):
         FLUX.latents(pipe)
+
+
+def test_a_teachers_lora_comes_with_the_student(
+    load: Load, flux_base: Path, tmp_path: Path
+) -> None:
+    """The output layer's as well, which is the teacher's alone; between calls the base is as is."""
+    plain, folder = load(FLUX), tmp_path / "adapter"
+    tensors, (config, weights) = load_adapter(plain.made), (CONFIG_FILE, WEIGHTS_FILE)
+    settings = json.loads(tensors.metadata[SETTINGS_KEY])
+    settings["model"]["lora"] = {"path": "style.safetensors", "strength": 0.5}
+    metadata = {**tensors.metadata, SETTINGS_KEY: json.dumps(settings)}
+    folder.mkdir()
+    save_file(tensors.tensors, folder / weights, metadata=metadata)
+    (folder / config).write_bytes((plain.made / config).read_bytes())
+    layers = linear_layers(plain.transformer, outputs=True)
+    write_lora(folder / "style.safetensors", layers)
+    pipe = quiet(PiFluxPipeline.from_pretrained(flux_base, adapter=folder))
+    pipe.made = folder
+    before = {name: p.clone() for name, p in pipe.transformer.state_dict().items()}
+    found = FLUX.latents(pipe)
+    assert_same(found, sampled(pipe, FLUX, flux_base, NFE))
+    assert not torch.allclose(found, FLUX.latents(plain), atol=1e-2)
+    after = pipe.transformer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = quiet(PiFluxPipeline.from_pretrained(tmp_path / "saved"))
+    assert torch.equal(FLUX.latents(loaded), found)
 
 
 def test_a_bare_components_call(load: Load, flux_base: Path) -> None:

@@ -46,6 +46,7 @@ from piflow.training.build import build_trio
 from piflow.training.checkpoint import RunState
 from piflow.training.export import export_adapter, student_of_checkpoint
 from piflow.training.step import Trainer
+from tests.unit.roles.test_teacher_lora import linear_layers, write_lora
 from tests.unit.whole import save_checkpoint
 
 PACKAGES = ("package://",)  # where these adapters' encoders are
@@ -152,6 +153,37 @@ def test_export_and_load_draw_identical_pictures(
     assert settings.model == ModelConfig(path=str(flux_folder))
     metadata = load_adapter(out).metadata
     assert metadata["piflow.run_id"] == "run" and metadata["base_model"] == flux_folder.name
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])
+def test_a_teachers_lora_goes_with_the_adapter(
+    lora: Any, flux_folder: Path, flux_inputs: Any, tmp_path: Path
+) -> None:
+    """Beside it and by its hash: another file under the name is refused, and so is none."""
+    module = build_trio(recipe(flux_folder, lora=None)).modules[0]
+    layers = linear_layers(module, outputs=False)
+    style = write_lora(tmp_path / "style.safetensors", layers)
+    section = {"path": str(flux_folder), "lora": {"path": str(style), "strength": 0.5}}
+    ours, cond = recipe(flux_folder, model=section, lora=lora), flux_inputs[2]
+    folder, trio = trained(ours, flux_inputs, tmp_path / "checkpoint")
+    out = tmp_path / "adapter"
+    kinds: Any = {"weights": "ema", "dtype": "float32", "lineage": {}}
+    export_adapter(ours, str(folder), str(out), **kinds)
+    noted = settings_of(load_adapter(out), str(out)).model.lora
+    assert noted is not None and (noted.path, noted.strength) == (style.name, 0.5)
+    allowed = places_of(recipe(flux_folder))  # the base and the encoder, not the LoRA
+    student, _ = load_student(str(out), allowed=allowed)
+    assert torch.equal(pictures(student.student, cond), pictures(trio.ema, cond))
+    teachers = [made.teacher_velocity(*flux_inputs) for made in (student, trio)]
+    assert torch.equal(*teachers)
+    base = build_trio(recipe(flux_folder)).teacher_velocity(*flux_inputs)
+    assert not torch.allclose(teachers[0], base, atol=1e-2)
+    (out / style.name).write_bytes(style.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="isn't the teacher's LoRA that the adapter was made with"):
+        load_student(str(out), allowed=allowed)
+    (out / style.name).unlink()
+    with pytest.raises(ValueError, match="was made with teacher's LoRA 'style.safetensors'"):
+        load_student(str(out), allowed=allowed)
 
 
 @pytest.mark.parametrize("lora", [{"rank": 4}, None], ids=["lora", "full"])

@@ -19,7 +19,8 @@ from piflow.roles.trio import Trio
 from piflow.sharding import SingleStrategy, weights
 from piflow.sharding.weights import WEIGHTS_FILE, fill, missing, stored_tensors
 from piflow.training.build import build_empty_trio, build_trio, prepared_trio
-from tests.unit.models import MODELS
+from tests.unit.models import MODELS, case
+from tests.unit.roles.test_teacher_lora import linear_layers, write_lora
 
 SCRIPT = Path(__file__).with_name("weights_ranks.py")
 LARGE = {  # 74 million parameters, 297 MB
@@ -124,6 +125,13 @@ def ranks(
             lora={"rank": 1, "targets": ["timestep_embedder.linear_1"]},
             policy={"type": "dx", "num_points": 2},
         )
+    style = write_lora(
+        folder / "style.safetensors", linear_layers(case("flux")[0].module, outputs=True)
+    )
+    for dtype in ITEM_BYTES:
+        recipe = tree(folders["flux"], "flux", dtype)
+        lora = {"path": str(style), "strength": 0.7}
+        recipes[f"flux lora {dtype}"] = {**recipe, "model": {**recipe["model"], "lora": lora}}
     (folder / "recipes.json").write_text(json.dumps(recipes))
     save_layers(folder / "uneven")
     # a fixed threshold: freed tensors go back to the system, not to a heap that hides the next ones
@@ -137,6 +145,12 @@ def test_ranks_stream_the_shards_that_they_would_cut(
 ) -> None:
     """Weights, buffers, what is trained, and the velocities computed with them."""
     assert [rank[f"{family} {dtype}"] for rank in ranks] == [[], []]
+
+
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
+def test_a_teachers_lora_is_sharded_with_its_base(dtype: str, ranks: list[dict[str, Any]]) -> None:
+    assert [rank[f"flux lora {dtype}"] for rank in ranks] == [[], []]
+    assert all(rank["lora alone"] < 1e-5 for rank in ranks)
 
 
 @pytest.mark.parametrize("mesh", ["sharded", "replicated"])

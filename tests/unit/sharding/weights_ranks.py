@@ -97,6 +97,12 @@ def differences(recipe: Recipe) -> list[str]:
     return different + [name for name in due if not torch.equal(results[name], due[name])]
 
 
+def apart_from_one_process(recipe: Recipe) -> float:
+    """The teacher's velocity on shards against that of a base that is whole, at worst."""
+    ours, alone = computed(streamed(recipe, FSDPStrategy(CPU)), recipe), build_trio(recipe)
+    return float((ours["teacher"] - computed(alone, recipe)["teacher"]).abs().max())
+
+
 def gathered_differences(recipe: Recipe, strategy: Strategy) -> list[str]:
     """What of a trio that was streamed isn't as it is stored, once it is whole again on rank 0."""
     found = gather(strategy, tensors(streamed(recipe, strategy)))
@@ -167,6 +173,7 @@ def main(folder: Path, rank: int, world_size: int) -> None:
             results[name] = {make.__name__: growth(make, recipe, fsdp) for make in ways}
         else:
             results[name] = differences(recipe)
+    results["lora alone"] = apart_from_one_process(parse_recipe(trees["flux lora float32"]))
     zero = build_strategy("deepspeed", world_size, CPU, deepspeed=DeepSpeedConfig(stage=3))
     recipe = parse_recipe(trees["flux bfloat16"])
     results["zero3"] = gathered_differences(recipe, zero)
