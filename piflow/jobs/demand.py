@@ -161,15 +161,8 @@ def job_name(recipe: Recipe, values: Values, stage: str) -> str:
     return name
 
 
-def require_reachable(recipe: Recipe, shared_folder: str | None) -> None:
-    """All of the recipe's places are reached from every machine.
-
-    Args:
-        shared_folder: path under which all machines see the same files; None: there is none.
-
-    Raises:
-        ValueError: names the keys that aren't.
-    """
+def local_places(recipe: Recipe) -> dict[str, str]:
+    """What the recipe names that is a path and no URI: key -> path."""
     places = {
         "run_dir": recipe.run_dir,
         "model.path": recipe.model.path,
@@ -180,7 +173,32 @@ def require_reachable(recipe: Recipe, shared_folder: str | None) -> None:
         "embed.store": recipe.embed.store,
         "evaluation.prompt_list": recipe.evaluation.prompt_list,
     }
-    local = {key: place for key, place in places.items() if place and not _URI.match(place)}
+    return {key: place for key, place in places.items() if place and not _URI.match(place)}
+
+
+def require_tracking_elsewhere(recipe: Recipe) -> None:
+    """A run on object storage can't keep MLflow's default database in its folder.
+
+    Raises:
+        ValueError: says what to name.
+    """
+    if recipe.tracking.uri is None and recipe.run_dir.startswith("s3://"):
+        raise ValueError(
+            "tracking.uri is empty, and the default (SQLite in the run's folder) can't be on "
+            "s3://; name an MLflow server: tracking.uri = https://…"
+        )
+
+
+def require_reachable(recipe: Recipe, shared_folder: str | None) -> None:
+    """All of the recipe's places are reached from every machine.
+
+    Args:
+        shared_folder: path under which all machines see the same files; None: there is none.
+
+    Raises:
+        ValueError: names the keys that aren't.
+    """
+    local = local_places(recipe)
     if shared_folder is not None:
         inside = f"{shared_folder.rstrip('/')}/"
         local = {key: place for key, place in local.items() if not _is_inside(place, inside)}
@@ -191,11 +209,7 @@ def require_reachable(recipe: Recipe, shared_folder: str | None) -> None:
             f"these places are on one machine only, {told} ({where}); use s3://, hf:// or "
             "package://, or a folder that all machines share"
         )
-    if recipe.tracking.uri is None and recipe.run_dir.startswith("s3://"):
-        raise ValueError(
-            "tracking.uri is empty, and the default (SQLite in the run's folder) can't be on "
-            "s3://; name an MLflow server: tracking.uri = https://…"
-        )
+    require_tracking_elsewhere(recipe)
     if (recipe.tracking.uri or "").startswith("sqlite:"):
         raise ValueError(
             f"tracking.uri = {recipe.tracking.uri} is a file on one machine, which ends with the "

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from piflow.config import BUILT_IN, Recipe
 from piflow.jobs.arrival import ARRIVED as ARRIVED
+from piflow.jobs.demand import local_places, require_tracking_elsewhere
 from piflow.jobs.package import ARRIVAL, RECIPE
 
 Stage = Literal["embed", "pretrain", "distill", "evaluate", "export"]
@@ -19,7 +20,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _DISTILLATION: tuple[Stage, ...] = ("embed", "distill", "evaluate", "export")
 _PRETRAINING: tuple[Stage, ...] = ("embed", "pretrain")
-_URI = re.compile(r"^\w+://")
+_TAKEN_ALONG = ("embed.prompts", "evaluation.prompt_list")  # by `package`, if they are relative
 _LONGEST_NAME = 40
 
 RUN, NAME, STAGES_KEY, CONTENT = "piflow.run", "piflow.name", "piflow.stages", "piflow.content"
@@ -87,18 +88,10 @@ def require_places(recipe: Recipe) -> None:
     Raises:
         ValueError: names the keys that aren't, and what to write.
     """
-    places = {
-        "run_dir": recipe.run_dir,
-        "model.path": recipe.model.path,
-        "model.vae": recipe.model.vae,
-        "model.lora.path": None if recipe.model.lora is None else recipe.model.lora.path,
-        "encoder.path": recipe.encoder.model_dump().get("path"),
-        "embed.store": recipe.embed.store,
-    }
     wrong = [
         f"{key} = {place}"
-        for key, place in places.items()
-        if place and not _URI.match(place) and not os.path.isabs(place)
+        for key, place in local_places(recipe).items()
+        if key not in _TAKEN_ALONG and not os.path.isabs(place)
     ]
     if wrong:
         raise ValueError(
@@ -106,8 +99,4 @@ def require_places(recipe: Recipe) -> None:
             "absolute path on a disk that all machines of the cluster share (--set "
             f"{wrong[0].partition(' ')[0]}=/shared/…)"
         )
-    if recipe.tracking.uri is None and recipe.run_dir.startswith("s3://"):
-        raise ValueError(
-            "tracking.uri is empty, and the default (SQLite in the run's folder) can't be on "
-            "s3://; name an MLflow server: tracking.uri = https://…"
-        )
+    require_tracking_elsewhere(recipe)

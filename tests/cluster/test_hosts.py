@@ -162,11 +162,11 @@ def test_a_head_that_is_gone_ends_the_driver_and_another_cluster_goes_on(
     inputs: Inputs, network: Network, straight: SmallRun
 ) -> None:
     """Without Redis, hosts end with their head; the driver says that another start helps."""
-    variables = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+    variables = {"RAY_gcs_rpc_server_reconnect_timeout_s": "30"}
     cluster, [host] = start(network, **variables)
     driver = {"RAY_ADDRESS": cluster.address}
     # steps that take long, so that the workers don't end all of them before they miss their head
-    run = HostRun(inputs.folder, inputs.recipe("head-gone", **sections()), driver, 2 * PACE, host)
+    run = HostRun(inputs.folder, inputs.recipe("head-gone", **sections()), driver, 3 * PACE, host)
     with run.running() as process:
         wait_until(lambda: run.last_step() >= CHECKPOINT_EVERY + 1, "training", run, SECONDS)
         cluster.head.kill()

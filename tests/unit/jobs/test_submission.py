@@ -56,14 +56,14 @@ def test_the_command_checks_the_image_first_and_stops_at_a_failure() -> None:
 def test_places_of_this_machine_are_refused() -> None:
     with pytest.raises(ValueError, match=r"embed\.store = runs/.*--set [\w.]+=/shared"):
         submission.require_places(recipe_with("embed.store=runs/store"))
+    elsewhere = (
+        "run_dir=s3://bucket/run", "embed.store=s3://bucket/store",
+        "model.path=hf://owner/name/transformer", "encoder.path=hf://owner/name",
+        "model.vae=hf://owner/name/vae",
+    )  # fmt: skip
     with pytest.raises(ValueError, match=r"tracking\.uri is empty"):
-        submission.require_places(
-            recipe_with(
-                "run_dir=s3://bucket/run", "embed.store=s3://bucket/store",
-                "model.path=hf://owner/name/transformer", "encoder.path=hf://owner/name",
-                "model.vae=hf://owner/name/vae",
-            )
-        )  # fmt: skip
+        submission.require_places(recipe_with(*elsewhere))
+    submission.require_places(recipe_with(*elsewhere, "tracking.uri=sqlite:////shared/mlflow.db"))
 
 
 DISTILL: tuple[submission.Stage, ...] = ("distill",)
