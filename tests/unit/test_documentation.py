@@ -14,6 +14,8 @@ import typer
 from typer.testing import CliRunner
 
 from piflow import cli
+from tests.golden.make_recipe_reference import PAGE, page
+from tests.golden.make_recipe_schema import sections
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [
@@ -53,6 +55,14 @@ def test_the_guides_family_is_the_package_that_tests_run() -> None:
     shown = re.findall(r"^`bria_family/(\w+\.py)`:\n\n```python\n(.*?)^```$", guide, re.M | re.S)
     assert dict(shown) == {path.name: path.read_text() for path in PACKAGE.glob("*.py")}
     assert guide.count("```python") == len(shown)
+
+
+def test_the_recipe_reference_is_current() -> None:
+    """After a change: python -m tests.golden.make_recipe_reference."""
+    text = page()
+    assert PAGE.read_text() == text
+    keys = [name for section in sections() for name in section.model_fields]
+    assert all(f"| `{name}` |" in text for name in keys) and len(keys) > 100
 
 
 # ------------------------------------------------------------------------------------ commands
