@@ -131,11 +131,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _fp8_has_a_teacher(self) -> Recipe:
-        if self.model.fp8_teacher is not None and self.objective.type != "pi_id":
+    def _distils_what_it_names(self) -> Recipe:
+        named = {
+            "model.fp8_teacher is about a distillation's teacher": self.model.fp8_teacher,
+            "model.lora is about a distillation's teacher": self.model.lora,
+            "training.init_from is about a distillation's student": self.training.init_from,
+        }
+        wrong = [what for what, value in named.items() if value is not None]
+        if wrong and self.objective.type != "pi_id":
             raise ValueError(
-                f"model.fp8_teacher is about a distillation's teacher and objective.type = "
-                f"{self.objective.type} has none; leave it out"
+                f"{wrong[0]} and objective.type = {self.objective.type} has none; leave it out"
             )
         if self.model.fp8_teacher is not None and self.runtime.compile:
             raise ValueError(

@@ -15,6 +15,7 @@ from piflow.config.section import (
     PositiveFloat,
     Probability,
     Section,
+    Uri,
 )
 
 
@@ -83,6 +84,12 @@ class TrainingConfig(Section):
 
     micro_batch_size: Positive = 2
     """Samples a forward pass; results depend on it, not on the worker count."""
+
+    init_from: Uri | None = None
+    """URI (local, s3://, hf://) of an adapter's folder that the student begins as, LoRA and head:
+    of the same base, rank and head, by piflow or published. It is read at every start of the run.
+    Default: the student begins as its teacher.
+    """
 
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()

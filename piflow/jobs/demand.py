@@ -167,6 +167,7 @@ def local_places(recipe: Recipe) -> dict[str, str]:
         "run_dir": recipe.run_dir,
         "model.path": recipe.model.path,
         "model.vae": recipe.model.vae,
+        "training.init_from": recipe.training.init_from,
         "model.lora.path": None if recipe.model.lora is None else recipe.model.lora.path,
         "encoder.path": recipe.encoder.model_dump().get("path"),
         "embed.prompts": recipe.embed.prompts,

@@ -348,6 +348,13 @@ class Trio:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 
+    def begin_as(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets student and EMA, as `load_student`."""
+        self.load_student(tensors)
+        ema_update(
+            list(self.ema_parameters().values()), list(self.trainable_parameters().values()), 0
+        )
+
     def train(self, mode: bool = True) -> Trio:
         """Training mode (LoRA dropout on) or evaluation mode; returns itself."""
         self._roles.train(mode)

@@ -23,6 +23,7 @@ from piflow.data.batch import MicroBatch, conditioning, cut_for
 from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import PromptStore
 from piflow.flow import draw_noise
+from piflow.roles.adapter import Adapter
 from piflow.roles.fp8 import check_device
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.heads import PolicyClock
@@ -44,6 +45,7 @@ from piflow.training.objective import (
     training_flops,
 )
 from piflow.training.step import Trainer
+from piflow.training.warm_start import check_start, read_start
 
 SAMPLE_SEEDS = 4
 
@@ -146,7 +148,7 @@ def _distillation(
     negative = conditioning(
         store.negative_prompt(recipe.guidance.negative_prompt), device, shared_by=cut_for(recipe)
     )
-    trio = prepared_trio(recipe, strategy)
+    trio = prepared_trio(recipe, strategy, start=read_start(recipe))
     trainer = Trainer(
         PiIDObjective(trio, codec, negative, recipe, device, clean),
         trio.trainable_parameters(),
@@ -164,7 +166,7 @@ def _distillation(
     return trainer, draw, trio.modules, trio.backbone
 
 
-def prepared_trio(recipe: Recipe, strategy: Strategy) -> Trio:
+def prepared_trio(recipe: Recipe, strategy: Strategy, *, start: Adapter | None = None) -> Trio:
     """The recipe's trio, spread over the workers.
 
     A base that is frozen and sharded is never whole anywhere: each worker reads what it keeps, once
@@ -172,14 +174,17 @@ def prepared_trio(recipe: Recipe, strategy: Strategy) -> Trio:
     adapters and heads, and a buffer (under DeepSpeed also one tensor). Full training copies the
     base and replicas keep all of it, so there every worker loads it whole.
 
+    Args:
+        start: what student and EMA begin as, in place of the teacher.
+
     Raises:
-        ValueError: as `build_trio`.
+        ValueError: as `build_trio`; or `start` doesn't fit.
     """
     stored: dict[str, StoredTensor] = {}
     if recipe.lora is not None and strategy.splits_frozen:
-        trio, stored = build_empty_trio(recipe)
+        trio, stored = build_empty_trio(recipe, start=start)
     else:
-        trio = build_trio(recipe)
+        trio = build_trio(recipe, start=start)
     if recipe.model.fp8_teacher is not None:
         check_device(strategy.device)
         trio.use_fp8_teacher()
@@ -263,25 +268,30 @@ def _draw_samples(
     return Samples(tuple(batch.prompts), torch.stack(columns, dim=1))
 
 
-def build_trio(recipe: Recipe, *, device: torch.device | str = "cpu") -> Trio:
+def build_trio(
+    recipe: Recipe, *, device: torch.device | str = "cpu", start: Adapter | None = None
+) -> Trio:
     """Loads the recipe's base and adds student and EMA to it, in training mode.
 
     Args:
         device: where the base is loaded, whole; see `build_empty_trio` for one that only fits
             sharded.
+        start: what student and EMA begin as, in place of the teacher.
 
     Raises:
-        ValueError: the recipe distils nothing, a folder that isn't the family's model, or a LoRA
-            target without a match.
+        ValueError: the recipe distils nothing, a folder that isn't the family's model, a LoRA
+            target without a match, or a `start` that doesn't fit.
     """
     objective = recipe.distillation()
     backbone = load_backbone(
         recipe.model, device=device, embedded_guidance=recipe.guidance.embedded
     )
-    return _trio_of(recipe, objective, backbone)
+    return _trio_of(recipe, objective, backbone, start)
 
 
-def build_empty_trio(recipe: Recipe) -> tuple[Trio, dict[str, StoredTensor]]:
+def build_empty_trio(
+    recipe: Recipe, *, start: Adapter | None = None
+) -> tuple[Trio, dict[str, StoredTensor]]:
     """`build_trio` for a base that doesn't fit whole: LoRA and heads are real, the base is empty.
 
     Adapters and heads have the same values as in `build_trio`, on the CPU. Shard the trio's one
@@ -302,13 +312,17 @@ def build_empty_trio(recipe: Recipe) -> tuple[Trio, dict[str, StoredTensor]]:
     backbone, sources = load_empty_backbone(
         recipe.model, embedded_guidance=recipe.guidance.embedded
     )
-    trio = _trio_of(recipe, objective, backbone)
+    trio = _trio_of(recipe, objective, backbone, start)
     (module,) = trio.modules
     return trio, missing(module, sources)
 
 
-def _trio_of(recipe: Recipe, objective: PiIDConfig, backbone: Backbone) -> Trio:
-    return Trio.from_backbone(
+def _trio_of(
+    recipe: Recipe, objective: PiIDConfig, backbone: Backbone, start: Adapter | None
+) -> Trio:
+    if start is not None:
+        check_start(recipe, start, backbone)
+    trio = Trio.from_backbone(
         backbone,
         recipe.lora,
         recipe.policy,
@@ -316,3 +330,6 @@ def _trio_of(recipe: Recipe, objective: PiIDConfig, backbone: Backbone) -> Trio:
         generator=torch.Generator().manual_seed(recipe.seed),
         teacher_lora=read_teacher_lora(recipe.model),
     )
+    if start is not None:
+        trio.begin_as(start.tensors)
+    return trio

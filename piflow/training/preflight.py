@@ -32,6 +32,7 @@ from piflow.training.checkpoint import (
     require_step,
 )
 from piflow.training.context_parallel import check_pictures
+from piflow.training.warm_start import check_start, read_start
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
             damaged one, one of another encoder, for a new run one of other prompts, or one without
             the recipe's negative prompt or, where it trains on them, latents of its VAE; a VAE of
             another family, or one that makes other latents than the model takes; a teacher's LoRA
-            that doesn't go onto the base; or weights that aren't safetensors.
+            or an adapter to begin as that doesn't go onto the base; or weights that aren't
+            safetensors.
         OSError: something that the recipe names can't be read.
     """
     record = run_folder.require_same_recipe(recipe)
@@ -100,7 +102,7 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     base = base_fingerprint(recipe)
     run_folder.require_same_base(recipe, record, base)
     if isinstance(recipe.objective, PiIDConfig):
-        _check_teacher_lora(recipe)
+        _check_additions(recipe)
     found = run_folder.checkpoints(recipe.run_dir)
     require_newest_of(recipe, store.manifest_hash, found)
     retrieval = _retrieval(recipe, store) if evaluation else None
@@ -138,8 +140,11 @@ def base_fingerprint(recipe: Recipe) -> str | None:
     return hashlib.sha256(both.encode()).hexdigest()
 
 
-def _check_teacher_lora(recipe: Recipe) -> None:
-    """Refuses a teacher's LoRA that doesn't go onto the base; of the base its config is read."""
+def _check_additions(recipe: Recipe) -> None:
+    """Refuses a teacher's LoRA, or an adapter to begin as, that doesn't go onto the base.
+
+    Of the base its config is read.
+    """
     kind, path = family_class(recipe.model.family), recipe.model.path
     guidance = recipe.guidance.embedded
 
@@ -150,6 +155,9 @@ def _check_teacher_lora(recipe: Recipe) -> None:
         return kind.on_meta(config, embedded_guidance=guidance)
 
     check_teacher_lora(recipe.model, empty)
+    start = read_start(recipe)
+    if start is not None:
+        check_start(recipe, start, empty())
 
 
 def require_newest_of(recipe: Recipe, manifest_hash: str, checkpoints: dict[int, str]) -> None:
@@ -173,8 +181,12 @@ def require_newest_of(recipe: Recipe, manifest_hash: str, checkpoints: dict[int,
 def _absolute(recipe: Recipe) -> Recipe:
     """The same recipe with local paths made absolute."""
     uris = {key: storage.absolute(getattr(recipe.embed, key)) for key in ("store", "prompts")}
+    training, start = recipe.training, recipe.training.init_from
+    if start is not None:
+        training = training.model_copy(update={"init_from": storage.absolute(start)})
     return recipe.model_copy(
         update={
+            "training": training,
             "run_dir": storage.absolute(recipe.run_dir),
             "embed": recipe.embed.model_copy(update=uris),
             "encoder": recipe.encoder.absolute(),
