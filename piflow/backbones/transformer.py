@@ -49,7 +49,7 @@ class TransformerBackbone(ABC):
         self._config = _constructor_arguments(module.config)
         self.check_config(self._config, embedded_guidance)
         self.module: nn.Module = self.adapt(module)
-        self.dtype: torch.dtype = next(module.parameters()).dtype
+        self.dtype: torch.dtype = _dtype_of(module)
         self.embedded_guidance = embedded_guidance
         self._counted: dict[tuple[int, int, int], int] = {}
         features, self.width = self.output_layer().projection.weight.shape
@@ -100,6 +100,7 @@ class TransformerBackbone(ABC):
         config, stored = cls._check_folder(folder, str(uri), embedded_guidance)
         with parameters_on_meta(dtype):
             module = cls.model_class.from_config(config).eval()
+        _keep_in_float32(module)
         buffers = dict(module.named_buffers())
         at_once = {
             name: source
@@ -126,6 +127,7 @@ class TransformerBackbone(ABC):
         try:
             with parameters_on_meta(dtype), torch.device("meta"):
                 module = cls.model_class.from_config(dict(config)).eval()
+            _keep_in_float32(module)
         except LIBRARY_ERRORS as error:
             raise ValueError(
                 f"config.json isn't that of a {cls.class_name}: {reason(error)}"
@@ -377,6 +379,28 @@ def check_no_guidance(class_name: str, embedded_guidance: float | None) -> None:
             f"embedded guidance {embedded_guidance} was given but this {class_name} takes none: "
             "leave guidance.embedded out and use guidance.scale"
         )
+
+
+def _kept_in_float32(module: nn.Module) -> set[str]:
+    """Names of the parameters that diffusers loads in float32 whatever dtype is asked for."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())  # of every ModelMixin
+    names = (name for name, _ in module.named_parameters())
+    return {name for name in names if not kept.isdisjoint(name.split("."))}
+
+
+def _keep_in_float32(module: nn.Module) -> None:
+    """Gives an empty model those parameters as diffusers' own loading would."""
+    for name in _kept_in_float32(module):
+        parameter = module.get_parameter(name)
+        parameter.data = parameter.data.float()
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of what isn't kept in float32, which is that of the model's inputs."""
+    kept = _kept_in_float32(module)
+    named = list(module.named_parameters())
+    dtypes = [parameter.dtype for name, parameter in named if name not in kept]
+    return dtypes[0] if dtypes else named[0][1].dtype
 
 
 def _constructor_arguments(config: Mapping[str, Any]) -> dict[str, Any]:

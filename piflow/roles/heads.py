@@ -76,7 +76,7 @@ class GMHead(nn.Module):
         self.norm_out = _trainable_copy(output.norm)
         self.proj_out_means = nn.Linear(width, components * features)
         self.proj_out_logweights = nn.Linear(width, components * PATCH_POSITIONS)
-        inner = nn.Linear(width, policy.logstd_inner_dim)
+        inner = nn.Linear(time_width(output), policy.logstd_inner_dim)
         last = nn.Linear(policy.logstd_inner_dim, 1)
         self.proj_out_logstds = nn.Sequential(nn.SiLU(), inner, nn.SiLU(), last)
 
@@ -96,7 +96,7 @@ class GMHead(nn.Module):
         self.to(output.projection.weight.device)
 
     def forward(self, hidden: Tensor, temb: Tensor) -> Tensor:
-        """`(B, T, d)`, `(B, d)` -> `(B, T, 4KC + 4K + 1)`: means, log-weights, log-std.
+        """`(B, T, d)`, `(B, t)` -> `(B, T, 4KC + 4K + 1)`: means, log-weights, log-std.
 
         The log-std sees the time embedding detached: its gradient would otherwise reach, and
         destabilise, the embedding through a single scalar.
@@ -120,6 +120,16 @@ class GMHead(nn.Module):
             x_src=x,
             sigma_src=sigma,
         )
+
+
+def time_width(output: OutputLayer) -> int:
+    """The time embedding's width t, which the output layer's adaptive norm takes.
+
+    In FLUX, SD3 and others it is the transformer's own d; families with a narrower one exist.
+    """
+    linear = (layer for layer in output.norm.modules() if isinstance(layer, nn.Linear))
+    layer = next(linear, output.projection)
+    return layer.in_features
 
 
 def split_gm(tokens: Tensor, num_gaussians: int) -> tuple[Tensor, Tensor, Tensor]:

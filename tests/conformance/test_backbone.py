@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from piflow.backbones import Backbone, Conditioning, OutputLayer
 from piflow.backbones.base import pack
 from piflow.roles import lora
+from piflow.roles.heads import time_width
 from piflow.sharding import FSDPStrategy
 from tests.conformance.samples import samples
 from tests.unit.whole import gather
@@ -190,7 +191,7 @@ def test_output_layer_gives_the_tokens(case: Case) -> None:
     assert torch.equal(case.velocity(), expected)
     tokens, width = case.height * case.width // 4, case.backbone.width
     assert spy.hidden.shape == (case.batch, tokens, width)
-    assert spy.temb.shape == (case.batch, width)
+    assert spy.temb.shape == (case.batch, time_width(spy.output))
 
 
 def test_projection_rows_are_channel_major(case: Case) -> None:

@@ -8,7 +8,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from torch import Tensor, nn
 
 from piflow.backbones.base import OutputLayer, unpack
-from piflow.config import DXPolicyConfig, GMFlowPolicyConfig
+from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
 from piflow.roles.heads import (
     DXHead,
     GMHead,
@@ -57,6 +57,18 @@ def test_every_component_starts_as_the_teacher(teacher: OutputLayer) -> None:
         torch.testing.assert_close(component, expected, atol=1e-6, rtol=0)
     assert torch.equal(logweights, torch.zeros(2, TOKENS, 4 * K))
     torch.testing.assert_close(logstds, torch.full((2,), math.log(0.05)))
+
+
+@pytest.mark.parametrize("policy", [GM, DXPolicyConfig(num_points=2)], ids=["gm", "dx"])
+def test_a_time_embedding_narrower_than_the_model(policy: PolicyConfig) -> None:
+    """The log-std's MLP takes it as it is; the head still starts as the teacher."""
+    norm = AdaLayerNormContinuous(WIDTH, 8, elementwise_affine=False, eps=1e-6)
+    teacher = OutputLayer(norm, nn.Linear(WIDTH, 4 * CHANNELS))
+    generator = torch.Generator().manual_seed(0)
+    head = build_head(teacher, policy, CLOCK, generator=generator, bias_noise=0.0)
+    hidden, temb = torch.randn(2, TOKENS, WIDTH), torch.randn(2, 8)
+    tokens = head(hidden, temb)[..., : 4 * CHANNELS]
+    torch.testing.assert_close(tokens, teacher(hidden, temb), atol=1e-6, rtol=0)
 
 
 def test_bias_noise_is_per_component_and_channel_and_shared_by_positions(

@@ -14,6 +14,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 
+from piflow.backbones import FluxBackbone
 from piflow.config import parse_recipe
 from piflow.roles.trio import Trio
 from piflow.sharding import SingleStrategy, weights
@@ -92,6 +93,24 @@ def test_one_process_streams_what_it_would_load(
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
         assert found[name].requires_grad == tensor.requires_grad, name
+
+
+def test_what_diffusers_keeps_in_float32_is_kept_so(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the model's dtype is that of the others, though the first parameter is a kept one."""
+    kept = ["time_text_embed", "norm1", "norm_q"]
+    monkeypatch.setattr(FluxTransformer2DModel, "_keep_in_fp32_modules", kept)
+    loaded = FluxBackbone.load(folders["flux"], dtype=torch.bfloat16)
+    empty, sources = FluxBackbone.load_empty(folders["flux"], dtype=torch.bfloat16)
+    fill(empty.module, missing(empty.module, sources), device="cpu")
+    assert loaded.dtype == empty.dtype == torch.bfloat16
+    expected, found = (dict(one.module.named_parameters()) for one in (loaded, empty))
+    in_float32 = {name for name, p in expected.items() if p.dtype == torch.float32}
+    assert in_float32 == {n for n in expected if not set(kept).isdisjoint(n.split("."))} != set()
+    for name, parameter in expected.items():
+        assert found[name].dtype == parameter.dtype, name
+        assert torch.equal(found[name], parameter), name
 
 
 def test_full_training_and_one_worker_load_the_base_whole(folders: dict[str, Path]) -> None:
