@@ -38,6 +38,17 @@ CheckpointOption = Annotated[
     str | None,
     typer.Option(help="checkpoint folder (URI); default: the run's newest", metavar="URI"),
 ]
+AdapterArgument = Annotated[
+    str,
+    typer.Argument(
+        help="adapter folder: a path, URI (hf://owner/name/folder) or repository on the hub",
+        metavar="ADAPTER",
+    ),
+]
+SubfolderOption = Annotated[
+    str | None,
+    typer.Option(help="the adapter's folder in that place", metavar="NAME"),
+]
 AddressOption = Annotated[
     str | None,
     typer.Option(
@@ -171,13 +182,29 @@ def distill(
 def evaluate(
     recipe: RecipeArgument,
     checkpoint: CheckpointOption = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="an adapter in place of the run's checkpoint, ours or a published one: its "
+            "folder's path, URI (hf://owner/name/folder) or repository on the hub",
+            metavar="URI",
+        ),
+    ] = None,
+    subfolder: SubfolderOption = None,
     overrides: SetOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a checkpoint against its teacher; write a report and picture grids."""
+    """Measure a checkpoint or adapter against the teacher; write a report and picture grids."""
     config = _load(recipe, overrides)
+    if adapter is not None and checkpoint is not None:
+        raise typer.BadParameter("expected --adapter or --checkpoint, not both")
+    if adapter is None and subfolder is not None:
+        raise typer.BadParameter("--subfolder is the adapter's: add --adapter")
     from piflow.commands import evaluate as pipeline
 
+    if adapter is not None:
+        pipeline.of_adapter(config, adapter, subfolder=subfolder, show_progress=not quiet)
+        return
     pipeline.main(config, checkpoint=checkpoint, show_progress=not quiet)
 
 
@@ -207,10 +234,11 @@ def export(
 
 @app.command(
     epilog='Example: `piflow sample runs/emoji-flux/adapter --prompt "red heart" --prompt pizza '
-    "--allow package://`"
+    "--allow package://`, or `piflow sample Lakonik/pi-FLUX.1 --subfolder gmflux_k8_piid_4step "
+    '--prompt "a red heart"`'
 )
 def sample(
-    adapter: Annotated[str, typer.Argument(help="adapter folder", metavar="ADAPTER")],
+    adapter: AdapterArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="what to draw; repeatable")] = None,
     prompts_file: Annotated[
         str | None,
@@ -258,13 +286,38 @@ def sample(
             metavar="URI",
         ),
     ] = None,
+    subfolder: SubfolderOption = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="more LoRA on the base, such as a style's: a safetensors file or folder, with "
+            "@0.8 after it for another strength than 1; repeatable",
+            metavar="URI[@STRENGTH]",
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="embedded guidance (FLUX); default: as trained")
+    ] = None,
+    shift: Annotated[
+        float | None, typer.Option(min=1e-3, max=1e3, help="time shift; default: as trained")
+    ] = None,
+    final_step_size_scale: Annotated[
+        float | None,
+        typer.Option(min=1e-3, max=1, help="last step's length; default: as trained, 0.5"),
+    ] = None,
+    total_substeps: Annotated[
+        int | None, typer.Option(min=1, help="policy's substeps in all; default: as trained, 128")
+    ] = None,
     family: Annotated[
         str | None,
         typer.Option(help="module of a family that no installed package registers; is imported"),
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw pictures from an exported adapter. Run it again to go on, or for more prompts."""
+    """Draw pictures from an adapter, piflow's or a published one.
+
+    Run it again to go on, or for more prompts.
+    """
     require_lasting({"--out": out})
     from piflow.commands import sample as pipeline
 
@@ -289,6 +342,12 @@ def sample(
             dtype,
             encoder=encoder,
             allowed=tuple(allow or ()),
+            subfolder=subfolder,
+            loras=tuple(lora or ()),
+            guidance=guidance,
+            shift=shift,
+            final_step_size_scale=final_step_size_scale,
+            total_substeps=total_substeps,
         ),
         family=family,
         show_progress=not quiet,

@@ -58,24 +58,36 @@ def flow_map_step(sigma_src: float, sigma_to: float, h: float) -> FlowMapStep:
     return FlowMapStep(sigma_to * m / keep, keep, sigma_to * math.sqrt(1 - m * m))
 
 
-def check_nfe(nfe: int, trained: int, *, elastic: bool) -> None:
-    """Refuses numbers of network evaluations that a student wasn't trained for.
+def check_nfe(nfe: int, trained: int, *, elastic: bool) -> str:
+    """Whether a student runs at a number of network evaluations that it wasn't trained for.
+
+    A Gaussian mixture is defined along the whole of time, a DX policy down to one segment of the
+    trained length. So GM students run at any number, DX students at no fewer than trained.
 
     Args:
         nfe: evaluations asked for.
         trained: evaluations of its training.
-        elastic: whether it runs at more than that: GM students do; a DX policy spans one segment of
-            the trained length.
+        elastic: whether its policy is a GM; else DX.
+
+    Returns:
+        A caution for whoever asked; empty for the trained number, and for more of a GM student,
+        which only come closer to its flow.
 
     Raises:
-        ValueError: fewer than trained, or others without `elastic`.
+        ValueError: fewer than trained without `elastic`.
     """
-    if nfe < trained or (nfe > trained and not elastic):
-        allowed = f"{trained} or more" if elastic else f"{trained} exactly (its policy is DX)"
+    if nfe < trained and not elastic:
         raise ValueError(
-            f"this student was trained for {trained} network evaluations and runs at {allowed}, "
-            f"got {nfe}; distil another for {nfe}"
+            f"this student was trained for {trained} network evaluations and runs at {trained} or "
+            f"more, since its policy (DX) ends after one of {trained} segments, got {nfe}; distil "
+            f"another for {nfe}"
         )
+    if nfe == trained or (nfe > trained and elastic):
+        return ""
+    asked = f"this student was trained for {trained} network evaluations and runs at {nfe}"
+    if nfe < trained:
+        return f"{asked}, in longer steps than it has learnt: expect worse pictures"
+    return f"{asked}, whose steps start where it never did: compare with {trained}"
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -136,18 +136,22 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
                 with neither a sequence length nor mu.
         """
         nfe = _evaluations(num_inference_steps, sigmas)
-        self.few_step = FewStep(
-            nfe,
-            self.config["final_step_size_scale"],
-            self._shift(sequence_length, mu),
-            self.config["total_substeps"],
-        )
+        self.few_step = replace(self.few_step_of(nfe), shift=self._shift(sequence_length, mu))
         levels = [
             self.few_step.schedule.sigma(segment.tau_src) for segment in self.few_step.segments
         ]
         self.sigmas = torch.tensor([*levels, 0.0], device=device)
         self.timesteps = self.sigmas[:-1] * self.config["num_train_timesteps"]
         self._step_index = None
+
+    def few_step_of(self, nfe: int) -> FewStep:
+        """The schedule of `nfe` evaluations at the config's own shift."""
+        return FewStep(
+            nfe,
+            self.config["final_step_size_scale"],
+            self.config["shift"],
+            self.config["total_substeps"],
+        )
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Counts steps from `begin_index` on, instead of finding each timestep among `timesteps`.

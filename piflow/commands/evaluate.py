@@ -1,11 +1,15 @@
 """checkpoint -> metrics, picture grid and one HTML report, all logged to the run in MLflow.
 
-RUN_DIR/evaluation/  report.html, grid.jpg, pictures/ (every picture that was drawn)
+RUN_DIR/evaluation/              report.html, grid.jpg, pictures/ (every picture that was drawn)
+RUN_DIR/evaluation-NAME-HASH/    the same of an adapter, ours or a published one; MLflow isn't told
 """
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -15,6 +19,10 @@ from piflow.config import Recipe
 if TYPE_CHECKING:
     from piflow.evaluation.compare import Evaluation
     from piflow.evaluation.drawing import Drawing, Plan
+    from piflow.evaluation.report import Lineage
+    from piflow.inference.settings import SamplingSettings
+    from piflow.roles.adapter import Adapter
+    from piflow.roles.trio import Trio
     from piflow.training.preflight import Run
 
 GRID_PROMPTS = 8  # rows of the picture grid
@@ -57,7 +65,8 @@ def main(
     if drawing.num_missing():
         _draw(recipe, found, plan, drawing, checkpoint, show_progress)
     result = measure(drawing, retrieve=found.retrieval)
-    files = _write_report(recipe, result, record.mlflow_run_id, store.manifest_hash, state.step)
+    lineage = _lineage(recipe, record.mlflow_run_id, store.manifest_hash, f"step {state.step}")
+    files = _write_report(recipe, result, folder, lineage)
     tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
     tracker.log_summary(summary(result), step=state.step)
     for name in files:
@@ -66,6 +75,102 @@ def main(
         print(f"not yet in MLflow: {problem}. It is kept in the run's folder for the next command")
     print(f"report written to {storage.join(folder, 'report.html')}")
     return result
+
+
+def of_adapter(
+    recipe: Recipe, adapter: str, *, subfolder: str | None = None, show_progress: bool = True
+) -> Evaluation:
+    """Measure an adapter against the recipe's teacher, on the recipe's prompts; in this process.
+
+    Base, encoder, prompts and the teacher's guidance are the recipe's, the few-step schedule is the
+    adapter's. No run is needed.
+
+    Args:
+        adapter: path, URI or, on the hub, ``owner/name`` of its folder.
+        subfolder: of that place.
+
+    Returns:
+        All figures and pictures.
+
+    Raises:
+        ValueError: no store, or an adapter of another family or base than the recipe's, or one that
+            was trained with other embedded guidance.
+    """
+    from piflow import storage
+    from piflow.commands import embed
+    from piflow.evaluation.compare import measure
+    from piflow.evaluation.drawing import Drawing, Plan
+    from piflow.inference.places import adapter_files, adapter_place
+    from piflow.inference.settings import student_of
+    from piflow.progress import progress
+    from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+    from piflow.training.preflight import preflight
+
+    place = adapter_place(adapter, subfolder)
+    files = adapter_files(place)
+    student = load_adapter(files)
+    settings, sampled = _as_the_adapter_has_it(recipe, student, place)
+    if recipe.embed.mode == "online":
+        embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
+    found = preflight(recipe, evaluation=True)
+    hashes = [storage.sha256(storage.join(files, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    name = f"{FOLDER}-{storage.base_name(place)}-{digest[:8]}"
+    folder = storage.join(recipe.run_dir, name)
+    plan = Plan.of(sampled, found.store, storage.join(folder, PICTURES), digest)
+    drawing = Drawing(sampled, plan, found.store)
+    if drawing.num_missing():
+        trio = student_of(student, settings)
+        with progress(f"{name}: pictures", drawing.total, show=show_progress) as bar:
+            _draw_here(drawing, trio, bar.advance)
+    result = measure(drawing, retrieve=found.retrieval)
+    lineage = _lineage(sampled, "none", found.store.manifest_hash, place)
+    _write_report(sampled, result, folder, lineage)
+    print(f"report written to {storage.join(folder, 'report.html')}")
+    return result
+
+
+def _as_the_adapter_has_it(
+    recipe: Recipe, student: Adapter, where: str
+) -> tuple[SamplingSettings, Recipe]:
+    """Settings of the adapter on the recipe's base, and the recipe with the adapter's schedule.
+
+    Raises:
+        ValueError: as of `of_adapter`.
+    """
+    from piflow.inference.settings import settings_of
+
+    objective = recipe.distillation()
+    settings = settings_of(student, where, recipe.model.path)
+    if settings.model.family != recipe.model.family:
+        raise ValueError(
+            f"{where} is a student of the family {settings.model.family}, the recipe's teacher is "
+            f"of {recipe.model.family}: evaluate it with a recipe of its own family"
+        )
+    guided = recipe.guidance.embedded
+    if settings.embedded_guidance is not None and settings.embedded_guidance != guided:
+        raise ValueError(
+            f"{where} was trained with embedded guidance {settings.embedded_guidance:g}, the "
+            f"recipe's is {guided}: set guidance.embedded={settings.embedded_guidance:g}, which "
+            "teacher and student share"
+        )
+    settings = settings.model_copy(
+        update={"model": recipe.model, "encoder": recipe.encoder, "embedded_guidance": guided}
+    )
+    changed = objective.model_copy(update=asdict(settings.few_step))
+    tree = {**recipe.model_dump(mode="json"), "objective": changed.model_dump(mode="json")}
+    return settings, Recipe.model_validate(tree)
+
+
+def _draw_here(drawing: Drawing, trio: Trio, advance: Callable[[int], None]) -> None:
+    """Draw in this process, on a GPU if there is one."""
+    from piflow.inference.drawing import choose_device
+    from piflow.sharding.single import SingleStrategy
+
+    strategy = SingleStrategy(choose_device("auto"))
+    for module in trio.modules:
+        strategy.prepare(module, trio.block_classes)
+    drawing.draw(trio, strategy, advance=advance)
 
 
 def _draw(
@@ -77,17 +182,12 @@ def _draw(
 
         draw_on_workers(found, plan, checkpoint, drawing.total, show_progress=show_progress)
         return
-    from piflow.inference.drawing import choose_device
     from piflow.progress import progress
-    from piflow.sharding.single import SingleStrategy
     from piflow.training.export import student_of_checkpoint
 
     trio, _ = student_of_checkpoint(recipe, checkpoint, "ema", found.store.manifest_hash)
-    strategy = SingleStrategy(choose_device("auto"))
-    for module in trio.modules:
-        strategy.prepare(module, trio.block_classes)
     with progress(f"{recipe.name}: pictures", drawing.total, show=show_progress) as bar:
-        drawing.draw(trio, strategy, advance=bar.advance)
+        _draw_here(drawing, trio, bar.advance)
 
 
 def summary(result: Evaluation) -> dict[str, float]:
@@ -108,10 +208,21 @@ def summary(result: Evaluation) -> dict[str, float]:
     return values
 
 
-def _write_report(
-    recipe: Recipe, result: Evaluation, run_id: str, manifest_hash: str, step: int
-) -> list[str]:
-    """Write grid.jpg and report.html to RUN_DIR/evaluation, each whole or not at all.
+def _lineage(recipe: Recipe, run_id: str, manifest_hash: str, student: str) -> Lineage:
+    from piflow.evaluation.report import Lineage
+
+    packages = ("piflow", "torch", "diffusers", "peft", "ray", "mlflow")
+    return Lineage(
+        run_id=run_id,
+        recipe_hash=recipe.hash(),
+        manifest_hash=manifest_hash,
+        student=student,
+        versions={"python": platform.python_version()} | {p: version(p) for p in packages},
+    )
+
+
+def _write_report(recipe: Recipe, result: Evaluation, folder: str, lineage: Lineage) -> list[str]:
+    """Write grid.jpg and report.html to the folder, each whole or not at all.
 
     Returns:
         Names of what belongs to the report, in that folder; the report, written last, is the last.
@@ -119,7 +230,7 @@ def _write_report(
     import torch
 
     from piflow import storage
-    from piflow.evaluation.report import EvaluationReport, Lineage, PictureLinks, render_html
+    from piflow.evaluation.report import EvaluationReport, PictureLinks, render_html
     from piflow.evaluation.sheet import grid, jpeg_bytes
 
     prompts = result.prompts[:GRID_PROMPTS]
@@ -133,7 +244,6 @@ def _write_report(
         )
         for row, prompt in enumerate(prompts)
     )
-    packages = ("piflow", "torch", "diffusers", "peft", "ray", "mlflow")
     report = EvaluationReport(
         title=f"{recipe.name}: few-step student against its teacher",
         created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -142,13 +252,7 @@ def _write_report(
         methods=result.methods,
         psnr_gain=result.psnr_gain,
         diversity_ratio=result.diversity_ratio,
-        lineage=Lineage(
-            run_id=run_id,
-            recipe_hash=recipe.hash(),
-            manifest_hash=manifest_hash,
-            checkpoint_step=step,
-            versions={"python": platform.python_version()} | {p: version(p) for p in packages},
-        ),
+        lineage=lineage,
         grid_jpeg=sheet,
         grid_caption="Every row starts from one noise; seeds were not seen in training.",
         picture_links=links,
@@ -156,7 +260,6 @@ def _write_report(
         recipe_yaml=recipe.to_yaml(),
     )
     html = render_html(report).encode()
-    folder = storage.join(recipe.run_dir, FOLDER)
     for name, content in {"grid.jpg": sheet, "report.html": html}.items():
         storage.write_bytes(storage.join(folder, name), content)
     linked = [path for row in links for _, path in row.pictures]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from piflow.inference.gallery import Gallery, Request
     from piflow.inference.settings import SamplingSettings
     from piflow.roles.adapter import Adapter
+    from piflow.schedule import FewStep
 
 SHEET = "grid.jpg"
 _SHEET_PROMPTS, _SHEET_SEEDS = 32, 8  # at most, on the sheet
@@ -32,6 +33,10 @@ class Choices:
         encoder: URI of the text encoder.
         allowed: URIs that the adapter may name besides its own folder and bucket and the hub,
             with all that lies below them.
+        subfolder: of the adapter's place, where that holds several.
+        loras: more LoRA on the base, ``URI`` or ``URI@STRENGTH``.
+        guidance: embedded guidance, of models that take one.
+        shift, final_step_size_scale, total_substeps: the schedule's.
     """
 
     nfe: int | None = None
@@ -43,6 +48,26 @@ class Choices:
     dtype: Literal["float32", "bfloat16"] | None = None
     encoder: str | None = None
     allowed: tuple[str, ...] = ()
+    subfolder: str | None = None
+    loras: tuple[str, ...] = ()
+    guidance: float | None = None
+    shift: float | None = None
+    final_step_size_scale: float | None = None
+    total_substeps: int | None = None
+
+    def few_step(self, trained: FewStep) -> FewStep:
+        """The schedule with what was chosen.
+
+        Raises:
+            ValueError: numbers that no schedule has.
+        """
+        from piflow.inference.settings import check_schedule
+
+        names = ("nfe", "shift", "final_step_size_scale", "total_substeps")
+        chosen = {name: getattr(self, name) for name in names}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        check_schedule(given)
+        return replace(trained, **given)
 
 
 def main(
@@ -79,10 +104,12 @@ def main(
 
     from piflow.inference.drawing import choose_device
     from piflow.inference.gallery import Gallery
+    from piflow.inference.places import adapter_files, adapter_place
     from piflow.inference.settings import read_adapter
 
     device = choose_device(choices.device)
     transformers_logging.disable_progress_bar()
+    adapter = adapter_place(adapter, choices.subfolder)
     student, settings = read_adapter(
         adapter,
         choices.base,
@@ -90,8 +117,10 @@ def main(
         encoder=choices.encoder,
         allowed=choices.allowed,
     )
+    _tell_of_notes(student, settings, choices)
     settings = _settled(student, settings, choices)
-    decides = _what_decides(adapter, student, settings)
+    student, extra = _with_loras(student, settings, choices)
+    decides = {**_what_decides(adapter_files(adapter), settings, choices), **extra}
     gallery = Gallery(out, decides, {"adapter": adapter, "device": device.type})
     missing = gallery.missing(requests)
     if missing:
@@ -145,26 +174,66 @@ def _requests(prompts: Sequence[str], seeds: Sequence[int]) -> list[Request]:
 def _settled(student: Adapter, settings: SamplingSettings, choices: Choices) -> SamplingSettings:
     """The settings with what was chosen, checked before anything large is loaded."""
     from piflow.backbones import build_codec
-    from piflow.config import DXPolicyConfig
     from piflow.sampling import check_nfe
 
     if choices.batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {choices.batch_size}")
-    trained = settings.few_step.nfe
-    nfe = trained if choices.nfe is None else choices.nfe
-    check_nfe(nfe, trained, elastic=not isinstance(student.config.policy(), DXPolicyConfig))
+    clock, few_step = student.config.clock(), choices.few_step(settings.few_step)
+    caution = check_nfe(few_step.nfe, settings.few_step.nfe, elastic=clock is None)
+    if clock is not None:
+        clock.require_spans(few_step)
+    if caution:
+        print(f"careful: {caution}")
+    guidance = settings.embedded_guidance
+    if choices.guidance is not None and guidance is None:
+        raise ValueError(
+            f"this student's base takes no embedded guidance, got {choices.guidance:g}: the "
+            "teacher's guidance is learnt; leave --guidance out"
+        )
+    guidance = guidance if choices.guidance is None else choices.guidance
     settled = settings.model_copy(
         update={
             "height": settings.height if choices.height is None else choices.height,
             "width": settings.width if choices.width is None else choices.width,
-            "few_step": replace(settings.few_step, nfe=nfe),
+            "few_step": few_step,
+            "embedded_guidance": guidance,
         }
     )
     build_codec(settled.model).latent_shape(settled.height, settled.width)
     return settled
 
 
-def _what_decides(adapter: str, student: Adapter, settings: SamplingSettings) -> dict[str, Any]:
+def _tell_of_notes(student: Adapter, settings: SamplingSettings, choices: Choices) -> None:
+    """Say what was taken of an adapter that notes nothing, for whoever knows better."""
+    from piflow.inference.settings import SETTINGS_KEY
+
+    if SETTINGS_KEY in student.metadata:
+        return
+    few_step = choices.few_step(settings.few_step)
+    print(
+        f"the adapter doesn't say how it is sampled: {settings.few_step.nfe} network evaluations "
+        "by its policy or its folder's name, the rest as the published students: shift "
+        f"{few_step.shift:g}, last step {few_step.final_step_size_scale:g}, base "
+        f"{settings.model.path} in {settings.model.dtype}"
+    )
+
+
+def _with_loras(
+    student: Adapter, settings: SamplingSettings, choices: Choices
+) -> tuple[Adapter, dict[str, Any]]:
+    """The student with more LoRA, and what of them decides a picture."""
+    from piflow import storage
+    from piflow.inference.extra_lora import ExtraLora, with_extra_lora
+
+    extra = [ExtraLora.parse(text) for text in choices.loras]
+    if not extra:
+        return student, {}
+    student = with_extra_lora(student, settings.model, settings.embedded_guidance, extra)
+    named = [[storage.sha256(item.file), item.strength] for item in extra]
+    return student, {"loras": named}
+
+
+def _what_decides(adapter: str, settings: SamplingSettings, choices: Choices) -> dict[str, Any]:
     """Everything that a picture depends on beside prompt and seed, for index and names."""
     import hashlib
 
@@ -172,7 +241,10 @@ def _what_decides(adapter: str, student: Adapter, settings: SamplingSettings) ->
     from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE
 
     files = [storage.sha256(storage.join(adapter, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    names = ("guidance", "shift", "final_step_size_scale", "total_substeps")
+    chosen = {name: getattr(choices, name) for name in names}
     return {
+        **{name: value for name, value in chosen.items() if value is not None},
         "adapter_sha256": hashlib.sha256("".join(files).encode()).hexdigest(),
         "base": settings.model.path,
         "dtype": settings.model.dtype,

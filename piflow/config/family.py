@@ -47,10 +47,16 @@ class Published:
     Attributes:
         name: as people call it.
         config: constructor arguments of its diffusers class that differ from the class's defaults.
+        repository: its diffusers pipeline on the hub, ``owner/name``; None: there is none.
+        size: pixels of a picture's sides.
+        embedded_guidance: that its students are trained with; None: it takes none.
     """
 
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    repository: str | None = None
+    size: int = 1024
+    embedded_guidance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +79,8 @@ class Family:
             are sampled by `piflow sample` alone.
         lora_files: "module:class" of the diffusers mixin whose `lora_state_dict` knows how other
             trainers name the family's LoRA; None: only diffusers' own layout is read.
-        published: its best known model, for `piflow plan` without the recipe's folder.
+        published: its best known model, for `piflow plan` without the recipe's folder, and for
+            adapters that don't say what they were made from.
         defaults: recipe keys, nested as in a recipe, for what a recipe of this family leaves out.
     """
 
@@ -162,15 +169,20 @@ def resolve(reference: str) -> Any:
         ) from error
 
 
+def known_families() -> list[str]:
+    """Names of ours, and of those that installed packages have registered."""
+    return [*BUILT_IN, *sorted(_plug_ins().keys() - BUILT_IN.keys())]
+
+
 def _plug_ins() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=GROUP)}
 
 
 def _unknown(name: str, why: str) -> str:
-    known = ", ".join([*BUILT_IN, *sorted(_plug_ins().keys() - BUILT_IN.keys())])
     return (
-        f"expected one of {known}, or a family of another package, named by its module or "
-        f"module:attribute and importable here and on all workers; {name!r} is neither ({why})"
+        f"expected one of {', '.join(known_families())}, or a family of another package, named by "
+        f"its module or module:attribute and importable here and on all workers; {name!r} is "
+        f"neither ({why})"
     )
 
 

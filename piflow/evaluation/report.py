@@ -26,7 +26,7 @@ class Lineage:
     run_id: str
     recipe_hash: str
     manifest_hash: str
-    checkpoint_step: int
+    student: str  # "step 3000", or an adapter's URI
     versions: dict[str, str]  # package -> version
 
 

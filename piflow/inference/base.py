@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ from torch import nn
 
 from piflow import storage
 from piflow.backbones.transformer import TransformerBackbone
+from piflow.config import Family
 from piflow.inference.in_place import PackedTokens, PipelineStudent
+from piflow.inference.places import adapter_files, adapter_place
 from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from piflow.roles.heads import DXHead
 from piflow.sampling import check_nfe
-from piflow.schedule import FewStep
 from piflow.scheduler import FlowMapScheduler, TokenReader
 from piflow.storage.model_folder import check_pipeline_folder
 
@@ -66,8 +68,8 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         Args:
             pretrained_model_name_or_path: the family's own pipeline, or one that
                 `save_pretrained` wrote.
-            adapter: folder or URI of the student's adapter; not needed for a saved pipeline, which
-                has its own.
+            adapter: folder or URI of the student's adapter, such as
+                ``hf://owner/name/subfolder``; not needed for a saved pipeline, which has its own.
             options: of `DiffusionPipeline.from_pretrained`: torch_dtype, device_map, components …
 
         Raises:
@@ -134,12 +136,14 @@ class FewStepPipeline(DiffusionPipeline, ABC):
                 f"{type(self).__name__} needs the student: pass adapter=, the folder or URI that "
                 "`piflow export` wrote"
             )
-        uri = fspath(adapter)
+        uri = adapter_place(fspath(adapter))
         guided = transformer.config.get("guidance_embeds", False)  # comes with each call
         backbone = self.backbone_class(
             transformer if copied is None else copied, embedded_guidance=0.0 if guided else None
         )
-        self._student = PipelineStudent(transformer, backbone, load_adapter(uri), uri)
+        self._student = PipelineStudent(
+            transformer, backbone, load_adapter(adapter_files(uri)), uri
+        )
         self._adapter_uri = storage.absolute(uri)
         if not isinstance(self.scheduler, FlowMapScheduler):
             few_step = self._student.training.few_step
@@ -167,11 +171,12 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             self.vae_scale_factor,
         )
 
-    def _fill_in_guidance(self, arguments: dict[str, Any], default: float) -> None:
-        """A call without embedded guidance gets what the student was trained with, or `default`."""
+    def _fill_in_guidance(self, arguments: dict[str, Any], family: Family) -> None:
+        """A call without embedded guidance gets the student's, or that of the family's model."""
         if arguments["guidance_scale"] is None:
             trained = self._student.training.embedded_guidance
-            arguments["guidance_scale"] = default if trained is None else trained
+            usual = 0.0 if family.published is None else family.published.embedded_guidance
+            arguments["guidance_scale"] = usual if trained is None else trained
 
     def _sampling_transformer(self) -> Any:
         """What the family's loop calls inside `_student.in_place`."""
@@ -226,24 +231,18 @@ class FewStepPipeline(DiffusionPipeline, ABC):
                 f"expected a FlowMapScheduler, got {type(scheduler).__name__}: a student's output "
                 "is a policy, which others can't follow"
             )
-        check_nfe(nfe, self.trained_nfe, elastic=self._student.is_elastic)
+        caution = check_nfe(nfe, self.trained_nfe, elastic=self._student.is_elastic)
+        if caution:
+            warnings.warn(caution, stacklevel=2)
         if not isinstance(head, DXHead):
             return
-        config, clock = scheduler.config, head.clock
-        size = FewStep(
-            nfe, config["final_step_size_scale"], config["shift"], config["total_substeps"]
-        ).segment_size
-        if (
-            config["use_dynamic_shifting"]
-            or abs(config["shift"] - clock.shift) > 1e-6
-            or abs(size - clock.segment_size) > 1e-6
-        ):
+        config = scheduler.config
+        if config["use_dynamic_shifting"]:
             raise ValueError(
-                f"this DX student was trained for shift {clock.shift:g} and segments of "
-                f"{clock.segment_size:g}, the scheduler has shift {config['shift']:g}"
-                f"{' (dynamic)' if config['use_dynamic_shifting'] else ''} and segments of "
-                f"{size:g}: set shift and final_step_size_scale as trained"
+                f"this DX student was trained for shift {head.clock.shift:g}, the scheduler's is "
+                "dynamic: set use_dynamic_shifting to false and shift as trained"
             )
+        head.clock.require_spans(scheduler.few_step_of(nfe))
 
     @contextmanager
     def _transformer_as(self, module: Any) -> Iterator[None]:

@@ -16,6 +16,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from piflow.backbones.flux import FAMILY
 from piflow.backbones.flux.backbone import FluxBackbone
 from piflow.inference.base import FewStepPipeline, few_step_call, refuse_guidance, refuse_sigmas
 from piflow.inference.in_place import PackedTokens
@@ -26,7 +27,6 @@ NEGATIVE = (
     "negative_prompt_embeds",
     "negative_pooled_prompt_embeds",
 )
-DEFAULT_GUIDANCE = 3.5  # FLUX.1-dev's, where the adapter doesn't say
 
 
 class PiFluxPipeline(FewStepPipeline, FluxPipeline):
@@ -77,5 +77,5 @@ class PiFluxPipeline(FewStepPipeline, FluxPipeline):
     def _reader(self, arguments: dict[str, Any]) -> PackedTokens:
         refuse_guidance(arguments, "true_cfg_scale", NEGATIVE)
         refuse_sigmas(arguments)
-        self._fill_in_guidance(arguments, DEFAULT_GUIDANCE)
+        self._fill_in_guidance(arguments, FAMILY)
         return self._packed_tokens(arguments)

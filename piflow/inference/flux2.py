@@ -9,11 +9,10 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from transformers import AutoProcessor, Mistral3ForConditionalGeneration
 
+from piflow.backbones.flux2 import FAMILY
 from piflow.backbones.flux2.backbone import Flux2Backbone
 from piflow.inference.base import FewStepPipeline, few_step_call, refuse_sigmas
 from piflow.inference.in_place import PackedTokens
-
-DEFAULT_GUIDANCE = 4.0  # FLUX.2-dev's, where the adapter doesn't say
 
 
 class PiFlux2Pipeline(FewStepPipeline, Flux2Pipeline):
@@ -54,5 +53,5 @@ class PiFlux2Pipeline(FewStepPipeline, Flux2Pipeline):
                 "image: the student makes pictures of prompts and was not trained to edit; leave "
                 "image out"
             )
-        self._fill_in_guidance(arguments, DEFAULT_GUIDANCE)
+        self._fill_in_guidance(arguments, FAMILY)
         return self._packed_tokens(arguments)

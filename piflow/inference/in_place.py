@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from piflow.backbones.base import pack, unpack
 from piflow.backbones.transformer import TransformerBackbone
 from piflow.inference.places import is_name
+from piflow.inference.published import few_step_of
 from piflow.inference.settings import (
     SETTINGS_KEY,
     settings_of,
@@ -31,9 +32,6 @@ from piflow.roles.heads import GMHead, PolicyHead
 from piflow.roles.teacher_lora import TeacherLora
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
-
-# what is taken of adapters that don't say how they are sampled
-PUBLISHED = FewStep(nfe=4, final_step_size_scale=0.5, shift=3.2, total_substeps=128)
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,7 @@ class Training:
             lora = settings.model.lora
             files = (lora.path,) if lora is not None and is_name(lora.path) else ()
             return cls(settings.few_step, settings.embedded_guidance, files)
-        clock, few_step = adapter.config.clock(), PUBLISHED
-        if clock is not None:  # h = 1 / (N - 1 + f)
-            nfe = round(1 / clock.segment_size + 1 - few_step.final_step_size_scale)
-            few_step = replace(few_step, nfe=nfe, shift=clock.shift)
-        return cls(few_step, embedded_guidance=None)
+        return cls(few_step_of(adapter, where), embedded_guidance=None)
 
 
 class PipelineStudent:

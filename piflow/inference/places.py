@@ -14,11 +14,54 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from piflow import storage
+from piflow.roles.adapter import CONFIG_FILE
 from piflow.storage.foreign import ForeignDataError, relative_name, shown
 
+_MOST_NAMED = 20  # folders in a message
 _PARTS = ("transformer", "vae", "text_encoder")  # folders whose name says nothing of the model
 _PIPELINE = "model_index.json"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[^/]+)?")
+
+
+def on_hub(place: str) -> str:
+    """``owner/name`` without such a folder here is the hub's; every other place stays as it is."""
+    return f"hf://{place}" if _HUB_NAME.fullmatch(place) and not storage.exists(place) else place
+
+
+def adapter_place(adapter: str, subfolder: str | None = None) -> str:
+    """URI of an adapter's folder.
+
+    Args:
+        adapter: path, URI, or a repository's name on the hub.
+        subfolder: of it; a repository may hold several adapters.
+
+    Raises:
+        ValueError: a subfolder that leads out of it.
+    """
+    if subfolder is not None:
+        subfolder = relative_name(subfolder, where="--subfolder")
+    place = on_hub(adapter)
+    return place if subfolder is None else storage.join(place, subfolder)
+
+
+def adapter_files(uri: str) -> str:
+    """Where an adapter's files are read: of one on the hub, in the hub client's cache.
+
+    Raises:
+        ValueError: there is none, but in folders below it; names them.
+        OSError: the hub has no such repository or folder, or doesn't let it be read.
+    """
+    if storage.exists(storage.join(uri, CONFIG_FILE)):
+        return str(storage.local_folder(uri)) if storage.scheme(uri) == "hf" else uri
+    below = [name for name in storage.list_files(uri) if name.endswith(f"/{CONFIG_FILE}")]
+    if below:
+        folders = [shown(name.removesuffix(f"/{CONFIG_FILE}")) for name in below[:_MOST_NAMED]]
+        more = f" and {len(below) - _MOST_NAMED} more" if len(below) > _MOST_NAMED else ""
+        raise ValueError(
+            f"{uri} has no {CONFIG_FILE} of its own, only in {', '.join(folders)}{more}: say which "
+            "adapter with --subfolder, or append its folder's name"
+        )
+    return uri  # `load_adapter` says what is missing
 
 
 def portable(place: str) -> str:
@@ -42,8 +85,7 @@ def parts_of_base(base: str) -> dict[str, str]:
     Returns:
         "base" alone, or "base", "VAE" and "encoder".
     """
-    if _HUB_NAME.fullmatch(base) and not storage.exists(base):
-        base = f"hf://{base}"
+    base = on_hub(base)
     if not storage.exists(storage.join(base, _PIPELINE)):
         return {"base": base}
     return {

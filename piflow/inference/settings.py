@@ -20,9 +20,31 @@ from pydantic import (
 from piflow import storage
 from piflow.backbones import Conditioning, load_backbone
 from piflow.backbones.encoders import build_encoder
-from piflow.config import FamilyEncoder, ModelConfig, Recipe, identity, require_known
+from piflow.config import (
+    FamilyEncoder,
+    ModelConfig,
+    Recipe,
+    find_family,
+    identity,
+    require_known,
+)
 from piflow.config.encoder import EncoderConfig, TextEncoderConfig
-from piflow.inference.places import is_name, parts_of_base, portable, resolve_places
+from piflow.inference.places import (
+    adapter_files,
+    adapter_place,
+    is_name,
+    parts_of_base,
+    portable,
+    resolve_places,
+)
+from piflow.inference.published import (
+    MAX_NFE,
+    embedded_guidance_of,
+    encoder_of,
+    family_of,
+    few_step_of,
+    model_of,
+)
 from piflow.roles.adapter import SETTINGS_KEY, Adapter, load_adapter
 from piflow.roles.teacher_lora import TeacherLora, read_teacher_lora
 from piflow.roles.trio import Trio
@@ -38,7 +60,6 @@ Weights = Literal["ema", "student"]
 _TEACHER_LORA = "teacher's LoRA"  # in messages
 
 MAX_SIDE = 16384  # pixels
-MAX_NFE = 64  # as recipes have it
 MAX_SUBSTEPS = 16384
 MAX_TEXT_TOKENS = 65536
 
@@ -68,11 +89,11 @@ class SamplingSettings(BaseModel):
         if not isinstance(data, dict):
             return data
         if "few_step" in data:
-            _check_schedule(data["few_step"])
+            check_schedule(data["few_step"])
             return data
         names = {field.name for field in fields(FewStep)}
         few_step = {name: value for name, value in data.items() if name in names}
-        _check_schedule(few_step)
+        check_schedule(few_step)
         others = {name: value for name, value in data.items() if name not in names}
         parts = {name: others[name] for name in ("model", "encoder") if name in others}
         migrated = identity.migrate(parts, others.pop(identity.VERSION_KEY, 0))
@@ -110,8 +131,15 @@ class SamplingSettings(BaseModel):
         )
 
 
-def _check_schedule(few_step: Any) -> None:
-    """Refuses a schedule that takes for ever, before anything is made of it."""
+def check_schedule(few_step: Any) -> None:
+    """Refuses a schedule that takes for ever, before anything is made of it.
+
+    Args:
+        few_step: a mapping of a schedule's numbers, of which some may be absent.
+
+    Raises:
+        ValueError: too many evaluations or substeps.
+    """
     for name, limit in (("nfe", MAX_NFE), ("total_substeps", MAX_SUBSTEPS)):
         value = few_step.get(name) if isinstance(few_step, dict) else None
         number = float(value) if isinstance(value, str) else value
@@ -119,18 +147,19 @@ def _check_schedule(few_step: Any) -> None:
             raise ValueError(f"{name} is {value}, at most {limit} can be run")
 
 
-def settings_of(adapter: Adapter, where: str) -> SamplingSettings:
-    """The sampling settings in an adapter's metadata.
+def settings_of(adapter: Adapter, where: str, base: str | None = None) -> SamplingSettings:
+    """The sampling settings in an adapter's metadata, or those of the published students.
+
+    Args:
+        base: the base that the user names, for adapters that don't know theirs.
 
     Raises:
-        ValueError: the file was not written by piflow, or by another version.
+        ValueError: the notes are another version's; or the file has none, and its class is of no
+            family that is known here.
     """
     text = adapter.metadata.get(SETTINGS_KEY)
     if text is None:
-        raise ValueError(
-            f"{where} carries no {SETTINGS_KEY}: it was not exported by piflow, which notes the "
-            "encoder, picture size and schedule there"
-        )
+        return _published_settings(adapter, where, base)
     try:
         tree = parse_object(text, where=SETTINGS_KEY)
         model = tree.get("model")
@@ -152,6 +181,21 @@ def settings_of(adapter: Adapter, where: str) -> SamplingSettings:
     return settings
 
 
+def _published_settings(adapter: Adapter, where: str, base: str | None) -> SamplingSettings:
+    """Those of an adapter that notes nothing."""
+    name = family_of(adapter.config.class_name, where)
+    family = find_family(name)
+    size = 1024 if family.published is None else family.published.size
+    return SamplingSettings(
+        model=model_of(name, family, where, base),
+        encoder=encoder_of(family, base),
+        height=size,
+        width=size,
+        few_step=few_step_of(adapter, where),
+        embedded_guidance=embedded_guidance_of(adapter, family),
+    )
+
+
 def _not_settings(where: str, why: str) -> ValueError:
     return ValueError(
         f"{where}: {SETTINGS_KEY} are not those of this piflow ({why}): export it again"
@@ -168,6 +212,7 @@ def load_student(
     """Teacher and student from an adapter folder, on the CPU, ready to sample.
 
     Args:
+        folder: path, URI or, on the hub, ``owner/name`` of the adapter's folder.
         base: folder, URI or hub name of the base: its transformer, or a pipeline that holds VAE
             and text encoders as well; default: the one that the student was made from.
         encoder: URI of the text encoder; default: the one that the adapter names.
@@ -196,15 +241,17 @@ def read_adapter(
     """An adapter folder, and the settings to sample with; no model is loaded.
 
     Args:
+        folder: as of `load_student`.
         base: as of `load_student`.
-        dtype: what the base computes in; default: as in training.
+        dtype: what the base computes in; default: as in training, or as the published students.
         encoder, allowed: as of `load_student`.
 
     Raises:
         ValueError: not an adapter folder, or one that names places that nobody allowed.
     """
-    adapter = load_adapter(folder)
-    settings = _placed(settings_of(adapter, folder), folder, base, encoder, allowed)
+    place = adapter_place(folder)
+    adapter = load_adapter(adapter_files(place))
+    settings = _placed(settings_of(adapter, place, base), place, base, encoder, allowed)
     if dtype is not None:
         model = settings.model.model_copy(update={"dtype": dtype})
         settings = settings.model_copy(update={"model": model})

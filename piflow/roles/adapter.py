@@ -50,7 +50,7 @@ DX_DEFAULTS = {"segment_size": 1.0, "mode": "grid"}  # where the published expor
 LATER_FIELDS = ("guidance_embeds",)  # which configs of earlier diffusers versions lack
 SCHEMA_OF_PUBLISHED_POLYNOMIALS = 3
 DORA = (".lora_magnitude_vector", ".dora_scale")  # in names of its tensors
-HEAD_LAYERS = {  # beside `norm_out`; the values' projection first
+HEAD_LAYERS: dict[str, tuple[str, ...]] = {  # beside `norm_out`; the values' projection first
     "gmflow": ("proj_out_means", "proj_out_logweights", "proj_out_logstds.1", "proj_out_logstds.3"),
     "dx": ("proj_out",),
 }

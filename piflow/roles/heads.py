@@ -45,6 +45,24 @@ class PolicyClock:
         """That of a student of this schedule."""
         return cls(few_step.segment_size, few_step.shift)
 
+    def require_spans(self, few_step: FewStep) -> None:
+        """Refuses a schedule in whose segments the policy isn't defined.
+
+        A policy says what x0 is from its start down to one segment of the trained length; shorter
+        segments lie within that.
+
+        Raises:
+            ValueError: another shift, or longer segments.
+        """
+        size = few_step.segment_size
+        if abs(few_step.shift - self.shift) > 1e-6 or size > self.segment_size + 1e-6:
+            raise ValueError(
+                f"this DX student was trained for shift {self.shift:g} and segments of "
+                f"{self.segment_size:g}, the schedule has shift {few_step.shift:g} and segments of "
+                f"{size:g}: set shift as trained, and no fewer steps or larger "
+                "final_step_size_scale than trained"
+            )
+
 
 class GMHead(nn.Module):
     """The Gaussian mixture's output layer (arXiv 2510.14974, section 3), float32.

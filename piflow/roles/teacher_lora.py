@@ -95,28 +95,41 @@ def read_teacher_lora(model: ModelConfig) -> TeacherLora | None:
     """
     if model.lora is None:
         return None
-    place = model.lora.path
+    place, strength = model.lora.path, model.lora.strength
+    tensors = read_lora(place, model.family, f"model.lora.path = {place}")
+    scaled = {
+        name: tensor.float() * (strength if name.endswith(_FACTORS[1]) else 1.0)
+        for name, tensor in tensors.items()
+    }
+    return TeacherLora(place, scaled)
+
+
+def read_lora(place: str, family: str, named: str | None = None) -> dict[str, Tensor]:
+    """A LoRA file's tensors by the transformer's own names, with alpha = rank.
+
+    Args:
+        place: URI of a safetensors file.
+        named: what a message calls a file that is none; default: the place.
+
+    Raises:
+        ValueError: as `read_teacher_lora`.
+        OSError: it can't be read.
+    """
     try:
         metadata = read_header(place).metadata  # before anything as long as it claims
         stored = parse_tensors(storage.read_bytes(place, max_bytes=MAX_BYTES))
     except (SafetensorError, ForeignDataError) as error:
         raise ValueError(
-            f"model.lora.path = {place} is no safetensors file: {shown(error, 1000)}"
+            f"{named or place} is no safetensors file: {shown(error, 1000)}"
         ) from error
     if dora := next((name for name in stored if any(part in name for part in _DORA)), None):
         raise ValueError(
             f"{place} holds DoRA ({shown(dora)}), which isn't LoRA: merge it into the base's "
             "weights, and give those as model.path"
         )
-    named = _in_diffusers_names(stored, model.family, place)
+    layers = _in_diffusers_names(stored, family, place)
     kept = {key: metadata[key] for key in (lora.LORA_METADATA_KEY,) if key in metadata}
-    tensors = lora.with_scale_one(_of_transformer(named, place), kept, place)
-    strength = model.lora.strength
-    scaled = {
-        name: tensor.float() * (strength if name.endswith(_FACTORS[1]) else 1.0)
-        for name, tensor in tensors.items()
-    }
-    return TeacherLora(place, scaled)
+    return lora.with_scale_one(_of_transformer(layers, place), kept, place)
 
 
 def check_teacher_lora(model: ModelConfig, empty: Callable[[], Backbone]) -> None:

@@ -50,5 +50,5 @@ FAMILY = Family(
     packs_latents=False,  # the model cuts its patches itself
     tiny="piflow.backbones.dit.tiny",
     pipeline="piflow.inference.dit:PiDiTPipeline",
-    published=Published("DiT-XL/2 of 256x256"),
+    published=Published("DiT-XL/2 of 256x256", size=256),
 )

@@ -39,5 +39,10 @@ FAMILY = Family(
     tiny="piflow.backbones.flux.tiny",
     pipeline="piflow.inference.flux:PiFluxPipeline",
     lora_files="diffusers.loaders.lora_pipeline:FluxLoraLoaderMixin",
-    published=Published("FLUX.1-dev", {"guidance_embeds": True}),
+    published=Published(
+        "FLUX.1-dev",
+        {"guidance_embeds": True},
+        repository="black-forest-labs/FLUX.1-dev",
+        embedded_guidance=3.5,
+    ),
 )

@@ -35,5 +35,7 @@ FAMILY = Family(
     tiny="piflow.backbones.flux2.tiny",
     pipeline="piflow.inference.flux2:PiFlux2Pipeline",
     lora_files="diffusers.loaders.lora_pipeline:Flux2LoraLoaderMixin",
-    published=Published("FLUX.2-dev"),
+    published=Published(
+        "FLUX.2-dev", repository="black-forest-labs/FLUX.2-dev", embedded_guidance=4.0
+    ),
 )

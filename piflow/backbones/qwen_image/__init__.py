@@ -31,5 +31,5 @@ FAMILY = Family(
     tiny="piflow.backbones.qwen_image.tiny",
     pipeline="piflow.inference.qwen_image:PiQwenImagePipeline",
     lora_files="diffusers.loaders.lora_pipeline:QwenImageLoraLoaderMixin",
-    published=Published("Qwen-Image"),
+    published=Published("Qwen-Image", repository="Qwen/Qwen-Image"),
 )

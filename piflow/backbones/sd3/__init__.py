@@ -48,5 +48,6 @@ FAMILY = Family(
             "pos_embed_max_size": 192,
             "qk_norm": "rms_norm",
         },
+        repository="stabilityai/stable-diffusion-3.5-large",
     ),
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from piflow import storage
-from piflow.commands.evaluate import _write_report
+from piflow.commands.evaluate import _lineage, _write_report
 from piflow.config import Recipe, load_recipe
 from piflow.evaluation.compare import Evaluation, MethodResult, PromptResult
 from piflow.evaluation.metrics import Interval
@@ -44,8 +44,13 @@ def evaluation(side: int) -> Evaluation:
     )
 
 
+def write(recipe: Recipe, figures: Evaluation, folder: Path) -> list[str]:
+    lineage = _lineage(recipe, "run", "manifest", "step 7")
+    return _write_report(recipe, figures, str(folder / "evaluation"), lineage)
+
+
 def test_a_report_of_large_pictures_stays_small(recipe: Recipe, tmp_path: Path) -> None:
-    files = _write_report(recipe, evaluation(1024), "run", "manifest", 7)
+    files = write(recipe, evaluation(1024), tmp_path)
     assert files[-2:] == ["grid.jpg", "report.html"] and len(files) == 8 * 4 + 2
     folder = tmp_path / "evaluation"
     sizes = storage.file_sizes(str(folder))
@@ -56,14 +61,14 @@ def test_a_report_of_large_pictures_stays_small(recipe: Recipe, tmp_path: Path) 
 
 
 def test_a_full_disk_leaves_the_earlier_report_whole(recipe: Recipe, tmp_path: Path) -> None:
-    _write_report(recipe, evaluation(32), "run", "manifest", 7)
+    write(recipe, evaluation(32), tmp_path)
     folder = tmp_path / "evaluation"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"cannot write .* bytes to .*evaluation/grid.jpg"):
-            _write_report(recipe, evaluation(64), "run", "manifest", 8)
+            write(recipe, evaluation(64), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
