@@ -466,7 +466,7 @@ def test_steps_that_a_student_does_not_take(family: Family, load: Load) -> None:
     changes: dict[str, dict[str, Any]] = {
         "shift 2 and segments of 0.4, the schedule has shift 3": {"shift": 3.0},
         "shift 2, the scheduler's is dynamic": {"use_dynamic_shifting": True},
-        "segments of 0.4, .* and segments of 0.476": {"final_step_size_scale": 0.1},
+        "shift 2 and segments of 0.4, .* and segments of 0.476": {"final_step_size_scale": 0.1},
     }
     for message, change in changes.items():
         dx.scheduler = FlowMapScheduler.from_config(gm.scheduler.config, **change)
