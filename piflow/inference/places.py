@@ -54,7 +54,7 @@ def adapter_files(uri: str) -> str:
     if storage.exists(storage.join(uri, CONFIG_FILE)):
         return str(storage.local_folder(uri)) if storage.scheme(uri) == "hf" else uri
     below = [name for name in storage.list_files(uri) if name.endswith(f"/{CONFIG_FILE}")]
-    if below:
+    if below and not storage.exists(storage.join(uri, _PIPELINE)):
         folders = [shown(name.removesuffix(f"/{CONFIG_FILE}")) for name in below[:_MOST_NAMED]]
         more = f" and {len(below) - _MOST_NAMED} more" if len(below) > _MOST_NAMED else ""
         raise ValueError(

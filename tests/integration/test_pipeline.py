@@ -11,7 +11,6 @@ are relative, as a user writes them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -360,34 +359,6 @@ def evaluation(interrupted: Interrupted) -> Evaluation:
 def adapter(interrupted: Interrupted) -> tuple[str, str]:
     """Folder, on the object store, and model version."""
     return export.main(interrupted.recipe)
-
-
-def test_an_adapter_is_measured_as_the_checkpoint_that_it_is_from(
-    evaluation: Evaluation, interrupted: Interrupted, tmp_path: Path
-) -> None:
-    """In this process, from its files alone; with another schedule, the methods are others."""
-    folder = str(tmp_path / "gm_2step")
-    export.main(interrupted.recipe, out=folder, dtype="float32")
-    result = evaluate.of_adapter(interrupted.recipe, folder, show_progress=False)
-    for name, expected in evaluation.pictures.items():
-        assert (result.pictures[name] - expected).abs().max() <= 2 / 127.5 + 1e-6, name
-    weights = storage.read_bytes(f"{folder}/diffusion_pytorch_model.safetensors")
-    size = int.from_bytes(weights[:8], "little")
-    header = json.loads(weights[8 : 8 + size])
-    del header["__metadata__"]["piflow_settings"]
-    changed = json.dumps(header).encode()
-    plain = tmp_path / "gm_4step"
-    shutil.copytree(folder, plain)
-    (plain / "diffusion_pytorch_model.safetensors").write_bytes(
-        len(changed).to_bytes(8, "little") + changed + weights[8 + size :]
-    )
-    noted = evaluate.of_adapter(interrupted.recipe, str(plain), show_progress=False)
-    assert [method.name for method in noted.methods][-1] == "student, 4 NFE"
-    other = interrupted.recipe.model_copy(
-        update={"model": interrupted.recipe.model.model_copy(update={"family": "qwen_image"})}
-    )
-    with pytest.raises(ValueError, match="student of the family flux, the recipe's teacher is of"):
-        evaluate.of_adapter(other, folder, show_progress=False)
 
 
 def test_evaluation_measures_four_methods(evaluation: Evaluation) -> None:

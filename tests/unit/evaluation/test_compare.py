@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -353,3 +355,55 @@ def test_batch_size_does_not_change_pictures(
     for name in four:  # a value on the border of two levels may be rounded to either
         torch.testing.assert_close(four[name], single[name], atol=2.001 / 255, rtol=0)
         assert (four[name] != single[name]).float().mean() < 0.01
+
+
+# ------------------------------------------------------------------------------------- an adapter
+
+
+def test_an_adapter_is_measured_as_its_checkpoint(
+    store: EmbeddingStore,
+    flux_folder: Path,
+    flux_inputs: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From its two files alone, and by the schedule in its name where it notes none."""
+    from safetensors.torch import load_file, save_file
+
+    from piflow.commands import evaluate
+    from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE
+    from piflow.training import preflight
+    from piflow.training.export import export_adapter
+
+    opened = SimpleNamespace(store=store, retrieval=None)  # the store's encoder is made up
+    monkeypatch.setattr(preflight, "preflight", lambda recipe, evaluation: opened)
+    ours = recipe(store, flux_folder, run_dir=str(tmp_path / "run"))
+    checkpoint, _ = trained(ours, flux_inputs, tmp_path / "checkpoint")
+    folder = tmp_path / "adapter"
+    export_adapter(ours, str(checkpoint), str(folder), weights="ema", dtype="float32", lineage={})
+    found = evaluate.of_adapter(ours, str(folder), show_progress=False)
+    trio, _ = student_of_checkpoint(ours, str(checkpoint), "ema")
+    drawing_ = Drawing(ours, Plan.of(ours, store, str(tmp_path / "p"), "x"), store)
+    drawing_.draw(trio, SingleStrategy(CPU))
+    expected = measure(drawing_)
+    assert found.methods[-1].name == "student, 2 NFE"
+    for name, pictures in expected.pictures.items():
+        assert torch.equal(found.pictures[name], pictures), name
+    plain = tmp_path / "gm_4step"
+    plain.mkdir()
+    (plain / CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes())
+    save_file(load_file(folder / WEIGHTS_FILE), plain / WEIGHTS_FILE)
+    other = evaluate.of_adapter(ours, str(tmp_path), subfolder="gm_4step", show_progress=False)
+    assert [method.nfe for method in other.methods] == [6, 8, 4, 4]
+    (report,) = (tmp_path / "run").glob("evaluation-gm_4step-*/report.html")
+    assert "gm_4step" in report.read_text()
+    qwen = ours.model_copy(update={"model": ours.model.model_copy(update={"family": "qwen_image"})})
+    with pytest.raises(ValueError, match="a student of the family flux, the recipe's teacher is"):
+        evaluate.of_adapter(qwen, str(folder), show_progress=False)
+    guided = ours.model_copy(
+        update={"guidance": ours.guidance.model_copy(update={"embedded": 2.0})}
+    )
+    config = json.loads((plain / CONFIG_FILE).read_text())
+    (plain / CONFIG_FILE).write_text(json.dumps(config | {"guidance_embeds": True}))
+    with pytest.raises(ValueError, match="trained with embedded guidance 3.5, the recipe's is 2"):
+        evaluate.of_adapter(guided, str(plain), show_progress=False)
