@@ -361,7 +361,7 @@ def test_lora_that_is_not_the_bases(repository: Path, flux_base: Path, tmp_path:
     with pytest.raises(ValueError, match="expected one safetensors file in .*found"):
         _ = ExtraLora(str(folder.parent)).file
     (tmp_path / "y.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="is no safetensors file|is damaged|header|too short"):
+    with pytest.raises(ValueError, match="cut short or isn.t safetensors"):
         with_extra_lora(
             adapter,
             settings.model,
