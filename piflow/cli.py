@@ -308,6 +308,10 @@ def sample(
     total_substeps: Annotated[
         int | None, typer.Option(min=1, help="policy's substeps in all; default: as trained, 128")
     ] = None,
+    substep_rounding: Annotated[
+        Literal["nearest", "up"] | None,
+        typer.Option(help="of a step's share of them; default: as trained, nearest"),
+    ] = None,
     family: Annotated[
         str | None,
         typer.Option(help="module of a family that no installed package registers; is imported"),
@@ -348,6 +352,7 @@ def sample(
             shift=shift,
             final_step_size_scale=final_step_size_scale,
             total_substeps=total_substeps,
+            substep_rounding=substep_rounding,
         ),
         family=family,
         show_progress=not quiet,

@@ -20,7 +20,7 @@ from piflow.flow import Student, Velocity, noised
 from piflow.policies.base import Policy, expand_as_latents, to_device, working_dtype
 from piflow.policies.gmflow import GMFlowPolicy
 from piflow.policies.rollout import mean_velocity, rollout
-from piflow.schedule import FewStep, FlowSchedule, num_substeps, sample_segments
+from piflow.schedule import FewStep, FlowSchedule, Rounding, num_substeps, sample_segments
 
 PartOfLoss = tuple[Tensor, bool]
 """(a weighted part of an iteration's loss, whether it is the last part)."""
@@ -84,11 +84,16 @@ def teacher_ratio(step: int, num_decay_iters: int) -> float:
     return max(0.0, 1.0 - step / num_decay_iters)
 
 
-def micro_window(segment_size: Tensor, window_substeps: int, total_substeps: int = 128) -> Tensor:
+def micro_window(
+    segment_size: Tensor,
+    window_substeps: int,
+    total_substeps: int = 128,
+    rounding: Rounding = "nearest",
+) -> Tensor:
     """Delta = min(window_substeps h / n, h) of segments of size h with n substeps; (B,) -> (B,)."""
     if window_substeps < 0:
         raise ValueError(f"expected window_substeps >= 0, got {window_substeps}; 0 = instantaneous")
-    substep = segment_size / num_substeps(segment_size, total_substeps)
+    substep = segment_size / num_substeps(segment_size, total_substeps, rounding)
     return torch.minimum(window_substeps * substep, segment_size)
 
 
@@ -150,6 +155,7 @@ def imitation_loss(
     total_substeps: int = 128,
     scale: float = 1.0,
     rollout_policy: Policy | None = None,
+    rounding: Rounding = "nearest",
 ) -> ImitationOutput:
     """Match the policy's mean velocity to the teacher's at J states of one segment.
 
@@ -163,6 +169,7 @@ def imitation_loss(
         total_substeps: policy substeps over tau in [0, 1].
         scale: factor of the loss.
         rollout_policy: the detached, dropped-out copy to walk on; default `policy.detach()`.
+        rounding: of an interval's share of the substeps.
 
     Returns:
         loss = scale / 2 mean |u_mean - u_teacher|^2 over all J states (scalar), and the state after
@@ -180,12 +187,12 @@ def imitation_loss(
         # not to move the state to where the two agree.
         with torch.no_grad():
             tau_a = (tau - student_step).clamp(min=0)  # rounding may take it below 0
-            x_a = rollout(walker, x, tau, tau_a, schedule, total_substeps)
+            x_a = rollout(walker, x, tau, tau_a, schedule, total_substeps, rounding)
             sigma_a = to_device(schedule.sigma(tau_a), x.device)
             target = teacher(x_a, sigma_a).to(x_a.dtype)
         tau_b = (tau_a - teacher_step).clamp(min=0)
         tau_end = (tau_b - window).clamp(min=0)
-        average = mean_velocity(policy, x_a, tau_a, tau_end, schedule, total_substeps)
+        average = mean_velocity(policy, x_a, tau_a, tau_end, schedule, total_substeps, rounding)
         losses.append((average - target).square().mean())
         step = to_device(schedule.sigma(tau_b), x.device) - sigma_a
         # On the teacher's velocity up to tau_b, not to tau_end: windows may overlap the next step.
@@ -235,9 +242,8 @@ def run_data_free(
         yield output.loss * segment.size, count == few_step.nfe
         if count < few_step.nfe:
             with torch.no_grad():
-                x = rollout(
-                    walker, output.x, output.tau, tau_dst, schedule, few_step.total_substeps
-                )
+                substeps, rounding = few_step.total_substeps, few_step.substep_rounding
+                x = rollout(walker, output.x, output.tau, tau_dst, schedule, substeps, rounding)
         del output, walker  # else the segment's tensors lived on through the next network call
 
 
@@ -279,14 +285,25 @@ def _imitate(
 ) -> tuple[ImitationOutput, Policy]:
     """One segment's student call and loss; and the detached policy that was walked on."""
     schedule, substeps = few_step.schedule, few_step.total_substeps
+    rounding = few_step.substep_rounding
     policy = student(x, to_device(schedule.sigma(tau_src), x.device))
     walker = _walker(policy, settings.dropout, generator)
-    window = micro_window(size, settings.window_substeps, substeps)
+    window = micro_window(size, settings.window_substeps, substeps, rounding)
     intervals = sample_intervals(
         len(x), settings.num_states, size, window, settings.teacher_ratio, generator
     )
     output = imitation_loss(
-        policy, teacher, x, tau_src, intervals, window, schedule, substeps, settings.scale, walker
+        policy,
+        teacher,
+        x,
+        tau_src,
+        intervals,
+        window,
+        schedule,
+        substeps,
+        settings.scale,
+        walker,
+        rounding,
     )
     return output, walker
 

@@ -227,4 +227,5 @@ def _normal_like(x: Tensor, generator: Generators | None) -> Tensor:
 def _roll(policy: Policy, x: Tensor, tau_from: float, tau_to: float, few_step: FewStep) -> Tensor:
     dtype = working_dtype(x)
     start, stop = (torch.full((len(x),), tau, dtype=dtype) for tau in (tau_from, tau_to))
-    return rollout(policy, x, start, stop, few_step.schedule, few_step.total_substeps)
+    substeps, rounding = few_step.total_substeps, few_step.substep_rounding
+    return rollout(policy, x, start, stop, few_step.schedule, substeps, rounding)

@@ -10,12 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 Time = TypeVar("Time", float, Tensor)
+Rounding = Literal["nearest", "up"]
+"""How a number of substeps becomes whole."""
+_SLACK = 1e-3  # of a substep, that float32 times may be off: 64.00001 isn't rounded up to 65
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def segments(nfe: int, final_step_size_scale: float = 1.0) -> list[Segment]:
 
 
 class FewStepNumbers(Protocol):
-    """Anything that carries a few-step schedule's four numbers, such as a recipe's objective."""
+    """Anything that carries a few-step schedule's numbers, such as a recipe's objective."""
 
     @property
     def nfe(self) -> int: ...
@@ -116,6 +119,8 @@ class FewStepNumbers(Protocol):
     def shift(self) -> float: ...
     @property
     def total_substeps(self) -> int: ...
+    @property
+    def substep_rounding(self) -> Rounding: ...
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ class FewStep:
         final_step_size_scale: f in (0, 1], length of the last segment relative to the others.
         shift: time shift s of the noise schedule.
         total_substeps: S, policy substeps over the whole of tau in [0, 1].
+        substep_rounding: of an interval's share of them.
 
     Raises:
         ValueError: a number that `segments`, `FlowSchedule` or `num_substeps` refuses.
@@ -136,17 +142,22 @@ class FewStep:
     final_step_size_scale: float
     shift: float
     total_substeps: int
+    substep_rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
         segments(self.nfe, self.final_step_size_scale)
         FlowSchedule(self.shift)
-        _check_substeps(self.total_substeps)
+        _check_substeps(self.total_substeps, self.substep_rounding)
 
     @classmethod
     def of(cls, numbers: FewStepNumbers) -> FewStep:
-        """The schedule that a recipe's objective, or whatever has the same four fields, names."""
+        """The schedule that a recipe's objective, or whatever has the same fields, names."""
         return cls(
-            numbers.nfe, numbers.final_step_size_scale, numbers.shift, numbers.total_substeps
+            numbers.nfe,
+            numbers.final_step_size_scale,
+            numbers.shift,
+            numbers.total_substeps,
+            numbers.substep_rounding,
         )
 
     @cached_property
@@ -189,22 +200,28 @@ def sample_segments(
     return sources[index], sizes[index]
 
 
-def num_substeps(size: Tensor, total_substeps: int) -> Tensor:
-    """Euler substeps of an interval of raw time: max(1, round(size * total_substeps)), int64.
-
-    Rounded to the nearest, half to even, as the released students were trained with it.
+def num_substeps(size: Tensor, total_substeps: int, rounding: Rounding = "nearest") -> Tensor:
+    """Euler substeps of an interval of raw time: max(1, size * total_substeps), whole, int64.
 
     Args:
         size: (B,) lengths in tau.
         total_substeps: substeps over the whole of tau in [0, 1], S.
+        rounding: nearest (half to even), as the released students were trained with it; or up, as
+            the newest published trainer does.
 
     Raises:
-        ValueError: `total_substeps` < 1.
+        ValueError: `total_substeps` < 1, or another rounding.
     """
-    _check_substeps(total_substeps)
-    return (size * total_substeps).round().clamp(min=1).to(torch.int64)
+    _check_substeps(total_substeps, rounding)
+    count = size * total_substeps
+    whole = count.round() if rounding == "nearest" else (count - _SLACK).ceil()
+    return whole.clamp(min=1).to(torch.int64)
 
 
-def _check_substeps(total_substeps: int) -> None:
+def _check_substeps(total_substeps: int, rounding: Rounding) -> None:
     if total_substeps < 1:
         raise ValueError(f"expected total_substeps >= 1, got {total_substeps}; the default is 128")
+    if rounding not in get_args(Rounding):
+        raise ValueError(
+            f"expected substep_rounding {' or '.join(get_args(Rounding))}, got {rounding!r}"
+        )

@@ -22,7 +22,7 @@ from torch import Tensor
 from piflow.flow import noised
 from piflow.policies.base import Policy, per_sample, working_dtype
 from piflow.sampling import Generators, Temperature, follow
-from piflow.schedule import FewStep, FlowSchedule
+from piflow.schedule import FewStep, FlowSchedule, Rounding
 
 
 @dataclass
@@ -67,6 +67,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         use_dynamic_shifting: take log s linear in the sequence length instead of `shift`; not for
             DX students, whose policies keep the shift of their training.
         base_image_seq_len, max_image_seq_len, base_shift, max_shift: that line's anchors (log s).
+        substep_rounding: of a segment's share of the substeps: "nearest" or "up".
 
     Raises:
         ValueError: h < 0, a temperature < 0, or sizes that `piflow.schedule` refuses.
@@ -89,6 +90,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         max_image_seq_len: int = 4096,
         base_shift: float = 0.5,
         max_shift: float = 1.15,
+        substep_rounding: Rounding = "nearest",
     ) -> None:
         if not float(h) >= 0:
             raise ValueError(f'FlowMapScheduler: expected h >= 0 or "inf", got {h!r}')
@@ -96,7 +98,9 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f'FlowMapScheduler: expected a temperature >= 0 or "auto", got {temperature!r}'
             )
-        FewStep(1, final_step_size_scale, shift, total_substeps)  # refuses bad numbers already here
+        FewStep(
+            1, final_step_size_scale, shift, total_substeps, substep_rounding
+        )  # refuses bad ones
         self.init_noise_sigma = 1.0
         self.few_step: FewStep | None = None  # until the number of evaluations is set
         self.timesteps = torch.empty(0)
@@ -151,6 +155,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             self.config["final_step_size_scale"],
             self.config["shift"],
             self.config["total_substeps"],
+            self.config["substep_rounding"],
         )
 
     def set_begin_index(self, begin_index: int = 0) -> None:

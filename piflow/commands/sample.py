@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from piflow.config import find_family
@@ -36,7 +36,7 @@ class Choices:
         subfolder: of the adapter's place, where that holds several.
         loras: more LoRA on the base, ``URI`` or ``URI@STRENGTH``.
         guidance: embedded guidance, of models that take one.
-        shift, final_step_size_scale, total_substeps: the schedule's.
+        shift, final_step_size_scale, total_substeps, substep_rounding: the schedule's.
     """
 
     nfe: int | None = None
@@ -54,6 +54,7 @@ class Choices:
     shift: float | None = None
     final_step_size_scale: float | None = None
     total_substeps: int | None = None
+    substep_rounding: Literal["nearest", "up"] | None = None
 
     def few_step(self, trained: FewStep) -> FewStep:
         """The schedule with what was chosen.
@@ -63,8 +64,7 @@ class Choices:
         """
         from piflow.inference.settings import check_schedule
 
-        names = ("nfe", "shift", "final_step_size_scale", "total_substeps")
-        chosen = {name: getattr(self, name) for name in names}
+        chosen = {field.name: getattr(self, field.name) for field in fields(trained)}
         given = {name: value for name, value in chosen.items() if value is not None}
         check_schedule(given)
         return replace(trained, **given)
@@ -241,7 +241,7 @@ def _what_decides(adapter: str, settings: SamplingSettings, choices: Choices) ->
     from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE
 
     files = [storage.sha256(storage.join(adapter, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    names = ("guidance", "shift", "final_step_size_scale", "total_substeps")
+    names = ("guidance", "shift", "final_step_size_scale", "total_substeps", "substep_rounding")
     chosen = {name: getattr(choices, name) for name in names}
     return {
         **{name: value for name, value in chosen.items() if value is not None},

@@ -24,7 +24,13 @@ from piflow.config.section import OPERATIONAL, RecipeError, Section, Variant
 
 SCHEMA = 3
 VERSION_KEY = "schema_version"
-SINCE_SCHEMA_0 = frozenset({"model.lora", "training.init_from"})
+SINCE_SCHEMA_0 = frozenset(
+    {
+        "model.lora",
+        "objective.substep_rounding",
+        "training.init_from",
+    }
+)
 """Dotted keys that decide results and that schema 0 didn't have."""
 _CLASSES_OF_SCHEMA_0 = "package://pipelines/recipes/imagenet_classes.txt"
 _CLASSES = "package://piflow.backbones.dit/imagenet_classes.txt"

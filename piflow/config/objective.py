@@ -105,6 +105,11 @@ class PiIDConfig(Variant):
     total_substeps: Annotated[int, Field(ge=1, le=10_000)] = 128
     """Policy substeps over tau in [0, 1]."""
 
+    substep_rounding: Literal["nearest", "up"] = "nearest"
+    """How an interval's share of them becomes whole. nearest: as the released students were
+    trained; up: as the newest published trainer has it.
+    """
+
     num_intermediate_states: Annotated[int, Field(ge=1, le=1000)] = 4
     """Teacher evaluations a segment, J."""
 

@@ -151,6 +151,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
                 shift=few_step.shift,
                 final_step_size_scale=few_step.final_step_size_scale,
                 total_substeps=few_step.total_substeps,
+                substep_rounding=few_step.substep_rounding,
             )
 
     def call_arguments(self, prompt: str, height: int, width: int) -> dict[str, Any]:

@@ -58,6 +58,7 @@ TEACHER_LORA_KEY = "piflow_teacher_lora_sha256"  # of the file of `model.lora`
 Weights = Literal["ema", "student"]
 
 _TEACHER_LORA = "teacher's LoRA"  # in messages
+_ROUNDING = "nearest"
 
 MAX_SIDE = 16384  # pixels
 MAX_SUBSTEPS = 16384
@@ -104,6 +105,8 @@ class SamplingSettings(BaseModel):
         """The inverse of `_nest`."""
         tree: dict[str, Any] = serialise(self)
         few_step = tree.pop("few_step")
+        if self.few_step.substep_rounding == _ROUNDING:  # which earlier piflows know without a key
+            del few_step["substep_rounding"]
         return {identity.VERSION_KEY: identity.SCHEMA, **tree, **few_step}
 
     @classmethod

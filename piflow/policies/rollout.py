@@ -22,7 +22,7 @@ from piflow.policies.base import (
     working_dtype,
 )
 from piflow.policies.gmflow import GMFlowPolicy
-from piflow.schedule import FlowSchedule, num_substeps
+from piflow.schedule import FlowSchedule, Rounding, num_substeps
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ class SubstepTable:
 
 
 def substep_table(
-    tau_from: Tensor, tau_to: Tensor, schedule: FlowSchedule, total_substeps: int
+    tau_from: Tensor,
+    tau_to: Tensor,
+    schedule: FlowSchedule,
+    total_substeps: int,
+    rounding: Rounding = "nearest",
 ) -> SubstepTable:
     """Euler substeps from `tau_from` to `tau_to` (B,), on the CPU.
 
@@ -50,7 +54,7 @@ def substep_table(
         ValueError: times aren't (B,), leave [0, 1], or run upwards.
     """
     start, stop = _host_times(tau_from, tau_to)
-    counts = num_substeps(start - stop, total_substeps)
+    counts = num_substeps(start - stop, total_substeps, rounding)
     step = torch.arange(int(counts.max()) + 1, dtype=start.dtype)[:, None]
     # Fractions of the way, and not steps added up: the last one ends at tau_to to the last bit.
     fraction = (step / counts).clamp(max=1)
@@ -71,6 +75,7 @@ def rollout(
     tau_to: Tensor,
     schedule: FlowSchedule,
     total_substeps: int = 128,
+    rounding: Rounding = "nearest",
 ) -> Tensor:
     """Follow `policy` from `tau_from` to `tau_to` in max(1, round((from - to) S)) Euler steps.
 
@@ -80,6 +85,7 @@ def rollout(
         tau_from, tau_to: (B,) raw times in [0, 1], from >= to. On the CPU no synchronisation.
         schedule: raw time -> sigma.
         total_substeps: S, substeps over tau in [0, 1].
+        rounding: of an interval's share of them.
 
     Returns:
         Latents at `tau_to`, float32 (float64 if `x` is). Differentiable in the policy and `x`, not
@@ -91,7 +97,7 @@ def rollout(
         ValueError: times aren't (B,), leave [0, 1], or run upwards.
     """
     latents = x.to(working_dtype(x))
-    table = substep_table(tau_from, tau_to, schedule, total_substeps)
+    table = substep_table(tau_from, tau_to, schedule, total_substeps, rounding)
     table = table.to(latents.device, latents.dtype)
     if isinstance(policy, GMFlowPolicy):
         return policy.integrate(latents, table.sigma, table.delta)
@@ -107,6 +113,7 @@ def mean_velocity(
     tau_to: Tensor,
     schedule: FlowSchedule,
     total_substeps: int = 128,
+    rounding: Rounding = "nearest",
 ) -> Tensor:
     """Mean velocity (x_from - x_to) / (sigma_from - sigma_to) of a rollout.
 
@@ -114,12 +121,12 @@ def mean_velocity(
     Arguments, errors and differentiability as in `rollout`. Returns velocities shaped as `x`.
     """
     start, stop = _host_times(tau_from, tau_to)
-    short = num_substeps(start - stop, total_substeps) < 2
+    short = num_substeps(start - stop, total_substeps, rounding) < 2
     latents = x.to(working_dtype(x))
     sigma_from, sigma_to = schedule.sigma(start), schedule.sigma(stop)
     if bool(short.all()):
         return policy.velocity(latents, per_sample(sigma_from, latents, "tau_from"))
-    end = rollout(policy, latents, start, stop, schedule, total_substeps)
+    end = rollout(policy, latents, start, stop, schedule, total_substeps, rounding)
     # 1 where the secant isn't taken: 0 / 0 there would be NaN, and stay NaN in `where`'s gradient
     span = per_sample(torch.where(short, 1.0, sigma_from - sigma_to), latents, "tau_from")
     average = (latents - end) / expand_as_latents(span, latents)

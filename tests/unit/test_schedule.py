@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -86,6 +87,23 @@ def test_sampled_segments_are_drawn_by_size() -> None:
 def test_substeps_are_rounded_and_at_least_one() -> None:
     sizes = torch.tensor([0.0, 0.001, 1.4 / 128, 1.6 / 128, 0.2857142857, 1.0])
     assert num_substeps(sizes, 128).tolist() == [1, 1, 1, 2, 37, 128]
+
+
+def test_substeps_rounded_up() -> None:
+    """Whole numbers stay, though times in float32 are off by some 1e-7 each."""
+    sizes = torch.tensor([0.0, 0.001, 1.1 / 128, 0.2857142857, 0.5, 1.0])
+    assert num_substeps(sizes, 128, "up").tolist() == [1, 1, 2, 37, 64, 128]
+    for nfe in range(1, 33):
+        few_step = FewStep(nfe, 0.5, 3.2, 256, "up")
+        starts = torch.tensor([part.tau_src for part in few_step.segments])
+        ends = torch.tensor([part.tau_dst for part in few_step.segments])
+        exact = [
+            math.ceil(Fraction(2 if part.tau_dst else 1, 2 * nfe - 1) * 256)
+            for part in few_step.segments
+        ]
+        assert num_substeps(starts - ends, 256, "up").tolist() == exact
+    with pytest.raises(ValueError, match="substep_rounding nearest or up, got 'down'"):
+        FewStep(4, 0.5, 3.2, 128, "down")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

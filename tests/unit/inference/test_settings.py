@@ -37,6 +37,7 @@ from piflow.inference.settings import (
     read_adapter,
     settings_of,
 )
+from piflow.policies import GMFlowPolicy
 from piflow.roles.adapter import WEIGHTS_FILE, load_adapter
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_few_step
@@ -456,6 +457,29 @@ def test_an_adapter_without_settings(
     _, settings = read_adapter(str(out), str(flux_folder))
     assert settings.few_step == FewStep(4, 0.5, 3.2, 128), "not the 2, 0.5, 2.0, 16 it was noted"
     assert settings.encoder.path == "hf://black-forest-labs/FLUX.1-dev"  # type: ignore[attr-defined]
+
+
+def test_the_rounding_of_substeps_goes_along(flux_folder: Path) -> None:
+    """The default writes no key, so that earlier versions of piflow read what they can."""
+    usual = SamplingSettings.of(recipe(flux_folder))
+    assert "substep_rounding" not in usual.model_dump_json()
+    objective = {"type": "pi_id", "nfe": 2, "total_substeps": 16, "substep_rounding": "up"}
+    ours = SamplingSettings.of(recipe(flux_folder, objective=objective))
+    assert ours.few_step == FewStep(2, 0.5, 3.2, 16, "up")
+    for settings in (usual, ours):
+        text = settings.model_dump_json()
+        assert SamplingSettings.model_validate_json(text) == settings
+    noise = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def student(x: Tensor, sigma: Tensor) -> GMFlowPolicy:
+        zeros = torch.zeros(1, 1, 1, 1, 1)
+        return GMFlowPolicy(x[:, None], zeros, torch.zeros(1, 1, 1, 4, 4), x, sigma)
+
+    up, by_hand = (
+        sample_few_step(student, noise, few_step)
+        for few_step in (ours.few_step, FewStep(2, 0.5, 3.2, 16))
+    )
+    assert (up - by_hand).abs().max() > 1e-4, "11 and 6 substeps, not 11 and 5"
 
 
 def test_settings_of_an_older_schema_are_migrated(
