@@ -26,9 +26,11 @@ SCHEMA = 3
 VERSION_KEY = "schema_version"
 SINCE_SCHEMA_0 = frozenset(
     {
+        "lora.init",
         "model.lora",
         "objective.substep_rounding",
         "training.init_from",
+        "training.optimizer.warmup_start",
     }
 )
 """Dotted keys that decide results and that schema 0 didn't have."""

@@ -63,6 +63,11 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegative = 100
     """Linear warm-up, optimiser steps."""
 
+    warmup_start: Fraction | None = None
+    """First factor of the learning rate, which reaches 1 after `warmup_steps` steps, 0.001 in the
+    published trainer; null: one step's share of it.
+    """
+
     decay_fraction: Fraction = 0.0
     """Last share of the run in which lr falls linearly to 0."""
 

@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from piflow.config.model import ComputeDtype
+from piflow.config.model import ComputeDtype, LoRAInit
 from piflow.storage.foreign import parse_object, shown
 
 LORA_METADATA_KEY = "lora_adapter_metadata"  # diffusers': PEFT's configuration as JSON
@@ -77,8 +77,9 @@ def inject(
     dropout: float,
     generator: torch.Generator,
     compute_dtype: ComputeDtype = "base",
+    init: LoRAInit = "kaiming",
 ) -> None:
-    """Adds a float32 LoRA adapter, alpha = rank, to the named layers; B is zero, A is Kaiming.
+    """Adds a float32 LoRA adapter, alpha = rank, to the named layers; B is zero.
 
     It lies where its layer does; on a layer without storage (on "meta"), on the CPU.
 
@@ -87,6 +88,7 @@ def inject(
         dropout: on the adapter's input, in training mode.
         generator: a CPU generator; the values don't depend on the device.
         compute_dtype: what its matrix products are computed in.
+        init: what A is drawn from.
     """
     add_layers(module, adapter, ranks, dropout=dropout, compute_dtype=compute_dtype)
     for name in ranks:
@@ -96,7 +98,10 @@ def inject(
                 layer.to_empty(device="cpu")
         down = module.get_parameter(f"{name}.lora_A.{adapter}.weight")
         value = torch.empty(down.shape)
-        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        if init == "gaussian":
+            nn.init.normal_(value, std=1 / len(value), generator=generator)
+        else:
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
         with torch.no_grad():
             down.copy_(value)
             nn.init.zeros_(module.get_parameter(f"{name}.lora_B.{adapter}.weight"))

@@ -415,7 +415,13 @@ def _inject_lora(backbone: Backbone, lora: LoRAConfig, generator: torch.Generato
     compute = lora.compute_dtype
     for role, dropout in ((STUDENT, lora.dropout), (EMA, 0.0)):
         adapters.inject(
-            module, role, ranks, dropout=dropout, generator=generator, compute_dtype=compute
+            module,
+            role,
+            ranks,
+            dropout=dropout,
+            generator=generator,
+            compute_dtype=compute,
+            init=lora.init,
         )
 
 

@@ -114,7 +114,9 @@ def micro_batch_generator(seed: int, step: int, index: int) -> torch.Generator:
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     """Linear warm-up, constant, then linear to 0 over the last `decay_fraction` of the run."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    warmup, start = min(1.0, (step + 1) / max(1, config.warmup_steps)), config.warmup_start
+    if start is not None and config.warmup_steps:
+        warmup = min(1.0, start + (1 - start) * step / config.warmup_steps)
     decay_steps = config.decay_fraction * steps
     decay = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
     return config.lr * warmup * max(0.0, decay)

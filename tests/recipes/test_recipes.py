@@ -57,14 +57,15 @@ def test_recipes_of_one_model_share_a_store(path: Path) -> None:
             "window": 3, "dropout": 0.1, "decay": 2000, "cfg": 1, "scale": 30, "lr": 1e-4,
             "batch": 256, "steps": 3000, "ema": 100}),
         ("flux1-dev-gm-4nfe-datafree", {"num_gaussians": 8, "nfe": 4, "f": 0.5, "shift": 3.2,
-            "J": 4, "window": 3, "dropout": 0.1, "decay": 2000, "steps": 3000}),
+            "J": 4, "window": 3, "dropout": 0.1, "decay": 2000, "steps": 3000, "batch": 64}),
         ("flux1-dev-gm-8nfe", {"num_gaussians": 8, "nfe": 8, "f": 0.5, "shift": 3.2, "J": 4}),
         ("flux1-dev-dx-4nfe", {"mode": "grid", "num_points": 10, "nfe": 4, "decay": 2000}),
         ("qwen-image-gm-4nfe", {"num_gaussians": 8, "nfe": 4, "f": 0.5, "shift": 3.2, "J": 2,
             "window": 3, "dropout": 0.1, "decay": 0, "cfg": 4, "scale": 30, "lr": 1e-4,
             "batch": 256, "steps": 9000, "ema": 100}),
         ("qwen-image-gm-4nfe-datafree", {"num_gaussians": 8, "nfe": 4, "f": 0.5, "shift": 3.2,
-            "J": 2, "window": 3, "dropout": 0.1, "decay": 0, "cfg": 4, "steps": 9000}),
+            "J": 2, "window": 3, "dropout": 0.1, "decay": 0, "cfg": 4, "steps": 9000,
+            "batch": 64}),
         ("qwen-image-dx-4nfe", {"mode": "grid", "num_points": 10, "cfg": 4, "decay": 0}),
         ("qwen-image-poly-4nfe", {"mode": "polynomial", "num_points": 10, "cfg": 4, "decay": 0}),
     ],
@@ -86,8 +87,11 @@ def test_published_hyper_parameters(name: str, expected: dict[str, float | str])
     assert training.optimizer.betas == (0.9, 0.95) and training.optimizer.clip_norm == 50
     if recipe.model.family == "dit":
         assert recipe.lora is None and recipe.guidance.interval == (0, 0.6)
+        assert (training.optimizer.warmup_steps, training.optimizer.warmup_start) == (400, 0.001)
     else:
         assert recipe.lora is not None and (recipe.lora.rank, recipe.lora.dropout) == (256, 0.05)
+        assert recipe.lora.init == "gaussian" and training.optimizer.warmup_start == 0.001
+        assert recipe.guidance.negative_prompt == "" and training.optimizer.warmup_steps == 100
     assert recipe.guidance.embedded == (3.5 if recipe.model.family == "flux" else None)
 
 
@@ -112,6 +116,7 @@ def test_datafree_variants_differ_in_nothing_but_data(name: str) -> None:
     changed = {line.partition(":")[0] for line in differences(one.deciding(), other.deciding())}
     assert changed == {
         "name", "objective.data", "objective.pictures", "embed.image_column", "embed.latent_dtype",
+        "training.batch_size",
     }  # fmt: skip
 
 

@@ -55,6 +55,19 @@ def inject(
     return lora.parameters(model, adapter)
 
 
+def test_initial_values(model: Model) -> None:
+    """gaussian is N(0, 1/rank²), PEFT's own of that name; kaiming has variance 1 / (3 inputs)."""
+    for init, expected in (("gaussian", lambda rank, inputs: 1 / rank),
+                           ("kaiming", lambda rank, inputs: (3 * inputs) ** -0.5)):  # fmt: skip
+        wide = nn.ModuleDict({"proj": nn.Linear(400, 300)})
+        generator = torch.Generator().manual_seed(0)
+        lora.inject(wide, init, {"proj": 100}, dropout=0.0, generator=generator, init=init)  # type: ignore[arg-type]
+        found = lora.parameters(wide, init)
+        spread = float(found["proj.lora_A.weight"].std())
+        assert spread == pytest.approx(expected(100, 400), rel=0.02)
+        assert not found["proj.lora_B.weight"].any()
+
+
 def test_suffixes_are_whole_components_and_the_output_is_skipped(model: Model) -> None:
     names = lora.resolve_targets(model, ["proj"], skip=("proj",))
     assert names == ["blocks.0.ff.proj", "blocks.0.proj", "blocks.1.ff.proj", "blocks.1.proj"]

@@ -160,6 +160,15 @@ def test_learning_rate_without_warmup_or_decay_is_constant() -> None:
     assert {learning_rate(step, 10, config) for step in range(30)} == {0.5}
 
 
+def test_the_first_factor_of_the_warm_up() -> None:
+    config = OptimizerConfig(lr=2.0, warmup_steps=4, warmup_start=0.001)
+    rates = [learning_rate(step, 100, config) for step in range(6)]
+    factors = [0.001, 0.25075, 0.5005, 0.75025, 1.0, 1.0]
+    assert rates == pytest.approx([2 * factor for factor in factors])
+    flat = config.model_copy(update={"warmup_steps": 0})
+    assert learning_rate(0, 100, flat) == 2.0
+
+
 def test_step_uses_and_reports_the_schedules_rate() -> None:
     config = OptimizerConfig(lr=0.1, warmup_steps=10, clip_norm=1e9, betas=(0.0, 0.0))
     trainer, weight = make(config)
