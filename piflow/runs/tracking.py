@@ -295,12 +295,12 @@ def finish(uri: str, run_id: str, run_dir: str, status: RunStatus = "FINISHED") 
     return outbox.close(_CLOSE_SECONDS)
 
 
-def is_running(uri: str, run_id: str) -> bool:
-    """Whether the server says that the run is running; no, if it doesn't say."""
+def is_unfinished(uri: str, run_id: str) -> bool:
+    """Whether the server says that the run is running or ended badly; no, if it doesn't say."""
     client = connect(uri)
     try:
         with explained(uri):
-            return str(get_run(client, uri, run_id).info.status) == "RUNNING"
+            return str(get_run(client, uri, run_id).info.status) != "FINISHED"
     except (OSError, ValueError):
         return False
 

@@ -93,8 +93,12 @@ def _training(run: Run, record: RunRecord, ownership: Ownership) -> Work:
 
 
 def _end_dead_run(uri: str, run_id: str, run_dir: str) -> None:
-    """A driver that was killed after its last checkpoint left its run in MLflow as running."""
-    if tracking.is_running(uri, run_id):
+    """A run with all its steps is finished, whatever its driver's end was taken for.
+
+    Left by a driver that was killed after the last checkpoint (RUNNING), or that gave the cluster's
+    head up while the workers went on to the end (FAILED).
+    """
+    if tracking.is_unfinished(uri, run_id):
         _tell_undelivered(finish(uri, run_id, run_dir, "FINISHED"))
 
 

@@ -284,8 +284,13 @@ def test_mlflow_has_metrics_parameters_recipe_and_pictures(straight: Recipe) -> 
 def test_a_finished_run_is_not_run_again(
     straight: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert distill.main(straight, show_progress=False) == STEPS
-    assert "all 8 steps are done; raise training.steps" in capsys.readouterr().out
+    """A driver that didn't see the end, or took it for a failure, left another status."""
+    tracked = Tracked("straight")
+    for left in ("FAILED", "RUNNING"):
+        tracked.client.update_run(tracked.record.mlflow_run_id, status=left)
+        assert distill.main(straight, show_progress=False) == STEPS
+        assert "all 8 steps are done; raise training.steps" in capsys.readouterr().out
+        assert tracked.run.info.status == "FINISHED"
 
 
 def test_check_says_what_is_there(

@@ -65,7 +65,7 @@ def report() -> EvaluationReport:
         ),
         psnr_gain=Interval(4.45, -0.5, 4.8),
         diversity_ratio=Interval(0.947, 0.9, float("inf")),
-        lineage=Lineage("run-1", "recipe-2", "manifest-3", 350, {"torch": "2", "ray": "3"}),
+        lineage=Lineage("run-1", "recipe-2", "manifest-3", "step 350", {"torch": "2", "ray": "3"}),
         grid_jpeg=sheet.jpeg_bytes(picture),
         grid_caption="every column has one noise",
         picture_links=(PictureLinks("red heart", (("student", "pictures/0001-red-1.png"),)),),
@@ -98,7 +98,7 @@ def test_tables_hold_the_figures(report: EvaluationReport) -> None:
         ["MLflow run", "run-1"],
         ["recipe hash", "recipe-2"],
         ["store manifest hash", "manifest-3"],
-        ["checkpoint", "step 350"],
+        ["student", "step 350"],
         ["versions", "torch 2, ray 3"],
     ]
     text = " ".join(page.text.split())

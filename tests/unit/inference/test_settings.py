@@ -270,7 +270,9 @@ def test_an_adapter_holds_no_path_of_its_machine(
     for allowed in (places_of(ours), [str(flux_folder.parent)], [str(flux_folder)]):
         _, settings = load_student(str(out), allowed=["package://", *allowed])
         assert settings.model.path == str(flux_folder)
-    with pytest.raises(ValueError, match=f"made with base '{flux_folder.name}', a folder of anot"):
+    with pytest.raises(
+        ValueError, match=f"made with base '{flux_folder.name}', a place of another"
+    ):
         load_student(str(out), allowed=["package://", str(tmp_path)])
     moved = shutil.copytree(flux_folder, out / flux_folder.name)
     _, settings = load_student(str(out), allowed=["package://"])
