@@ -7,22 +7,26 @@ RUN_DIR/evaluation-NAME-HASH/    the same of an adapter, ours or a published one
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from piflow import storage
 from piflow.config import Recipe
 
 if TYPE_CHECKING:
+    from piflow.data.reader import PromptStore
     from piflow.evaluation.compare import Evaluation
     from piflow.evaluation.drawing import Drawing, Plan
     from piflow.evaluation.report import Lineage
     from piflow.inference.settings import SamplingSettings
     from piflow.roles.adapter import Adapter
     from piflow.roles.trio import Trio
+    from piflow.runs.tracking import Tracker
     from piflow.training.preflight import Run
 
 GRID_PROMPTS = 8  # rows of the picture grid
@@ -41,12 +45,13 @@ def main(
     Raises:
         ValueError: no run, checkpoint or store, or they don't fit the recipe.
     """
-    from piflow import storage
     from piflow.commands import embed
     from piflow.evaluation.compare import measure
     from piflow.evaluation.drawing import Drawing, Plan
     from piflow.runs import folder as run_folder
+    from piflow.runs.origin import NOTE, description
     from piflow.runs.tracking import MlflowTracker
+    from piflow.runtime.ray_job import submission_id
     from piflow.training.checkpoint import STATE_FILE, read_state, require_same_run
     from piflow.training.preflight import preflight
 
@@ -68,7 +73,10 @@ def main(
     lineage = _lineage(recipe, record.mlflow_run_id, store.manifest_hash, f"step {state.step}")
     files = _write_report(recipe, result, folder, lineage)
     tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
-    tracker.log_summary(summary(result), step=state.step)
+    tracker.log_checkpoint(state.step, {"piflow.recipe_hash": recipe.hash()})
+    tracker.log_summary(summary(result), state.step, _log_prompts(tracker, recipe, result, store))
+    note = description(recipe, store.manifest_hash, submission_id(), _told(result, state.step))
+    tracker.set_tags({NOTE: note})
     for name in files:
         tracker.log_artifact(f"{FOLDER}/{name}")
     if problem := tracker.close():
@@ -190,6 +198,31 @@ def _draw(
         _draw_here(drawing, trio, bar.advance)
 
 
+def _log_prompts(
+    tracker: Tracker, recipe: Recipe, result: Evaluation, store: PromptStore
+) -> Mapping[str, Any]:
+    """The prompts as the run's dataset for evaluation."""
+    place = recipe.evaluation.prompt_list or store.uri
+    digest = hashlib.sha256(json.dumps(result.prompts).encode()).hexdigest()
+    profile = {"rows": len(result.prompts), "seeds": recipe.evaluation.seeds}
+    name = f"prompts-{storage.base_name(place)}"
+    return tracker.log_dataset(name, storage.absolute(place), digest, "evaluation", profile)
+
+
+def _told(result: Evaluation, step: int) -> dict[str, str]:
+    """The headline figures in words."""
+    gain, ratio = result.psnr_gain, result.diversity_ratio
+    return {
+        "step": str(step),
+        "endpoint PSNR over the teacher's in as many steps": f"{gain.value:+.2f} dB "
+        f"({gain.low:+.2f} to {gain.high:+.2f})",
+        "diversity over the reference's": f"{ratio.value:.3f} "
+        f"({ratio.low:.3f} to {ratio.high:.3f})",
+        "prompts, pictures each": f"{len(result.prompts)}, "
+        f"{next(iter(result.pictures.values())).shape[1]}",
+    }
+
+
 def summary(result: Evaluation) -> dict[str, float]:
     """The figures as MLflow metrics, e.g. `eval/student_4_nfe/psnr`."""
     values = {
@@ -229,7 +262,6 @@ def _write_report(recipe: Recipe, result: Evaluation, folder: str, lineage: Line
     """
     import torch
 
-    from piflow import storage
     from piflow.evaluation.report import EvaluationReport, PictureLinks, render_html
     from piflow.evaluation.sheet import grid, jpeg_bytes
 

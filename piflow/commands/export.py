@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from piflow.config import Recipe
+
+if TYPE_CHECKING:
+    from piflow.runs.registry import Served
 
 ALIAS = "newest"
 
@@ -31,7 +35,10 @@ def main(
     """
     from piflow import storage
     from piflow.runs import folder as run_folder
-    from piflow.runs.tracking import deliver_kept, register_adapter
+    from piflow.runs import origin
+    from piflow.runs.registry import register_adapter
+    from piflow.runs.tracking import deliver_kept
+    from piflow.training.checkpoint import read_state
     from piflow.training.export import export_adapter
     from piflow.training.preflight import base_fingerprint
 
@@ -64,6 +71,39 @@ def main(
         name,
         lineage,
         ALIAS,
+        served_by_mlflow(
+            _uris(recipe),
+            origin.description(recipe, record.manifest_hash),
+            read_state(checkpoint).step,
+        ),
     )
     print(f"adapter written to {folder}; MLflow model {name}, version {version} ({ALIAS})")
     return folder, version
+
+
+def served_by_mlflow(allowed: list[str], description: str, step: int) -> Served:
+    """How MLflow loads an adapter of piflow's.
+
+    Args:
+        allowed: URIs that the adapter may name.
+        description: of the version, Markdown.
+        step: optimiser steps behind it.
+    """
+    from piflow.inference import served
+    from piflow.runs.registry import Served
+
+    return Served(
+        code=Path(served.__file__).with_name("mlflow_model.py"),
+        config={"base": None, "encoder": None, "allowed": allowed, "device": "auto"},
+        params={"seed": 0, "nfe": served.TRAINED_NFE},
+        description=description,
+        step=step,
+    )
+
+
+def _uris(recipe: Recipe) -> list[str]:
+    """What the recipe names that means the same on every machine: no local folders."""
+    from piflow import storage
+    from piflow.inference.settings import places_of
+
+    return [place for place in places_of(recipe) if storage.scheme(place) != "file"]

@@ -267,8 +267,8 @@ def _draw(
     import torch
 
     from piflow.backbones import build_codec
-    from piflow.evaluation.sheet import enlarged, png_bytes, to_image
     from piflow.inference.drawing import draw_pictures
+    from piflow.inference.pixels import enlarged, png_bytes, to_image
     from piflow.inference.settings import encode_prompts, student_of
     from piflow.progress import progress
 

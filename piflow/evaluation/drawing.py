@@ -28,9 +28,9 @@ from piflow.config import Recipe
 from piflow.data.batch import conditioning, cut_for
 from piflow.data.reader import PromptStore
 from piflow.data.select import evaluation_rows
-from piflow.evaluation.sheet import png_bytes, to_image
 from piflow.flow import draw_noise
 from piflow.inference.gallery import Entry, Gallery, Request
+from piflow.inference.pixels import png_bytes, to_image
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_euler, sample_few_step

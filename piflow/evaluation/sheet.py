@@ -1,4 +1,4 @@
-"""Pictures for people: tensors to pixels, labelled sheets, PNG and JPEG.
+"""Pictures for people: labelled sheets, as JPEG.
 
 A picture's file holds its own pixels from 256 a side on; smaller ones are enlarged, unblurred, up
 to that. On a sheet it is at most 512 pixels a side, and a sheet is at most 24 megapixels, so that
@@ -10,14 +10,12 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from piflow.inference.pixels import enlargement, to_image
 from piflow.storage.foreign import shown
 
-_ENLARGED_SIDE = 256  # pixels: nothing is enlarged beyond
-_MOST_ENLARGED = 4  # screen pixels a pixel
 _CELL_SIDE = 512  # pixels, of a picture on a sheet
 _SHEET_PIXELS = 24_000_000
 _JPEG_QUALITY = 92
@@ -29,37 +27,6 @@ _LABEL_LINES = 3
 _LABEL_WIDTH = 240  # pixels, of the labels left of the rows
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
-def to_uint8(pictures: Tensor) -> Tensor:
-    """``(..., 3, H, W)`` in [-1, 1] (values outside are clipped) -> ``(..., H, W, 3)`` uint8, CPU.
-
-    Raises:
-        ValueError: not three channels, or a value is not finite.
-    """
-    if pictures.dim() < 3 or pictures.shape[-3] != 3:
-        raise ValueError(f"expected RGB pictures (..., 3, H, W), got {tuple(pictures.shape)}")
-    if not bool(torch.isfinite(pictures).all()):
-        raise ValueError("pictures hold NaN or infinite values; the sampler diverged")
-    scaled = (pictures.detach().float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).movedim(-3, -1).cpu()
-
-
-def enlargement(height: int, width: int) -> int:
-    """Screen pixels for a pixel of a picture: 1 from 256 pixels a side on, at most 4."""
-    return max(1, min(_MOST_ENLARGED, _ENLARGED_SIDE // max(height, width)))
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    """One picture ``(3, H, W)`` in [-1, 1] as an RGB image, pixel by pixel."""
-    return Image.fromarray(to_uint8(picture).numpy())
-
-
-def enlarged(image: Image.Image) -> Image.Image:
-    """The image by `enlargement`, without smoothing."""
-    factor = enlargement(image.height, image.width)
-    size = (image.width * factor, image.height * factor)
-    return image if factor == 1 else image.resize(size, Image.Resampling.NEAREST)
 
 
 def grid(
@@ -138,13 +105,6 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     whole = size[0] % image.width == 0 and size[1] % image.height == 0
     resampling = Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
     return image.resize(size, resampling, reducing_gap=None if whole else 3.0)
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """The image as a PNG file's bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def jpeg_bytes(image: Image.Image) -> bytes:

@@ -2,6 +2,7 @@
 
 pipe = PiFluxPipeline.from_pretrained(base, adapter="…", torch_dtype=torch.bfloat16)
 image = pipe("a red heart").images[0]
+pipe = load("models:/NAME@champion")    # from MLflow's registry
 
 May import the data and what stands below it.
 """
@@ -10,6 +11,7 @@ from piflow.inference.dit import PiDiTPipeline
 from piflow.inference.flux import PiFluxPipeline
 from piflow.inference.flux2 import PiFlux2Pipeline
 from piflow.inference.qwen_image import PiQwenImagePipeline
+from piflow.inference.registered import load
 from piflow.inference.sd3 import PiSD3Pipeline
 
 __all__ = [
@@ -18,4 +20,5 @@ __all__ = [
     "PiFluxPipeline",
     "PiQwenImagePipeline",
     "PiSD3Pipeline",
+    "load",
 ]

@@ -20,6 +20,7 @@ from pydantic import (
 from piflow import storage
 from piflow.backbones import Conditioning, load_backbone
 from piflow.backbones.encoders import build_encoder
+from piflow.backbones.text import TextEncoder
 from piflow.config import (
     FamilyEncoder,
     ModelConfig,
@@ -400,17 +401,21 @@ def _places_of_model(model: ModelConfig) -> dict[str, str]:
 
 
 def encode_prompts(
-    settings: SamplingSettings, prompts: list[str], device: str = "cpu"
+    settings: SamplingSettings,
+    prompts: list[str],
+    device: str = "cpu",
+    encoder: TextEncoder | None = None,
 ) -> Conditioning:
     """Conditioning of free prompts by the student's own text encoder, on the CPU.
 
     Args:
         device: where the encoder runs.
+        encoder: the settings' one, if it is loaded already.
 
     Raises:
         ValueError: the encoder doesn't load, or can't take a prompt.
     """
-    encoder = build_encoder(settings.encoder, device)
+    encoder = encoder or build_encoder(settings.encoder, device)
     encoded = encoder.encode(prompts)
     identity = encoder.identity
     tokens = torch.zeros(len(prompts), identity.max_tokens, identity.hidden_size)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from piflow import storage
+from piflow.runs import logged
 from piflow.runs.outbox import Entry, EntryRefusedError, RunRefusedError, ServerAwayError
 from piflow.storage.foreign import relative_name, shown
 
@@ -76,6 +77,7 @@ class Delivery:
         self._client: MlflowClient | None = None
         self._last_steps: dict[str, int] = {}
         self._images: set[str] | None = None
+        self._models: dict[str, str] = {}  # name -> id
 
     def __call__(self, entries: Sequence[Entry]) -> int:
         """Deliver the first entry, and more metrics that follow it; returns how many.
@@ -88,7 +90,8 @@ class Delivery:
         try:
             return self._deliver(entries)
         except Exception as error:  # whatever it is, it must not end the thread
-            self._last_steps, self._images = {}, None  # the server may have got it nevertheless
+            # the server may have got it nevertheless
+            self._last_steps, self._images, self._models = {}, None, {}
             problem = _classified(error, self._uri)
             if not isinstance(problem, EntryRefusedError):
                 raise problem from error
@@ -116,6 +119,8 @@ class Delivery:
             _resume(client, run_id, entry)
         elif entry.kind == "status":
             client.set_terminated(run_id, data["status"], end_time=entry.time_us // 1000)
+        elif entry.kind in _OF_RUN:
+            _OF_RUN[entry.kind](client, run_id, entry.step, data)
         else:
             raise EntryRefusedError(f"unknown kind {entry.kind!r}")
         return 1
@@ -166,7 +171,8 @@ class Delivery:
                 if key not in last:
                     last[key] = _last_step(client, self._run_id, key)
                 if entry.step > last[key] or entry.data["replace"]:
-                    points.append(Metric(key, value, entry.time_us // 1000, entry.step))
+                    time_ms = entry.time_us // 1000
+                    points.append(Metric(key, value, time_ms, entry.step, **self._about(entry)))
                     last[key] = max(last[key], entry.step)
             count += 1
         for start in range(0, len(points), _METRIC_BATCH):
@@ -174,6 +180,20 @@ class Delivery:
             client.log_batch(self._run_id, metrics=batch, synchronous=True)
         self._last_steps = last
         return max(count, 1)  # one without values
+
+    def _about(self, entry: Entry) -> dict[str, str]:
+        """The model and the dataset that an entry's metrics are of, where it says so."""
+        name, dataset = entry.data.get("model"), entry.data.get("dataset")
+        about: dict[str, str] = {}
+        if name is not None and name not in self._models:
+            model = logged.find_model(self._connected(), self._run_id, name)
+            if model is not None:
+                self._models[name] = model.model_id
+        if name in self._models:
+            about |= {"model_id": self._models[name], "run_id": self._run_id}
+        if dataset is not None:
+            about |= {"dataset_name": dataset["name"], "dataset_digest": dataset["digest"]}
+        return about
 
     def _log_picture(self, client: MlflowClient, entry: Entry) -> None:
         """As MLflow's own `log_image` does, under a name that doesn't change between tries."""
@@ -200,6 +220,18 @@ class Delivery:
         client.set_tag(self._run_id, MLFLOW_LOGGED_IMAGES, "True")
 
 
+def _tag(client: MlflowClient, run_id: str, step: int, data: Mapping[str, Any]) -> None:
+    set_tags(client, run_id, data["tags"])
+
+
+_OF_RUN: dict[str, Callable[[MlflowClient, str, int, Mapping[str, Any]], None]] = {
+    "tags": _tag,
+    "dataset": logged.log_dataset,
+    "checkpoint": logged.log_checkpoint,
+    "kept": logged.forget_checkpoints,
+}
+
+
 def _last_step(client: MlflowClient, run_id: str, key: str) -> int:
     history = client.get_metric_history(run_id, key)
     return max((point.step for point in history), default=-1)
@@ -209,9 +241,10 @@ def _resume(client: MlflowClient, run_id: str, entry: Entry) -> None:
     """Running again; parameters that are new are added, those that changed are told."""
     params = entry.data["params"]
     flat = flatten_params(params)
+    shown_keys = flatten_params(entry.data.get("readable", params)).keys()
     known = client.get_run(run_id).data.params
     client.update_run(run_id, status="RUNNING")
-    log_params(client, run_id, {key: flat[key] for key in flat.keys() - known.keys()})
+    log_params(client, run_id, {key: flat[key] for key in shown_keys - known.keys()})
     changed = sorted(key for key in known if known[key] != flat.get(key, "(absent)"))
     if changed:
         stamp = _clock(entry)

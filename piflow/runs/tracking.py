@@ -4,7 +4,6 @@
                     resume(...), finish(...)           an earlier run goes on; how it ended
     rank 0          MlflowTracker(uri, run_id, dir)    metrics, pictures, events, files
     other ranks     NullTracker()                      the same calls, nothing happens
-    export          register_adapter(...)              adapter folder -> registered model version
 
 A run outlives processes: it is created once, and whoever comes later continues it by its id. After
 a restart the steps since the last checkpoint are computed again; they are not logged again, because
@@ -23,24 +22,23 @@ from __future__ import annotations
 
 import base64
 import errno
-import hashlib
 import io
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import unquote, urlparse
 
 from piflow import storage
+from piflow.runs.folder import checkpoint_name, checkpoint_uri
+from piflow.runs.logged import Context, dataset_entry
 from piflow.runs.mlflow import (
     START_SECONDS,
-    TAG_LENGTH,
     Delivery,
     answered,
     connect,
-    cut,
     explained,
     flatten_params,
     get_run,
@@ -59,9 +57,9 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 BUFFER = "tracking-buffer"  # in the run's folder
 _SQLITE = "sqlite:///"
-_UPLOAD_SECONDS = 600  # a request with an adapter's files, which a server may pass on to S3
 _KEEP_SECONDS = 10.0  # before a checkpoint counts
 _CLOSE_SECONDS = 30.0  # for what is left when a process ends
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # which pages MLflow shows for it
 _log = logging.getLogger(__name__)
 
 
@@ -71,8 +69,28 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """One point a metric; a metric's steps grow, a step it already has is skipped."""
 
-    def log_summary(self, metrics: Mapping[str, float], step: int) -> None:
-        """One point a metric, whatever is there: results that a later run of a tool replaces."""
+    def log_summary(
+        self, metrics: Mapping[str, float], step: int, dataset: Mapping[str, Any] | None = None
+    ) -> None:
+        """One point a metric, whatever is there: results that a later run of a tool replaces.
+
+        They are of the checkpoint after `step` steps, where MLflow knows it, and of the dataset, an
+        entry that `log_dataset` returned.
+        """
+
+    def log_dataset(
+        self, name: str, uri: str, digest: str, context: Context, profile: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """A dataset that the run reads; `digest` is its content's hash, hexadecimal."""
+
+    def log_checkpoint(self, step: int, tags: Mapping[str, str]) -> None:
+        """The checkpoint after `step` steps, which lies in the run's folder, is a model."""
+
+    def keep_checkpoints(self, step: int, kept: Sequence[int]) -> None:
+        """Of the checkpoints up to `step`, those of the steps `kept` are there, no others."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Of the run; replaces those of the same names."""
 
     def log_image(self, image: Image, key: str, step: int) -> None:
         """One picture of the series ``key``; a step that the series already has is skipped."""
@@ -101,7 +119,23 @@ class NullTracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         pass
 
-    def log_summary(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_summary(
+        self, metrics: Mapping[str, float], step: int, dataset: Mapping[str, Any] | None = None
+    ) -> None:
+        pass
+
+    def log_dataset(
+        self, name: str, uri: str, digest: str, context: Context, profile: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        return dataset_entry(name, uri, digest, context, profile)
+
+    def log_checkpoint(self, step: int, tags: Mapping[str, str]) -> None:
+        pass
+
+    def keep_checkpoints(self, step: int, kept: Sequence[int]) -> None:
+        pass
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
         pass
 
     def log_image(self, image: Image, key: str, step: int) -> None:
@@ -138,9 +172,36 @@ class MlflowTracker:
         values = {key: float(value) for key, value in metrics.items()}
         self._outbox.put(_entry("metrics", {"values": values, "replace": False}, step))
 
-    def log_summary(self, metrics: Mapping[str, float], step: int) -> None:
-        values = {key: float(value) for key, value in metrics.items()}
-        self._outbox.put(_entry("metrics", {"values": values, "replace": True}, step))
+    def log_summary(
+        self, metrics: Mapping[str, float], step: int, dataset: Mapping[str, Any] | None = None
+    ) -> None:
+        data: dict[str, Any] = {
+            "values": {key: float(value) for key, value in metrics.items()},
+            "replace": True,
+            "model": checkpoint_name(step),
+        }
+        if dataset is not None:
+            data["dataset"] = {key: dataset[key] for key in ("name", "digest")}
+        self._outbox.put(_entry("metrics", data, step))
+
+    def log_dataset(
+        self, name: str, uri: str, digest: str, context: Context, profile: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        data = dataset_entry(name, uri, digest, context, profile)
+        self._outbox.put(_entry("dataset", data))
+        return data
+
+    def log_checkpoint(self, step: int, tags: Mapping[str, str]) -> None:
+        uri = storage.absolute(checkpoint_uri(self._run_dir, step))
+        data = {"name": checkpoint_name(step), "uri": uri, "tags": dict(tags)}
+        self._outbox.put(_entry("checkpoint", data, step))
+
+    def keep_checkpoints(self, step: int, kept: Sequence[int]) -> None:
+        names = [checkpoint_name(number) for number in kept]
+        self._outbox.put(_entry("kept", {"kept": names}, step))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._outbox.put(_entry("tags", {"tags": dict(tags)}))
 
     def log_image(self, image: Image, key: str, step: int) -> None:
         png = io.BytesIO()
@@ -223,7 +284,12 @@ def default_tracking_uri(run_dir: str) -> str:
 
 
 def start(
-    uri: str, experiment: str, run_name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+    uri: str,
+    experiment: str,
+    run_name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    readable: Mapping[str, Any] | None = None,
 ) -> str:
     """Create a run; returns its id.
 
@@ -232,9 +298,10 @@ def start(
         experiment: created when missing; with SQLite its artifacts lie in ``mlartifacts`` beside
             the database.
         run_name: the name people see.
-        params: the resolved recipe; nested keys are joined by dots, and the whole is also logged as
-            the artifact ``recipe.yaml``.
+        params: the resolved recipe, which is logged as the artifact ``recipe.yaml``.
         tags: of the run.
+        readable: the part of `params` that becomes the run's parameters, nested keys joined by
+            dots; None: all of it.
 
     Raises:
         ConnectionError: the server didn't answer within 20 s, or there is none of that name.
@@ -244,7 +311,7 @@ def start(
     with explained(uri):
         experiment_id = answered(lambda: _experiment_id(client, uri, experiment), uri)
         run_id = str(client.create_run(experiment_id, run_name=run_name).info.run_id)
-        log_params(client, run_id, flatten_params(params))
+        log_params(client, run_id, flatten_params(params if readable is None else readable))
         client.log_text(run_id, to_yaml(params), "recipe.yaml")
         set_tags(client, run_id, tags)
     return run_id
@@ -258,6 +325,7 @@ def resume(
     tags: Mapping[str, str],
     *,
     must_answer: bool,
+    readable: Mapping[str, Any] | None = None,
 ) -> None:
     """Deliver what earlier attempts left, then set the run to running again.
 
@@ -265,7 +333,7 @@ def resume(
     become an event, and the recipe is kept beside the first one in ``resumed/``.
 
     Args:
-        params, tags: as for `start`; tags are set anew.
+        params, tags, readable: as for `start`; tags are set anew.
         must_answer: an error if the server is away; else this is delivered later, as all is.
 
     Raises:
@@ -273,7 +341,10 @@ def resume(
         ValueError: the server doesn't hold the run, or refuses.
     """
     outbox = _outbox(uri, run_id, run_dir)
-    outbox.put(_entry("resume", {"params": plain(params), "tags": dict(tags)}))
+    data = {"params": plain(params), "tags": dict(tags)}
+    if readable is not None:
+        data["readable"] = plain(readable)
+    outbox.put(_entry("resume", data))
     problem = outbox.close(START_SECONDS)
     if problem is None:
         return
@@ -316,49 +387,6 @@ def deliver_kept(uri: str, run_id: str, run_dir: str) -> str | None:
     return _outbox(uri, run_id, run_dir).close(_CLOSE_SECONDS)
 
 
-def register_adapter(
-    uri: str, run_id: str, folder: Path, name: str, tags: Mapping[str, str], alias: str
-) -> str:
-    """Log an adapter folder to its run, register it as a model version and point ``alias`` at it.
-
-    The artifact folder is named after the files' content, so that no version's files ever change;
-    registering the same files of the same run again gives the version that is there.
-
-    Args:
-        folder: local folder of the exported adapter.
-        name: registered model; created when missing.
-        tags: of the version: its lineage.
-        alias: such as "newest" (MLflow keeps "latest" for itself); moved from the version that had
-            it.
-
-    Returns:
-        The version, a number as MLflow writes it ("1").
-
-    Raises:
-        ConnectionError: the server doesn't answer.
-        ValueError: the folder is missing or empty, the server doesn't hold ``run_id`` or refuses,
-            or the alias is "latest".
-    """
-    if alias.lower() == "latest":
-        raise ValueError('MLflow reserves the alias "latest"; use another, such as "newest"')
-    artifact_folder = f"adapters/{_content_hash(folder)}"
-    name = _quotable(name)
-    client = connect(uri, request_seconds=_UPLOAD_SECONDS)
-    with explained(uri):
-        answered(lambda: get_run(client, uri, run_id), uri)
-        client.log_artifacts(run_id, str(folder), artifact_folder)
-        if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name)
-        source = f"runs:/{run_id}/{artifact_folder}"
-        earlier = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-        same = [item for item in earlier if item.source == source]
-        model = same[0] if same else client.create_model_version(name, source=source, run_id=run_id)
-        for key, value in tags.items():
-            client.set_model_version_tag(name, model.version, key, cut(value, TAG_LENGTH))
-        client.set_registered_model_alias(name, alias, model.version)
-    return str(model.version)
-
-
 def _outbox(uri: str, run_id: str, run_dir: str) -> Outbox:
     return Outbox(storage.join(run_dir, BUFFER), Delivery(uri, run_id, run_dir), _event)
 
@@ -377,7 +405,8 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     existing = client.get_experiment_by_name(name)
     if existing is None:
         try:
-            return client.create_experiment(name, artifact_location=_artifact_location(uri))
+            location = _artifact_location(uri)
+            return client.create_experiment(name, artifact_location=location, tags=_KIND)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -399,26 +428,6 @@ def _artifact_location(uri: str) -> str | None:
     if not uri.startswith(_SQLITE):
         return None
     return (Path(uri.removeprefix(_SQLITE)).absolute().parent / "mlartifacts").as_uri()
-
-
-def _content_hash(folder: Path) -> str:
-    """16 hexadecimal digits of SHA-256 over the folder's files: names, sizes, contents."""
-    files = sorted(item for item in folder.rglob("*") if item.is_file())
-    if not files:
-        raise ValueError(f"no adapter at {folder}: the folder is missing or empty; export first")
-    digest = hashlib.sha256()
-    for item in files:
-        digest.update(f"{item.relative_to(folder).as_posix()}\0{item.stat().st_size}\0".encode())
-        with item.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def _quotable(name: str) -> str:
-    if "'" in name:
-        raise ValueError(f"a registered model's name can't hold a quote, got {name!r}")
-    return name
 
 
 def _to_text(content: bytes) -> str:

@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from piflow import storage
 from piflow.config import Recipe
 from piflow.runs import folder as run_folder
-from piflow.runs import tracking
+from piflow.runs import origin, tracking
 from piflow.runs.folder import RunRecord
 from piflow.runs.lease import PROCESS, Ownership, RunTakenError, owned
 from piflow.runs.tracking import MlflowTracker, RunStatus, Tracker, deliver_kept, finish
 from piflow.runtime.attempts import Work, done_by_attempts
 from piflow.runtime.progress import mailbox_with_bar
-from piflow.runtime.ray_job import grace_told
+from piflow.runtime.ray_job import grace_told, submission_id
 from piflow.runtime.signals import Signals, StoppedError
 from piflow.runtime.workers import session_with_room
 from piflow.training.preflight import Run, preflight, require_newest_of
@@ -125,6 +126,15 @@ def _tracked(run: Run) -> Iterator[tuple[RunRecord, Tracker]]:
     record = _recorded(run)
     recipe, uri, run_id = run.absolute, record.tracking_uri, record.mlflow_run_id
     tracker = MlflowTracker(uri, run_id, recipe.run_dir)
+    buckets = [[item.height, item.width, item.rows] for item in run.store.layout.buckets]
+    rows = sum(count for *_, count in buckets)
+    tracker.log_dataset(
+        storage.base_name(run.store.uri),
+        run.store.uri,
+        run.store.manifest_hash,
+        "training",
+        {"rows": rows, "buckets (height, width, rows)": buckets},
+    )
     status: RunStatus | None = "FAILED"
     try:
         yield record, tracker
@@ -148,12 +158,18 @@ def _recorded(run: Run) -> RunRecord:
     params = recipe.model_dump(mode="json")
     run_dir = run.absolute.run_dir
     tags = {"piflow.recipe_hash": recipe.hash(), "piflow.run_dir": run_dir}
+    readable = origin.readable(recipe)
     if record is None:
-        run_id = tracking.start(uri, recipe.tracking.experiment, recipe.name, params, tags)
+        note = origin.description(recipe, run.store.manifest_hash, submission_id())
+        tags |= {**origin.origin(), origin.NOTE: note}
+        experiment = recipe.tracking.experiment
+        run_id = tracking.start(uri, experiment, recipe.name, params, tags, readable)
     else:  # an address that has worked may be away, as in mid-run
         run_id = record.mlflow_run_id
         must_answer = uri != record.tracking_uri
-        tracking.resume(uri, run_id, run_dir, params, tags, must_answer=must_answer)
+        tracking.resume(
+            uri, run_id, run_dir, params, tags, must_answer=must_answer, readable=readable
+        )
     base = run.base_sha256 or (None if record is None else record.base_sha256)
     record = RunRecord(recipe.hash(), recipe.identity(), uri, run_id, run.store.manifest_hash, base)
     run_folder.write_record(recipe.run_dir, record)

@@ -300,6 +300,9 @@ class TrainLoop:
                 self.tracker.log_metrics(values, step=saved.step)
                 self.metrics.saved(saved)
                 self.tracker.event("checkpoint", f"step {saved.step}")
+                self.tracker.log_checkpoint(saved.step, {"piflow.recipe_hash": self.written.hash()})
+                if saved.kept:
+                    self.tracker.keep_checkpoints(saved.step, saved.kept)
                 took = self.step_seconds + saved.stall_seconds + saved.write_seconds
                 self.mailbox.save_took.remote(took)
 

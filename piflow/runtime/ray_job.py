@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,15 @@ class PathWontLastError(ValueError):
 def in_ray_job() -> bool:
     """Whether Ray's job server started this process or one above it."""
     return _JOB in os.environ
+
+
+def submission_id() -> str | None:
+    """The id under which Ray's job server knows this process's job; None: this is no Ray job."""
+    try:
+        found = json.loads(os.environ.get(_JOB, "{}"))["metadata"]["job_submission_id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def grace_seconds() -> float | None:

@@ -61,6 +61,7 @@ class Saved:
     step: int
     stall_seconds: float  # training waited: for the save before, and for the copy to host memory
     write_seconds: float  # from then until the checkpoint was complete
+    kept: tuple[int, ...] = ()  # steps of all checkpoints that are there now; on rank 0
 
 
 class CheckpointSaver:
@@ -136,17 +137,17 @@ class CheckpointSaver:
         began = time.perf_counter()
         uri = run_folder.checkpoint_uri(self.run_dir, state.step)
         try:
-            self._write(uri, tensors, state)
+            kept = self._write(uri, tensors, state)
         except CheckpointException as error:  # not an `Exception`: nobody else would catch it
             cause, _ = next(iter(error.failures.values()))
             future.set_exception(_save_error(uri, cause))
         except Exception as error:  # whatever it is, the train thread shall raise it
             future.set_exception(_save_error(uri, error))
         else:
-            future.set_result(Saved(state.step, stall, time.perf_counter() - began))
+            future.set_result(Saved(state.step, stall, time.perf_counter() - began, kept))
 
-    def _write(self, uri: str, tensors: Mapping[str, Tensor], state: RunState) -> None:
-        """All workers' shards, then `state.json`, then retention."""
+    def _write(self, uri: str, tensors: Mapping[str, Tensor], state: RunState) -> tuple[int, ...]:
+        """All workers' shards, then `state.json`, then retention; returns which steps are kept."""
         if self._rank == 0:  # of an earlier attempt; the others wait for rank 0 before they write
             _tried(uri, lambda: run_folder.delete_checkpoint(uri))
         with _staging(uri) as folder:
@@ -156,16 +157,19 @@ class CheckpointSaver:
         if self._rank == 0:
             _tried(uri, self._before_seal)
             _tried(uri, lambda: _seal(uri, state, files))
-            self._delete_old()
+            return self._delete_old()
+        return ()
 
-    def _delete_old(self) -> None:
+    def _delete_old(self) -> tuple[int, ...]:
+        """Retention; returns which steps are kept, if the storage tells."""
         kept = self.training
         try:
             run_folder.delete_old_checkpoints(
                 self.run_dir, kept.keep_last, kept.keep_every, kept.keep_best
             )
+            return tuple(run_folder.checkpoints(self.run_dir))
         except OSError:
-            pass  # the new checkpoint is good: the next save deletes what is left over
+            return ()  # the new checkpoint is good: the next save deletes what is left over
 
 
 def restore_newest(

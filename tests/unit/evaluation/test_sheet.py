@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageFont
 
 from piflow.evaluation import sheet
+from piflow.inference import pixels
 
 
 def _solid(*colours: tuple[float, float, float], size: int = 32) -> torch.Tensor:
@@ -18,31 +19,31 @@ def _solid(*colours: tuple[float, float, float], size: int = 32) -> torch.Tensor
 
 def test_to_uint8_inverts_the_scaling_of_every_level() -> None:
     levels = torch.arange(256, dtype=torch.float32).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
-    restored = sheet.to_uint8(levels / 127.5 - 1)
+    restored = pixels.to_uint8(levels / 127.5 - 1)
     assert restored.dtype == torch.uint8
     assert torch.equal(restored, levels.to(torch.uint8).movedim(1, -1))
 
 
 def test_to_uint8_clips_and_keeps_leading_dimensions() -> None:
     values = torch.tensor([-9.0, 9.0]).reshape(2, 1, 1, 1, 1).expand(2, 1, 3, 4, 5)
-    converted = sheet.to_uint8(values)
+    converted = pixels.to_uint8(values)
     assert converted.shape == (2, 1, 4, 5, 3)
     assert converted[0].eq(0).all() and converted[1].eq(255).all()
 
 
 def test_to_uint8_refuses_what_is_no_picture() -> None:
     with pytest.raises(ValueError, match="expected RGB pictures"):
-        sheet.to_uint8(torch.zeros(2, 4, 8, 8))
+        pixels.to_uint8(torch.zeros(2, 4, 8, 8))
     with pytest.raises(ValueError, match="diverged"):
-        sheet.to_uint8(torch.full((1, 3, 2, 2), float("nan")))
+        pixels.to_uint8(torch.full((1, 3, 2, 2), float("nan")))
 
 
 def test_small_pictures_are_enlarged_without_smoothing() -> None:
     picture = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    image = sheet.to_image(picture)
-    assert np.array_equal(np.asarray(image), sheet.to_uint8(picture).numpy())
-    expected = sheet.to_uint8(picture).numpy().repeat(4, 0).repeat(4, 1)
-    assert np.array_equal(np.asarray(sheet.enlarged(image)), expected)
+    image = pixels.to_image(picture)
+    assert np.array_equal(np.asarray(image), pixels.to_uint8(picture).numpy())
+    expected = pixels.to_uint8(picture).numpy().repeat(4, 0).repeat(4, 1)
+    assert np.array_equal(np.asarray(pixels.enlarged(image)), expected)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +51,8 @@ def test_small_pictures_are_enlarged_without_smoothing() -> None:
     [(8, 8, 4), (64, 64, 4), (65, 40, 3), (128, 128, 2), (129, 64, 1), (256, 256, 1), (64, 300, 1)],
 )
 def test_nothing_is_enlarged_beyond_256_pixels(height: int, width: int, factor: int) -> None:
-    assert sheet.enlargement(height, width) == factor
-    enlarged = sheet.enlarged(Image.new("RGB", (width, height)))
+    assert pixels.enlargement(height, width) == factor
+    enlarged = pixels.enlarged(Image.new("RGB", (width, height)))
     assert enlarged.size == (width * factor, height * factor)
 
 
@@ -86,7 +87,7 @@ def test_grid_holds_every_picture_in_its_row_and_column() -> None:
     drawn = np.asarray(sheet.grid([first, second], ["teacher", "student"], ["a", "b", "c"]))
     centres = []
     for colour in torch.cat([first, second])[:, :, 0, 0]:
-        rgb = sheet.to_uint8(colour[:, None, None]).flatten().numpy()
+        rgb = pixels.to_uint8(colour[:, None, None]).flatten().numpy()
         ys, xs = np.nonzero((drawn == rgb).all(-1))
         assert len(ys) == (32 * 4) ** 2
         centres.append((ys.mean(), xs.mean()))
@@ -132,6 +133,6 @@ def test_grid_refuses_what_does_not_fit_together() -> None:
 
 
 def test_png_bytes_reads_back() -> None:
-    image = sheet.to_image(torch.rand(3, 16, 16) * 2 - 1)
-    data = sheet.png_bytes(image)
+    image = pixels.to_image(torch.rand(3, 16, 16) * 2 - 1)
+    data = pixels.png_bytes(image)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(image))

@@ -23,7 +23,6 @@ from piflow.runs.tracking import (
     default_tracking_uri,
     deliver_kept,
     finish,
-    register_adapter,
     resume,
     start,
 )
@@ -314,36 +313,6 @@ def test_a_deleted_experiment_is_named(uri: str, client: Any) -> None:
     client.delete_experiment(client.get_run(run_id).info.experiment_id)
     with pytest.raises(ValueError, match="experiment 'old' .* was deleted"):
         start(uri, "old", "emoji", {}, {})
-
-
-def test_registering_an_adapter(uri: str, run_id: str, client: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"num_gaussians": 8}')
-    (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"first")
-    tags = {"recipe_hash": "abc", "manifest_hash": "def"}
-    assert register_adapter(uri, run_id, folder, "emoji-flux", tags, "newest") == "1"
-    assert register_adapter(uri, run_id, folder, "emoji-flux", tags, "newest") == "1"
-    (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"second")
-    assert register_adapter(uri, run_id, folder, "emoji-flux", {}, "newest") == "2"
-
-    latest = client.get_model_version_by_alias("emoji-flux", "newest")
-    assert int(latest.version) == 2 and latest.run_id == run_id
-    first = client.get_model_version("emoji-flux", "1")
-    assert first.tags == tags
-    for version, content in (("1", b"first"), ("2", b"second")):
-        uri_of_version = client.get_model_version_download_uri("emoji-flux", version)
-        path = uri_of_version.removeprefix(f"runs:/{run_id}/")
-        local = Path(client.download_artifacts(run_id, path, str(tmp_path)))
-        assert (local / "diffusion_pytorch_model.safetensors").read_bytes() == content
-        assert (local / "config.json").exists()
-
-
-def test_registering_nothing_is_refused(uri: str, run_id: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="missing or empty; export first"):
-        register_adapter(uri, run_id, tmp_path / "absent", "emoji-flux", {}, "newest")
-    with pytest.raises(ValueError, match="reserves the alias"):
-        register_adapter(uri, run_id, tmp_path, "emoji-flux", {}, "Latest")
 
 
 def test_flatten_params_cuts_and_keeps_types_readable() -> None:
