@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from piflow.config import Recipe, load_recipe
-from piflow.runtime.exits import ExitCode, exit_code
+from piflow.runtime.exits import ExitCode, RayLostError, exit_code
 from piflow.runtime.ray_job import require_lasting, require_lasting_paths
 from piflow.runtime.signals import StoppedError, ended_by_signals
 from piflow.storage.foreign import redacted, shown
@@ -620,6 +620,10 @@ def main() -> None:
         message, code = _explained(error)
         lines = "\n".join(shown(line, _LINE) for line in message.splitlines())
         typer.secho(f"piflow: {lines}", err=True, fg=typer.colors.RED)
+        if isinstance(error, RayLostError):
+            from piflow.runtime.session import leave_lost_cluster
+
+            leave_lost_cluster(code)
         raise SystemExit(code) from error
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from piflow.config import Recipe, RuntimeConfig
 from piflow.runtime.environment import worker_setup
+from piflow.runtime.exits import RayLostError
 from piflow.runtime.signals import kept_handlers
 
 _ELASTIC_START_SECONDS = 30.0  # until workers have their places, on machines that are there
@@ -20,7 +22,11 @@ _DATA_CPUS = 2  # logical CPUs for Ray Data's reading beside the workers, on a l
 
 @contextmanager
 def ray_session(recipe: Recipe) -> Iterator[None]:
-    """Use the running Ray, or the cluster in RAY_ADDRESS, or a local instance for this block."""
+    """Use the running Ray, or the cluster in RAY_ADDRESS, or a local instance for this block.
+
+    Ray stays connected after a RayLostError of a cluster: to part from a head that is gone takes
+    its client two minutes, and can crash this process.
+    """
     import ray
 
     with _train_settings(recipe.runtime):
@@ -28,10 +34,29 @@ def ray_session(recipe: Recipe) -> Iterator[None]:
             yield
             return
         _start(recipe)
+        is_lost = False
         try:
             yield
+        except RayLostError:
+            is_lost = bool(os.environ.get("RAY_ADDRESS"))
+            raise
         finally:
-            ray.shutdown()
+            if not is_lost:
+                ray.shutdown()
+
+
+def leave_lost_cluster(code: int) -> None:
+    """End the process at once if it is still connected to a cluster that is gone.
+
+    At the interpreter's end Ray's client would try to part from the head, see `ray_session`.
+    """
+    import ray
+
+    if ray.is_initialized():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _start(recipe: Recipe) -> None:
