@@ -29,6 +29,7 @@ from piflow.training.checkpoint import load_state, load_tensors, verify_checkpoi
 from piflow.training.export import export_adapter
 from piflow.training.preflight import preflight
 from tests.golden import format_results as results
+from tests.golden.shipped import values_of_then
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "formats"
@@ -105,13 +106,15 @@ def test_a_recipe_is_that_of_its_runs(name: str) -> None:
 def test_a_shipped_recipe_is_still_there_and_the_same(name: str) -> None:
     """A run that was started with it can be resumed by the file of the same name.
 
-    Where the base is bfloat16, with LoRA computed in float32 as it was then.
+    Where the base is bfloat16, with LoRA computed in float32 as it was then; and with the values
+    of then, where the file has taken over published ones.
     """
     file = REPOSITORY / "pipelines" / "recipes" / f"{name}.yaml"
-    then = load_recipe(file, ["schema_version=1"])
-    assert then.is_run_of(EXPECTED["recipes"][name])
+    version, *values = values_of_then(name)
+    assert load_recipe(file, [version, *values]).is_run_of(EXPECTED["recipes"][name])
     today = load_recipe(file)
-    assert today.is_run_of(EXPECTED["recipes"][name]) == (today.model.dtype == "float32")
+    same = today.model.dtype == "float32" and not values
+    assert today.is_run_of(EXPECTED["recipes"][name]) == same
 
 
 def test_identity_is_recognised(gm: Recipe) -> None:

@@ -14,6 +14,7 @@ from piflow.config.section import Operational, Section
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunDirectoryError, RunRecord, require_same_recipe
 from tests.golden.make_recipe_schema import GOLDEN, schema
+from tests.golden.shipped import values_of_then
 
 REPOSITORY = Path(__file__).parents[3]
 RECIPES = REPOSITORY / "pipelines" / "recipes"
@@ -108,23 +109,6 @@ def test_a_changed_default_needs_a_new_schema_version() -> None:
 
 
 # -------------------------------------------------------------------------------- across versions
-
-
-def values_of_then(name: str) -> list[str]:
-    """Overrides that bring a shipped recipe to what version 0.1.0 shipped under its name.
-
-    They are what whoever goes on with such a run writes, since the recipe has taken over published
-    values that change results.
-    """
-    values = ["schema_version=1"]
-    if not name.startswith(("flux1-dev", "qwen-image", "imagenet")):
-        return values
-    values.append("training.optimizer.warmup_start=null")
-    if name.startswith("imagenet"):
-        return [*values, "training.optimizer.warmup_steps=100"]
-    if name.startswith("qwen-image"):
-        values.append('guidance.negative_prompt=" "')
-    return [*values, "lora.init=kaiming", "training.batch_size=256"]
 
 
 @pytest.mark.parametrize("name", HASHES)
