@@ -320,8 +320,22 @@ class _ProxyHandler(BaseHTTPRequestHandler):
         pass
 
 
+class RayServer(Server):
+    """Processes of `ray start --block`."""
+
+    def kill(self) -> None:
+        """Ray ends its own processes; what is left of them is killed."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                pass
+        super().kill()
+
+
 @dataclass
-class RayHead(Server):
+class RayHead(RayServer):
     """The head of a cluster, with dashboard, job server and token; two logical CPUs."""
 
     token: str = field(default_factory=lambda: os.urandom(20).hex())
@@ -372,12 +386,5 @@ class RayHead(Server):
             return False
 
     def kill(self) -> None:
-        """Ray ends its own processes; what is left of them is killed."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                pass
         super().kill()
         shutil.rmtree(self.scratch, ignore_errors=True)

@@ -104,7 +104,6 @@ def of_adapter(
         ValueError: no store, or an adapter of another family or base than the recipe's, or one that
             was trained with other embedded guidance.
     """
-    from piflow import storage
     from piflow.commands import embed
     from piflow.evaluation.compare import measure
     from piflow.evaluation.drawing import Drawing, Plan

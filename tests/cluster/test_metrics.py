@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import urllib.parse
@@ -29,7 +28,7 @@ import yaml
 from piflow.runs import folder as run_folder
 from tests.faults.runs import SmallRun, make_store, small_recipe, wait_until
 from tests.monitoring import INFRA, is_of_gpus, queries
-from tests.servers import Server, free_ports
+from tests.servers import RayServer, Server, free_ports
 
 BATCH = 4
 WINDOW = "40s"  # of rates; processes report every 4 s
@@ -38,7 +37,7 @@ LIST = "prom_metrics_service_discovery.json"
 
 
 @dataclass
-class Head(Server):
+class Head(RayServer):
     """One machine with Ray, its dashboard and its page of metrics."""
 
     ports: list[int] = field(default_factory=lambda: free_ports(4))
@@ -59,16 +58,6 @@ class Head(Server):
 
     def environment(self) -> dict[str, str]:
         return ray_environment(self.folder)
-
-    def kill(self) -> None:
-        """All of Ray's processes, which `ray start` ends when it is ended."""
-        if self.process is not None:
-            self.process.terminate()
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                pass
-        super().kill()
 
     def answers(self) -> bool:
         """Whether somebody without a token can read the page, and the list of machines is there."""
