@@ -266,6 +266,13 @@ def sample(
         Literal["float32", "bfloat16"] | None,
         typer.Option(help="what the base computes in; default: as in training"),
     ] = None,
+    offload: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(
+            help="keep the base in the host's memory, and a block at a time on the GPU; auto: "
+            "where the GPU is too small"
+        ),
+    ] = "auto",
     base: Annotated[
         str | None,
         typer.Option(
@@ -344,6 +351,7 @@ def sample(
             batch_size,
             device,
             dtype,
+            offload,
             encoder=encoder,
             allowed=tuple(allow or ()),
             subfolder=subfolder,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from piflow import storage
+from piflow.backbones.offload import place
 from piflow.storage.fingerprint import EncoderIdentity, files_sha256
 from piflow.storage.foreign import parse_object, shown
 from piflow.storage.model_folder import LIBRARY_ERRORS, check_model_folder, reason
@@ -223,6 +224,8 @@ def load_model(
 ) -> Any:
     """A transformers model for inference, with every weight from its folder.
 
+    On a GPU that it doesn't fit, its weights stay in the host's memory (see `offload.place`).
+
     Args:
         dtype: "auto" keeps the dtype in which the weights are stored.
         unused: prefixes of weights that may be missing, since their results aren't used.
@@ -249,7 +252,7 @@ def load_model(
             f"the text encoder {uri} lacks {len(missing)} of the model's weights, e.g. "
             f"{', '.join(missing[:3])}; use a complete {type(model).__name__}"
         )
-    return model.eval().requires_grad_(False).to(device)
+    return place(model.eval().requires_grad_(False), torch.device(device), f"text encoder {uri}")
 
 
 def load_tokenizer(

@@ -30,6 +30,8 @@ class Choices:
         batch_size: pictures drawn at once.
         device: "auto" is a GPU if there is one.
         dtype: what the base computes in.
+        offload: whether the base's weights stay in the host's memory; "auto": where the GPU is too
+            small for them.
         encoder: URI of the text encoder.
         allowed: URIs that the adapter may name besides its own folder and bucket and the hub,
             with all that lies below them.
@@ -46,6 +48,7 @@ class Choices:
     batch_size: int = 4
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
+    offload: Literal["auto", "always", "never"] = "auto"
     encoder: str | None = None
     allowed: tuple[str, ...] = ()
     subfolder: str | None = None
@@ -125,7 +128,7 @@ def main(
     missing = gallery.missing(requests)
     if missing:
         try:
-            _draw(student, settings, missing, gallery, choices.batch_size, device, show_progress)
+            _draw(student, settings, missing, gallery, choices, device, show_progress)
         finally:
             gallery.close()
     sheet = _write_sheet(gallery, requests, out)
@@ -259,7 +262,7 @@ def _draw(
     settings: SamplingSettings,
     missing: Sequence[Request],
     gallery: Gallery,
-    batch_size: int,
+    choices: Choices,
     device: Any,
     show_progress: bool,
 ) -> None:
@@ -267,6 +270,7 @@ def _draw(
     import torch
 
     from piflow.backbones import build_codec
+    from piflow.backbones.offload import place
     from piflow.inference.drawing import draw_pictures
     from piflow.inference.pixels import enlarged, png_bytes, to_image
     from piflow.inference.settings import encode_prompts, student_of
@@ -283,9 +287,9 @@ def _draw(
             if trio is None:
                 trio = student_of(student, settings)
                 for module in trio.modules:
-                    module.to(device)
-            for start in range(0, len(block), batch_size):
-                batch = block[start : start + batch_size]
+                    place(module, device, f"base {settings.model.path}", choices.offload)
+            for start in range(0, len(block), choices.batch_size):
+                batch = block[start : start + choices.batch_size]
                 rows = torch.tensor([prompts.index(request.prompt) for request in batch])
                 chosen = cond.select(rows)
                 chosen = (chosen.cut() if masked else chosen).to(device)

@@ -9,6 +9,7 @@ import torch
 
 from piflow.backbones import build_codec
 from piflow.backbones.encoders import build_encoder
+from piflow.backbones.offload import place
 from piflow.backbones.text import TextEncoder
 from piflow.config import DXPolicyConfig, find_family
 from piflow.inference.drawing import choose_device, draw_pictures
@@ -96,6 +97,6 @@ class ServedStudent:
             encoder = build_encoder(self._settings.encoder, self._device.type)
             trio = student_of(self._adapter, self._settings)
             for module in trio.modules:
-                module.to(self._device)
+                place(module, self._device, f"base {self._settings.model.path}")
             self._loaded = trio.train(False), encoder
         return self._loaded

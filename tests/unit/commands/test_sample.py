@@ -87,6 +87,18 @@ def test_a_large_picture_is_not_enlarged(adapter: str, tmp_path: Path) -> None:
     assert pixels(file).shape == (256, 128, 3) and pixels(sheet).shape[0] < 400
 
 
+def test_an_offloaded_base_draws_the_same(
+    adapter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = draw(adapter, ["ghost"], tmp_path / "a", seeds=[0])
+    assert not caplog.records
+    choices = sample.Choices(offload="always")
+    again = draw(adapter, ["ghost"], tmp_path / "b", seeds=[0], choices=choices)
+    assert (pixels(files[0]) == pixels(again[0])).all()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("base package://piflow.demo/teacher: its weights (0.0")
+
+
 def test_interrupted_sampling_goes_on(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
