@@ -1,11 +1,8 @@
 #!/bin/bash
 # Written by `piflow render`: change the recipe or the values, and render again.
-# bash submit.sh embed; then distill; then evaluate. Prints the job's id.
+# Runs the recipe's stages as one job, attaches to it, or goes on; needs the tunnel that
+# `ray dashboard cluster.yaml` opens. Takes the options of `piflow submit`, as --follow.
 set -euo pipefail
-case "${1:-}" in
-  embed) command='RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --no-wait -- piflow embed ~/recipe.yaml --quiet' ;;
-  distill) command='RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --no-wait -- piflow distill ~/recipe.yaml --quiet' ;;
-  evaluate) command='RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --no-wait -- piflow evaluate ~/recipe.yaml --quiet' ;;
-  *) echo 'which stage: embed, distill, evaluate?' >&2; exit 2 ;;
-esac
-exec ray exec "$(dirname "$0")/cluster.yaml" "$command"
+export RAY_AUTH_MODE=token
+export RAY_API_SERVER_ADDRESS="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
+exec piflow submit "$(dirname "$0")/recipe.yaml" --wait-for-nodes "$@"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from piflow.config import Recipe
-from piflow.jobs.demand import STAGES, Demand, Group, demand
+from piflow.jobs.demand import Demand, Group
 from piflow.jobs.kuberay import run_name
 from piflow.jobs.machines import AwsValues, GcpValues, Market, OnPremiseValues, SshValues
 from piflow.jobs.values import Values
@@ -20,6 +20,7 @@ Config = dict[str, Any]
 
 HEAD = "head"
 _PORT = 6379
+_ADDRESS = "RAY_API_SERVER_ADDRESS"  # of the dashboard
 _MOUNTS = {"~/.ray/auth_token": "~/.ray/auth_token", "~/recipe.yaml": "recipe.yaml"}
 _WATCHER_LOCK, _WATCHER_LOG = "~/.piflow-watch-spot.lock", "~/piflow-watch-spot.log"
 _SHM_SHARE = 0.4  # of the memory: Ray's object store takes 0.3, NCCL and loaders some more
@@ -95,29 +96,26 @@ def on_premise(recipe: Recipe, values: Values, own: OnPremiseValues, needed: Dem
     return config | {"min_workers": count, "max_workers": count}
 
 
-def submit_script(recipe: Recipe, values: Values, overrides: Sequence[str]) -> str:
-    """A shell script that submits a stage, its first argument, to the cluster of `cluster.yaml`."""
-    arguments = [part for override in overrides for part in ("--set", override)]
-    cases = []
-    for stage in STAGES:
-        gpus = demand(recipe, values, stage).driver_gpus
-        driver = ["--entrypoint-num-gpus", str(gpus)] if gpus else []
-        words = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--no-wait", *driver]
-        piflow = shlex.join(["--quiet", *arguments])
-        command = (
-            f"RAY_AUTH_MODE=token {shlex.join(words)} -- piflow {stage} ~/recipe.yaml {piflow}"
-        )
-        cases.append(f"  {stage}) command={shlex.quote(command)} ;;")
+def submit_script(overrides: Sequence[str], *, machines_come: bool) -> str:
+    """A shell script that submits the recipe beside it, to the cluster of `cluster.yaml`.
+
+    Args:
+        overrides: of the rendering, which the job must have as well.
+        machines_come: whether an autoscaler starts machines that a job asks for.
+    """
+    options = [part for override in overrides for part in ("--set", override)]
+    if machines_come:
+        options.append("--wait-for-nodes")
+    words = [f"{shlex.quote(option)} " for option in options]
     lines = [
         "#!/bin/bash",
         "# Written by `piflow render`: change the recipe or the values, and render again.",
-        "# bash submit.sh embed; then distill; then evaluate. Prints the job's id.",
+        "# Runs the recipe's stages as one job, attaches to it, or goes on; needs the tunnel that",
+        "# `ray dashboard cluster.yaml` opens. Takes the options of `piflow submit`, as --follow.",
         "set -euo pipefail",
-        'case "${1:-}" in',
-        *cases,
-        f"  *) echo 'which stage: {', '.join(STAGES)}?' >&2; exit 2 ;;",
-        "esac",
-        'exec ray exec "$(dirname "$0")/cluster.yaml" "$command"',
+        "export RAY_AUTH_MODE=token",
+        f'export {_ADDRESS}="${{{_ADDRESS}:-http://127.0.0.1:8265}}"',
+        f'exec piflow submit "$(dirname "$0")/recipe.yaml" {"".join(words)}"$@"',
     ]
     return "\n".join(lines) + "\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -116,8 +116,9 @@ TARGETS: Mapping[str, Callable[[Job], Files]] = {
 }
 
 
-def _up(job: Job, config: Mapping[str, object]) -> Files:
-    submit = autoscaler.submit_script(job.recipe, job.values, job.overrides)
+def _up(job: Job, config: Mapping[str, Any]) -> Files:
+    comes = config["provider"]["type"] != "local"
+    submit = autoscaler.submit_script(job.overrides, machines_come=comes)
     config_text = text_of([config])
     return {_RECIPE: job.recipe_text, "cluster.yaml": config_text, "submit.sh": submit}
 

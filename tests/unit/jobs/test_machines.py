@@ -164,20 +164,21 @@ def environment(programs: Path, **variables: str) -> dict[str, str]:
     return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", **variables}
 
 
-def test_a_stage_is_submitted_with_its_overrides(programs: Path, tmp_path: Path) -> None:
-    overrides = ["evaluation.workers=0", "training.steps=7"]
-    (tmp_path / "submit.sh").write_text(rendered("aws", *overrides)["submit.sh"])
-    program(programs, "ray", 'printf "%s\\n" "$@"')
+@pytest.mark.parametrize("target", ["aws", "gcp", "on-premise"])
+def test_the_recipe_is_submitted_with_its_overrides(
+    target: str, programs: Path, tmp_path: Path
+) -> None:
+    overrides = ["training.steps=7", "tracking.experiment=two $words"]
+    (tmp_path / "submit.sh").write_text(rendered(target, *overrides)["submit.sh"])
+    program(programs, "piflow", 'printf "%s\\n" "$RAY_AUTH_MODE" "$RAY_API_SERVER_ADDRESS" "$@"')
     done = subprocess.run(
-        ["bash", tmp_path / "submit.sh", "evaluate"],
+        ["bash", tmp_path / "submit.sh", "--stages", "embed"],
         env=environment(programs), capture_output=True, text=True, timeout=30, check=True,
     )  # fmt: skip
-    verb, file, command = done.stdout.splitlines()
-    assert (verb, file) == ("exec", str(tmp_path / "cluster.yaml"))
-    assert "--entrypoint-num-gpus 1 -- piflow evaluate ~/recipe.yaml --quiet --set" in command
-    assert command.endswith("--set training.steps=7")
-    wrong = subprocess.run(["bash", tmp_path / "submit.sh"], capture_output=True, timeout=30)
-    assert wrong.returncode == 2 and b"which stage" in wrong.stderr
+    expected = ["token", "http://127.0.0.1:8265", "submit", str(tmp_path / "recipe.yaml")]
+    expected += ["--set", overrides[0], "--set", overrides[1]]
+    waits = [] if target == "on-premise" else ["--wait-for-nodes"]
+    assert done.stdout.splitlines() == [*expected, *waits, "--stages", "embed"]
 
 
 _SRUN = 'while [ "$1" != ray ]; do shift; done; exec "$@"'
