@@ -8,12 +8,12 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from piflow.config import Recipe, load_recipe
-from piflow.runtime.exits import ExitCode, RayLostError, exit_code
+from piflow.runtime.exits import ExitCode, exit_code, is_ray_lost
 from piflow.runtime.ray_job import require_lasting, require_lasting_paths
 from piflow.runtime.signals import StoppedError, ended_by_signals
 from piflow.storage.foreign import redacted, shown
@@ -623,16 +623,21 @@ def main() -> None:
             app()
     except StoppedError as error:
         typer.secho(f"piflow: {error}", err=True, fg=typer.colors.YELLOW)
-        raise SystemExit(exit_code(error)) from error
+        _leave(error, exit_code(error))
     except Exception as error:
         message, code = _explained(error)
         lines = "\n".join(shown(line, _LINE) for line in message.splitlines())
         typer.secho(f"piflow: {lines}", err=True, fg=typer.colors.RED)
-        if isinstance(error, RayLostError):
-            from piflow.runtime.session import leave_lost_cluster
+        _leave(error, code)
 
-            leave_lost_cluster(code)
-        raise SystemExit(code) from error
+
+def _leave(error: BaseException, code: ExitCode) -> NoReturn:
+    """End the process, without Ray's client where it would wait for a cluster that is gone."""
+    if is_ray_lost(error):
+        from piflow.runtime.session import leave_lost_cluster
+
+        leave_lost_cluster(code)
+    raise SystemExit(code) from error
 
 
 def _explained(error: Exception) -> tuple[str, ExitCode]:

@@ -23,6 +23,11 @@ class RayLostError(ConnectionError):
     """Ray itself ended or doesn't answer; what was saved before is good."""
 
 
+def is_ray_lost(error: BaseException) -> bool:
+    """Whether Ray was gone when this ended the work: the error, or what a signal came on top of."""
+    return isinstance(error, RayLostError) or isinstance(error.__context__, RayLostError)
+
+
 class ExitCode(IntEnum):
     """Of a command; `docs/operations.md` explains them to operators."""
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 from piflow.config import Recipe, RuntimeConfig
 from piflow.runtime.environment import worker_setup
-from piflow.runtime.exits import RayLostError
-from piflow.runtime.signals import kept_handlers
+from piflow.runtime.exits import RayLostError, is_ray_lost
+from piflow.runtime.signals import StoppedError, kept_handlers
 
 _ELASTIC_START_SECONDS = 30.0  # until workers have their places, on machines that are there
 
@@ -24,8 +24,8 @@ _DATA_CPUS = 2  # logical CPUs for Ray Data's reading beside the workers, on a l
 def ray_session(recipe: Recipe) -> Iterator[None]:
     """Use the running Ray, or the cluster in RAY_ADDRESS, or a local instance for this block.
 
-    Ray stays connected after a RayLostError of a cluster: to part from a head that is gone takes
-    its client two minutes, and can crash this process.
+    Ray stays connected to a cluster that was lost: to part from a head that is gone takes its
+    client two minutes, and can crash this process.
     """
     import ray
 
@@ -37,8 +37,8 @@ def ray_session(recipe: Recipe) -> Iterator[None]:
         is_lost = False
         try:
             yield
-        except RayLostError:
-            is_lost = bool(os.environ.get("RAY_ADDRESS"))
+        except (RayLostError, StoppedError) as error:
+            is_lost = is_ray_lost(error) and bool(os.environ.get("RAY_ADDRESS"))
             raise
         finally:
             if not is_lost:

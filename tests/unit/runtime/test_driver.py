@@ -18,9 +18,14 @@ from piflow.config import Recipe, RuntimeConfig, load_recipe
 from piflow.data.cluster import ResourcesError
 from piflow.runs.lease import Ownership, RunTakenError
 from piflow.runs.tracking import Tracker
-from piflow.runtime import alive, driver, mailbox, ray_private
+from piflow.runtime import alive, driver, mailbox, ray_private, session
 from piflow.runtime import attempts as attempting
-from piflow.runtime.exits import RayLostError, WorkersFailedError, WorkersLostError
+from piflow.runtime.exits import (
+    RayLostError,
+    WorkersFailedError,
+    WorkersLostError,
+    is_ray_lost,
+)
 from piflow.runtime.mailbox import Failure, Mailbox, StopReason
 from piflow.runtime.ray_private import first_failure
 from piflow.runtime.session import start_tries
@@ -304,8 +309,34 @@ def test_a_dead_ray_is_found_out_at_once(signalled: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(attempting, "_fit", lambda *_: None)  # workers that go on and on
     monkeypatch.setattr(alive, "ended_processes", lambda: ["gcs_server"])
     loop.signals.number = 15 if signalled else None
-    with pytest.raises(StoppedError if signalled else RayLostError, match="Ray's gcs_server"):
+    kind = StoppedError if signalled else RayLostError
+    with pytest.raises(kind, match="Ray's gcs_server") as raised:
         loop()
+    assert is_ray_lost(raised.value), "a signal on top of it doesn't hide it"
+
+
+@pytest.mark.parametrize("address", ["", "10.0.0.1:6379"])
+@pytest.mark.parametrize("signalled", [False, True])
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_nobody_parts_from_a_cluster_that_is_gone(
+    address: str, signalled: bool, is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's client would wait for two minutes. An instance of this machine's own is ended."""
+    recipe = load_recipe(Path(__file__).parents[3] / "pipelines/recipes/emoji-flux.yaml")
+    ended: list[bool] = []
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(session, "_start", lambda recipe: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    error: Exception = RayLostError("a head") if is_lost else ValueError("something else")
+    with pytest.raises(StoppedError if signalled else type(error)), session.ray_session(recipe):
+        try:
+            raise error
+        except type(error):
+            if signalled:
+                raise StoppedError(15, "saved") from None
+            raise
+    assert bool(ended) != (is_lost and bool(address))
 
 
 def test_a_clusters_head_that_stays_away_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
