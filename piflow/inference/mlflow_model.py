@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
@@ -24,7 +25,10 @@ class StudentModel(PythonModel):
         self.student = ServedStudent(context.artifacts["adapter"], **(context.model_config or {}))
 
     def predict(
-        self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,  # of another type MLflow would make a schema, beside ours
+        params: dict[str, Any] | None = None,
     ) -> list[bytes]:
         prompts = [str(prompt) for prompt in model_input.iloc[:, 0]]
         return self.student.pictures(prompts, **(params or {}))
