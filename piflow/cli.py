@@ -132,6 +132,24 @@ def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 
 
 @app.command(
+    name="check-family",
+    epilog="Example: `piflow check-family flux`, or `piflow check-family mypackage.model:FAMILY` "
+    "with the package on PYTHONPATH. About a minute; needs no weights. Exit code 0: nothing is "
+    "wrong. docs/bring-your-own-teacher.md says what a family is.",
+)
+def check_family(
+    family: Annotated[
+        str, typer.Argument(help="name, or module that holds a FAMILY; it is imported")
+    ],
+) -> None:
+    """Check a family of models, ours or your own, on a tiny random model of it."""
+    from piflow.commands import check_family as pipeline
+
+    if not pipeline.main(family):
+        raise typer.Exit(ExitCode.MISTAKE)
+
+
+@app.command(
     epilog=f"Example: `piflow preflight {DEFAULT_RECIPE}`; on a cluster, set RAY_ADDRESS. Floors "
     "are the recipe's runtime.preflight. Exit code 0: everything passed; 1: something failed; 69: "
     "no room for the workers."

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from piflow.backbones import Conditioning
-from tests.conformance.samples import samples
+from piflow.testing.conformance import samples
 
 
 def make(batch: int, *, length: int = 3, pooled: bool = True) -> Conditioning:
