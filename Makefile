@@ -36,16 +36,20 @@ install: $(STAMP) $(FONT)
 
 install-dev: $(DEV) $(FONT)
 
-$(STAMP): pyproject.toml constraints.txt
+# The pip that comes with Python 3.11 spends minutes on naming what it has installed.
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "piflow needs Python 3.11 or newer; set one with: make PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[ray,mlflow,s3,demo]'
 	@touch $@
 
-$(DEV): $(STAMP)
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[ray,mlflow,s3,demo,lowbit,deepspeed,cluster,dev]'
-	@touch $@
+	@touch $(STAMP) $@
 
 $(CLUSTER): $(DEV)
 	$(INSTALL) --editable '.[ray,s3,gcp,dev,cluster-files]'
