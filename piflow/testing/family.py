@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piflow import storage
 from piflow.backbones import Backbone, Conditioning, build_codec
 from piflow.backbones.encoders import build_encoder
 from piflow.backbones.load import family_class
@@ -37,6 +38,7 @@ from piflow.roles.adapter import load_adapter, save_adapter
 from piflow.roles.heads import PolicyClock
 from piflow.roles.trio import Trio
 from piflow.sharding.weights import fill
+from piflow.storage.foreign import parse_object
 from piflow.testing.conformance import CHECKS, require, require_close
 from piflow.testing.models import save_model
 
@@ -284,9 +286,6 @@ FAMILY_CHECKS: tuple[FamilyCheck, ...] = (
 
 def _guidance(model: ModelConfig) -> float | None:
     """For a model that takes one by its config.json."""
-    from piflow import storage
-    from piflow.storage.foreign import parse_object
-
     path = storage.join(model.path, "config.json")
     config = parse_object(storage.read_bytes(path), where=path)
     return _GUIDANCE if config.get("guidance_embeds") else None

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from bria_family import FAMILY
+from torch import Tensor
 
+from piflow.backbones import Backbone, Conditioning
 from piflow.commands import check_family
 from piflow.testing.family import FAMILY_CHECKS, FamilyCheck, Skipped, TinyFamily, checks
 
@@ -68,3 +70,17 @@ def test_the_command_tells_all_that_is_wrong(
     monkeypatch.setattr("wrong_families.SIGN", replace(FAMILY, tiny=None))
     with pytest.raises(ValueError, match="brings no tiny model"):
         check_family.main("wrong_families:SIGN")
+
+
+def test_a_family_may_bring_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = TinyFamily.made("bria_family", tmp_path)
+    own_reference = dict(checks(made))["own_reference"]
+
+    def right(backbone: Backbone, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        return backbone.unpack(backbone.output_tokens(x, sigma, cond), *x.shape[2:])
+
+    monkeypatch.setattr("bria_family.tiny.reference", right, raising=False)
+    own_reference()
+    monkeypatch.setattr("bria_family.tiny.reference", lambda *inputs: -right(*inputs))
+    with pytest.raises(AssertionError, match="the reference"):
+        own_reference()
