@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -40,11 +41,12 @@ def new_run(folder: Path, environment: dict[str, str], name: str) -> SmallRun:
 
 def processes_of(driver: int, word: str) -> list[psutil.Process]:
     """Those below the driver whose command line starts with a word like this."""
-    return [
-        process
-        for process in psutil.Process(driver).children(recursive=True)
-        if any(word in part for part in process.cmdline()[:1])
-    ]
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if any(word in part for part in process.cmdline()[:1]):
+                found.append(process)
+    return found
 
 
 def test_a_job_system_that_ends_all_processes_loses_no_step(
