@@ -65,6 +65,27 @@ JobArgument = Annotated[
     str, typer.Argument(help="id, or the beginning of the ids of a run's jobs", metavar="JOB")
 ]
 
+
+def _valid_alias(alias: str) -> str:
+    from piflow.runs.registry import require_alias
+
+    try:
+        require_alias(alias)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return alias
+
+
+AliasOption = Annotated[
+    str,
+    typer.Option(
+        help="of the registered model, such as champion or staging; MLflow keeps latest and v1, "
+        "v2, … for itself",
+        metavar="NAME",
+        callback=_valid_alias,
+    ),
+]
+
 _LINE = 4000  # characters of a message's line that a terminal gets
 
 _URI = re.compile(r"[A-Za-z][\w+.-]*:/[^\s'\"]+")
@@ -248,6 +269,47 @@ def export(
     from piflow.commands import export as pipeline
 
     pipeline.main(config, checkpoint=checkpoint, out=out, weights=weights, dtype=dtype)
+
+
+@app.command(
+    epilog=f"Example: `piflow promote {DEFAULT_RECIPE} --dry-run`, then without it. Needs what "
+    "`piflow evaluate` and `piflow export` leave in MLflow. Exit code 0: the alias is, or with "
+    "--dry-run would be, the version's; 1: a gate doesn't hold, and nothing was moved. "
+    "docs/registry.md explains gates."
+)
+def promote(
+    recipe: RecipeArgument,
+    version: Annotated[
+        int | None,
+        typer.Option(min=1, help="of the registered model; default: the recipe's newest"),
+    ] = None,
+    alias: AliasOption = "champion",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="judge the gates and move nothing")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="move it though gates don't hold; its tags say so")
+    ] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Move an alias of the registered model to a version, if the recipe's gates hold."""
+    config = load_recipe(recipe, overrides)
+    from piflow.commands import promote as pipeline
+
+    pipeline.main(config, version=version, alias=alias, dry_run=dry_run, force=force)
+
+
+@app.command(
+    epilog=f"Example: `piflow rollback {DEFAULT_RECIPE}`. Again: one version further back."
+)
+def rollback(
+    recipe: RecipeArgument, alias: AliasOption = "champion", overrides: SetOption = None
+) -> None:
+    """Move an alias back to the version that had it before the last `piflow promote`."""
+    config = load_recipe(recipe, overrides)
+    from piflow.commands import promote as pipeline
+
+    pipeline.roll_back(config, alias=alias)
 
 
 @app.command(

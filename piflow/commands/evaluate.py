@@ -1,6 +1,7 @@
 """checkpoint -> metrics, picture grid and one HTML report, all logged to the run in MLflow.
 
-RUN_DIR/evaluation/              report.html, grid.jpg, pictures/ (every picture that was drawn)
+RUN_DIR/evaluation/              report.html, grid.jpg, pictures/ (every picture that was drawn),
+                                 figures/step_*.json (of each prompt, by checkpoint)
 RUN_DIR/evaluation-NAME-HASH/    the same of an adapter, ours or a published one; MLflow isn't told
 """
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from piflow import storage
 from piflow.config import Recipe
+from piflow.storage.foreign import redacted
 
 if TYPE_CHECKING:
     from piflow.data.reader import PromptStore
@@ -46,6 +48,7 @@ def main(
         ValueError: no run, checkpoint or store, or they don't fit the recipe.
     """
     from piflow.commands import embed
+    from piflow.evaluation import figures
     from piflow.evaluation.compare import measure
     from piflow.evaluation.drawing import Drawing, Plan
     from piflow.runs import folder as run_folder
@@ -71,7 +74,10 @@ def main(
         _draw(recipe, found, plan, drawing, checkpoint, show_progress)
     result = measure(drawing, retrieve=found.retrieval)
     lineage = _lineage(recipe, record.mlflow_run_id, store.manifest_hash, f"step {state.step}")
-    files = _write_report(recipe, result, folder, lineage)
+    measured = _figures(recipe, found, result, f"step {state.step}", digest)
+    name = f"{figures.FOLDER}/{run_folder.checkpoint_name(state.step)}.json"
+    storage.write_bytes(storage.join(folder, name), measured)
+    files = [name, *_write_report(recipe, result, folder, lineage)]
     tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
     tracker.log_checkpoint(state.step, {"piflow.recipe_hash": recipe.hash()})
     tracker.log_summary(summary(result), state.step, _log_prompts(tracker, recipe, result, store))
@@ -105,6 +111,7 @@ def of_adapter(
             was trained with other embedded guidance.
     """
     from piflow.commands import embed
+    from piflow.evaluation import figures
     from piflow.evaluation.compare import measure
     from piflow.evaluation.drawing import Drawing, Plan
     from piflow.inference.places import adapter_files, adapter_place
@@ -132,6 +139,8 @@ def of_adapter(
             _draw_here(drawing, trio, bar.advance)
     result = measure(drawing, retrieve=found.retrieval)
     lineage = _lineage(sampled, "none", found.store.manifest_hash, place)
+    measured = _figures(sampled, found, result, redacted(place), digest)
+    storage.write_bytes(storage.join(folder, figures.FOLDER, "adapter.json"), measured)
     _write_report(sampled, result, folder, lineage)
     print(f"report written to {storage.join(folder, 'report.html')}")
     return result
@@ -195,6 +204,21 @@ def _draw(
     trio, _ = student_of_checkpoint(recipe, checkpoint, "ema", found.store.manifest_hash)
     with progress(f"{recipe.name}: pictures", drawing.total, show=show_progress) as bar:
         _draw_here(drawing, trio, bar.advance)
+
+
+def _figures(recipe: Recipe, found: Run, result: Evaluation, student: str, digest: str) -> bytes:
+    """The file of figures of a student, whose hash is `digest`."""
+    from piflow.evaluation.figures import figures_of
+
+    made = figures_of(
+        recipe,
+        result,
+        student=student,
+        checkpoint=digest,
+        base=found.base_sha256,
+        encoder=found.encoder,
+    )
+    return made.model_dump_json(indent=1).encode()
 
 
 def _log_prompts(

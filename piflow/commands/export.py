@@ -36,9 +36,10 @@ def main(
     from piflow import storage
     from piflow.runs import folder as run_folder
     from piflow.runs import origin
+    from piflow.runs.promotion import CHECKPOINT_SHA_TAG, CHECKPOINT_TAG, RECIPE_TAG, WEIGHTS_TAG
     from piflow.runs.registry import register_adapter
     from piflow.runs.tracking import deliver_kept
-    from piflow.training.checkpoint import read_state
+    from piflow.training.checkpoint import STATE_FILE, read_state
     from piflow.training.export import export_adapter
     from piflow.training.preflight import base_fingerprint
 
@@ -48,10 +49,11 @@ def main(
     folder = out or storage.join(recipe.run_dir, "adapter")
     lineage = {
         "piflow.run_id": record.mlflow_run_id,
-        "piflow.recipe_hash": recipe.hash(),
+        RECIPE_TAG: recipe.hash(),
         "piflow.manifest_hash": record.manifest_hash,
-        "piflow.checkpoint": storage.base_name(checkpoint),
-        "piflow.weights": weights,
+        CHECKPOINT_TAG: storage.base_name(checkpoint),
+        CHECKPOINT_SHA_TAG: storage.sha256(storage.join(checkpoint, STATE_FILE)),
+        WEIGHTS_TAG: weights,
     }
     export_adapter(
         recipe,

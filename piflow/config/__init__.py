@@ -32,6 +32,7 @@ from piflow.config.objective import (
     PolicyConfig,
 )
 from piflow.config.recipe import Recipe
+from piflow.config.registry import Gate, RegistryConfig, parse_gate
 from piflow.config.runtime import DeepSpeedConfig, PreflightConfig, RuntimeConfig
 from piflow.config.section import RecipeError
 from piflow.config.text import load_recipe, parse_recipe
@@ -57,6 +58,7 @@ __all__ = [
     "FlowMatchingConfig",
     "Fp8TeacherConfig",
     "GMFlowPolicyConfig",
+    "Gate",
     "GuidanceConfig",
     "LoRAConfig",
     "ModelConfig",
@@ -68,6 +70,7 @@ __all__ = [
     "Published",
     "Recipe",
     "RecipeError",
+    "RegistryConfig",
     "RuntimeConfig",
     "TextEncoderConfig",
     "TrackingConfig",
@@ -76,6 +79,7 @@ __all__ = [
     "find_family",
     "flatten",
     "load_recipe",
+    "parse_gate",
     "parse_recipe",
     "require_known",
 ]

@@ -18,6 +18,7 @@ from piflow.config.objective import (
     GuidanceConfig,
     PiIDConfig,
 )
+from piflow.config.registry import RegistryConfig
 from piflow.config.runtime import RuntimeConfig
 from piflow.config.section import Operational, RecipeError, Section, Seed, Uri, Variant
 from piflow.config.tracking import EvaluationConfig, TrackingConfig
@@ -72,6 +73,7 @@ class Recipe(Section):
     runtime: Operational[RuntimeConfig] = RuntimeConfig()
     tracking: Operational[TrackingConfig] = TrackingConfig()
     evaluation: Operational[EvaluationConfig] = EvaluationConfig()
+    registry: Operational[RegistryConfig] = RegistryConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -203,6 +205,16 @@ class Recipe(Section):
                     f"evaluation.teacher_steps = {steps}, the reference, must exceed the student's "
                     f"objective.nfe = {nfe}; use more teacher steps"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self) -> Recipe:
+        asked = [gate.text for gate in self.registry.parsed() if gate.metric == "retrieval_at_1"]
+        if asked and not self.evaluation.retrieval:
+            raise ValueError(
+                f"registry.gates asks for {asked[0]!r}, which evaluation.retrieval = false doesn't "
+                "measure; leave one of them out"
+            )
         return self
 
     def distillation(self) -> PiIDConfig:

@@ -45,16 +45,35 @@ class PromptResult:
 
 
 @dataclass(frozen=True)
+class ByPrompt:
+    """A method's figures of each prompt, ``(P,)`` float64.
+
+    Attributes:
+        error: mean squared error of its pictures against the reference's.
+        diversity: mean RMS distance between them.
+        retrieval: share that shows the prompt's emoji; None: not measured.
+    """
+
+    error: Tensor
+    diversity: Tensor
+    retrieval: Tensor | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything measured.
 
     Attributes:
+        noise: hash of each prompt's noise.
+        by_prompt: the figures of each prompt by method name.
         pictures: (prompts, seeds, 3, H, W) in [-1, 1] by method name.
         files: name of each prompt's first picture in the pictures' folder, by method name.
     """
 
     prompts: tuple[str, ...]
+    noise: tuple[str, ...]
     methods: tuple[MethodResult, ...]  # reference first, student last
+    by_prompt: dict[str, ByPrompt]
     psnr_gain: Interval
     diversity_ratio: Interval
     per_prompt: tuple[PromptResult, ...]
@@ -71,46 +90,34 @@ def measure(drawing: Drawing, *, retrieve: Retrieve | None = None) -> Evaluation
     Raises:
         FileNotFoundError: pictures are missing.
     """
-    return _measure(drawing.methods, drawing.read(), drawing.prompts, retrieve)
-
-
-def _measure(
-    methods: Sequence[Method],
-    drawn: dict[str, Drawn],
-    prompts: tuple[str, ...],
-    retrieve: Retrieve | None,
-) -> Evaluation:
+    drawn = drawing.read()
     pictures = {name: item.pictures for name, item in drawn.items()}
-    reference = pictures[methods[0].name]
-    few_steps, student = methods[-2].name, methods[-1].name
-    diversity = {name: pairwise_diversity(some) for name, some in pictures.items()}
-    # prompt by prompt: in float64, all at once would be twice what the pictures take
-    error = {
-        name: torch.stack(
-            [squared_error(*pair).mean() for pair in zip(some, reference, strict=True)]
+    prompts, names = drawing.prompts, [method.name for method in drawing.methods]
+    reference, few_steps, student = names[0], names[-2], names[-1]
+    found = _retrieval_at_1(pictures, prompts, retrieve) if retrieve else {}
+    by_prompt = {
+        name: ByPrompt(
+            # prompt by prompt: in float64, all at once would be twice what the pictures take
+            torch.stack(
+                [
+                    squared_error(*pair).mean()
+                    for pair in zip(some, pictures[reference], strict=True)
+                ]
+            ),
+            pairwise_diversity(some),
+            found.get(name),
         )
         for name, some in pictures.items()
     }
-    found = _retrieval_at_1(pictures, prompts, retrieve) if retrieve else {}
-    results = tuple(
-        MethodResult(
-            name=method.name,
-            nfe=method.nfe,
-            psnr=None if method is methods[0] else float(psnr_of_error(error[method.name].mean())),
-            diversity=float(diversity[method.name].mean()),
-            diversity_ratio=float(
-                diversity[method.name].mean() / diversity[methods[0].name].mean()
-            ),
-            retrieval_at_1=found.get(method.name),
-            seconds=drawn[method.name].seconds,
-        )
-        for method in methods
-    )
+    error = {name: figures.error for name, figures in by_prompt.items()}
+    diversity = {name: figures.diversity for name, figures in by_prompt.items()}
     return Evaluation(
         prompts=prompts,
-        methods=results,
+        noise=drawing.noise,
+        methods=_methods(drawing.methods, drawn, by_prompt),
+        by_prompt=by_prompt,
         psnr_gain=psnr_gain_interval(error[student], error[few_steps]),
-        diversity_ratio=diversity_ratio_interval(diversity[student], diversity[methods[0].name]),
+        diversity_ratio=diversity_ratio_interval(diversity[student], diversity[reference]),
         per_prompt=tuple(
             PromptResult(prompt, float(teacher_psnr), float(student_psnr))
             for prompt, teacher_psnr, student_psnr in zip(
@@ -125,12 +132,37 @@ def _measure(
     )
 
 
+def _methods(
+    methods: Sequence[Method], drawn: dict[str, Drawn], by_prompt: dict[str, ByPrompt]
+) -> tuple[MethodResult, ...]:
+    """The headline table; the reference is its first row."""
+    reference = by_prompt[methods[0].name].diversity.mean()
+    rows = []
+    for method in methods:
+        figures = by_prompt[method.name]
+        error, diversity = figures.error.mean(), figures.diversity.mean()
+        rows.append(
+            MethodResult(
+                name=method.name,
+                nfe=method.nfe,
+                psnr=None if method is methods[0] else float(psnr_of_error(error)),
+                diversity=float(diversity),
+                diversity_ratio=float(diversity / reference),
+                retrieval_at_1=None
+                if figures.retrieval is None
+                else float(figures.retrieval.mean()),
+                seconds=drawn[method.name].seconds,
+            )
+        )
+    return tuple(rows)
+
+
 def _retrieval_at_1(
     pictures: dict[str, Tensor], prompts: Sequence[str], retrieve: Retrieve
-) -> dict[str, float]:
-    """Share of right pictures by method; all methods' pictures go into one search."""
+) -> dict[str, Tensor]:
+    """Each prompt's share of right pictures by method; all pictures go into one search."""
     everything = torch.cat([drawn.flatten(0, 1) for drawn in pictures.values()])
     seeds = next(iter(pictures.values())).shape[1]
     repeated = [prompt for prompt in prompts for _ in range(seeds)] * len(pictures)
-    hits = retrieve(everything, repeated).float().unflatten(0, (len(pictures), -1)).mean(1)
-    return dict(zip(pictures, hits.tolist(), strict=True))
+    hits = retrieve(everything, repeated).double().unflatten(0, (len(pictures), -1, seeds)).mean(2)
+    return dict(zip(pictures, hits, strict=True))

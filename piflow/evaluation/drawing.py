@@ -164,6 +164,14 @@ class Drawing:
         ]
 
     @property
+    def noise(self) -> tuple[str, ...]:
+        """Hash of the noise of each prompt's pictures, all seeds'."""
+        seeds = self._noise.shape[1]
+        digests = [request.noise for request in self._requests]
+        groups = [digests[start : start + seeds] for start in range(0, len(digests), seeds)]
+        return tuple(hashlib.sha256("".join(group).encode()).hexdigest() for group in groups)
+
+    @property
     def total(self) -> int:
         """Pictures of all methods."""
         return len(self.methods) * len(self._requests)

@@ -170,14 +170,24 @@ def diversity_ratio_interval(
     )
 
 
+def psnr_interval(error: Tensor) -> Interval:
+    """Endpoint PSNR in dB of ``(P,)`` mean squared errors, with its 95 % interval over prompts."""
+    return _bootstrap(error, torch.ones_like(error), psnr_of_error)
+
+
+def mean_interval(values: Tensor) -> Interval:
+    """Mean of ``(P,)`` values of prompts, with its 95 % interval over them."""
+    return _bootstrap(values, torch.ones_like(values), lambda mean: mean)
+
+
 def _bootstrap(
     numerator: Tensor,
     denominator: Tensor,
     figure: Callable[[Tensor], Tensor],
     *,
-    confidence: float,
-    resamples: int,
-    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
     """Percentile bootstrap over prompts of ``figure(sum(numerator) / sum(denominator))``."""
     _check_pairs(numerator, denominator)

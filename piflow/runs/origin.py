@@ -29,11 +29,15 @@ def origin() -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         "piflow.version": version("piflow"),
     }
+    return tags | {"mlflow.user": user()} | _commit()
+
+
+def user() -> str:
+    """Whoever runs this process."""
     try:
-        tags["mlflow.user"] = getpass.getuser()
+        return getpass.getuser()
     except (OSError, KeyError):  # a container's user without a name
-        tags["mlflow.user"] = str(os.getuid())
-    return tags | _commit()
+        return str(os.getuid())
 
 
 def _commit() -> dict[str, str]:

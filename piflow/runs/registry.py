@@ -84,7 +84,7 @@ def register_adapter(
     client = connect(uri, request_seconds=_UPLOAD_SECONDS)
     with explained(uri):
         answered(lambda: get_run(client, uri, run_id), uri)
-    with _registry_of(uri):  # before anything is uploaded
+    with registry_of(uri):  # before anything is uploaded
         present = client.search_registered_models(f"name = '{name}'")
     with explained(uri):
 
@@ -131,7 +131,7 @@ def require_name(name: str) -> None:
 
 
 @contextmanager
-def _registry_of(uri: str) -> Iterator[None]:
+def registry_of(uri: str) -> Iterator[None]:
     """The first question to a server's registry: one without a registry is told as such.
 
     Raises:

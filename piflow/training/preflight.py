@@ -24,7 +24,7 @@ from piflow.demo.retrieval import EmojiRetrieval
 from piflow.roles.teacher_lora import check_teacher_lora
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunRecord
-from piflow.storage.fingerprint import CodecIdentity, weights_fingerprint
+from piflow.storage.fingerprint import CodecIdentity, EncoderIdentity, weights_fingerprint
 from piflow.training.checkpoint import (
     DamagedCheckpointError,
     read_state,
@@ -44,6 +44,7 @@ class Run:
         absolute: the same, with local paths absolute.
         store: the embedding store under its absolute path, its manifest read; in online mode the
             planned one.
+        encoder: what the recipe's text encoder is.
         codec: which VAE made the pictures' latents, where the run trains on those of the store.
         base_sha256: fingerprint of the base weights of a distillation; None: they lie on a hub.
         record: of an earlier start of this run; None: it is new.
@@ -54,6 +55,7 @@ class Run:
     recipe: Recipe
     absolute: Recipe
     store: PromptStore
+    encoder: EncoderIdentity
     codec: CodecIdentity | None
     base_sha256: str | None
     record: RunRecord | None
@@ -89,7 +91,8 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     store = open_store(absolute, evaluation=evaluation)
     if record is None and isinstance(store, EmbeddingStore):
         require_recipes_prompts(absolute, store.uri, store.manifest.inputs)
-    store.require_encoder(encoder_identity(recipe.encoder))
+    encoder = encoder_identity(recipe.encoder)
+    store.require_encoder(encoder)
     store.require_negative_prompt(recipe.guidance.negative_prompt)
     latents = None
     if recipe.objective.pictures == "store":
@@ -106,7 +109,7 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     found = run_folder.checkpoints(recipe.run_dir)
     require_newest_of(recipe, store.manifest_hash, found)
     retrieval = _retrieval(recipe, store) if evaluation else None
-    return Run(recipe, absolute, store, latents, base, record, found, retrieval)
+    return Run(recipe, absolute, store, encoder, latents, base, record, found, retrieval)
 
 
 def _retrieval(recipe: Recipe, store: PromptStore) -> EmojiRetrieval | None:

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from piflow import storage
 from piflow.backbones import load_backbone
-from piflow.commands import check, distill, embed, evaluate, export, pretrain, sample
-from piflow.config import ModelConfig, Recipe, parse_recipe
+from piflow.commands import check, distill, embed, evaluate, export, pretrain, promote, sample
+from piflow.config import ModelConfig, Recipe, RegistryConfig, parse_recipe
 from piflow.data.manifest import StoreError
 from piflow.data.reader import EmbeddingStore
 from piflow.evaluation.compare import Evaluation, measure
@@ -455,7 +455,8 @@ def test_mlflow_has_the_evaluation(evaluation: Evaluation, interrupted: Interrup
     )
     run_id = tracked.record.mlflow_run_id
     paths = {item.path for item in tracked.client.list_artifacts(run_id, "evaluation")}
-    assert paths == {"evaluation/report.html", "evaluation/grid.jpg", "evaluation/pictures"}
+    named = {"report.html", "grid.jpg", "pictures", "figures"}
+    assert paths == {f"evaluation/{name}" for name in named}
     kept = storage.join(interrupted.recipe.run_dir, "evaluation")
     assert {"report.html", "grid.jpg"} <= set(storage.list_files(kept))
     assert tracked.run.info.status == "FINISHED"
@@ -492,6 +493,23 @@ def test_model_version_carries_its_lineage(
     assert lineage.items() <= load_adapter(folder).metadata.items()
     registered = download("models:/small@newest", tracked.record.tracking_uri)
     assert sorted(os.listdir(registered)) == storage.list_files(folder)
+
+
+def test_a_version_is_promoted_by_its_own_figures(
+    evaluation: Evaluation, adapter: tuple[str, str], interrupted: Interrupted
+) -> None:
+    """Eight steps make no student that beats its teacher, and the figures say so."""
+    run, (_, number) = interrupted.recipe, adapter
+    name, client = run.tracking.model_name or run.name, interrupted.tracked.client
+    with pytest.raises(ValueError, match="psnr_gain_db.low > 0: -.* too low"):
+        promote.main(run, version=int(number))
+    assert "champion" not in client.get_registered_model(name).aliases
+    gates = [f"psnr_gain_db >= {evaluation.psnr_gain.value!r}", "diversity_ratio.low > 0"]
+    easy = run.model_copy(update={"registry": RegistryConfig(gates=gates)})
+    assert promote.main(easy) == int(number)
+    version = client.get_model_version_by_alias(name, "champion")
+    assert str(version.version) == number
+    assert f"measured {evaluation.psnr_gain.value:.4g}" in version.tags["piflow.champion.why"]
 
 
 def test_sampling_from_the_adapter(adapter: tuple[str, str], tmp_path: Path) -> None:

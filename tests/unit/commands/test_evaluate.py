@@ -32,6 +32,8 @@ def evaluation(side: int) -> Evaluation:
     figure = Interval(1.0, 0.5, 1.5)
     return Evaluation(
         prompts=prompts,
+        noise=("ab" * 32,) * len(prompts),
+        by_prompt={},
         methods=tuple(MethodResult(name, 4, 20.0, 0.5, 1.0, None, 1.0) for name in NAMES),
         psnr_gain=figure,
         diversity_ratio=figure,

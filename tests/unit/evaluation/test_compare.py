@@ -23,6 +23,7 @@ from piflow.data.select import evaluation_rows
 from piflow.evaluation import drawing
 from piflow.evaluation.compare import Evaluation, Retrieve, measure
 from piflow.evaluation.drawing import Drawing, Method, Plan, Sampler, methods_of
+from piflow.evaluation.figures import alone, read_figures
 from piflow.evaluation.metrics import endpoint_psnr, pairwise_diversity
 from piflow.inference.pixels import to_uint8
 from piflow.roles.trio import Trio
@@ -375,7 +376,8 @@ def test_an_adapter_is_measured_as_its_checkpoint(
     from piflow.training import preflight
     from piflow.training.export import export_adapter
 
-    opened = SimpleNamespace(store=store, retrieval=None)  # the store's encoder is made up
+    encoder = store.manifest.encoder  # which is made up
+    opened = SimpleNamespace(store=store, retrieval=None, base_sha256="ab" * 32, encoder=encoder)
     monkeypatch.setattr(preflight, "preflight", lambda recipe, evaluation: opened)
     ours = recipe(store, flux_folder, run_dir=str(tmp_path / "run"))
     checkpoint, _ = trained(ours, flux_inputs, tmp_path / "checkpoint")
@@ -397,6 +399,12 @@ def test_an_adapter_is_measured_as_its_checkpoint(
     assert [method.nfe for method in other.methods] == [6, 8, 4, 4]
     (report,) = (tmp_path / "run").glob("evaluation-gm_4step-*/report.html")
     assert "gm_4step" in report.read_text()
+    kept = report.parent / "figures" / "adapter.json"
+    figures = read_figures(kept.read_bytes(), "it")
+    assert alone(figures)["psnr_gain_db"] == other.psnr_gain
+    assert alone(figures)["diversity_ratio"] == other.diversity_ratio
+    assert (figures.prompts, figures.noise) == (list(other.prompts), list(other.noise))
+    assert figures.student == str(plain) and figures.reference["model.path"].startswith("weights")
     qwen = ours.model_copy(update={"model": ours.model.model_copy(update={"family": "qwen_image"})})
     with pytest.raises(ValueError, match="a student of the family flux, the recipe's teacher is"):
         evaluate.of_adapter(qwen, str(folder), show_progress=False)

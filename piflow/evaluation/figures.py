@@ -1,0 +1,253 @@
+"""An evaluation's figures of each prompt, in a file that is compared with others later.
+
+    RUN_DIR/evaluation/figures/step_00000320.json    of a checkpoint; also an artifact of the run
+    RUN_DIR/evaluation-NAME-HASH/figures/adapter.json
+
+Two evaluations are compared on the prompts that both drew from the same noise against the same
+reference, and in no other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
+
+from piflow.config import Recipe
+from piflow.config.section import NonNegativeFloat, Positive, Section, Text
+from piflow.evaluation.compare import Evaluation
+from piflow.evaluation.metrics import (
+    Interval,
+    diversity_ratio_interval,
+    mean_interval,
+    psnr_gain_interval,
+    psnr_interval,
+)
+from piflow.schedule import FewStep
+from piflow.storage.fingerprint import EncoderIdentity
+from piflow.storage.foreign import ForeignDataError, parse_object, redacted, shown
+
+FOLDER = "figures"  # in the evaluation's
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Prompt = Annotated[str, Field(max_length=100_000)]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]
+_TOLD = 3  # differences that a message names
+
+
+class MethodFigures(Section):
+    """A sampler's figures of each prompt, in the order of the prompts.
+
+    Attributes:
+        error: mean squared errors of the pictures against the reference's, values in [-1, 1].
+        diversity: mean RMS distances between a prompt's pictures.
+        retrieval: shares of pictures that show the prompt's emoji; None: not measured.
+        files: names of each prompt's first picture in the evaluation's folder of pictures.
+    """
+
+    name: Text
+    nfe: Positive
+    seconds: NonNegativeFloat
+    error: list[NonNegativeFloat]
+    diversity: list[NonNegativeFloat]
+    retrieval: list[_Share] | None
+    files: list[str]
+
+
+class Figures(Section):
+    """What was measured of a student.
+
+    Attributes:
+        recipe: the recipe's name.
+        student: "step 320", or an adapter's place.
+        checkpoint: hash of what was measured: of the checkpoint's `state.json`, or the adapter.
+        reference: what decides the reference beside prompts and noise, in words.
+        noise: hash of each prompt's noise.
+        methods: the reference first, the student last, before it the teacher in as many steps.
+    """
+
+    format: Literal[1] = 1
+    recipe: Text
+    recipe_hash: _Digest
+    student: Text
+    checkpoint: _Digest
+    reference: dict[str, str]
+    seeds: Positive
+    prompts: Annotated[list[_Prompt], Field(min_length=1)]
+    noise: list[_Digest]
+    methods: Annotated[list[MethodFigures], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _has_a_figure_for_every_prompt(self) -> Figures:
+        columns: list[Sequence[object]] = [self.noise]
+        for method in self.methods:
+            columns += [method.error, method.diversity, method.files]
+            columns += [] if method.retrieval is None else [method.retrieval]
+        if any(len(column) != len(self.prompts) for column in columns):
+            raise ValueError(f"expected {len(self.prompts)} figures a column, one for each prompt")
+        return self
+
+    @property
+    def student_figures(self) -> MethodFigures:
+        return self.methods[-1]
+
+
+def figures_of(
+    recipe: Recipe,
+    result: Evaluation,
+    *,
+    student: str,
+    checkpoint: str,
+    base: str | None,
+    encoder: EncoderIdentity,
+) -> Figures:
+    """An evaluation's figures.
+
+    Args:
+        recipe: with the student's own schedule.
+        student, checkpoint: as of `Figures`.
+        base: fingerprint of the teacher's weights; None: they lie on a hub.
+    """
+    return Figures(
+        recipe=recipe.name,
+        recipe_hash=recipe.hash(),
+        student=student,
+        checkpoint=checkpoint,
+        reference=_reference(recipe, base, encoder),
+        seeds=recipe.evaluation.seeds,
+        prompts=list(result.prompts),
+        noise=list(result.noise),
+        methods=[
+            MethodFigures(
+                name=method.name,
+                nfe=method.nfe,
+                seconds=method.seconds,
+                error=result.by_prompt[method.name].error.tolist(),
+                diversity=result.by_prompt[method.name].diversity.tolist(),
+                retrieval=_listed(result.by_prompt[method.name].retrieval),
+                files=list(result.files[method.name]),
+            )
+            for method in result.methods
+        ],
+    )
+
+
+def _listed(values: Tensor | None) -> list[float] | None:
+    return None if values is None else values.tolist()
+
+
+def _reference(recipe: Recipe, base: str | None, encoder: EncoderIdentity) -> dict[str, str]:
+    lora = recipe.model.lora
+    decides = {
+        "model.path": redacted(recipe.model.path) if base is None else f"weights {base[:16]}",
+        "model.lora.strength": None if lora is None else lora.strength,
+        "encoder": str(encoder),
+        "objective.shift": FewStep.of(recipe.distillation()).schedule.shift,
+        "evaluation.teacher_steps": recipe.evaluation.teacher_steps,
+        **{f"guidance.{key}": value for key, value in recipe.guidance.model_dump().items()},
+    }
+    return {key: str(value) for key, value in decides.items()}
+
+
+def read_figures(content: bytes, where: str) -> Figures:
+    """Figures from a file's bytes, which may be anybody's.
+
+    Raises:
+        ForeignDataError: it is no such file, or one of a newer piflow.
+    """
+    parse_object(content, where=where)  # its limits
+    try:
+        return Figures.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ForeignDataError(
+            f"{where} holds no figures that this piflow reads ({shown(key)}: "
+            f"{shown(first['msg'])}); evaluate again"
+        ) from None
+
+
+def alone(figures: Figures) -> dict[str, Interval]:
+    """The figures that gates name of a student itself, as far as they were measured."""
+    reference, few_steps, student = figures.methods[0], figures.methods[-2], figures.methods[-1]
+    found = {
+        "psnr_gain_db": psnr_gain_interval(_numbers(student.error), _numbers(few_steps.error)),
+        "diversity_ratio": diversity_ratio_interval(
+            _numbers(student.diversity), _numbers(reference.diversity)
+        ),
+        "psnr_db": psnr_interval(_numbers(student.error)),
+    }
+    if student.retrieval is not None:
+        found["retrieval_at_1"] = mean_interval(_numbers(student.retrieval))
+    return found
+
+
+def over(figures: Figures, other: Figures) -> dict[str, Interval]:
+    """The figures that gates name of a student against another, on the prompts of both.
+
+    Raises:
+        ValueError: they have no prompt with the same noise in common, or another reference.
+    """
+    rows, others = shared_rows([figures, other])
+    ours, theirs = figures.student_figures, other.student_figures
+    return {
+        "psnr_over_champion_db": psnr_gain_interval(
+            _numbers(ours.error)[rows], _numbers(theirs.error)[others]
+        ),
+        "diversity_over_champion": diversity_ratio_interval(
+            _numbers(ours.diversity)[rows], _numbers(theirs.diversity)[others]
+        ),
+    }
+
+
+def shared_rows(several: Sequence[Figures]) -> list[list[int]]:
+    """For each of several evaluations the rows of the prompts that all drew from the same noise.
+
+    The rows of one and the same prompt stand at the same place of every list.
+
+    Raises:
+        ValueError: there is none, or their references differ; says in what.
+    """
+    for other in several[1:]:
+        _require_same_reference(several[0], other)
+    keyed = [
+        {key: row for row, key in enumerate(zip(each.prompts, each.noise, strict=True))}
+        for each in several
+    ]
+    common = [key for key in keyed[0] if all(key in rows for rows in keyed)]
+    if not common:
+        prompts = set.intersection(*(set(each.prompts) for each in several))
+        raise ValueError(
+            f"{_names(several)} have {len(prompts)} prompts in common and none from the same "
+            "noise: evaluate them with the same prompts, evaluation.prompts, evaluation.seeds, "
+            "seed and picture size"
+        )
+    return [[rows[key] for key in common] for rows in keyed]
+
+
+def _require_same_reference(first: Figures, other: Figures) -> None:
+    differ = _differences(first.reference, other.reference)
+    if differ:
+        more = f" and {len(differ) - _TOLD} more" if len(differ) > _TOLD else ""
+        raise ValueError(
+            f"{_names([first, other])} were measured against other references "
+            f"({'; '.join(differ[:_TOLD])}{more}): evaluate one of them as the other"
+        )
+
+
+def _differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    return [
+        f"{shown(key)}: {shown(ours.get(key, 'none'))} and {shown(theirs.get(key, 'none'))}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def _names(several: Sequence[Figures]) -> str:
+    return " and ".join(f"{shown(each.recipe)} ({shown(each.student)})" for each in several)
+
+
+def _numbers(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
