@@ -247,6 +247,29 @@ def evaluate(
     pipeline.main(config, checkpoint=checkpoint, show_progress=not quiet)
 
 
+@app.command(
+    epilog="Example: `piflow compare runs/flux-a runs/flux-b s3://bucket/runs/flux-c`. Each was "
+    "evaluated by `piflow evaluate`; exit code 1 where they have no prompt with the same noise in "
+    "common, or other references."
+)
+def compare(
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            help="folders of runs, of their evaluations (RUN_DIR/evaluation-…), or files of "
+            "figures (RUN_DIR/evaluation/figures/step_….json); URIs",
+            metavar="RUN_DIR",
+        ),
+    ],
+    out: Annotated[str, typer.Option(help="the page", metavar="URI")] = "comparison.html",
+) -> None:
+    """Compare evaluated runs on one HTML page: figures, paired differences, pictures."""
+    require_lasting({"--out": out})
+    from piflow.commands import compare as pipeline
+
+    pipeline.main(places, out=out)
+
+
 @app.command(epilog=f"Example: `piflow export {DEFAULT_RECIPE} --dtype bfloat16`")
 def export(
     recipe: RecipeArgument,

@@ -180,34 +180,70 @@ def s3_uri(address: str) -> str:
 
 @dataclass
 class MlflowServer(Server):
-    """A tracking server with SQLite; artifacts go through it to a folder, or to an S3 server."""
+    """A tracking server with SQLite.
+
+    Attributes:
+        s3: where artifacts lie; None: in a folder.
+        prefix: path that its addresses begin with, such as "/team".
+        password: of the user admin; None: it asks for none.
+        proxied: artifacts go through the server; else clients write to S3 themselves.
+        settings: more for its environment.
+    """
 
     s3: S3Server | None = None
     host: str = "127.0.0.1"
     port: int = field(default_factory=lambda: free_ports(1)[0])
+    prefix: str = ""
+    password: str | None = None
+    proxied: bool = True
+    settings: dict[str, str] = field(default_factory=dict)
 
     @property
     def uri(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://{self.host}:{self.port}{self.prefix}"
+
+    @property
+    def artifacts(self) -> str:
+        """Where it keeps them."""
+        name = "mlflow" if self.proxied else "mlflow-direct"
+        return f"s3://piflow/{name}" if self.s3 else str(self.folder / "artifacts")
 
     def command(self) -> list[str]:
-        artifacts = "s3://piflow/mlflow" if self.s3 else str(self.folder / "artifacts")
         arguments = {
             "--backend-store-uri": f"sqlite:///{self.folder / 'mlflow.db'}",
-            "--artifacts-destination": artifacts,
+            "--artifacts-destination"
+            if self.proxied
+            else "--default-artifact-root": self.artifacts,
             "--host": self.host,
             "--port": str(self.port),
             "--workers": "1",
             "--allowed-hosts": f"{self.host}:{self.port}",
         }
+        if self.prefix:
+            arguments["--static-prefix"] = self.prefix
+        if self.password is not None:
+            arguments["--app-name"] = "basic-auth"
         options = [word for pair in arguments.items() for word in pair]
+        options += [] if self.proxied else ["--no-serve-artifacts"]
         return [sys.executable, "-m", "mlflow", "server", *options]
 
     def environment(self) -> dict[str, str]:
-        away = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        if self.s3 is None:
-            return away
-        return {**away, **KEYS, "MLFLOW_S3_ENDPOINT_URL": f"http://{self.s3.address}"}
+        found = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        if self.s3 is not None:
+            found |= {**KEYS, "MLFLOW_S3_ENDPOINT_URL": f"http://{self.s3.address}"}
+        if self.password is not None:
+            users = self.folder / "basic_auth.ini"
+            users.write_text(
+                "[mlflow]\ndefault_permission = READ\nadmin_username = admin\n"
+                f"database_uri = sqlite:///{self.folder / 'users.db'}\n"
+                "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            )
+            found |= {
+                "MLFLOW_AUTH_CONFIG_PATH": str(users),
+                "MLFLOW_AUTH_ADMIN_PASSWORD": self.password,
+                "MLFLOW_FLASK_SERVER_SECRET_KEY": "only-for-tests",
+            }
+        return found | self.settings
 
     def answers(self) -> bool:
         try:

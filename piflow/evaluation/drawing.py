@@ -267,7 +267,7 @@ class Drawing:
                 "were drawn: expected a folder that all workers' machines and this one see, on a "
                 "shared disk or on s3://…"
             )
-        pictures = torch.stack([_picture(gallery.file(request)) for request in self._requests])
+        pictures = torch.stack([read_picture(gallery.file(request)) for request in self._requests])
         shape = self._noise.shape[:2]
         return Drawn(
             pictures.unflatten(0, shape),
@@ -300,7 +300,7 @@ def _digest(noise: Tensor) -> str:
     return hashlib.sha256(noise.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _picture(uri: str) -> Tensor:
+def read_picture(uri: str) -> Tensor:
     """A PNG file as (3, H, W) float32 in [-1, 1]."""
     levels = torch.from_numpy(np.array(open_picture(storage.read_bytes(uri)).convert("RGB")))
     return levels.movedim(-1, 0).float() / 127.5 - 1

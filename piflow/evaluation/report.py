@@ -65,11 +65,25 @@ def render_html(report: EvaluationReport) -> str:
     """
     if not report.methods:
         raise ValueError("a report needs at least one method, got none; run the samplers first")
-    if not report.grid_jpeg.startswith(_JPEG_MAGIC):
+    return rendered("report.html.j2", report=report, picture=inline_jpeg(report.grid_jpeg))
+
+
+def inline_jpeg(content: bytes) -> str:
+    """A JPEG file's bytes as a page holds them.
+
+    Raises:
+        ValueError: it is no JPEG file.
+    """
+    if not content.startswith(_JPEG_MAGIC):
         raise ValueError(
-            f"grid_jpeg must be a JPEG file's bytes, got {report.grid_jpeg[:8]!r}...; "
-            "make it with piflow.evaluation.sheet.jpeg_bytes"
+            f"expected a JPEG file's bytes, got {content[:8]!r}...; make it with "
+            "piflow.evaluation.sheet.jpeg_bytes"
         )
+    return base64.b64encode(content).decode("ascii")
+
+
+def rendered(template: str, **values: object) -> str:
+    """A page of this package's templates, every value escaped."""
     environment = Environment(
         loader=PackageLoader("piflow.evaluation", "templates"),
         autoescape=True,
@@ -80,8 +94,7 @@ def render_html(report: EvaluationReport) -> str:
     environment.filters.update(
         db=_decibels, signed_db=_signed_decibels, share=_share, ratio=_ratio, seconds=_seconds
     )
-    picture = base64.b64encode(report.grid_jpeg).decode("ascii")
-    return environment.get_template("report.html.j2").render(report=report, picture=picture)
+    return environment.get_template(template).render(**values)
 
 
 def _decibels(value: float | None) -> str:

@@ -95,12 +95,23 @@ def register_adapter(
             client, run_id, f"adapter-{content}", served.step, logged.ADAPTER_TYPE, tags, fill
         )
         if not present:
-            client.create_registered_model(name)
+            _create(client, name)
         number = _version_of(client, uri, name, run_id, model, served.description)
         for key, value in tags.items():
             client.set_model_version_tag(name, number, key, cut(value, TAG_LENGTH))
         client.set_registered_model_alias(name, alias, number)
     return number
+
+
+def _create(client: MlflowClient, name: str) -> None:
+    """Make the registered model, unless another run just did."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def require_alias(alias: str) -> None:

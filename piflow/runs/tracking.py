@@ -48,6 +48,7 @@ from piflow.runs.mlflow import (
     to_yaml,
 )
 from piflow.runs.outbox import Entry, Outbox, ServerAwayError
+from piflow.runs.starts import note_start
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -95,6 +96,12 @@ class Tracker(Protocol):
     def log_image(self, image: Image, key: str, step: int) -> None:
         """One picture of the series ``key``; a step that the series already has is skipped."""
 
+    def log_start(self, step: int, workers: int, reason: str) -> None:
+        """Workers start after `step` steps: a point of the series `attempt` and `workers`.
+
+        `reason` as of `piflow.runs.starts.note_start`.
+        """
+
     def log_artifact(self, name: str) -> None:
         """A file of the run's folder, by its path in there, which is the artifact's path too."""
 
@@ -139,6 +146,9 @@ class NullTracker:
         pass
 
     def log_image(self, image: Image, key: str, step: int) -> None:
+        pass
+
+    def log_start(self, step: int, workers: int, reason: str) -> None:
         pass
 
     def log_artifact(self, name: str) -> None:
@@ -207,6 +217,12 @@ class MlflowTracker:
         png = io.BytesIO()
         image.save(png, format="PNG")
         self._outbox.put(_entry("picture", {"key": key, "png": _to_text(png.getvalue())}, step))
+
+    def log_start(self, step: int, workers: int, reason: str) -> None:
+        number, name = note_start(self._run_dir, step=step, workers=workers, reason=reason)
+        values = {"attempt": float(number), "workers": float(workers)}
+        self._outbox.put(_entry("metrics", {"values": values, "replace": True}, step))
+        self.log_artifact(name)
 
     def log_artifact(self, name: str) -> None:
         """It is read again when it is delivered, so its size doesn't matter.

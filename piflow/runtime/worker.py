@@ -67,11 +67,13 @@ def train_worker(config: dict[str, Any]) -> None:
         _stops(config["mailbox"], rank) as stops,
         _tracking(recipe, config, rank) as tracker,
     ):
+        reason = ""
         if rank == 0:
             before = ray.get(config["mailbox"].join.remote(world_size))
-            tracker.event(*_start_event(before, world_size))
-        strategy, reason = strategy_for(recipe, world_size, device)
-        tracker.event("strategy", reason)
+            reason, told = _start_event(before, world_size)
+            tracker.event(reason, told)
+        strategy, why = strategy_for(recipe, world_size, device)
+        tracker.event("strategy", why)
         assembly = _assemble_or_tell(recipe, store, strategy, device, config, tracker)
         if assembly is None:
             return
@@ -83,6 +85,7 @@ def train_worker(config: dict[str, Any]) -> None:
         loop = TrainLoop(recipe, config, assembly, tracker, exported, stops, watchdog)
         try:
             start = loop.resume()
+            tracker.log_start(start, world_size, reason)
             loop.run(start, _stream(recipe, store, config["store"], start))
         except tuple(_KINDS) as error:  # every rank, in the same step
             loop.give_up(Failure(_KINDS[type(error)], str(error)))

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import one_run
 from tests.monitoring import INFRA
 from tests.servers import Server
 
@@ -29,17 +30,8 @@ SECRETS = {
     for name in re.findall(r"^(\w+)=", (INFRA / "compose.env.example").read_text(), re.M)
 }
 SERVICES = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
+URI = "http://127.0.0.1:5000"
 HOSTS = {"@postgres:": "@127.0.0.1:", "seaweedfs:8333": "127.0.0.1:8333"}
-
-CLIENT = """
-import sys, mlflow
-mlflow.set_tracking_uri(sys.argv[1])
-mlflow.set_experiment("tried")
-with mlflow.start_run() as run:
-    mlflow.log_metric("loss", 1.0)
-    mlflow.log_text("kept", "note.txt")
-print(mlflow.artifacts.load_text(run.info.artifact_uri + "/note.txt"))
-"""
 
 pytestmark = pytest.mark.skipif(
     "PIFLOW_ISOLATED" not in os.environ, reason="its ports are the shipped ones: make test-cluster"
@@ -160,24 +152,43 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ser
         yield {service.name: stack.enter_context(service.running()) for service in started}
 
 
-def log_to_mlflow(password: str) -> subprocess.CompletedProcess[str]:
+def log_to_mlflow(password: str, folder: Path, name: str) -> subprocess.Popen[str]:
     login = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": password}
-    return subprocess.run(
-        [sys.executable, "-c", CLIENT, "http://127.0.0.1:5000"],
-        env=os.environ | login, capture_output=True, text=True, timeout=120,
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, one_run.__file__, URI, str(folder / name), name, "shared"],
+        env=os.environ | login | paths,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def test_mlflow_keeps_what_is_logged_in_postgresql_and_s3(services: dict[str, Any]) -> None:
-    done = log_to_mlflow(SECRETS["MLFLOW_PASSWORD"])
-    assert done.returncode == 0, done.stderr
-    assert "kept" in done.stdout
+def test_mlflow_keeps_two_runs_at_once_in_postgresql_and_s3(
+    services: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    password = SECRETS["MLFLOW_PASSWORD"]
+    processes = [log_to_mlflow(password, tmp_path, name) for name in ("first", "second")]
+    ended = [process.communicate(timeout=200) for process in processes]
+    for process, (_, told) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, told
+    runs = [out.split()[-1] for out, _ in ended]
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+    client = MlflowClient(tracking_uri=URI, registry_uri=URI)
+    for run_id in runs:
+        points = client.get_metric_history(run_id, "loss")
+        assert sorted(point.step for point in points) == list(range(1, one_run.STEPS + 1))
+        assert Path(client.download_artifacts(run_id, "evaluation/report.html")).exists()
+    versions = client.search_model_versions("name = 'shared'")
+    assert {item.run_id for item in versions} == set(runs) and len(versions) == 2
     assert not list(services["mlflow"].folder.glob("*.db")), "nothing in SQLite"
 
 
-def test_mlflow_refuses_another_password(services: dict[str, Any]) -> None:
-    done = log_to_mlflow("another")
-    assert done.returncode != 0 and "401" in done.stderr
+def test_mlflow_refuses_another_password(services: dict[str, Any], tmp_path: Path) -> None:
+    process = log_to_mlflow("another", tmp_path, "refused")
+    _, told = process.communicate(timeout=200)
+    assert process.returncode != 0 and "401" in told
 
 
 def test_no_password_is_in_a_command(services: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ are relative, as a user writes them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -338,6 +339,19 @@ def test_a_killed_worker_is_replaced_and_the_run_completes(interrupted: Interrup
     resumed = interrupted.tracked.events("resume")
     assert resumed[0] == "from step 2"
     assert resumed[1] in ("from step 2", "from step 4", "from step 6") and len(resumed) == 2
+
+
+def test_every_start_of_workers_is_in_mlflow(straight: Recipe, interrupted: Interrupted) -> None:
+    assert Tracked("straight").points("attempt") == [(0, 1.0)]
+    tracked = interrupted.tracked
+    steps = [0, *(int(text.removeprefix("from step ")) for text in tracked.events("resume"))]
+    assert sorted(tracked.points("attempt")) == list(zip(steps, (1.0, 2.0, 3.0), strict=True))
+    run_id = tracked.record.mlflow_run_id
+    paths = sorted(item.path for item in tracked.client.list_artifacts(run_id, "starts"))
+    files = [Path(tracked.client.download_artifacts(run_id, path)) for path in paths]
+    starts = [json.loads(file.read_text()) for file in files]
+    assert [start["reason"] for start in starts] == ["start", "resume", "restart"]
+    assert [(start["step"], start["workers"]) for start in starts] == [(s, 2) for s in steps]
 
 
 def test_interrupted_equals_straight(straight: Recipe, interrupted: Interrupted) -> None:

@@ -1,7 +1,13 @@
-"""A real MLflow server (SQLite, artifacts on a real S3 server) that is killed and comes back."""
+"""Real MLflow servers (SQLite, artifacts on a real S3 server), one of which is killed and started.
+
+The other has a path prefix and passwords, and clients write artifacts to S3 themselves.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,16 +21,37 @@ from piflow.commands.export import served_by_mlflow
 from piflow.runs import mlflow
 from piflow.runs.registry import register_adapter
 from piflow.runs.tracking import MlflowTracker, finish, resume, start
+from tests import one_run
 from tests.servers import MlflowServer, S3Server, free_ports
 
 pytestmark = pytest.mark.timeout(300)
 RECIPE = {"name": "small", "training": {"steps": 100}}
+PASSWORD = "only-for-tests-of-mlflow"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[MlflowServer]:
     with MlflowServer(tmp_path_factory.mktemp("mlflow"), s3=s3_server).running() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server
+) -> Iterator[MlflowServer]:
+    folder = tmp_path_factory.mktemp("guarded")
+    server = MlflowServer(
+        folder, s3=s3_server, prefix="/team/mlflow", password=PASSWORD, proxied=False
+    )
+    with server.running():
+        yield server
+
+
+@pytest.fixture
+def signed_in(monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://{s3_server.address}")
 
 
 @pytest.fixture
@@ -88,6 +115,67 @@ def test_all_of_a_run_goes_through_the_server_to_s3(
     assert {"recipe.yaml", "evaluation/report.html"} <= set(stored)
     assert any(name.endswith("/weights.safetensors") for name in names)
     assert not (tmp_path / "tracking-buffer").exists()
+
+
+@pytest.mark.usefixtures("signed_in")
+def test_a_path_prefix_passwords_and_artifacts_that_go_to_s3_directly(
+    guarded: MlflowServer, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow import artifacts as mlflow_artifacts
+
+    run_id = one_run.main(guarded.uri, str(tmp_path / "run"), "guarded", "of-the-team")
+    client = MlflowClient(tracking_uri=guarded.uri, registry_uri=guarded.uri)
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED" and run.data.metrics["loss"] == 1 / one_run.STEPS
+    assert run.info.artifact_uri.startswith(f"{guarded.artifacts}/")
+    bucket = storage.sibling(s3_server.uri, "mlflow-direct")
+    stored = {name.partition(f"{run_id}/artifacts/")[2] for name in storage.list_files(bucket)}
+    assert {"recipe.yaml", "evaluation/report.html"} <= stored
+    version = client.get_model_version_by_alias("of-the-team", "newest")
+    report = Path(client.download_artifacts(run_id, "evaluation/report.html"))
+    assert report.read_text() == "<p>é guarded"
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    weights = mlflow_artifacts.download_artifacts(
+        artifact_uri=f"{model.artifact_location}/artifacts/adapter/weights.safetensors"
+    )
+    assert Path(weights).read_bytes() == b"guarded" * 100_000
+
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another")
+    with pytest.raises(
+        ValueError, match=r"401.*Check tracking.uri, MLFLOW_TRACKING_USERNAME"
+    ) as told:
+        start(guarded.uri, "at once", "small", RECIPE, {})
+    assert "another" not in str(told.value) and PASSWORD not in str(told.value)
+
+
+def test_two_runs_that_write_at_once(server: MlflowServer, client: Any, tmp_path: Path) -> None:
+    """Both make the experiment and the registered model, and neither gets in the other's way."""
+    names = ["first", "second"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, one_run.__file__, server.uri, str(tmp_path / name), name, "shared"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    ]
+    ended = [process.communicate(timeout=200) for process in processes]
+    for process, (_, told) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, told
+    runs = [out.split()[-1] for out, _ in ended]
+    expected = [(step, 1 / step) for step in range(1, one_run.STEPS + 1)]
+    for name, run_id in zip(names, runs, strict=True):
+        points = client.get_metric_history(run_id, "loss")
+        assert sorted((point.step, point.value) for point in points) == expected
+        report = Path(client.download_artifacts(run_id, "evaluation/report.html"))
+        assert report.read_text() == f"<p>é {name}"
+    assert len({client.get_run(run_id).info.experiment_id for run_id in runs}) == 1
+    versions = client.search_model_versions("name = 'shared'")
+    assert {int(item.version): item.run_id for item in versions}.keys() == {1, 2}
+    assert {item.run_id for item in versions} == set(runs)
 
 
 def test_a_server_that_is_killed_and_comes_back_lacks_nothing(

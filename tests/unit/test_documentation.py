@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from piflow import cli
+from tests.golden import make_cli_reference
 from tests.golden.make_recipe_reference import PAGE, page
 from tests.golden.make_recipe_schema import sections
 
@@ -63,6 +64,29 @@ def test_the_recipe_reference_is_current() -> None:
     assert PAGE.read_text() == text
     keys = [name for section in sections() for name in section.model_fields]
     assert all(f"| `{name}` |" in text for name in keys) and len(keys) > 100
+
+
+def test_the_command_reference_is_current() -> None:
+    """After a change: python -m tests.golden.make_cli_reference."""
+    text = make_cli_reference.page()
+    assert make_cli_reference.PAGE.read_text() == text
+    group: Any = typer.main.get_command(cli.app)
+    parts = re.split(r"^## piflow (\S+)$", text, flags=re.M)[1:]
+    told = {
+        name: set(re.findall(r"(?<=[`\s])--?[a-z][\w-]*(?=[`,\s])", "\n".join(rows)))
+        for name, part in zip(parts[::2], parts[1::2], strict=True)
+        for rows in [re.findall(r"^\| (`.*?`) \|", part, re.M)]
+    }
+    taken = {
+        name: {
+            option
+            for item in command.params
+            if item.param_type_name == "option"
+            for option in (*item.opts, *item.secondary_opts)
+        }
+        for name, command in group.commands.items()
+    }
+    assert told == taken
 
 
 # ------------------------------------------------------------------------------------ commands

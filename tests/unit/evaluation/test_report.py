@@ -151,5 +151,5 @@ def test_every_value_is_escaped(report: EvaluationReport) -> None:
 def test_refuses_an_empty_or_broken_report(report: EvaluationReport) -> None:
     with pytest.raises(ValueError, match="at least one method"):
         render_html(dataclasses.replace(report, methods=()))
-    with pytest.raises(ValueError, match="grid_jpeg must be a JPEG"):
+    with pytest.raises(ValueError, match="expected a JPEG file's bytes"):
         render_html(dataclasses.replace(report, grid_jpeg=b"GIF89a"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,6 +200,45 @@ def test_images_are_logged_once_a_step(uri: str, run_id: str, client: Any, tmp_p
     assert stored.size == (8, 8) and stored.getpixel((3, 3)) == (255, 0, 0)
 
 
+def test_images_are_named_as_mlflow_names_its_own(uri: str, run_id: str, client: Any) -> None:
+    """Its page of a run makes a series with a slider of files that are named so."""
+    image = Image.new("RGB", (8, 8))
+    with tracking(uri, run_id) as tracker:
+        tracker.log_image(image, "samples/student", 5)
+    client.log_image(run_id, image, key="samples/student", step=6)
+    paths = [item.path for item in client.list_artifacts(run_id, "images")]
+    kinds = {5: set(), 6: set()}
+    for path in paths:
+        found = re.fullmatch(
+            r"(images/samples~student\+step\+)(\d)\+timestamp\+\d{13}\+[0-9a-f-]{36}(.*)", path
+        )
+        assert found is not None, path
+        kinds[int(found[2])].add((found[1], found[3]))
+    assert kinds[5] == kinds[6] and len(kinds[5]) == 2
+
+
+def test_every_start_is_a_point_and_a_file(
+    uri: str, run_id: str, client: Any, tmp_path: Path
+) -> None:
+    run_dir = str(tmp_path / "run")
+    starts = [(0, 2, "start"), (0, 2, "start"), (4, 2, "restart"), (4, 3, "resize")]
+    for step, workers, reason in starts:
+        tracker = MlflowTracker(uri, run_id, run_dir)
+        tracker.log_start(step, workers, reason)
+        assert tracker.close() is None
+    assert _points(client, run_id, "attempt") == [(0, 1.0), (0, 2.0), (4, 3.0), (4, 4.0)]
+    assert [value for _, value in _points(client, run_id, "workers")] == [2.0, 2.0, 2.0, 3.0]
+    paths = sorted(item.path for item in client.list_artifacts(run_id, "starts"))
+    lines = [json.loads(_download(client, run_id, path, tmp_path)) for path in paths]
+    assert [line.pop("reason") for line in lines] == ["start", "resume", "restart", "resize"]
+    assert lines.pop()["time"].endswith("Z")
+    assert [(line["number"], line["step"], line["workers"]) for line in lines] == [
+        (1, 0, 2),
+        (2, 0, 2),
+        (3, 4, 2),
+    ]
+
+
 def test_events_are_all_kept(uri: str, run_id: str, client: Any, tmp_path: Path) -> None:
     with tracking(uri, run_id) as tracker:
         tracker.event("worker lost", "first")
@@ -374,6 +415,7 @@ def test_the_null_tracker_takes_every_call(tmp_path: Path) -> None:
     tracker.log_metrics({"loss": 1.0}, 1)
     tracker.log_summary({"loss": 1.0}, 1)
     tracker.log_image(Image.new("RGB", (1, 1)), "x", 1)
+    tracker.log_start(0, 2, "start")
     tracker.log_artifact("absent")
     tracker.event("a", "b")
     tracker.keep()

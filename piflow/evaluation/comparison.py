@@ -1,0 +1,244 @@
+"""Several evaluated students on one page, on the prompts that all drew from the same noise."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from piflow import storage
+from piflow.evaluation.drawing import read_picture
+from piflow.evaluation.figures import (
+    FOLDER,
+    Figures,
+    MethodFigures,
+    alone,
+    over,
+    read_figures,
+    shared_rows,
+)
+from piflow.evaluation.metrics import Interval, psnr_of_error
+from piflow.evaluation.report import inline_jpeg, rendered
+from piflow.evaluation.sheet import grid, jpeg_bytes
+from piflow.storage.foreign import redacted, relative_name
+
+EVALUATION = "evaluation"  # in a run's folder
+PICTURES = "pictures"  # in that
+SHEET_PROMPTS = 8
+MOST = 12  # students: beyond, nobody reads the pairs
+
+
+@dataclass(frozen=True)
+class Student:
+    """One column of the comparison.
+
+    Attributes:
+        label: that no other one has.
+        place: as it was named.
+        pictures: URI of its evaluation's folder of pictures.
+        figures: of the prompts that all have in common, in the order that all have them in.
+        prompts: how many it was evaluated on.
+    """
+
+    label: str
+    place: str
+    pictures: str
+    figures: Figures
+    prompts: int
+
+    @property
+    def method(self) -> MethodFigures:
+        return self.figures.student_figures
+
+    @property
+    def measured(self) -> dict[str, Interval]:
+        return alone(self.figures)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two students, prompt by prompt.
+
+    Attributes:
+        psnr: the second one's endpoint PSNR over the first's, dB.
+        diversity: the second one's diversity over the first's.
+        wins: share of prompts whose pictures are closer to the reference with the second one.
+    """
+
+    first: str
+    second: str
+    psnr: Interval
+    diversity: Interval
+    wins: float
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt and every student's PSNR on it, dB."""
+
+    prompt: str
+    psnr: tuple[float, ...]
+
+
+def read_student(place: str) -> tuple[Figures, str]:
+    """The newest figures at a place, and the folder of their pictures.
+
+    Args:
+        place: a run's folder, an evaluation's, or a file of figures.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they can't be read.
+    """
+    if storage.suffix(place) == ".json":
+        file = storage.absolute(place)
+        pictures = storage.sibling(storage.sibling(file, ""), PICTURES)
+        return read_figures(storage.read_bytes(file), redacted(place)), pictures
+    for folder in (storage.join(place, EVALUATION), place):
+        found = storage.list_files(storage.join(folder, FOLDER))
+        names = [name for name in found if name.endswith(".json")]
+        if names:
+            file = storage.join(folder, FOLDER, max(names))
+            pictures = storage.join(folder, PICTURES)
+            return read_figures(storage.read_bytes(file), redacted(file)), pictures
+    raise FileNotFoundError(
+        f"no figures at {redacted(place)}: expected a run's folder, its {EVALUATION}-… folder of "
+        f"an adapter, or a file such as {EVALUATION}/{FOLDER}/step_00000320.json, which `piflow "
+        "evaluate` writes"
+    )
+
+
+def read_students(places: Sequence[str]) -> list[Student]:
+    """The students at some places, each with the figures of the prompts that all have.
+
+    Raises:
+        FileNotFoundError: as `read_student`.
+        ValueError: as that; not 2 to 12 places, one twice; or they have no prompt with its noise in
+            common, or other references.
+    """
+    if not 2 <= len(places) <= MOST:
+        raise ValueError(f"expected 2 to {MOST} runs to compare, got {len(places)}")
+    if len({storage.absolute(place) for place in places}) < len(places):
+        raise ValueError("expected different runs to compare, got one of them twice")
+    found = [read_student(place) for place in places]
+    rows = shared_rows([figures for figures, _ in found])
+    labels = _labels([figures for figures, _ in found], places)
+    return [
+        Student(label, redacted(place), pictures, _only(figures, own), len(figures.prompts))
+        for label, place, (figures, pictures), own in zip(labels, places, found, rows, strict=True)
+    ]
+
+
+def _labels(several: Sequence[Figures], places: Sequence[str]) -> list[str]:
+    """The recipes' names, with as much more as tells them apart."""
+    choices = (
+        [each.recipe for each in several],
+        [f"{each.recipe}, {each.student}" for each in several],
+        [f"{each.recipe}, {redacted(place)}" for each, place in zip(several, places, strict=True)],
+    )
+    return next(labels for labels in choices if len(set(labels)) == len(labels))
+
+
+def _only(figures: Figures, rows: Sequence[int]) -> Figures:
+    """The figures of some of the prompts, in this order."""
+
+    def of_method(method: MethodFigures) -> MethodFigures:
+        columns = ("error", "diversity", "retrieval", "files")
+        values = {name: getattr(method, name) for name in columns}
+        return method.model_copy(
+            update={
+                name: None if column is None else [column[row] for row in rows]
+                for name, column in values.items()
+            }
+        )
+
+    return figures.model_copy(
+        update={
+            "prompts": [figures.prompts[row] for row in rows],
+            "noise": [figures.noise[row] for row in rows],
+            "methods": [of_method(method) for method in figures.methods],
+        }
+    )
+
+
+def pairs(students: Sequence[Student]) -> list[Pair]:
+    """Every student with every one after it."""
+    return [_pair(*two) for two in itertools.combinations(students, 2)]
+
+
+def _pair(first: Student, second: Student) -> Pair:
+    found = over(second.figures, first.figures)
+    errors = zip(second.method.error, first.method.error, strict=True)
+    wins = [error < other for error, other in errors]
+    return Pair(
+        first.label,
+        second.label,
+        found["psnr_over_champion_db"],
+        found["diversity_over_champion"],
+        sum(wins) / len(wins),
+    )
+
+
+def prompt_rows(students: Sequence[Student]) -> list[PromptRow]:
+    """Every prompt; first those on which the students differ most."""
+    errors = torch.tensor([student.method.error for student in students], dtype=torch.float64)
+    columns = psnr_of_error(errors).T.tolist()
+    rows = [
+        PromptRow(prompt, tuple(values))
+        for prompt, values in zip(students[0].figures.prompts, columns, strict=True)
+    ]
+    return [rows[number] for number in _most_different(students)]
+
+
+def _most_different(students: Sequence[Student]) -> list[int]:
+    """Numbers of the prompts, by the largest error's ratio to the smallest."""
+    errors = torch.tensor([student.method.error for student in students], dtype=torch.float64)
+    ratio = errors.max(0).values.div(errors.min(0).values.clamp(min=1e-12))
+    return [int(number) for number in ratio.argsort(descending=True, stable=True)]
+
+
+def sheet(students: Sequence[Student]) -> bytes | None:
+    """The reference's and every student's pictures of the prompts that tell them apart, as JPEG.
+
+    None: some of the files aren't there any more.
+
+    Raises:
+        ValueError: a file isn't a picture, or its name leads elsewhere.
+    """
+    numbers = _most_different(students)[:SHEET_PROMPTS]
+    reference = students[0].figures.methods[0]
+    columns = [(students[0].pictures, reference), *((one.pictures, one.method) for one in students)]
+    try:
+        rows = [
+            torch.stack([_picture(folder, method.files[number]) for folder, method in columns])
+            for number in numbers
+        ]
+    except FileNotFoundError:
+        return None
+    prompts = [students[0].figures.prompts[number] for number in numbers]
+    labels = [reference.name, *(student.label for student in students)]
+    return jpeg_bytes(grid(rows, prompts, labels))
+
+
+def _picture(folder: str, name: str) -> torch.Tensor:
+    return read_picture(storage.join(folder, relative_name(name, where=redacted(folder))))
+
+
+def page(students: Sequence[Student], created: str) -> str:
+    """The whole comparison as one HTML document that needs nothing beside it.
+
+    Args:
+        created: date and time, as it shall be read.
+    """
+    jpeg = sheet(students)
+    return rendered(
+        "comparison.html.j2",
+        students=students,
+        pairs=pairs(students),
+        prompts=prompt_rows(students),
+        shown=min(SHEET_PROMPTS, len(students[0].figures.prompts)),
+        created=created,
+        picture=None if jpeg is None else inline_jpeg(jpeg),
+    )
