@@ -8,14 +8,17 @@ from pathlib import Path
 from PIL import Image
 
 from piflow.commands.export import served_by_mlflow
+from piflow.runs import tracking
 from piflow.runs.registry import register_adapter
 from piflow.runs.tracking import MlflowTracker, finish, start
 
-STEPS = 100
+STEPS = 50
+_PATIENCE = 200.0  # seconds, for servers on loaded machines
 
 
 def main(uri: str, run_dir: str, name: str, model: str) -> str:
     """Metrics, a picture, an event and a file; then an adapter of its own."""
+    tracking._CLOSE_SECONDS = _PATIENCE
     folder = Path(run_dir)
     (folder / "evaluation").mkdir(parents=True)
     (folder / "evaluation" / "report.html").write_text(f"<p>é {name}")

@@ -169,7 +169,7 @@ def test_mlflow_keeps_two_runs_at_once_in_postgresql_and_s3(
 
     password = SECRETS["MLFLOW_PASSWORD"]
     processes = [log_to_mlflow(password, tmp_path, name) for name in ("first", "second")]
-    ended = [process.communicate(timeout=200) for process in processes]
+    ended = [process.communicate(timeout=280) for process in processes]
     for process, (_, told) in zip(processes, ended, strict=True):
         assert process.returncode == 0, told
     runs = [out.split()[-1] for out, _ in ended]
@@ -187,7 +187,7 @@ def test_mlflow_keeps_two_runs_at_once_in_postgresql_and_s3(
 
 def test_mlflow_refuses_another_password(services: dict[str, Any], tmp_path: Path) -> None:
     process = log_to_mlflow("another", tmp_path, "refused")
-    _, told = process.communicate(timeout=200)
+    _, told = process.communicate(timeout=280)
     assert process.returncode != 0 and "401" in told
 
 

@@ -162,7 +162,7 @@ def test_two_runs_that_write_at_once(server: MlflowServer, client: Any, tmp_path
         )
         for name in names
     ]
-    ended = [process.communicate(timeout=200) for process in processes]
+    ended = [process.communicate(timeout=280) for process in processes]
     for process, (_, told) in zip(processes, ended, strict=True):
         assert process.returncode == 0, told
     runs = [out.split()[-1] for out, _ in ended]
