@@ -1,8 +1,9 @@
 """Rows of one prompts file: text, CSV, JSON lines or Parquet, read piece by piece.
 
 Files come from anywhere, so what a row may take in memory is limited before it is taken: a line by
-its bytes, whatever a packed file unpacks to; a Parquet file's repeated values stay a dictionary
-until their lengths are known. Every refusal names the file and the line or row.
+its bytes, whatever a packed file unpacks to; a Parquet file's pages by their headers, and its
+repeated values stay a dictionary until their lengths are known. Every refusal names the file and
+the line or row.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from piflow import storage
 from piflow.storage.foreign import ForeignDataError, parse_json, refuse_lfs_pointer, shown
 from piflow.storage.picture import MAX_PICTURE_BYTES
+
+if TYPE_CHECKING:
+    from piflow.data.parquet import ParquetFile
+    from piflow.data.parquet_pages import Pages
 
 MAX_PROMPT_BYTES = 64 * 2**10
 """Of one text in UTF-8: encoders take a few KiB, and cut off the rest."""
@@ -27,12 +32,19 @@ MAX_LINE_BYTES = 16 * 2**20
 """Of a line, or of a CSV row that spans lines, with all columns."""
 
 MAX_CHUNK_BYTES = 4 * 2**30
-"""Of a wanted column in one row group of a Parquet file, unpacked."""
+"""Of a wanted column in one row group of a Parquet file, packed or unpacked."""
+
+MAX_PAGE_BYTES = 2**28
+"""Of a Parquet page, unpacked; larger ones may unpack to 8 times their column's packed bytes."""
+
+MAX_DICTIONARY = 2**24
+"""Values in a Parquet dictionary; each takes 16 bytes of memory even if it is empty."""
 
 _READ_BYTES = 4 * 2**20  # one request to an object store
 _BATCH_ROWS = 1024
 _BATCH_ROWS_WITH_PICTURES = 64  # which may hold megabytes each
-_BATCH_BYTES = 2**30  # of a column with pictures
+_BATCH_BYTES = 2**28  # of a column
+_PAGE_RATIO = 8
 _HEAD_BYTES = 64
 
 
@@ -217,9 +229,11 @@ def _parquet_rows(uri: str, columns: Columns) -> Iterator[Row]:
     try:
         with closing(open_parquet(uri, columns.names, where=where)) as file:
             _require_columns(columns.names, file.schema_arrow.names, where, columns)
+            _require_types(file.schema_arrow, columns.names, where)
+            most_rows = _BATCH_ROWS_WITH_PICTURES if columns.picture else _BATCH_ROWS
             for group in range(file.num_row_groups):
                 pictures = 0  # bytes
-                for batch in _batches(file, group, columns):
+                for batch in file.batches(group, columns.names, most_rows, _BATCH_BYTES):
                     numbers = range(start, start + len(batch))
                     values = [
                         [None] * len(batch) if name is None else _values(batch, name, where, start)
@@ -235,29 +249,52 @@ def _parquet_rows(uri: str, columns: Columns) -> Iterator[Row]:
         raise ForeignDataError(f"{where} is not readable Parquet: {shown(error)}") from error
 
 
-def open_parquet(uri: str, columns: list[str], *, where: str) -> Any:
+def open_parquet(uri: str, columns: list[str], *, where: str) -> ParquetFile:
     """A Parquet file whose texts and bytes are read as dictionaries: repeated ones stay one.
 
     Raises:
         ValueError: a Git LFS pointer, or one of the columns is too large in a row group.
         OSError: the storage refused or didn't answer. pyarrow's errors say what is damaged.
     """
-    import pyarrow.parquet as pq
+    from piflow.data.parquet import ParquetFile
 
     system, path = storage.filesystem(uri)
     source = system.open_input_file(path)
     refuse_lfs_pointer(source.read_at(min(_HEAD_BYTES, source.size()), 0), where=where)
-    metadata = pq.read_metadata(source)
-    schema = metadata.schema
-    paths = [schema.column(number).path for number in range(len(schema))]
-    for group in range(metadata.num_row_groups):
-        for number, path in enumerate(paths):
-            if path.split(".")[0] in columns:
-                size = metadata.row_group(group).column(number).total_uncompressed_size
-                _require_chunk(size, path, group, where)
-    # pyarrow 25 can't read a dictionary inside of a struct from several row groups
-    texts = [path for path in paths if path in columns]
-    return pq.ParquetFile(source, metadata=metadata, read_dictionary=texts)
+    begin = f"{where}: "
+    footer = ParquetFile(source, _require_pages, where=begin)
+    texts = set(columns)
+    for group in range(footer.num_row_groups):
+        for chunk in footer.chunks(group, columns):
+            size = max(chunk.total_uncompressed_size, chunk.total_compressed_size)
+            _require_chunk(size, chunk.path_in_schema, group, where)
+            if any(encoding.startswith("DELTA") for encoding in chunk.encodings):
+                texts.discard(chunk.path_in_schema)  # pyarrow 25 can't read it as a dictionary
+    # nor can it read one inside of a struct from several row groups
+    schema = footer.metadata.schema
+    texts &= {schema.column(number).path for number in range(len(schema))}
+    return ParquetFile(
+        source, _require_pages, footer.metadata, begin, read_dictionary=sorted(texts)
+    )
+
+
+def _require_pages(chunk: Any, pages: Pages) -> None:
+    most = max(MAX_PAGE_BYTES, _PAGE_RATIO * chunk.total_compressed_size)
+    if pages.largest > most:
+        raise ForeignDataError(
+            f"a page takes {pages.largest} bytes unpacked, at most {most}; write the file with "
+            "smaller pages or row groups"
+        )
+    if pages.dictionary_values > MAX_DICTIONARY:
+        raise ForeignDataError(
+            f"a dictionary of {pages.dictionary_values} values, at most {MAX_DICTIONARY}; write "
+            "the file without one, or with smaller row groups"
+        )
+    if pages.total > MAX_CHUNK_BYTES:
+        raise ForeignDataError(
+            f"its pages take {pages.total} bytes unpacked, at most {MAX_CHUNK_BYTES}; write the "
+            "file with smaller row groups"
+        )
 
 
 def _require_chunk(size: int, column: str | None, group: int, where: str) -> None:
@@ -268,20 +305,6 @@ def _require_chunk(size: int, column: str | None, group: int, where: str) -> Non
         )
 
 
-def _batches(file: Any, group: int, columns: Columns) -> Iterator[Any]:
-    """A row group's wanted columns, so few rows at a time that pictures' bytes fit into memory.
-
-    A value that is repeated lies in the file once: any row may be as large as its whole column.
-    """
-    rows = _BATCH_ROWS
-    if columns.picture is not None:
-        metadata = file.metadata.row_group(group)
-        chunks = [metadata.column(number) for number in range(metadata.num_columns)]
-        sizes = [c.total_uncompressed_size for c in chunks if "." in c.path_in_schema]
-        rows = min(_BATCH_ROWS_WITH_PICTURES, max(1, _BATCH_BYTES // max([1, *sizes])))
-    return iter(file.iter_batches(rows, row_groups=[group], columns=columns.names))
-
-
 def _num_bytes(picture: Any) -> int:
     content = picture.get("bytes") if isinstance(picture, dict) else picture
     return len(content) if isinstance(content, bytes) else 0
@@ -290,6 +313,7 @@ def _num_bytes(picture: Any) -> int:
 def _values(batch: Any, name: str, where: str, start: int) -> list[Any]:
     """A column's values, once the lengths of all its texts are known."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     column = batch.column(name)
     if isinstance(column, pa.StructArray):  # a picture, as the datasets library writes it
@@ -299,27 +323,53 @@ def _values(batch: Any, name: str, where: str, start: int) -> list[Any]:
     _require_short(column, name, where, start)
     if not isinstance(column, pa.DictionaryArray):
         return list(column.to_pylist())
-    found = [
-        _decoded_value(value, where, start, column, number)
-        for number, value in enumerate(column.dictionary)
-    ]
-    return [None if number is None else found[number] for number in column.indices.to_pylist()]
+    found: dict[int | None, Any] = {
+        number: _decoded_value(column.dictionary[number], where, start, column, number)
+        for number in pc.unique(column.indices.drop_null()).to_pylist()
+    }
+    return [found.get(number) for number in column.indices.to_pylist()]
+
+
+def _require_types(schema: Any, names: list[str], where: str) -> None:
+    """Refuse columns of lists and the like, of which one row may hold any number of values."""
+    import pyarrow as pa
+
+    for name in names:
+        kind = schema.field(name).type
+        fields = [field.type for field in kind] if pa.types.is_struct(kind) else [kind]
+        for found in map(_plain_type, fields):
+            text = pa.types.is_string(found) or pa.types.is_large_string(found)
+            number = pa.types.is_primitive(found) or pa.types.is_null(found)
+            if not (text or number or _is_bytes(found)):
+                raise ForeignDataError(
+                    f"{where}: column {shown(repr(name))} holds {shown(kind)}; expected texts, "
+                    "numbers, or pictures as bytes"
+                )
+
+
+def _plain_type(kind: Any) -> Any:
+    """The type of a dictionary's values, and what a type with a name of its own is stored as."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain_type(kind.storage_type)
+    return _plain_type(kind.value_type) if pa.types.is_dictionary(kind) else kind
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _require_short(column: Any, name: str, where: str, start: int) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if pa.types.is_nested(column.type):
-        raise ForeignDataError(
-            f"{where}: column {shown(repr(name))} holds {shown(column.type)}; expected texts, "
-            "numbers, or pictures as bytes"
-        )
     values = column.dictionary if isinstance(column, pa.DictionaryArray) else column
-    of_bytes = pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)
-    if not of_bytes and not pa.types.is_string(values.type):
+    if pa.types.is_primitive(values.type) or pa.types.is_null(values.type):
         return
-    most = MAX_PICTURE_BYTES if of_bytes else MAX_LINE_BYTES
+    most = MAX_PICTURE_BYTES if _is_bytes(values.type) else MAX_LINE_BYTES
     longest = pc.max(pc.binary_length(values)).as_py() or 0
     if longest > most:
         raise ForeignDataError(

@@ -54,9 +54,14 @@ from piflow.data.manifest import (
     read_manifest,
 )
 from piflow.data.order import RowGroups, StoreLayout
-from piflow.data.parquet import open_parquet
+from piflow.data.parquet import ParquetFile, open_parquet
 from piflow.data.rows import EmbeddingBatch, cut_rows, decode_rows
-from piflow.data.shard_checks import ContradictionError, require_footer, require_rows
+from piflow.data.shard_checks import (
+    ContradictionError,
+    require_footer,
+    require_pages,
+    require_rows,
+)
 from piflow.storage.fingerprint import CodecIdentity, EncoderIdentity
 from piflow.storage.foreign import ForeignDataError, shown
 
@@ -438,14 +443,14 @@ class RowReader:
         bucket = self._store.manifest.shards[shard].row_groups[group].bucket
         return self._cache.setdefault(bucket, OrderedDict())
 
-    def _file(self, shard: int) -> pq.ParquetFile:
+    def _file(self, shard: int) -> ParquetFile:
         if shard not in self._metadata:
             with self._opening.setdefault(shard, Lock()):  # each file's end is read once
                 if shard not in self._metadata:
                     self._metadata[shard] = self._opened(shard).metadata
         return self._opened(shard)
 
-    def _opened(self, shard: int) -> pq.ParquetFile:
+    def _opened(self, shard: int) -> ParquetFile:
         entry = self._store.manifest.shards[shard]
         system, folder = self._place
         place = system, f"{folder}/{entry.path}"
@@ -490,12 +495,12 @@ def _open_shard(
     entry: ShardEntry,
     metadata: pq.FileMetaData | None = None,
     place: tuple[Any, str] | None = None,
-) -> pq.ParquetFile:
+) -> ParquetFile:
     """A shard, whose footer is compared with the manifest unless it is given as `metadata`."""
     uri, path = storage.join(store.uri, entry.path), entry.path
     try:
         with storage.explained(uri):
-            file = open_parquet(uri, metadata, place)
+            file = open_parquet(uri, require_pages, metadata, place)
     except (pa.ArrowException, OSError) as error:
         raise _trouble(store.uri, path)(
             f"cannot open {path} of embedding store {store.uri}: {shown(error)}; if it is "
@@ -537,14 +542,14 @@ def _read_row_group(
     store: EmbeddingStore,
     entry: ShardEntry,
     group: int,
-    file: pq.ParquetFile,
+    file: ParquetFile,
     columns: list[str] | None,
 ) -> pa.Table:
     """A row group's rows, compared with the manifest."""
     path, manifest = entry.path, store.manifest
     try:
         table = _read_again(storage.join(store.uri, path), group, file, columns)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ForeignDataError) as error:
         raise _trouble(store.uri, path)(
             f"cannot read row group {group} of {path} in embedding store {store.uri}: "
             f"{shown(error)}; if it is damaged, {REMEDY}"
@@ -556,15 +561,10 @@ def _read_row_group(
     return table
 
 
-def _read_again(uri: str, group: int, file: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
-    """A row group; if it can't be read, from the file opened anew: keys may have been renewed.
-
-    Without Arrow's threads: row groups are read side by side, and Arrow has one where
-    `OMP_NUM_THREADS` is 1, as Ray sets it.
-    """
+def _read_again(uri: str, group: int, file: ParquetFile, columns: list[str] | None) -> pa.Table:
+    """A row group; if it can't be read, from the file opened anew: keys may have been renewed."""
     try:
-        return file.read_row_group(group, columns=columns, use_threads=False)
+        return file.read_row_group(group, columns)
     except OSError:
         with storage.explained(uri):
-            file = open_parquet(uri, file.metadata)
-            return file.read_row_group(group, columns=columns, use_threads=False)
+            return open_parquet(uri, require_pages, file.metadata).read_row_group(group, columns)

@@ -1,9 +1,9 @@
-"""Whether a shard is what the manifest says: its footer before anything is decoded, then its rows.
+"""Whether a shard is what the manifest says: footer, pages before they are decoded, then rows.
 
 A Parquet file of a few kilobytes can hold gigabytes: a dictionary's one value that stands for a
 million rows, text that compresses well, a list of a billion nulls. `write_shard` uses neither
 dictionaries nor deltas, and the manifest says how much a row group can hold, so all of these are
-refused by the footer alone.
+refused by the footer alone, and the headers of the pages have to agree with it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from piflow.data.manifest import Bucket, DamageError, ShardEntry, StoreInputs, latent_size
-from piflow.data.parquet import shard_facts
+from piflow.data.parquet import ParquetFile, shard_facts
+from piflow.data.parquet_pages import Pages
 from piflow.data.rows import SCHEMA, SCHEMA_WITH_LATENTS
-from piflow.storage.foreign import shown
+from piflow.storage.foreign import ForeignDataError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class ContradictionError(DamageError):
 
 
 def require_footer(
-    file: pq.ParquetFile, entry: ShardEntry, inputs: StoreInputs, buckets: Sequence[Bucket]
+    file: ParquetFile, entry: ShardEntry, inputs: StoreInputs, buckets: Sequence[Bucket]
 ) -> None:
     """Compare a file's footer with its entry in the manifest.
 
@@ -97,11 +98,36 @@ def _require_size(group: Any, number: int, inputs: StoreInputs, latent_bytes: in
     row = {"tokens": states * _width(inputs), "latent": latent_bytes}
     for column in columns:
         most = _MAX_REST + row.get(column.path_in_schema, 0)
-        if not 0 <= column.total_uncompressed_size <= group.num_rows * most + 2**16:
-            raise ContradictionError(
-                f"row group {number} says that {shown(column.path_in_schema)} takes "
-                f"{column.total_uncompressed_size} bytes; at most {most} a row"
-            )
+        for size in (column.total_uncompressed_size, column.total_compressed_size):
+            if not 0 <= size <= group.num_rows * most + 2**16:
+                raise ContradictionError(
+                    f"row group {number} says that {shown(column.path_in_schema)} takes "
+                    f"{size} bytes; at most {most} a row"
+                )
+
+
+def require_pages(column: pq.ColumnChunkMetaData, pages: Pages) -> None:
+    """Compare the headers of a column's pages with the footer.
+
+    Args:
+        column: the footer's entry, which `require_footer` has compared with the manifest.
+        pages: what the headers say.
+
+    Raises:
+        ForeignDataError: they unpack to more bytes, to values of another number or encoding.
+    """
+    if pages.total > column.total_uncompressed_size:
+        raise ForeignDataError(
+            f"its pages take {pages.total} bytes unpacked, the footer says "
+            f"{column.total_uncompressed_size}"
+        )
+    if pages.num_values != column.num_values or pages.dictionary_values:
+        raise ForeignDataError(
+            f"its pages hold {pages.num_values} values, and {pages.dictionary_values} in a "
+            f"dictionary; the footer says {column.num_values} and 0"
+        )
+    if not pages.encodings <= _ENCODINGS:
+        raise ForeignDataError(f"its pages are encoded as {', '.join(sorted(pages.encodings))}")
 
 
 def require_rows(

@@ -15,9 +15,9 @@ from piflow import storage
 from piflow.backbones.text import EncodedPrompt
 from piflow.data.layout import ShardPlan
 from piflow.data.manifest import Bucket, ShardEntry, SkippedPicture, StoreInputs
-from piflow.data.parquet import METADATA_KEY, open_parquet, shard_facts
+from piflow.data.parquet import METADATA_KEY, ParquetFile, open_parquet, shard_facts
 from piflow.data.rows import SCHEMA, encoded_table
-from piflow.data.shard_checks import require_footer
+from piflow.data.shard_checks import require_footer, require_pages
 
 _COMPRESSION = {name: "zstd" for name in SCHEMA.names} | {"tokens": "none", "pooled": "none"}
 
@@ -120,7 +120,7 @@ def reusable_shard(
     uri = storage.join(store_uri, plan.path)
     system, path = storage.filesystem(uri)
     try:
-        with open_parquet(uri) as file:
+        with open_parquet(uri, require_pages) as file:
             facts = shard_facts(file)
             if facts.get("inputs_sha256") != inputs.digest:
                 return None
@@ -137,7 +137,7 @@ def reusable_shard(
     return (entry, report) if ids == [prompt.prompt_id for prompt in plan.prompts] else None
 
 
-def _read_ids(file: pq.ParquetFile, group: int) -> list[str]:
+def _read_ids(file: ParquetFile, group: int) -> list[str]:
     return file.read_row_group(group)["prompt_id"].to_pylist()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +21,14 @@ from piflow.data.manifest import DamagedRows, DamageError, StoreError, read_mani
 from piflow.data.reader import EmbeddingStore
 from piflow.data.rows import SCHEMA
 from piflow.data.stream import TrainStream
+from tests.security.test_parquet import (
+    DELTA_BYTE_ARRAY,
+    arrow_memory,
+    data_page,
+    dictionary_page,
+    overwrite,
+    text_page,
+)
 
 FORMATS = Path(__file__).parents[1] / "golden" / "formats"
 HARMLESS = ("truncated_prompts",)  # told to people alone; at most the number of rows
@@ -275,6 +284,33 @@ def test_a_shard_that_isnt_what_the_manifest_says(
     assert len(replacing.first_by_hash(6).prompts) == 6
     with pytest.raises(ValueError, match="7 prompts were asked .* which holds 6"):
         replacing.first_by_hash(7)  # damaged rows are left out
+
+
+@pytest.mark.parametrize(
+    ("pages", "expected"),
+    [
+        (data_page(2, 2**26 + 4, text_page(2**26)), r"its pages take 6710\d+ bytes unpacked"),
+        (data_page(2**31 - 1, 100, bytes(100)), "its pages hold 2147483647 values"),
+        (data_page(1, 1, b"x") + data_page(2, 1, b"x"), "its pages hold 3 values"),
+        (data_page(2, 100, bytes(100), DELTA_BYTE_ARRAY), "encoded as DELTA_BYTE_ARRAY"),
+        (data_page(2, 100, bytes(100), 77), "its pages are encoded as 77"),
+        (
+            dictionary_page(2**31 - 1, 9, b"x") + data_page(2, 9, b"x"),
+            "and 2147483647 in a dictionary; the footer says 2 and 0",
+        ),
+        (b"\xff" * 100, "the header of page 1 has a field of kind 15"),
+    ],
+)
+def test_pages_agree_with_the_footer(gm: Path, pages: bytes, expected: str) -> None:
+    name = "shard-00001.parquet"
+    texts = [np.random.default_rng(number).bytes(100_000).hex() for number in range(2)]
+    replaced(gm, name, with_column(group_of(gm, name), "prompt", texts), compression="zstd")
+    overwrite(gm / name, pages, column=1)
+    store = EmbeddingStore.open(str(gm))
+    with arrow_memory() as most, pytest.raises(DamageError, match=f"column 'prompt'.*{expected}"):
+        store.read([7])
+    assert most() < 2**20
+    assert len(EmbeddingStore.open(str(gm), "replace").first_by_hash(6).prompts) == 6
 
 
 def test_the_empty_prompts_file_is_compared_as_well(gm: Path) -> None:

@@ -19,6 +19,7 @@ from piflow.data.batch import MicroBatch, StreamBatch
 from piflow.data.blocks import LocalReader, StreamPlan, blocks
 from piflow.data.manifest import DamagedRows, ShardEntry, StoreError
 from piflow.data.order import StreamOrder, epoch_rows
+from piflow.data.parquet import ParquetFile
 from piflow.data.prompts import Prompt
 from piflow.data.reader import EmbeddingStore, RowReader
 from piflow.data.stream import TrainStream
@@ -257,9 +258,8 @@ def test_the_bytes_that_a_resumed_run_reads_are_its_row_groups(
     )
     sizes: list[int] = []
 
-    def opened(uri: str, metadata: Any = None, place: Any = None) -> pq.ParquetFile:
-        file = pa.PythonFile(_CountedFile(uri, sizes), mode="r")
-        return pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
+    def opened(uri: str, check: Any, metadata: Any = None, place: Any = None) -> ParquetFile:
+        return ParquetFile(pa.PythonFile(_CountedFile(uri, sizes), mode="r"), check, metadata)
 
     files = [pq.ParquetFile(Path(store.uri) / entry.path) for entry in store.manifest.shards]
     monkeypatch.setattr(store_module, "open_parquet", opened)
