@@ -16,10 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from piflow import storage
 from piflow.roles.adapter import CONFIG_FILE
 from piflow.storage.foreign import ForeignDataError, relative_name, shown
+from piflow.storage.places import holds
 
 _MOST_NAMED = 20  # folders in a message
 _PARTS = ("transformer", "vae", "text_encoder")  # folders whose name says nothing of the model
 _PIPELINE = "model_index.json"
+_PACKAGES = "package://"  # allows all of them
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[^/]+)?")
 
 
@@ -143,8 +145,9 @@ def _resolve(place: str, adapter: str, allowed: Sequence[str]) -> str | None:
     if kind == "hf":
         storage.require_valid(place)
         return place
-    if any(_holds(prefix, place) for prefix in allowed):
-        return storage.absolute(place)
+    for prefix in allowed:
+        if storage.scheme(prefix) == kind and (prefix == _PACKAGES or holds(prefix, place)):
+            return storage.absolute(place)
     if kind == "s3" and storage.scheme(adapter) == "s3":
         own, other = storage.s3_place(adapter), storage.s3_place(place)
         if (own.bucket, own.options) == (other.bucket, other.options):
@@ -167,18 +170,3 @@ def _below(prefix: str, name: str) -> Iterator[str]:
     for count in range(len(parts), -1, -1):
         if own[len(own) - count :] == parts[:count]:
             yield storage.join(whole, *parts[count:])
-
-
-def _holds(prefix: str, place: str) -> bool:
-    """Whether a place is what the user allows, or lies below it."""
-    if prefix == place or prefix == "package://":
-        return place.startswith(prefix)
-    kind = storage.scheme(prefix)
-    if kind != storage.scheme(place):
-        return False
-    if kind == "s3":
-        outer, inner = storage.s3_place(prefix), storage.s3_place(place)
-        same = (outer.bucket, outer.options) == (inner.bucket, inner.options)
-        return same and f"{inner.key}/".startswith(f"{outer.key}/" if outer.key else "")
-    outer_path, inner_path = storage.absolute(prefix), storage.absolute(place)
-    return f"{inner_path}/".startswith(f"{outer_path.rstrip('/')}/")

@@ -17,7 +17,14 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from piflow.storage.foreign import ForeignDataError, relative_name, shown
 from piflow.storage.hub import hub_place
 from piflow.storage.s3 import s3_place
-from piflow.storage.uri import absolute, local_path, package_path, scheme, sibling
+from piflow.storage.uri import (
+    absolute,
+    local_path,
+    package_path,
+    package_place,
+    scheme,
+    sibling,
+)
 
 ALLOWED_SCHEMES = ("file", "s3", "hf")
 
@@ -44,12 +51,23 @@ def _place(uri: str) -> _Place:
     if kind == "hf":
         hub = hub_place(uri)
         return _Place((kind, hub.repo_type, hub.repo_id, hub.revision), _parts(hub.path))
-    path = package_path(uri) if kind == "package" else local_path(uri)
-    return _Place(("file",), _parts(os.path.abspath(path)))
+    if kind == "package":  # not looked up: that imports the parents of a dotted name
+        package, inside = package_place(uri)
+        return _Place((kind, package), _parts(inside))
+    return _Place(("file",), _parts(os.path.abspath(local_path(uri))))
 
 
 def _parts(path: str) -> tuple[str, ...]:
     return tuple(part for part in path.split("/") if part)
+
+
+def holds(prefix: str, place: str) -> bool:
+    """Whether a place is the one that a prefix names, or lies below it; nothing is opened.
+
+    Raises:
+        ValueError: one of them is no URI.
+    """
+    return _place(prefix).holds(_place(place))
 
 
 def require_prefix(uri: str) -> None:
@@ -79,7 +97,7 @@ class NamedPlaces:
     def __init__(self, file: str, allowed: Sequence[str] = ()) -> None:
         self._file = file
         folder = os.path.dirname(file.partition("?")[0])
-        home = _place(file)
+        home = _place(str(package_path(file)) if scheme(file) == "package" else file)
         self._on_s3, self._is_local = scheme(file) == "s3", scheme(file) == "file"
         parts = () if self._on_s3 else home.parts[:-1]
         self._home = f"the bucket of {file}" if self._on_s3 else f"the folder {folder or '.'}"

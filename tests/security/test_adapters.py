@@ -163,6 +163,22 @@ def test_nothing_is_opened_before_it_is_allowed(
     assert not mark.exists()
 
 
+def test_packages_are_compared_by_their_names_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To look up where a dotted name lies imports its parent."""
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted/__init__.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    place = "package://planted.models/base"
+    for allowed in ("package://other.models", "package://planted", "/data", "s3://bucket"):
+        with pytest.raises(ValueError, match="--allow"):
+            resolve_places({"base": place}, "/adapter", [allowed])
+    for allowed in ("package://planted.models", "package://planted.models/", "package://"):
+        assert resolve_places({"base": place}, "/adapter", [allowed]) == {"base": place}
+    assert not (tmp_path / "mark").exists()
+
+
 def test_the_users_own_places(write: Callable[..., Path], flux: Path) -> None:
     settings = SETTINGS | {"model": {"family": "flux", "path": "/nowhere"}}
     settings["encoder"] = {"type": "bert", "path": "package://x/y", "max_tokens": 4}
