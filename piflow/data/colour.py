@@ -4,6 +4,7 @@
   colorimetric with black point compensation. A profile that means sRGB within `_SAME` levels
   changes nothing. A broken one, or one of another colour model than the picture's, is said in the
   log, and the picture is taken as sRGB. So is one without a profile.
+* A colour space that is named in another way (`colour_space.py`) is followed in the same way.
 * CMYK without a profile is converted as Pillow does, by subtraction from white.
 * Palettes are resolved; what is transparent shows white.
 * Of 16-bit numbers the upper 8 bits count, in grey as in colours.
@@ -20,6 +21,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
+from piflow.data.colour_space import named_profile
 from piflow.storage.foreign import shown
 from piflow.storage.picture import BadPictureError
 
@@ -45,11 +47,11 @@ def to_srgb(image: Image.Image, name: str = "a picture") -> Image.Image:
     Raises:
         BadPictureError: numbers of more than 16 bits, or a mode without a rule.
     """
-    profile = image.info.get("icc_profile")
+    stored = image
     if image.mode in _DEEP_GREY:
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     model = _colour_model(image)
-    transform = _transform(profile, model, name)
+    transform = _transform(named_profile(stored, model), model, name)
     if image.mode == "RGB" and transform is None and not image.has_transparency_data:
         return image
     result = Image.new("RGB", image.size)
@@ -91,9 +93,9 @@ def _band(
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
-def _transform(profile: object, model: str, name: str) -> ImageCms.ImageCmsTransform | None:
+def _transform(profile: bytes | None, model: str, name: str) -> ImageCms.ImageCmsTransform | None:
     """To sRGB; None: colours stay as they are."""
-    if not isinstance(profile, bytes) or not profile:
+    if profile is None:
         return None
     transform, problem = _built(profile, model)
     if problem:

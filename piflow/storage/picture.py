@@ -25,6 +25,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP") + (
 
 _TILE_TAGS = (322, 323)  # TIFF: width and height of a tile, which is decoded whole
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+_MOST_PARTS = 1000  # of a file, before its pixels
+
 _OTHERS = (  # what a file begins with -> what it is
     (b"%!PS", "an EPS or PostScript file"),
     (b"\xc5\xd0\xd3\xc6", "an EPS file"),
@@ -54,7 +58,8 @@ def open_picture(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     """A picture file's content, decoded and turned as its EXIF data says.
 
     PNG, JPEG, WebP, GIF, TIFF, BMP and, where Pillow has it, AVIF; of several frames or pages the
-    first. Mode, palette, transparency and the colour profile in `info` are as the file has them.
+    first. Mode, palette, transparency and the colour profile in `info` are as the file has them;
+    so are, as ``cicp``, the numbers of primaries and curve that a PNG or an AVIF may have.
 
     Raises:
         BadPictureError: another format, a damaged file, or more pixels than `max_pixels`.
@@ -64,6 +69,9 @@ def open_picture(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _require_size(image, max_pixels)
             image.load()
+            codes = _colour_codes(content, image)
+            if codes is not None:
+                image.info["cicp"] = codes
             return ImageOps.exif_transpose(image)
     except (MemoryError, BadPictureError):
         raise
@@ -94,6 +102,42 @@ def _require_size(image: Image.Image, max_pixels: int) -> None:
     tile = [tags.get(tag, 1) for tag in _TILE_TAGS]
     if tile[0] * tile[1] > max(max_pixels, 2**20):
         raise BadPictureError(f"tiles of {tile[1]}x{tile[0]} pixels, at most {max_pixels} in all")
+
+
+def _colour_codes(content: bytes, image: Image.Image) -> tuple[int, int] | None:
+    """ColourPrimaries and TransferCharacteristics (ITU-T H.273), which Pillow passes over.
+
+    In a PNG they go before a profile, in an AVIF behind it.
+    """
+    if image.format == "PNG":
+        place = len(_PNG)
+        for _ in range(_MOST_PARTS):
+            size, name = int.from_bytes(content[place : place + 4]), content[place + 4 : place + 8]
+            if name == b"cICP" and size == 4:
+                return content[place + 8], content[place + 9]
+            if name in (b"IDAT", b"IEND", b""):
+                break
+            place += 12 + size
+    if image.format == "AVIF" and not image.info.get("icc_profile"):
+        found = _box(content, b"meta/iprp/ipco/colr")
+        if found[:4] == b"nclx" and len(found) >= 8:
+            return int.from_bytes(found[4:6]), int.from_bytes(found[6:8])
+    return None
+
+
+def _box(content: bytes, path: bytes) -> bytes:
+    """The first box of an ISO media file by its path; empty if there is none."""
+    for wanted in path.split(b"/"):
+        place = 4 if wanted == b"iprp" else 0  # "meta" begins with a version and flags
+        for _ in range(_MOST_PARTS):
+            size, name = int.from_bytes(content[place : place + 4]), content[place + 4 : place + 8]
+            if name == wanted or size < 8:
+                break
+            place += size
+        if name != wanted:
+            return b""
+        content = content[place + 8 : place + size if size else None]
+    return content
 
 
 def _kind(content: bytes) -> str:
