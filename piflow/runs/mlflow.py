@@ -27,6 +27,7 @@ import yaml
 from piflow import storage
 from piflow.runs import logged
 from piflow.runs.outbox import Entry, EntryRefusedError, RunRefusedError, ServerAwayError
+from piflow.storage.answers import answered_within
 from piflow.storage.foreign import relative_name, shown
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ _BATCH = 100  # MLflow's limits of parameters and metrics a request
 _METRIC_BATCH = 1000
 _REQUEST_SECONDS = 20  # until a request without an answer counts as failed; it is tried again here
 START_SECONDS = 20.0  # a server must answer within this when a run starts
+START_LIMIT = 60.0  # and must have taken all that a start tells it within this
 _WRONG_NAMES = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL)
 _Answer = TypeVar("_Answer")
 
@@ -349,8 +351,7 @@ def answered(question: Callable[[], _Answer], uri: str) -> _Answer:
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
-            with explained(uri):
-                return question()
+            return in_time(question, uri, max(1.0, deadline - time.monotonic()))
         except ServerAwayError as error:
             if _unknown_name(str(error)):
                 raise ServerAwayError(
@@ -362,6 +363,17 @@ def answered(question: Callable[[], _Answer], uri: str) -> _Answer:
                     "tracking.uri"
                 ) from error
             time.sleep(1)
+
+
+def in_time(question: Callable[[], _Answer], uri: str, seconds: float | None = None) -> _Answer:
+    """A server's answer to one or more questions, if all of it is there after 20 s, or `seconds`.
+
+    Raises:
+        ServerAwayError: it isn't, or the server can't be reached.
+        ValueError: the server refuses.
+    """
+    with explained(uri):
+        return answered_within(seconds or START_SECONDS, question, "the server")
 
 
 def _import_mlflow() -> None:

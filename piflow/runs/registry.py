@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piflow.runs import logged
-from piflow.runs.mlflow import TAG_LENGTH, answered, connect, cut, explained, get_run
+from piflow.runs.mlflow import TAG_LENGTH, answered, connect, cut, explained, get_run, in_time
 from piflow.storage.foreign import shown
 
 if TYPE_CHECKING:
@@ -82,10 +82,9 @@ def register_adapter(
     require_name(name)
     content = _content_hash(folder)
     client = connect(uri, request_seconds=_UPLOAD_SECONDS)
-    with explained(uri):
-        answered(lambda: get_run(client, uri, run_id), uri)
+    answered(lambda: get_run(client, uri, run_id), uri)
     with registry_of(uri):  # before anything is uploaded
-        present = client.search_registered_models(f"name = '{name}'")
+        present = in_time(lambda: client.search_registered_models(f"name = '{name}'"), uri)
     with explained(uri):
 
         def fill(model: LoggedModel, scratch: Path) -> None:
@@ -152,8 +151,7 @@ def registry_of(uri: str) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
     try:
-        with explained(uri):
-            yield
+        yield
     except ValueError as error:
         cause = error.__cause__
         missing = isinstance(cause, MlflowException) and cause.get_http_status_code() == 404

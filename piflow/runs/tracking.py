@@ -35,13 +35,14 @@ from piflow import storage
 from piflow.runs.folder import checkpoint_name, checkpoint_uri
 from piflow.runs.logged import Context, dataset_entry
 from piflow.runs.mlflow import (
+    START_LIMIT,
     START_SECONDS,
     Delivery,
     answered,
     connect,
-    explained,
     flatten_params,
     get_run,
+    in_time,
     log_params,
     plain,
     set_tags,
@@ -60,6 +61,10 @@ BUFFER = "tracking-buffer"  # in the run's folder
 _SQLITE = "sqlite:///"
 _KEEP_SECONDS = 10.0  # before a checkpoint counts
 _CLOSE_SECONDS = 30.0  # for what is left when a process ends
+_WITHOUT = (
+    "Only a new run needs its server: one that has begun goes on without, and what it logs is kept "
+    "in its folder. Without any server leave tracking.uri out: the run is tracked in its folder"
+)
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # which pages MLflow shows for it
 _log = logging.getLogger(__name__)
 
@@ -320,17 +325,24 @@ def start(
             dots; None: all of it.
 
     Raises:
-        ConnectionError: the server didn't answer within 20 s, or there is none of that name.
+        ConnectionError: the server didn't answer within 20 s, hadn't taken everything within 60 s
+            more, or there is none of that name.
         ValueError: the server refuses, or the experiment was deleted.
     """
     client = connect(uri)
-    with explained(uri):
-        experiment_id = answered(lambda: _experiment_id(client, uri, experiment), uri)
+
+    def create(experiment_id: str) -> str:
         run_id = str(client.create_run(experiment_id, run_name=run_name).info.run_id)
         log_params(client, run_id, flatten_params(params if readable is None else readable))
         client.log_text(run_id, to_yaml(params), "recipe.yaml")
         set_tags(client, run_id, tags)
-    return run_id
+        return run_id
+
+    try:
+        experiment_id = answered(lambda: _experiment_id(client, uri, experiment), uri)
+        return in_time(lambda: create(experiment_id), uri, START_LIMIT)
+    except ServerAwayError as error:
+        raise ServerAwayError(f"{error}. {_WITHOUT}") from error
 
 
 def resume(
@@ -386,8 +398,7 @@ def is_unfinished(uri: str, run_id: str) -> bool:
     """Whether the server says that the run is running or ended badly; no, if it doesn't say."""
     client = connect(uri)
     try:
-        with explained(uri):
-            return str(get_run(client, uri, run_id).info.status) != "FINISHED"
+        return in_time(lambda: str(get_run(client, uri, run_id).info.status) != "FINISHED", uri)
     except (OSError, ValueError):
         return False
 

@@ -26,13 +26,16 @@ from ray.job_submission import JobSubmissionClient
 
 from piflow.runtime.alive import is_listening
 from piflow.runtime.exits import ExitCode
+from piflow.storage.answers import answered_within
 from piflow.storage.foreign import ForeignDataError, parse_object, redacted, shown
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 GRACE = "RAY_JOB_STOP_WAIT_TIME_S"  # Ray's name; seconds between SIGTERM and SIGKILL
 _DEFAULT_GRACE = 3  # Ray's
 _KNOCK_SECONDS = 5.0
-_REQUEST_SECONDS = (5.0, 60.0)  # to connect, to be answered
+_PROBE_SECONDS = 20.0  # for a whole answer to the first question
+_REQUEST_SECONDS = (5.0, 60.0)  # to connect, to be sent the next byte
+_ANSWER_SECONDS = 120.0  # to be answered wholly; uploads take as long as they take
 _OUTAGE_SECONDS = 60.0  # for which a log is waited for
 _POLL_SECONDS = 1.0
 _MAX_PROBE_BYTES = 65536
@@ -267,9 +270,13 @@ class _Client(JobSubmissionClient):
     """Ray's, which waits for an answer without end."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        ask = super()._do_request
+        seconds = None if method == "PUT" else _ANSWER_SECONDS
         try:
-            answer = super()._do_request(
-                method, endpoint, **{"timeout": _REQUEST_SECONDS, **options}
+            answer = answered_within(
+                seconds,
+                lambda: ask(method, endpoint, **{"timeout": _REQUEST_SECONDS, **options}),
+                f"the job server at {self._address}",
             )
         except AuthenticationError as error:
             raise PermissionError(
@@ -378,17 +385,18 @@ def _require_ray(place: str) -> None:
 def _asked(url: str) -> tuple[int | str, dict[str, Any]]:
     """Status and JSON of an answer; an empty object if it is none."""
     try:
-        with requests.get(
-            url, timeout=_KNOCK_SECONDS, allow_redirects=False, stream=True
-        ) as answer:
-            content = answer.raw.read(_MAX_PROBE_BYTES, decode_content=True)
-            return answer.status_code, parse_object(content, where=url)
+        status, content = answered_within(_PROBE_SECONDS, lambda: _answer(url), "the dashboard")
+    except Exception as error:  # also urllib3's own, of a body that isn't what its head says
+        return f"no HTTP: {type(error).__name__}", {}
+    try:
+        return status, parse_object(content, where=url)
     except ForeignDataError:
-        return answer.status_code, {}
-    except (requests.RequestException, OSError, ValueError) as error:
-        return f"no HTTP: {type(error).__name__}", {}
-    except Exception as error:  # urllib3's own, of a body that isn't what its head says
-        return f"no HTTP: {type(error).__name__}", {}
+        return status, {}
+
+
+def _answer(url: str) -> tuple[int, bytes]:
+    with requests.get(url, timeout=_KNOCK_SECONDS, allow_redirects=False, stream=True) as answer:
+        return answer.status_code, answer.raw.read(_MAX_PROBE_BYTES, decode_content=True)
 
 
 def _has_token() -> bool:

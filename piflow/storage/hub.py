@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, unquote
 
+from piflow.storage.answers import answered_within
 from piflow.storage.foreign import redacted
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 _HUB_URI = re.compile(
     r"hf://(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<path>.*))?"
 )
+
+ANSWER_SECONDS = 60.0
+"""For a whole answer about a repository; downloads take as long as they take."""
 
 # names that would lie outside of the snapshot's folder
 _OUTSIDE = ["/*", "..", "../*", "*/../*", "*/.."]
@@ -68,7 +72,8 @@ def hub_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         from huggingface_hub import HfFileSystem
 
         system = HfFileSystem()
-        system.resolve_path(uri)  # otherwise a repository one may not read is one without files
+        # otherwise a repository that one may not read is one without files
+        answered_within(ANSWER_SECONDS, lambda: system.resolve_path(uri), "the hub")
     prefix = "datasets/" if place.repo_type == "dataset" else ""
     revision = "" if place.revision is None else f"@{quote(place.revision, safe='')}"
     path = f"{prefix}{place.repo_id}{revision}/{place.path}".rstrip("/")
@@ -81,6 +86,7 @@ def hub_snapshot(uri: str) -> Path:
     with _hub_errors(uri):
         from huggingface_hub import snapshot_download
 
+        _known_commit(place)
         root = snapshot_download(
             place.repo_id,
             repo_type=place.repo_type,
@@ -92,6 +98,88 @@ def hub_snapshot(uri: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder, or it is empty", uri)
     return folder
+
+
+def hub_at_commit(uri: str, commit: str | None = None) -> str:
+    """The same place at one commit, whatever happens to the branch or tag that the URI names.
+
+    Args:
+        commit: hexadecimal; None: the one that is meant now, which without a network is the one
+            that the client's cache has.
+
+    Raises:
+        OSError: there is no such repository or revision, or it can't be asked for.
+    """
+    place = hub_place(uri)
+    if commit is None:
+        with _hub_errors(uri):
+            commit = _known_commit(place) or _cached_commit(place)
+    kind = "datasets/" if place.repo_type == "dataset" else ""
+    path = f"/{place.path}" if place.path else ""
+    return f"hf://{kind}{place.repo_id}@{commit}{path}"
+
+
+def hub_hashes(uri: str) -> dict[str, str]:
+    """Hex sha256 of the large files right in a folder of a repository, as the hub has them.
+
+    Raises:
+        OSError: the hub refuses, or gives no whole answer in time.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    place = hub_place(uri)
+
+    def listing() -> list[RepoFile]:
+        found = HfApi().list_repo_tree(
+            place.repo_id,
+            place.path or None,
+            repo_type=place.repo_type,
+            revision=place.revision,
+        )
+        return [entry for entry in found if isinstance(entry, RepoFile)]
+
+    with _hub_errors(uri):
+        files = answered_within(ANSWER_SECONDS, listing, "the hub")
+    return {Path(file.path).name: file.lfs.sha256 for file in files if file.lfs is not None}
+
+
+def _known_commit(place: _HubPlace) -> str | None:
+    """The commit that a place's revision names, as the hub says; None: it can't be asked.
+
+    It is also how a hub that is there, and never finishes an answer, is told: its client would wait
+    without end.
+
+    Raises:
+        TimeoutError: it is so.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        info = answered_within(
+            ANSWER_SECONDS,
+            lambda: HfApi().repo_info(
+                place.repo_id, repo_type=place.repo_type, revision=place.revision
+            ),
+            "the hub",
+        )
+    except TimeoutError:
+        raise
+    except Exception:  # the client says it better, or has everything in its cache
+        return None
+    return info.sha
+
+
+def _cached_commit(place: _HubPlace) -> str:
+    from huggingface_hub import snapshot_download
+
+    root = snapshot_download(
+        place.repo_id,
+        repo_type=place.repo_type,
+        revision=place.revision,
+        allow_patterns=[],  # nothing is fetched: the client asks, and takes what its cache knows
+    )
+    return Path(root).name
 
 
 @contextmanager

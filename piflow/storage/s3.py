@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import os
 import re
+from contextlib import closing, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.request import getproxies
 
+from piflow.storage.answers import answered_within
 from piflow.storage.foreign import redacted, shown
 
 if TYPE_CHECKING:
@@ -70,6 +74,8 @@ def _filesystem(
     """
     from pyarrow import fs
 
+    if endpoint is not None:
+        _knock(f"{scheme}://{endpoint}")
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         # Whoever has keys needs no role's from the machine's metadata service. Each new client asks
         # it for a region nevertheless, and waits for 3 s where the network drops such requests.
@@ -82,6 +88,28 @@ def _filesystem(
         request_timeout=REQUEST_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
     )
+
+
+def _knock(address: str) -> None:
+    """Make sure that a store of one's own which is there answers a request, without keys.
+
+    The client waits without end for a store that sends a byte now and then, in C++, where nothing
+    can end it: not even the process ends before the request does.
+
+    Raises:
+        TimeoutError: it doesn't. Whatever else is wrong, the client says better.
+    """
+    parts = urlsplit(address)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+
+    def question() -> None:
+        connection = kind(parts.netloc, timeout=CONNECT_SECONDS)
+        with closing(connection), suppress(OSError, http.client.HTTPException):
+            connection.request("HEAD", "/")
+            connection.getresponse()
+
+    if not getproxies():  # the store is reached in another way then
+        answered_within(REQUEST_SECONDS, question, f"the object store {redacted(address)}")
 
 
 @lru_cache(maxsize=256)
