@@ -144,12 +144,23 @@ def embed(
     epilog=f"Example: `piflow check {DEFAULT_RECIPE}`. Needs what `piflow distill` needs: a store, "
     "or in online mode the prompts that `distill` embeds ahead. Exit code 0: every check passed."
 )
-def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+def check(
+    recipe: RecipeArgument,
+    whole_base: Annotated[
+        bool,
+        typer.Option(
+            "--whole-base",
+            help="read all bytes of the base's weights, which takes minutes, and compare their "
+            "hashes with the run's and the hub's; later starts on this machine compare them too",
+        ),
+    ] = False,
+    overrides: SetOption = None,
+) -> None:
     """Check a recipe against its store, models and run folder; print what was found."""
     config = _load(recipe, overrides)
     from piflow.commands import check as pipeline
 
-    pipeline.main(config)
+    pipeline.main(config, whole_base=whole_base)
 
 
 @app.command(

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LATER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 TOKEN = "hf_open_sesame"
 
 
@@ -28,6 +29,7 @@ class Hub:
     url: str
     folders: dict[str, Path]  # "models/owner/name" or "datasets/owner/name" -> its files
     gated: set[str] = field(default_factory=set)
+    later: dict[str, Path] = field(default_factory=dict)  # of repositories whose main moved on
     sent: list[tuple[str, int]] = field(default_factory=list)  # (file, bytes) of each answer
 
 
@@ -65,14 +67,12 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[0] == "api":
             kind, owner, name, *rest = parts[1:]
             if self._admitted(f"{kind}/{owner}/{name}"):
-                self._api(
-                    self.server.hub.folders[f"{kind}/{owner}/{name}"], f"{owner}/{name}", rest
-                )
+                self._api(f"{kind}/{owner}/{name}", rest)
             return
         kind = parts.pop(0) if parts[0] == "datasets" else "models"
         repo = f"{kind}/{parts[0]}/{parts[1]}"
         if self._admitted(repo) and self._known(parts[3]):
-            self._file(self.server.hub.folders[repo], "/".join(parts[4:]))
+            self._file(*self._at(repo, parts[3]), "/".join(parts[4:]))
 
     do_HEAD = do_GET
 
@@ -82,8 +82,16 @@ class _Handler(BaseHTTPRequestHandler):
         repo = f"{kind}/{owner}/{name}"
         if not self._admitted(repo) or not self._known(unquote(revision)):
             return
-        found = [self.server.hub.folders[repo] / path for path in parse_qs(body)["paths"]]
-        self._json([_entry(self.server.hub.folders[repo], path) for path in found if path.exists()])
+        _, folder = self._at(repo, unquote(revision))
+        found = [folder / path for path in parse_qs(body)["paths"]]
+        self._json([_entry(folder, path) for path in found if path.exists()])
+
+    def _at(self, repo: str, revision: str) -> tuple[str, Path]:
+        """The commit that a revision names, and its files."""
+        later = self.server.hub.later.get(repo)
+        if later is not None and revision in ("main", LATER_COMMIT):
+            return LATER_COMMIT, later
+        return COMMIT, self.server.hub.folders[repo]
 
     def _admitted(self, repo: str) -> bool:
         if repo not in self.server.hub.folders:
@@ -95,16 +103,17 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _known(self, revision: str) -> bool:
-        if revision in ("main", COMMIT):
+        if revision in ("main", COMMIT, LATER_COMMIT):
             return True
         self._error(404, "RevisionNotFound")
         return False
 
-    def _api(self, folder: Path, repo_id: str, rest: list[str]) -> None:
+    def _api(self, repo: str, rest: list[str]) -> None:
         if len(rest) > 1 and not self._known(rest[1]):
             return
+        commit, folder = self._at(repo, rest[1] if len(rest) > 1 else "main")
         if not rest or rest[0] == "revision":
-            self._json({"id": repo_id, "sha": COMMIT, "siblings": []})
+            self._json({"id": repo.partition("/")[2], "sha": commit, "siblings": []})
             return
         root = folder.joinpath(*rest[2:])
         if not root.is_dir():
@@ -114,13 +123,13 @@ class _Handler(BaseHTTPRequestHandler):
         found = root.rglob("*") if recursive else root.iterdir()
         self._json([_entry(folder, path) for path in sorted(found)])
 
-    def _file(self, folder: Path, name: str) -> None:
+    def _file(self, commit: str, folder: Path, name: str) -> None:
         path = folder / name
         if not path.is_file():
             self._error(404, "EntryNotFound")
             return
         content, status = path.read_bytes(), 200
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{_oid(path)}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{_oid(path)}"', "Accept-Ranges": "bytes"}
         if wanted := self.headers.get("Range"):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             end = min(int(last) + 1 if last else len(content), len(content))
@@ -152,7 +161,12 @@ def _entry(folder: Path, path: Path) -> dict[str, Any]:
     name = path.relative_to(folder).as_posix()
     if path.is_dir():
         return {"type": "directory", "path": name, "oid": _oid(Path(name))}
-    return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _oid(path)}
+    size = path.stat().st_size
+    found = {"type": "file", "path": name, "size": size, "oid": _oid(path)}
+    if path.suffix == ".safetensors":
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found["lfs"] = {"oid": content, "size": size, "pointerSize": 134}
+    return found
 
 
 def _oid(path: Path) -> str:

@@ -1,29 +1,42 @@
-"""recipe -> what its checks found, as a table; nothing is started or written."""
+"""recipe -> what its checks found, as a table; nothing is started, nor written but to the cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
+from piflow import storage
 from piflow.config import Recipe
 from piflow.data.reader import EmbeddingStore
 from piflow.planning.memory import GIB
+from piflow.runs import folder as run_folder
+from piflow.storage.whole import whole_hashes
 from piflow.training.placement import replica_and_shard
 from piflow.training.preflight import Run, preflight
 
 
-def main(recipe: Recipe) -> Run:
+def main(recipe: Recipe, *, whole_base: bool = False) -> Run:
     """Check a recipe, its store, its models and its run's folder, and print what was found.
 
+    Args:
+        whole_base: read all bytes of the base's weights.
+
     Raises:
-        ValueError: as `preflight`; or a folder that isn't the family's model.
+        ValueError: as `preflight`; a folder that isn't the family's model; or weights of which some
+            bytes aren't the run's or the hub's.
         OSError: something that the recipe names can't be read.
     """
     run = preflight(recipe)
+    if whole_base:
+        recipe.distillation()
+        files = whole_hashes(run.absolute.model.path)
+        run_folder.require_same_base(recipe, run.record, run.base_sha256, files)
+        run = replace(run, base_files=files)
     table = Table(title=f"{recipe.name}: every check passed", show_header=False)
-    for row in (*_about_data(run), *_about_model(run), *_about_run(run)):
+    for row in (*_about_data(run), *_about_model(run), *_about_base(run), *_about_run(run)):
         table.add_row(*row)
     Console().print(table)
     return run
@@ -58,6 +71,13 @@ def _about_model(run: Run) -> Iterator[tuple[str, str]]:
     yield "a replica takes", str(whole)
     if workers > 1:
         yield f"a shard of {workers} takes", str(part)
+
+
+def _about_base(run: Run) -> Iterator[tuple[str, str]]:
+    if commit := storage.commit_of(run.absolute.model.path):
+        yield "base", f"commit {commit}"
+    for name, content in (run.base_files or {}).items():
+        yield "base, whole", f"{name}, sha256 {content[:16]}"
 
 
 def _about_run(run: Run) -> Iterator[tuple[str, str]]:

@@ -201,7 +201,10 @@ def _draw(
     from piflow.progress import progress
     from piflow.training.export import student_of_checkpoint
 
-    trio, _ = student_of_checkpoint(recipe, checkpoint, "ema", found.store.manifest_hash)
+    commit = storage.commit_of(found.absolute.model.path)
+    trio, _ = student_of_checkpoint(
+        recipe, checkpoint, "ema", found.store.manifest_hash, base_commit=commit
+    )
     with progress(f"{recipe.name}: pictures", drawing.total, show=show_progress) as bar:
         _draw_here(drawing, trio, bar.advance)
 

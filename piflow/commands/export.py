@@ -63,6 +63,7 @@ def main(
         dtype=dtype,
         lineage=lineage,
         manifest_hash=record.manifest_hash,
+        base_commit=record.base_commit,
     )
     name = recipe.tracking.model_name or recipe.name
     deliver_kept(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)

@@ -270,7 +270,7 @@ def student_of(adapter: Adapter, settings: SamplingSettings) -> Trio:
             its weights where the adapter notes them.
     """
     noted, path = adapter.metadata.get(BASE_KEY), settings.model.path
-    found = None if noted is None else weights_fingerprint(path)
+    found = None if noted is None else weights_fingerprint(storage.for_ranges(path))
     if found is not None and found != noted:
         raise ValueError(
             f"the adapter was made from base weights {shown(noted, 16)}, those in {path} are "

@@ -41,6 +41,8 @@ class RunRecord:
     mlflow_run_id: str
     manifest_hash: str  # of the embedding store: the order of prompts depends on it
     base_sha256: str | None = None  # the base's `weights_fingerprint`; None: not known
+    base_commit: str | None = None  # of a base on a hub: which the run goes on with
+    base_files: dict[str, str] | None = None  # file -> sha256 of all its bytes, where known
 
 
 def read_record(run_dir: str) -> RunRecord | None:
@@ -98,22 +100,43 @@ def require_same_store(recipe: Recipe, record: RunRecord | None, manifest_hash: 
         )
 
 
-def require_same_base(recipe: Recipe, record: RunRecord | None, base_sha256: str | None) -> None:
+def require_same_base(
+    recipe: Recipe,
+    record: RunRecord | None,
+    base_sha256: str | None,
+    base_files: dict[str, str] | None = None,
+) -> None:
     """Make sure that a run goes on with the base weights that it was started with.
 
     Args:
         base_sha256: `weights_fingerprint` of what lies there now; None: not known.
+        base_files: sha256 of all bytes of its files; None: not known.
 
     Raises:
         RunDirectoryError: the weights were replaced.
     """
-    known = None if record is None else record.base_sha256
+    if record is None:
+        return
+    known = record.base_sha256
     if known is not None and base_sha256 is not None and known != base_sha256:
         raise RunDirectoryError(
             f"run {recipe.run_dir} was started with base weights {known[:16]}, those in "
             f"{recipe.model.path} are {base_sha256[:16]} now: they were replaced. Restore them, or "
             "set another run_dir"
         )
+    if record.base_files is not None and base_files is not None:
+        _require_same_bytes(recipe, record.base_files, base_files)
+
+
+def _require_same_bytes(recipe: Recipe, known: dict[str, str], found: dict[str, str]) -> None:
+    """Copies in other files have other hashes: only files of the same names are compared."""
+    for name in sorted(known.keys() & found.keys()):
+        if known[name] != found[name]:
+            raise RunDirectoryError(
+                f"run {recipe.run_dir} was started with another {name} (sha256 {known[name][:16]}, "
+                f"now {found[name][:16]} in {recipe.model.path}): some of its bytes were changed. "
+                "Restore it, or set another run_dir"
+            )
 
 
 def require_run(recipe: Recipe) -> RunRecord:

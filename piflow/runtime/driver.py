@@ -111,7 +111,7 @@ def _unchanged(run: Run) -> Run:
     """
     record = run_folder.require_same_recipe(run.recipe)
     run_folder.require_same_store(run.recipe, record, run.store.manifest_hash)
-    run_folder.require_same_base(run.recipe, record, run.base_sha256)
+    run_folder.require_same_base(run.recipe, record, run.base_sha256, run.base_files)
     found = run_folder.checkpoints(run.recipe.run_dir)
     require_newest_of(run.recipe, run.store.manifest_hash, found)
     return replace(run, record=record, checkpoints=found)
@@ -170,8 +170,19 @@ def _recorded(run: Run) -> RunRecord:
         tracking.resume(
             uri, run_id, run_dir, params, tags, must_answer=must_answer, readable=readable
         )
-    base = run.base_sha256 or (None if record is None else record.base_sha256)
-    record = RunRecord(recipe.hash(), recipe.identity(), uri, run_id, run.store.manifest_hash, base)
+    base, files = run.base_sha256, run.base_files
+    if record is not None:
+        base, files = base or record.base_sha256, record.base_files or files
+    record = RunRecord(
+        recipe.hash(),
+        recipe.identity(),
+        uri,
+        run_id,
+        run.store.manifest_hash,
+        base,
+        storage.commit_of(run.absolute.model.path),
+        files,
+    )
     run_folder.write_record(recipe.run_dir, record)
     return record
 

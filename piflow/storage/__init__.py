@@ -2,14 +2,17 @@
 
 `foreign.py` checks names, texts and JSON from outside, `places.py` which places a foreign file may
 name, `picture.py` opens pictures, `uri.py` takes URIs apart, `files.py` reads and writes what they
-name, `s3.py` and `hub.py` know their services, `conditional.py` writes objects
-only if nobody else did, and `fingerprint.py` hashes model folders. Callers say `storage.join(...)`,
+name, `s3.py` and `hub.py` know their services, `answers.py` limits how long a server may take,
+`conditional.py` writes objects only if nobody else did, `fingerprint.py` hashes model folders and
+`whole.py` all bytes of weights. Callers say `storage.join(...)`,
 `storage.read_bytes(...)` and so on.
 
 Imports nothing else of piflow.
 """
 
 from piflow.storage.files import (
+    at_commit,
+    commit_of,
     delete_file,
     delete_folder,
     delete_left_over,
@@ -41,7 +44,9 @@ from piflow.storage.uri import (
 
 __all__ = [
     "absolute",
+    "at_commit",
     "base_name",
+    "commit_of",
     "delete_file",
     "delete_folder",
     "delete_left_over",

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from piflow.storage.foreign import ForeignDataError, redacted, relative_name
-from piflow.storage.hub import hub_filesystem, hub_snapshot
+from piflow.storage.hub import hub_at_commit, hub_filesystem, hub_place, hub_snapshot
 from piflow.storage.s3 import refusal, s3_filesystem
 from piflow.storage.uri import READ_ONLY, local_path, member, package_path, scheme
 
@@ -178,6 +178,24 @@ def _files_below(
     if scheme(uri) in _LISTED_BY_SERVERS:
         named = {relative_name(name, where=where): info for name, info in named.items()}
     return dict(sorted(named.items()))
+
+
+@_explains
+def file_stamps(uri: str) -> dict[str, str]:
+    """Files right in a folder -> what changes when somebody writes to one; {} without a folder.
+
+    On a disk that is its size, its number, and the time of its last change, which nobody can set;
+    of objects their size and time.
+    """
+    system, path = filesystem(uri)
+    found = _files_below(system, path, uri, recursive=False)
+    if scheme(uri) in _LISTED_BY_SERVERS:
+        return {name: f"{info.size} {info.mtime_ns}" for name, info in found.items()}
+    states = {name: os.stat(info.path) for name, info in found.items()}
+    return {
+        name: f"{state.st_size} {state.st_dev} {state.st_ino} {state.st_ctime_ns}"
+        for name, state in states.items()
+    }
 
 
 def list_files(uri: str, *, recursive: bool = True) -> list[str]:
@@ -362,12 +380,29 @@ def local_folder(uri: str, cache_dir: Path | None = None) -> Path:
         raise FileNotFoundError(errno.ENOENT, "no such folder, or it is empty", uri)
     files = [(info.path, info.size, info.mtime_ns) for info in found.values()]
     key = hashlib.sha256(repr((uri, sorted(files))).encode()).hexdigest()[:24]
-    target = (cache_dir or _default_cache()) / key
+    target = (cache_dir or default_cache()) / key
     if not target.is_dir():
         with _downloading(target):
             if not target.is_dir():
                 _download(system, found, target)
     return target
+
+
+def at_commit(uri: str, commit: str | None = None) -> str:
+    """A place on the hub as it is at one commit, and any other place as it is.
+
+    Args:
+        commit: None: the one that the URI's revision names now.
+
+    Raises:
+        OSError: the hub knows no such revision, or can't be asked.
+    """
+    return hub_at_commit(uri, commit) if scheme(uri) == "hf" else uri
+
+
+def commit_of(uri: str) -> str | None:
+    """The revision in a hub URI; None: it has none, or is another place."""
+    return hub_place(uri).revision if scheme(uri) == "hf" else None
 
 
 def for_ranges(uri: str) -> str:
@@ -431,7 +466,8 @@ def _without_links(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/piflow`` or ``~/.cache/piflow``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "piflow"
 

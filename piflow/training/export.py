@@ -52,12 +52,17 @@ def export_teacher(recipe: Recipe) -> Path:
 
 
 def student_of_checkpoint(
-    recipe: Recipe, checkpoint: str, weights: Weights, manifest_hash: str | None = None
+    recipe: Recipe,
+    checkpoint: str,
+    weights: Weights,
+    manifest_hash: str | None = None,
+    base_commit: str | None = None,
 ) -> tuple[Trio, RunState]:
     """Teacher and student with a checkpoint's weights, on the CPU, ready to sample.
 
     Args:
         manifest_hash: of the store that it was trained on; None: whatever it was.
+        base_commit: of a base on a hub; None: what the recipe's revision names now.
 
     Raises:
         ValueError: no finished checkpoint there, one of another recipe or store, or a recipe that
@@ -65,7 +70,7 @@ def student_of_checkpoint(
     """
     recipe.distillation()
     stored, state = _stored_in_checkpoint(recipe, checkpoint, weights, manifest_hash)
-    trio = build_trio(recipe)
+    trio = build_trio(_with_base(recipe, base_commit))
     trio.load_student(stored.read(stored.empty))
     return trio.train(False), state
 
@@ -80,9 +85,17 @@ def _stored_in_checkpoint(
     return StoredSection(folder, SECTIONS[weights]), state
 
 
+def _with_base(recipe: Recipe, commit: str | None) -> Recipe:
+    """The recipe with its base on a hub at a commit; None: as it is."""
+    if commit is None:
+        return recipe
+    path = storage.at_commit(recipe.model.path, commit)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path})})
+
+
 def _base_of(recipe: Recipe) -> dict[str, str]:
     """What tells base and teacher's LoRA from others, for an adapter's metadata, where known."""
-    found = weights_fingerprint(recipe.model.path)
+    found = weights_fingerprint(storage.for_ranges(recipe.model.path))
     base = {} if found is None else {BASE_KEY: found}
     lora = recipe.model.lora
     return base if lora is None else {**base, TEACHER_LORA_KEY: storage.sha256(lora.path)}
@@ -105,6 +118,7 @@ def export_adapter(
     dtype: Literal["float32", "float16", "bfloat16"],
     lineage: dict[str, str],
     manifest_hash: str | None = None,
+    base_commit: str | None = None,
 ) -> None:
     """Write a checkpoint as an adapter folder in the published format.
 
@@ -115,14 +129,17 @@ def export_adapter(
     Args:
         lineage: strings for the metadata: run, hashes, step.
         manifest_hash: of the store that the run trains on; None: whatever it was.
+        base_commit: of a base on a hub, which the adapter then names; None: what the recipe's
+            revision names now.
 
     Raises:
         ValueError: the recipe distils nothing, or the checkpoint doesn't fit it.
     """
+    written, recipe = recipe, _with_base(recipe, base_commit)
     settings = SamplingSettings.of(recipe)
     if recipe.model.lora is not None:
         _take_along(recipe.model.lora, folder)
-    stored, _ = _stored_in_checkpoint(recipe, checkpoint, weights, manifest_hash)
+    stored, _ = _stored_in_checkpoint(written, checkpoint, weights, manifest_hash)
     backbone, _ = load_empty_backbone(recipe.model, embedded_guidance=recipe.guidance.embedded)
     save_adapter(
         folder,

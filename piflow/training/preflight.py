@@ -25,6 +25,7 @@ from piflow.roles.teacher_lora import check_teacher_lora
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunRecord
 from piflow.storage.fingerprint import CodecIdentity, EncoderIdentity, weights_fingerprint
+from piflow.storage.whole import known_hashes
 from piflow.training.checkpoint import (
     DamagedCheckpointError,
     read_state,
@@ -41,12 +42,14 @@ class Run:
 
     Attributes:
         recipe: as it was written; `absolute` is for processes with other working directories.
-        absolute: the same, with local paths absolute.
+        absolute: the same, with local paths absolute, and a base on a hub at the commit that the
+            run was started with, or that its revision names now.
         store: the embedding store under its absolute path, its manifest read; in online mode the
             planned one.
         encoder: what the recipe's text encoder is.
         codec: which VAE made the pictures' latents, where the run trains on those of the store.
         base_sha256: fingerprint of the base weights of a distillation; None: they lie on a hub.
+        base_files: file -> sha256 of all bytes of those weights, where this machine knows them.
         record: of an earlier start of this run; None: it is new.
         checkpoints: step -> URI of every finished checkpoint, oldest first.
         retrieval: finds the emoji that pictures show, where an evaluation asks for it.
@@ -58,6 +61,7 @@ class Run:
     encoder: EncoderIdentity
     codec: CodecIdentity | None
     base_sha256: str | None
+    base_files: dict[str, str] | None
     record: RunRecord | None
     checkpoints: dict[int, str]
     retrieval: EmojiRetrieval | None
@@ -87,7 +91,7 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     record = run_folder.require_same_recipe(recipe)
     codec = build_codec(recipe.model)
     check_channels(recipe.model, codec)
-    absolute = _absolute(recipe)
+    absolute = _absolute(recipe, None if record is None else record.base_commit)
     store = open_store(absolute, evaluation=evaluation)
     if record is None and isinstance(store, EmbeddingStore):
         require_recipes_prompts(absolute, store.uri, store.manifest.inputs)
@@ -103,13 +107,14 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     check_pictures(codec, sizes, recipe.runtime.context_parallel)
     run_folder.require_same_store(recipe, record, store.manifest_hash)
     base = base_fingerprint(recipe)
-    run_folder.require_same_base(recipe, record, base)
+    files = known_hashes(recipe.model.path) if base is not None else None
+    run_folder.require_same_base(recipe, record, base, files)
     if isinstance(recipe.objective, PiIDConfig):
         _check_additions(recipe)
     found = run_folder.checkpoints(recipe.run_dir)
     require_newest_of(recipe, store.manifest_hash, found)
     retrieval = _retrieval(recipe, store) if evaluation else None
-    return Run(recipe, absolute, store, encoder, latents, base, record, found, retrieval)
+    return Run(recipe, absolute, store, encoder, latents, base, files, record, found, retrieval)
 
 
 def _retrieval(recipe: Recipe, store: PromptStore) -> EmojiRetrieval | None:
@@ -181,8 +186,15 @@ def require_newest_of(recipe: Recipe, manifest_hash: str, checkpoints: dict[int,
     require_same_run(state, recipe, manifest_hash, uri)
 
 
-def _absolute(recipe: Recipe) -> Recipe:
-    """The same recipe with local paths made absolute."""
+def _absolute(recipe: Recipe, base_commit: str | None) -> Recipe:
+    """The same recipe with local paths made absolute, and the base at a commit.
+
+    Otherwise two machines, or two starts, might read two versions of a base on a hub.
+    """
+    model = absolute_paths(recipe.model)
+    if isinstance(recipe.objective, PiIDConfig):
+        path = storage.at_commit(model.path, base_commit)
+        model = model.model_copy(update={"path": path})
     uris = {key: storage.absolute(getattr(recipe.embed, key)) for key in ("store", "prompts")}
     training, start = recipe.training, recipe.training.init_from
     if start is not None:
@@ -193,6 +205,6 @@ def _absolute(recipe: Recipe) -> Recipe:
             "run_dir": storage.absolute(recipe.run_dir),
             "embed": recipe.embed.model_copy(update=uris),
             "encoder": recipe.encoder.absolute(),
-            "model": absolute_paths(recipe.model),
+            "model": model,
         }
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.hub import Hub, serve_hub
 
 REPOSITORY = Path(__file__).parents[2]  # scripts of ranks import tests
 
@@ -180,3 +183,26 @@ def run_ranks() -> Callable[..., None]:
         assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path: Path, flux_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A model with a transformer and a dataset; the client has an empty cache and no token."""
+    from huggingface_hub import HfFileSystem, constants
+
+    model, data = tmp_path / "model", tmp_path / "data"
+    (model / "vae").mkdir(parents=True)
+    (model / "vae/config.json").write_text("{}")
+    shutil.copytree(flux_folder, model / "transformer")
+    (data / "data").mkdir(parents=True)
+    (data / "data/a.txt").write_text("a red heart\n")
+    (data / "data/b.txt").write_text("a blue one\n")
+    with serve_hub({"models/lab/flux": model, "datasets/lab/prompts": data}) as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "0")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield served
+        HfFileSystem.clear_instance_cache()

@@ -36,6 +36,7 @@ from piflow.inference.settings import (
     places_of,
     read_adapter,
     settings_of,
+    student_of,
 )
 from piflow.policies import GMFlowPolicy
 from piflow.roles.adapter import WEIGHTS_FILE, load_adapter
@@ -43,10 +44,12 @@ from piflow.roles.trio import Trio
 from piflow.sampling import sample_few_step
 from piflow.schedule import FewStep
 from piflow.sharding.single import SingleStrategy
+from piflow.storage.fingerprint import weights_fingerprint
 from piflow.training.build import build_trio
 from piflow.training.checkpoint import RunState
 from piflow.training.export import export_adapter, student_of_checkpoint
 from piflow.training.step import Trainer
+from tests.hub import COMMIT, Hub
 from tests.unit.roles.test_teacher_lora import linear_layers, write_lora
 from tests.unit.whole import save_checkpoint
 
@@ -524,3 +527,21 @@ def test_settings_of_another_version(
     adapter.metadata["piflow_settings"] = text
     with pytest.raises(ValueError, match="here: piflow_settings are not.*export it again"):
         settings_of(adapter, "here")
+
+
+def test_an_adapter_names_its_bases_commit_and_weights(
+    flux_folder: Path, flux_inputs: Any, hub: Hub, tmp_path: Path
+) -> None:
+    """A base on a hub may get other weights later."""
+    out = str(tmp_path / "adapter")
+    ours = recipe(flux_folder, model={"path": "hf://lab/flux/transformer"})
+    checkpoint, _ = trained(ours, flux_inputs, tmp_path / "checkpoint")
+    export_adapter(
+        ours, str(checkpoint), out, weights="ema", dtype="float32", lineage={},
+        base_commit=COMMIT,
+    )  # fmt: skip
+    adapter = load_adapter(out)
+    assert adapter.metadata["piflow_base_sha256"] == weights_fingerprint(str(flux_folder))
+    base = f"hf://lab/flux@{COMMIT}/transformer"
+    assert settings_of(adapter, out).model.path == base
+    student_of(adapter, settings_of(adapter, out))

@@ -100,6 +100,18 @@ def test_a_record_without_base_weights_stays_readable(tmp_path: Path) -> None:
     run_folder.require_same_base(ours, record, "weights")
 
 
+def test_some_bytes_of_the_base_were_changed(tmp_path: Path) -> None:
+    """Where whole hashes are known; copies in files of other names are compared by samples."""
+    ours = recipe(tmp_path)
+    record = replace(start(ours), base_files={"a.safetensors": "1" * 64, "b": "2" * 64})
+    run_folder.write_record(ours.run_dir, record)
+    assert run_folder.require_run(ours) == record
+    for fine in (None, record.base_files, {"a.safetensors": "1" * 64}, {"other": "3" * 64}):
+        run_folder.require_same_base(ours, record, record.base_sha256, fine)
+    with pytest.raises(RunDirectoryError, match="another b .sha256 2222222222222222, now 444"):
+        run_folder.require_same_base(ours, record, record.base_sha256, {"b": "4" * 64})
+
+
 def test_a_moved_store_is_still_the_same_run(tmp_path: Path) -> None:
     record = start(recipe(tmp_path))
     embed = {"prompts": "prompts.txt", "store": "/moved/store", "height": 32, "width": 32}

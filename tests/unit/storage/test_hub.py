@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from piflow import storage
-from piflow.config import ModelConfig
+from piflow.config import ModelConfig, parse_recipe
 from piflow.data.prompts import read_prompts
-from tests.hub import COMMIT, TOKEN, Hub, serve_hub
-
-
-@pytest.fixture
-def hub(tmp_path: Path, flux_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A model with a transformer and a dataset; the client has an empty cache and no token."""
-    from huggingface_hub import HfFileSystem, constants
-
-    model, data = tmp_path / "model", tmp_path / "data"
-    (model / "vae").mkdir(parents=True)
-    (model / "vae/config.json").write_text("{}")
-    shutil.copytree(flux_folder, model / "transformer")
-    (data / "data").mkdir(parents=True)
-    (data / "data/a.txt").write_text("a red heart\n")
-    (data / "data/b.txt").write_text("a blue one\n")
-    with serve_hub({"models/lab/flux": model, "datasets/lab/prompts": data}) as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "0")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield served
-        HfFileSystem.clear_instance_cache()
+from piflow.storage.fingerprint import weights_fingerprint
+from piflow.storage.whole import known_hashes, whole_hashes
+from piflow.training.preflight import _absolute
+from tests.hub import COMMIT, LATER_COMMIT, TOKEN, Hub
 
 
 @pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
@@ -143,3 +122,74 @@ def test_siblings_stay_inside_the_repository() -> None:
     assert storage.sibling("hf://lab/flux@v1/transformer", "vae") == "hf://lab/flux@v1/vae"
     with pytest.raises(ValueError, match="has nothing beside it"):
         storage.sibling("hf://lab/flux", "vae")
+
+
+@pytest.fixture
+def moved(hub: Hub, tmp_path: Path) -> Hub:
+    """The model's branch gets another commit, with other weights."""
+    from safetensors.torch import load_file, save_file
+
+    later = Path(shutil.copytree(tmp_path / "model", tmp_path / "later"))
+    file = later / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    hub.later["models/lab/flux"] = later
+    return hub
+
+
+def test_a_place_is_kept_at_its_commit(hub: Hub, moved: Hub) -> None:
+    base = "hf://lab/flux/transformer"
+    moved.later.clear()
+    place = storage.at_commit(base)
+    assert place == f"hf://lab/flux@{COMMIT}/transformer" == storage.at_commit(place)
+    assert storage.commit_of(place) == COMMIT and storage.commit_of(base) is None
+    before = weights_fingerprint(storage.for_ranges(place))
+    moved.later["models/lab/flux"] = hub.folders["models/lab/flux"].parent / "later"
+    assert storage.at_commit(base) == f"hf://lab/flux@{LATER_COMMIT}/transformer"
+    assert storage.at_commit(base, COMMIT) == place
+    assert weights_fingerprint(storage.for_ranges(place)) == before
+    assert weights_fingerprint(storage.for_ranges(base)) != before
+    assert storage.at_commit("/a/b", COMMIT) == "/a/b" and storage.commit_of("/a/b") is None
+
+
+def test_a_commit_is_known_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    storage.local_folder("hf://lab/flux/vae")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert storage.at_commit("hf://lab/flux/vae") == f"hf://lab/flux@{COMMIT}/vae"
+    with pytest.raises(OSError):
+        storage.at_commit("hf://lab/other/vae")
+
+
+def test_a_revision_that_is_gone_is_told(hub: Hub) -> None:
+    with pytest.raises(FileNotFoundError, match="the repository has no such revision"):
+        storage.at_commit("hf://lab/flux@v2/transformer")
+
+
+def test_workers_read_the_commit_that_the_run_began_with(moved: Hub) -> None:
+    recipe = parse_recipe(
+        {
+            "name": "hub",
+            "run_dir": "run",
+            "model": {"path": "hf://lab/flux/transformer"},
+            "encoder": {"path": "package://an.encoder"},
+            "embed": {"prompts": "p.txt", "store": "store", "height": 32, "width": 32},
+        }
+    )
+    assert _absolute(recipe, None).model.path == f"hf://lab/flux@{LATER_COMMIT}/transformer"
+    assert _absolute(recipe, COMMIT).model.path == f"hf://lab/flux@{COMMIT}/transformer"
+
+
+def test_whole_files_are_compared_with_the_hubs(hub: Hub) -> None:
+    base = f"hf://lab/flux@{COMMIT}/transformer"
+    name = "diffusion_pytorch_model.safetensors"
+    folder = storage.local_folder(base)
+    assert whole_hashes(base) == {name: storage.sha256(str(folder / name))}
+    assert known_hashes(base) is None  # its commit says it
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} has sha256 .* in this machine's cache, on the"):
+        whole_hashes(base)

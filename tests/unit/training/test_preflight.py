@@ -31,15 +31,15 @@ def test_local_paths_are_made_absolute_for_the_workers(
 ) -> None:
     """They run in other working directories."""
     monkeypatch.chdir(tmp_path)
-    ours = _absolute(recipe("runs/x"))
+    ours = _absolute(recipe("runs/x"), None)
     assert ours.run_dir == str(tmp_path / "runs/x")
     assert ours.embed.store == str(tmp_path / "store")
     assert ours.model.path == str(tmp_path / "teacher") and ours.model.vae is None
-    other = _absolute(recipe("runs/x", model={"path": "teacher", "vae": "vae"}))
+    other = _absolute(recipe("runs/x", model={"path": "teacher", "vae": "vae"}), None)
     assert other.model.vae == str(tmp_path / "vae")
     remote = recipe("s3://bucket/run", model={"path": "package://piflow.demo/teacher"})
-    assert _absolute(remote).run_dir == "s3://bucket/run"
-    assert _absolute(remote).model.path == "package://piflow.demo/teacher"
+    assert _absolute(remote, None).run_dir == "s3://bucket/run"
+    assert _absolute(remote, None).model.path == "package://piflow.demo/teacher"
 
 
 def test_another_familys_vae_is_refused_before_the_store_is_opened(tmp_path: Path) -> None:
