@@ -67,9 +67,9 @@ def test_the_command_tells_all_that_is_wrong(
     told = " ".join(capsys.readouterr().out.split())
     assert "names and config │ right" in told and "WRONG: load in torch.bfloat16" in told
     assert check_family.main("bria_family")
-    monkeypatch.setattr("wrong_families.SIGN", replace(FAMILY, tiny=None))
+    monkeypatch.setattr("wrong_families.BARE", replace(FAMILY, tiny=None), raising=False)
     with pytest.raises(ValueError, match="brings no tiny model"):
-        check_family.main("wrong_families:SIGN")
+        check_family.main("wrong_families:BARE")
 
 
 def test_a_family_may_bring_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
