@@ -1,12 +1,14 @@
-"""What an export takes of a process's memory; run as a script, which prints three numbers.
+"""Exports under a limit of memory; run as a script.
 
-`exported_memory.py FOLDER TINY` exports FOLDER/step by FOLDER/recipe.json, after it has done the
-same in TINY, by which all that is imported on the way is there. It prints the bytes of resident
-memory before, at most while exporting, and those of the adapter's file.
+`exported_memory.py FOLDER TINY BYTES...` exports FOLDER/step by FOLDER/recipe.json, after it has
+done the same in TINY, by which all that is imported on the way is there. Beyond what the process
+has then, the kernel gives it BYTES and no more (RLIMIT_DATA, which counts the stacks of threads as
+well). Prints a line for each limit: the bytes of the adapter's file, or "too little".
 """
 
 from __future__ import annotations
 
+import resource
 import sys
 from pathlib import Path
 
@@ -15,10 +17,10 @@ from piflow.roles.adapter import WEIGHTS_FILE
 from piflow.training.export import export_adapter
 
 
-def resident(key: str) -> int:
-    """Bytes, by the kernel's name: `VmRSS` now, `VmHWM` at most since the peak was forgotten."""
+def data_bytes() -> int:
+    """What the kernel counts against the limit."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
 
 
 def export(folder: Path) -> Path:
@@ -28,13 +30,17 @@ def export(folder: Path) -> Path:
     return out / WEIGHTS_FILE
 
 
-def main(folder: Path, tiny: Path) -> None:
+def main(folder: Path, tiny: Path, limits: list[int]) -> None:
     export(tiny)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak, which the imports may be
-    file = export(folder)
-    print(before, resident("VmHWM"), file.stat().st_size)
+    before = data_bytes()
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    for limit in limits:
+        resource.setrlimit(resource.RLIMIT_DATA, (before + limit, hard))
+        try:
+            print(export(folder).stat().st_size)
+        except MemoryError:
+            print("too little")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), [int(limit) for limit in sys.argv[3:]])

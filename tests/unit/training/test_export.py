@@ -102,35 +102,42 @@ def values_of(content: bytes) -> bytes:
 def test_an_export_takes_little_more_memory_than_its_file(
     flux_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Beyond what the imports take: at most 1.3 times, with a base of some hundred MB.
+    """At most 1.3 times its file, with a base of some hundred MB: the process is given no more.
 
-    Counted is what is in use: the C library gives back at once what is freed, of which it else
-    keeps up to 64 MB, whatever the model's size.
+    Beside the file there are copies of one tensor, the largest of which is a twentieth of it here,
+    and two threads' stacks. As much as the file alone is too little, so the limit is one. The C
+    library gives back at once what is freed, of which it else keeps up to 64 MB.
     """
     large = {
-        "num_layers": 2, "num_single_layers": 4, "attention_head_dim": 128,
-        "num_attention_heads": 8, "joint_attention_dim": 1024, "pooled_projection_dim": 512,
+        "num_layers": 3, "num_single_layers": 14, "attention_head_dim": 128,
+        "num_attention_heads": 4, "joint_attention_dim": 512, "pooled_projection_dim": 512,
         "axes_dims_rope": [16, 56, 56],
     }  # fmt: skip
     untrained(tmp_path / "tiny", flux_config, rank=4)
-    untrained(tmp_path / "large", flux_config | large, rank=640)
+    size = 2 * untrained(tmp_path / "large", flux_config | large, rank=512)
+    base = sum(file.stat().st_size for file in (tmp_path / "large/base").glob("*.safetensors"))
+    assert size > 1e8 and base > 3e8
     script = Path(__file__).parent / "exported_memory.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "large"), str(tmp_path / "tiny")],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"},
+        [
+            sys.executable, str(script), str(tmp_path / "large"), str(tmp_path / "tiny"),
+            str(size), str(int(1.3 * size)),
+        ],
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072",
+        },
         capture_output=True,
         text=True,
         timeout=300,
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    before, peak, size = map(int, done.stdout.split())
-    base = sum(file.stat().st_size for file in (tmp_path / "large/base").glob("*.safetensors"))
-    assert size > 8e7 and base > 3e8
-    assert peak - before <= 1.3 * size, f"{(peak - before) / size:.2f} times {size / 1e6:.0f} MB"
+    refused, written = done.stdout.split("\n")[:2]
+    assert refused == "too little" and size < int(written) < 1.01 * size
 
 
-def untrained(folder: Path, config: dict[str, Any], *, rank: int) -> None:
-    """A recipe, its base and a checkpoint of no steps."""
+def untrained(folder: Path, config: dict[str, Any], *, rank: int) -> int:
+    """A recipe, its base and a checkpoint of no steps; returns how many numbers are trained."""
     FluxTransformer2DModel(**config).save_pretrained(str(folder / "base"))
     ours = recipe(folder / "base", lora={"rank": rank})
     (folder / "recipe.json").write_text(ours.model_dump_json())
@@ -144,6 +151,7 @@ def untrained(folder: Path, config: dict[str, Any], *, rank: int) -> None:
         seed=0,
     )
     save_checkpoint(folder / "step", trainer, RunState(0, 0, ours.hash(), None, {}))
+    return sum(parameter.numel() for parameter in trio.trainable_parameters().values())
 
 
 def test_the_bases_weights_are_not_loaded(
