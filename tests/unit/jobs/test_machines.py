@@ -50,6 +50,17 @@ def section(name: str, **keys: Any) -> dict[str, Any]:
     return load_values(VALUES).model_dump()[name] | keys
 
 
+@pytest.mark.parametrize("target", UP)
+def test_a_stopped_job_has_the_time_to_save(target: str) -> None:
+    """Ray reads the seconds between SIGTERM and SIGKILL from the head's environment, else 3."""
+    values = load_values(VALUES)
+    shipped = yaml.safe_load((CLUSTER / target / "cluster.yaml").read_text())
+    told = config(target, saving_seconds=values.saving_seconds + 7)
+    for tree, seconds in ((shipped, values.saving_seconds), (told, values.saving_seconds + 7)):
+        [start] = [line for line in tree["head_start_ray_commands"] if "ray start --head" in line]
+        assert f"RAY_JOB_STOP_WAIT_TIME_S={seconds} " in start.split("ray start")[0]
+
+
 @pytest.mark.parametrize("target", [*UP, "slurm", "sky"])
 def test_the_committed_example_is_what_is_written(target: str, tmp_path: Path) -> None:
     arguments = ["render", str(RECIPE), "--target", target, "--values", str(VALUES)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from ray import cloudpickle
@@ -45,6 +47,13 @@ def test_no_file_of_one_machine_is_named_on_another() -> None:
     names = [name for group in GROUPS for name in group.names]
     assert len(names) == len(set(names))
     assert not [name for name in names if name.endswith(("_FILE", "_PATH", "_HOME", "_BUNDLE"))]
+
+
+def test_the_documented_list_is_the_one_that_is_forwarded() -> None:
+    page = (Path(__file__).parents[3] / "docs/operations.md").read_text()
+    table = page.split("## Keys and tokens of workers")[1].split("Their values lie")[0]
+    named = {name.upper() for name in re.findall(r"`([A-Za-z0-9_]+)`", table)}
+    assert named == {name.upper() for group in GROUPS for name in group.names}
 
 
 def test_a_text_for_the_terminal_holds_no_key() -> None:
