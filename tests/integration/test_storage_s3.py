@@ -16,7 +16,8 @@ from pyarrow import fs
 
 from piflow import storage
 from piflow.backbones.text import EncodedPrompt
-from piflow.config import EmbedConfig, ModelConfig
+from piflow.commands.evaluate import _lineage, _write_report
+from piflow.config import EmbedConfig, ModelConfig, load_recipe
 from piflow.data.layout import empty_prompt_plan, plan_store
 from piflow.data.manifest import (
     SCHEMA_VERSION,
@@ -30,7 +31,9 @@ from piflow.data.prompts import Prompt, read_prompts
 from piflow.data.reader import EmbeddingStore
 from piflow.data.writer import write_shard
 from piflow.storage.fingerprint import EncoderIdentity
+from tests.unit.commands.test_evaluate import evaluation
 
+RECIPE = Path(__file__).parents[2] / "pipelines/recipes/emoji-flux.yaml"
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -52,6 +55,14 @@ def test_files_survive_a_round_trip(bucket: str, tmp_path: Path) -> None:
     assert not storage.exists(storage.join(folder, "sub", "b"))
     with pytest.raises(FileNotFoundError, match="no such folder, or it is empty"):
         storage.local_folder(folder, tmp_path)
+
+
+def test_an_evaluations_report_lies_on_s3_as_well(bucket: str) -> None:
+    folder = storage.join(bucket, "run/evaluation")
+    ours = load_recipe(RECIPE, [f"run_dir={storage.join(bucket, 'run')}"])
+    files = _write_report(ours, evaluation(32), folder, _lineage(ours, "run", "store", "step 7"))
+    assert storage.list_files(folder) == files[-2:] == ["grid.jpg", "report.html"]
+    assert b"prompt 0" in storage.read_bytes(storage.join(folder, "report.html"))
 
 
 def test_prompts_and_stores_lie_on_s3_as_well(bucket: str) -> None:

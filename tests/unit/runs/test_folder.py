@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -13,6 +14,9 @@ import pytest
 from piflow.config import Recipe, parse_recipe
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunDirectoryError, RunRecord
+from piflow.training.checkpoint import STATE_FILE, FileRecord, RunState, state_file
+from piflow.training.preflight import require_newest_of
+from tests.object_store import serve_objects
 
 
 def recipe(run_dir: Path, **sections: Any) -> Recipe:
@@ -150,6 +154,41 @@ def test_only_finished_checkpoints_count(tmp_path: Path) -> None:
     assert found == {200: str(first), 1000: str(second)}
     assert list(found) == [200, 1000]
     assert run_folder.newest_checkpoint(str(tmp_path)) == str(second)
+
+
+def test_a_run_on_an_object_store_is_known_by_its_states_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run's weights may be larger than this machine's disk."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ours = recipe(tmp_path)
+    for step in (100, 200):
+        folder = checkpoint(tmp_path, step)
+        (folder / STATE_FILE).unlink()
+        state = RunState(
+            step, step, ours.hash(), "run", {}, identity=ours.identity(), manifest_hash="manifest"
+        )
+        written = {file.name: file.read_bytes() for file in folder.iterdir()}
+        records = {
+            name: FileRecord(len(content), hashlib.sha256(content).hexdigest())
+            for name, content in written.items()
+        }
+        (folder / STATE_FILE).write_bytes(state_file(state, records))
+    files = {
+        f"run/{file.relative_to(tmp_path)}": file.read_bytes()
+        for file in tmp_path.rglob("*") if file.is_file()
+    }  # fmt: skip
+    with serve_objects(files) as store:
+        found = run_folder.checkpoints(store.uri("bucket/run"))
+        require_newest_of(ours, "manifest", found)
+        with pytest.raises(ValueError, match="was trained on store"):
+            require_newest_of(ours, "another", found)
+        read = {request.split("?")[0].rsplit("/", 1)[-1] for request in store.requests}
+    assert list(found) == [100, 200]
+    assert "state.json" in read and not [name for name in read if name.endswith(".distcp")]
+    assert not (tmp_path / "cache").exists()
 
 
 def test_half_written_folders_are_deleted_and_nothing_else(tmp_path: Path) -> None:
