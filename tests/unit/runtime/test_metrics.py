@@ -76,9 +76,12 @@ def test_gauges_are_set_again_as_long_as_their_holder_lives(
 ) -> None:
     """Ray forgets those that nobody has set for two reports; counters are not counted twice."""
     monkeypatch.setattr(module, "_AGAIN_SECONDS", 0.01)
+    before = threading.enumerate()  # other tests' may not have ended
     metrics = RunMetrics("run", 9)
     metrics.stepped(3)
-    [thread] = [one for one in threading.enumerate() if one.name == "metrics"]
+    [thread] = [
+        one for one in set(threading.enumerate()).difference(before) if one.name == "metrics"
+    ]
     values.clear()
     end = time.monotonic() + 30
     while ("piflow_step", "run") not in values and time.monotonic() < end:
