@@ -39,7 +39,7 @@ def answered_within(seconds: float | None, question: Callable[[], _Answer], whos
         raise errors[0]
     if not answers:
         raise TimeoutError(
-            f"{whose} listens, but gave no whole answer within {seconds:.0f} s: it is overloaded, "
-            "or something else is at its address"
+            f"{whose} listens, but gave no whole answer in time (within {seconds:g} s): it is "
+            "overloaded, or something else is at its address"
         )
     return answers[0]

@@ -12,7 +12,7 @@ import pytest
 from piflow import storage
 from piflow.runs import folder as run_folder
 from piflow.storage import conditional, s3
-from tests.servers import S3Proxy, S3Server, s3_proxy, s3_uri
+from tests.servers import KEYS, S3Proxy, S3Server, s3_proxy, s3_uri
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -140,6 +140,8 @@ def test_throttling_is_sat_out(proxy: S3Proxy) -> None:
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both clients have time limits; here short ones."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(s3, "REQUEST_SECONDS", 0.5)
     monkeypatch.setattr(s3, "ATTEMPTS", 2)
     with socket.create_server(("127.0.0.1", 0)) as silent:

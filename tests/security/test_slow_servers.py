@@ -148,7 +148,7 @@ def test_a_hub_that_never_finishes_an_answer_is_told(
     HfFileSystem.clear_instance_cache()
     with dripping() as address, at_most(20):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://{address}")
-        with pytest.raises(OSError, match="the hub listens, but gave no whole answer within 1 s"):
+        with pytest.raises(OSError, match=r"the hub listens, but gave no whole .+ \(within 1 s\)"):
             use("hf://lab/flux/transformer")  # type: ignore[operator]
     HfFileSystem.clear_instance_cache()
 
