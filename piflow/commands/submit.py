@@ -62,6 +62,7 @@ def main(
     """
     chosen = submission.stages_of(recipe, stages)
     submission.require_places(recipe)
+    submission.require_drawing_on_workers(recipe, chosen)
     if values is not None:
         known = load_values(values)
         for stage in RENDERED:

@@ -80,6 +80,20 @@ def needs(recipe: Recipe, stages: Sequence[Stage]) -> list[str]:
     return [need for need, is_wanted in wanted.items() if is_wanted] + [f"{own}="] * is_module
 
 
+def require_drawing_on_workers(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """An evaluation of a recipe for GPUs may not draw in the job's driver, which has none.
+
+    Raises:
+        ValueError: it would.
+    """
+    if "evaluate" in stages and recipe.runtime.use_gpu and not recipe.evaluation_workers:
+        raise ValueError(
+            "evaluation.workers is 0: the evaluation would draw in the job's driver, which runs on "
+            "the head and holds no GPU. Leave the key out (as many workers as the training starts "
+            "with) or give a number, such as --set evaluation.workers=1"
+        )
+
+
 def require_places(recipe: Recipe) -> None:
     """What the job keeps or reads must be reached from other machines, under the same name.
 

@@ -66,6 +66,16 @@ def test_places_of_this_machine_are_refused() -> None:
     submission.require_places(recipe_with(*elsewhere, "tracking.uri=sqlite:////shared/mlflow.db"))
 
 
+def test_an_evaluation_in_the_driver_is_refused_where_the_base_needs_a_gpu() -> None:
+    recipe = recipe_with("runtime.use_gpu=true", "evaluation.workers=0")
+    with pytest.raises(ValueError, match=r"holds no GPU.*--set evaluation\.workers=1"):
+        submission.require_drawing_on_workers(recipe, ("distill", "evaluate"))
+    submission.require_drawing_on_workers(recipe, ("distill",))
+    for other in ("evaluation.workers=1", "evaluation.workers=null", "runtime.use_gpu=false"):
+        possible = recipe_with("runtime.use_gpu=true", "evaluation.workers=0", other)
+        submission.require_drawing_on_workers(possible, ("evaluate",))
+
+
 DISTILL: tuple[submission.Stage, ...] = ("distill",)
 EIGHT = ("runtime.num_workers=8", "runtime.use_gpu=true", "runtime.cpus_per_worker=8")
 
