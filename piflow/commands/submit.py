@@ -197,15 +197,34 @@ def _require_fit(
     from piflow.jobs import fit
 
     cluster = server.cluster()
+    limit = recipe.runtime.worker_start_timeout
     if not cluster.may_grow and not more_come:
         fit.require_fit(recipe, stages, cluster.nodes, worker_gib)
+        _tell_of_others(server, limit)
         return
     problem = fit.misfit(recipe, stages, cluster.nodes, worker_gib)
     if problem is not None:
-        limit = recipe.runtime.worker_start_timeout
         print(
             f"{problem}. The job asks for machines as it comes to the stage, and waits up to "
             f"{limit:.0f} s (runtime.worker_start_timeout)",
+            flush=True,
+        )
+
+
+def _tell_of_others(server: JobServer, limit: float) -> None:
+    """Say that jobs which have not ended may hold what this one needs.
+
+    Args:
+        limit: seconds that the run waits for its workers.
+    """
+    others = [shown(job.id) for job in server.jobs() if not job.has_ended]
+    if others:
+        count = "another job is" if len(others) == 1 else f"{len(others)} other jobs are"
+        print(
+            f"{count} on this cluster ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}). "
+            "Where GPUs or CPUs that this one needs are taken, it waits for them up to "
+            f"{limit:.0f} s (runtime.worker_start_timeout) and then ends with exit code 69; "
+            "submitted again later, it goes on",
             flush=True,
         )
 

@@ -114,6 +114,19 @@ def test_a_job_that_cannot_fit_is_not_sent(
     assert "waits up to 1800 s" in capsys.readouterr().out
 
 
+def test_who_holds_the_machines_is_told(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main(recipe(), stages="embed") == 0
+    assert "on this cluster" not in capsys.readouterr().out
+    (first,) = server.known
+    assert submit.main(recipe("seed=3"), stages="embed") == 0
+    told = capsys.readouterr().out
+    assert f"another job is on this cluster ({first})" in told
+    assert "up to 1800 s" in told and "exit code 69" in told
+    server.known = {key: replace(job, status="SUCCEEDED") for key, job in server.known.items()}
+    assert submit.main(recipe("seed=4"), stages="embed") == 0
+    assert "on this cluster" not in capsys.readouterr().out
+
+
 def test_an_autoscaler_may_bring_machines(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
