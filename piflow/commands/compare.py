@@ -21,24 +21,21 @@ def main(places: Sequence[str], *, out: str) -> None:
     from rich.table import Table
 
     from piflow import storage
-    from piflow.evaluation.comparison import page, pairs, read_students
+    from piflow.evaluation.comparison import figure_table, page, pairs, read_students
 
     students = read_students(places)
     created = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     storage.write_bytes(out, page(students, created).encode())
     prompts = len(students[0].figures.prompts)
     table = Table(title=f"on {prompts} prompts, from the same noise")
-    for heading in ("second over first", "PSNR dB", "95 %", "diversity", "95 %", "won"):
-        table.add_column(heading, justify="left" if heading == "second over first" else "right")
-    for pair in pairs(students):
-        table.add_row(
-            f"{pair.second} over {pair.first}",
-            f"{pair.psnr.value:+.2f}",
-            f"{pair.psnr.low:+.2f} to {pair.psnr.high:+.2f}",
-            f"{pair.diversity.value:.3f}",
-            f"{pair.diversity.low:.3f} to {pair.diversity.high:.3f}",
-            f"{pair.wins:.0%}",
-        )
+    compared = pairs(students)
+    figures = figure_table([pair.figures for pair in compared])
+    table.add_column("second over first")
+    for heading in (*(name for name, _, _ in figures), "won"):
+        table.add_column(heading, justify="right")
+    for row, pair in enumerate(compared):
+        texts = ["\n".join(column[row]) for _, _, column in figures]
+        table.add_row(f"{pair.second} over {pair.first}", *texts, f"{pair.wins:.0%}")
     console = Console()
     console.print(table)
     console.print(f"page written to {out}", soft_wrap=True)

@@ -66,21 +66,15 @@ def _print_summary(
     from rich.console import Console
     from rich.table import Table
 
+    from piflow.evaluation.report import headline
     from piflow.runs import folder as run_folder
 
     table = Table(title=f"{recipe.name}: {len(result.prompts)} prompts, held-out seeds")
-    for heading in ("", "NFE", "PSNR dB", "diversity", "ratio", "retrieval@1", "seconds"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for method in result.methods:
-        table.add_row(
-            method.name,
-            str(method.nfe),
-            "reference" if method.psnr is None else f"{method.psnr:.2f}",
-            f"{method.diversity:.3f}",
-            f"{method.diversity_ratio:.3f}",
-            "" if method.retrieval_at_1 is None else f"{method.retrieval_at_1:.3f}",
-            f"{method.seconds:.1f}",
-        )
+    headings, rows = headline(result.methods)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows:
+        table.add_row(*row)
     gain, ratio = result.psnr_gain, result.diversity_ratio
     console = Console()
     if not console.is_terminal:

@@ -72,7 +72,7 @@ def main(
     drawing = Drawing(recipe, plan, store)
     if drawing.num_missing():
         _draw(recipe, found, plan, drawing, checkpoint, show_progress)
-    result = measure(drawing, retrieve=found.retrieval)
+    result = measure(drawing, recipe.evaluation.measured, retrieve=found.retrieval)
     lineage = _lineage(recipe, record.mlflow_run_id, store.manifest_hash, f"step {state.step}")
     measured = _figures(recipe, found, result, f"step {state.step}", digest)
     name = f"{figures.FOLDER}/{run_folder.checkpoint_name(state.step)}.json"
@@ -137,7 +137,7 @@ def of_adapter(
         trio = student_of(student, settings)
         with progress(f"{name}: pictures", drawing.total, show=show_progress) as bar:
             _draw_here(drawing, trio, bar.advance)
-    result = measure(drawing, retrieve=found.retrieval)
+    result = measure(drawing, recipe.evaluation.measured, retrieve=found.retrieval)
     lineage = _lineage(sampled, "none", found.store.manifest_hash, place)
     measured = _figures(sampled, found, result, redacted(place), digest)
     storage.write_bytes(storage.join(folder, figures.FOLDER, "adapter.json"), measured)
@@ -251,19 +251,14 @@ def _told(result: Evaluation, step: int) -> dict[str, str]:
 
 def summary(result: Evaluation) -> dict[str, float]:
     """The figures as MLflow metrics, e.g. `eval/student_4_nfe/psnr`."""
-    values = {
-        "eval/psnr_gain_db": result.psnr_gain.value,
-        "eval/diversity_ratio": result.diversity_ratio.value,
-    }
+    from piflow.config.metrics import COLUMNS
+
+    values = {f"eval/{name}": figure.value for name, figure in result.figures.items()}
     for method in result.methods:
         key = "eval/" + method.name.lower().replace(",", "").replace(" ", "_")
-        figures = {
-            "psnr_db": method.psnr,
-            "diversity": method.diversity,
-            "retrieval_at_1": method.retrieval_at_1,
-            "seconds": method.seconds,
-        }
-        values |= {f"{key}/{name}": value for name, value in figures.items() if value is not None}
+        for column, value in method.values.items():
+            values[f"{key}/{COLUMNS[column].key}"] = value
+        values[f"{key}/seconds"] = method.seconds
     return values
 
 
@@ -308,8 +303,8 @@ def _write_report(recipe: Recipe, result: Evaluation, folder: str, lineage: Line
         prompts=len(result.prompts),
         seeds=recipe.evaluation.seeds,
         methods=result.methods,
-        psnr_gain=result.psnr_gain,
-        diversity_ratio=result.diversity_ratio,
+        figures=result.figures,
+        metrics=result.metrics,
         lineage=lineage,
         grid_jpeg=sheet,
         grid_caption="Every row starts from one noise; seeds were not seen in training.",

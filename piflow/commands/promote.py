@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from piflow.config import Recipe
-from piflow.config.registry import METRICS, OVER_HOLDER
+from piflow.config.metrics import FIGURES, figures_over, metric_of
 
 if TYPE_CHECKING:
     from piflow.evaluation.figures import Figures
@@ -54,7 +54,7 @@ def main(
     except ValueError as error:
         if not force:
             raise
-        measured = dict.fromkeys([*METRICS, *OVER_HOLDER], str(error))
+        measured = dict.fromkeys(FIGURES, str(error))
     verdicts = judge(gates, measured)
     compared = "no version has it yet" if champion is None else f"version {champion.number} has it"
     lines = [
@@ -154,7 +154,7 @@ def _measured(
         ValueError: the version's checkpoint wasn't evaluated.
     """
     from piflow import storage
-    from piflow.evaluation.figures import alone, over
+    from piflow.evaluation.figures import alone, not_over, over
     from piflow.runs.folder import CHECKPOINTS
     from piflow.runs.promotion import WEIGHTS_TAG
 
@@ -165,10 +165,11 @@ def _measured(
             f"version {chosen.number} of {registry.name} wasn't evaluated: run `piflow evaluate` "
             f"with --checkpoint {checkpoint}, then this again"
         )
-    measured: dict[str, Interval | str] = {
-        "retrieval_at_1": "evaluation.retrieval was off when it was evaluated",
-        **alone(figures),
+    absent = {
+        name: f"{metric_of(name)} wasn't measured when it was evaluated: evaluate again with it"
+        for name in figures_over(champion=False)
     }
+    measured: dict[str, Interval | str] = {**absent, **alone(figures)}
     if champion is None:
         return measured
     try:
@@ -178,9 +179,9 @@ def _measured(
                 f"version {champion.number}, which has {registry.alias}, has no figures: run "
                 "`piflow evaluate` for its checkpoint"
             )
-        return {**measured, **over(figures, of_champion)}
+        return {**measured, **not_over(figures, of_champion), **over(figures, of_champion)}
     except ValueError as error:
-        return {**measured, **dict.fromkeys(OVER_HOLDER, str(error))}
+        return {**measured, **dict.fromkeys(figures_over(champion=True), str(error))}
 
 
 def _figures(registry: Registry, version: Version) -> Figures | None:

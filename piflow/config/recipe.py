@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from piflow.config import identity, plain_yaml
 from piflow.config.data import EmbedConfig
 from piflow.config.family import BUILT_IN, FamilyEncoder, find_family, require_known
+from piflow.config.metrics import metric_of
 from piflow.config.model import LoRAConfig, ModelConfig
 from piflow.config.objective import (
     DXPolicyConfig,
@@ -209,12 +210,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _gates_are_measured(self) -> Recipe:
-        asked = [gate.text for gate in self.registry.parsed() if gate.metric == "retrieval_at_1"]
-        if asked and not self.evaluation.retrieval:
-            raise ValueError(
-                f"registry.gates asks for {asked[0]!r}, which evaluation.retrieval = false doesn't "
-                "measure; leave one of them out"
-            )
+        for gate in self.registry.parsed():
+            metric = metric_of(gate.figure)
+            if metric not in self.evaluation.measured:
+                without = (
+                    "evaluation.retrieval = false doesn't measure"
+                    if metric == "retrieval_at_1"
+                    else "isn't measured without evaluation.metrics"
+                )
+                raise ValueError(
+                    f"registry.gates asks for {gate.text!r}, which {without}; leave one of them out"
+                )
         return self
 
     def distillation(self) -> PiIDConfig:

@@ -11,22 +11,9 @@ from dataclasses import dataclass
 
 from pydantic import Field, field_validator
 
+from piflow.config.metrics import FIGURES, has_interval
 from piflow.config.section import Section, Text
 from piflow.storage.foreign import shown
-
-METRICS = {
-    "psnr_gain_db": "student's endpoint PSNR over the teacher's in as many steps, dB",
-    "diversity_ratio": "student's diversity over the reference's",
-    "psnr_db": "student's endpoint PSNR against the reference, dB",
-    "retrieval_at_1": "share of the student's pictures that show their prompt's emoji",
-}
-"""Figures of a version alone."""
-
-OVER_HOLDER = {
-    "psnr_over_champion_db": "endpoint PSNR over that of the version that has the alias, dB",
-    "diversity_over_champion": "diversity over that of the version that has the alias",
-}
-"""Figures against the version that has the alias, on the same prompts and noise."""
 
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
@@ -45,14 +32,14 @@ class Gate:
 
     Attributes:
         text: as it was written.
-        metric: a key of `METRICS` or `OVER_HOLDER`.
-        bound: "low" or "high" end of the metric's 95 % interval, or "mean": the figure itself.
+        figure: a key of `FIGURES`.
+        bound: "low" or "high" end of the figure's 95 % interval, or "mean": the figure itself.
         comparison: ">", ">=", "<" or "<=".
         limit: in the metric's unit.
     """
 
     text: str
-    metric: str
+    figure: str
     bound: str
     comparison: str
     limit: float
@@ -66,7 +53,8 @@ def parse_gate(text: str) -> Gate:
     """A gate from ``METRIC[.low|.mean|.high] COMPARISON NUMBER``.
 
     Raises:
-        ValueError: it is written otherwise; an unknown metric is told with the known ones.
+        ValueError: it is written otherwise; an unknown figure is told with the known ones. Or it
+            asks for an end of an interval that a figure of all pictures doesn't have.
     """
     said = shown(repr(text))
     found = _GATE.fullmatch(text)
@@ -75,17 +63,23 @@ def parse_gate(text: str) -> Gate:
             f"expected METRIC COMPARISON NUMBER, such as {_EXAMPLE}, with .low, .mean or .high "
             f"after the metric, got {said}"
         )
-    metric, bound, comparison, number = found.groups()
-    known = [*METRICS, *OVER_HOLDER]
-    if metric not in known:
-        close = difflib.get_close_matches(metric, known, 1)
+    figure, bound, comparison, number = found.groups()
+    if figure not in FIGURES:
+        close = difflib.get_close_matches(figure, FIGURES, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{said}: unknown metric {shown(metric)}, known: {', '.join(known)}{hint}")
+        raise ValueError(
+            f"{said}: unknown metric {shown(figure)}, known: {', '.join(FIGURES)}{hint}"
+        )
     if bound is not None and bound not in _BOUNDS:
         raise ValueError(f"{said}: expected .{', .'.join(_BOUNDS)} or nothing, got .{shown(bound)}")
+    if bound in ("low", "high") and not has_interval(figure):
+        raise ValueError(
+            f"{said}: {figure} is one number of all pictures, without an interval over prompts; "
+            f"write {figure} {comparison} {number}"
+        )
     if comparison not in _HOLDS:
         raise ValueError(f"{said}: expected {', '.join(_HOLDS)}, got {comparison}")
-    return Gate(text.strip(), metric, bound or "mean", comparison, _limit(number, said))
+    return Gate(text.strip(), figure, bound or "mean", comparison, _limit(number, said))
 
 
 def _limit(number: str, said: str) -> float:

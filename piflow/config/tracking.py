@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 from pydantic import Field, field_validator
 
 from piflow import storage
+from piflow.config.metrics import ALWAYS, METRICS
 from piflow.config.section import NonNegative, Positive, Section, Text, Uri
 from piflow.storage.foreign import shown
 
@@ -126,3 +127,9 @@ class EvaluationConfig(Section):
 
     retrieval: bool = True
     """Retrieval@1; needs the emoji pictures."""
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of the metrics that are measured, in the order of `METRICS`."""
+        wanted = {*ALWAYS, *(["retrieval_at_1"] if self.retrieval else [])}
+        return [name for name in METRICS if name in wanted]

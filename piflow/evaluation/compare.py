@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from piflow.config.metrics import ALWAYS, COLUMNS
 from piflow.evaluation.drawing import Drawing, Drawn, Method
-from piflow.evaluation.metrics import (
-    Interval,
-    diversity_ratio_interval,
-    pairwise_diversity,
-    psnr_gain_interval,
-    psnr_of_error,
-    squared_error,
-)
-
-Retrieve = Callable[[Tensor, Sequence[str]], Tensor]
-"""(pictures (B, 3, H, W), their prompts) -> whether each shows its prompt, (B,) bool."""
+from piflow.evaluation.intervals import own_figures, summary
+from piflow.evaluation.measures import Material, Retrieve, identities, measured
+from piflow.evaluation.metrics import Interval, psnr_of_error
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One row of the headline table: a sampler on all evaluation prompts and seeds."""
+    """One row of the headline table: a sampler on all evaluation prompts and seeds.
 
-    name: str  # "teacher, 32 Euler steps"
-    nfe: int  # as of `Method`
-    psnr: float | None  # dB against the reference, of the mean squared error; None: the reference
-    diversity: float  # mean pairwise RMS distance between a prompt's pictures
-    diversity_ratio: float  # over the reference's diversity
-    retrieval_at_1: float | None  # in [0, 1]; None: not measured
-    seconds: float  # as of `Drawn`
+    Attributes:
+        name: such as "teacher, 32 Euler steps".
+        nfe: as of `Method`.
+        values: by column, each in one number; the reference has no PSNR.
+        ratios: over the reference, of the columns that are read so.
+        seconds: as of `Drawn`.
+    """
+
+    name: str
+    nfe: int
+    values: Mapping[str, float]
+    ratios: Mapping[str, float]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -45,27 +43,14 @@ class PromptResult:
 
 
 @dataclass(frozen=True)
-class ByPrompt:
-    """A method's figures of each prompt, ``(P,)`` float64.
-
-    Attributes:
-        error: mean squared error of its pictures against the reference's.
-        diversity: mean RMS distance between them.
-        retrieval: share that shows the prompt's emoji; None: not measured.
-    """
-
-    error: Tensor
-    diversity: Tensor
-    retrieval: Tensor | None
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Everything measured.
 
     Attributes:
         noise: hash of each prompt's noise.
-        by_prompt: the figures of each prompt by method name.
+        metrics: what decides each metric that was measured, in words.
+        columns: ``(P,)`` or ``()`` float64 by method and column.
+        figures: the student's, by name.
         pictures: (prompts, seeds, 3, H, W) in [-1, 1] by method name.
         files: name of each prompt's first picture in the pictures' folder, by method name.
     """
@@ -73,18 +58,31 @@ class Evaluation:
     prompts: tuple[str, ...]
     noise: tuple[str, ...]
     methods: tuple[MethodResult, ...]  # reference first, student last
-    by_prompt: dict[str, ByPrompt]
-    psnr_gain: Interval
-    diversity_ratio: Interval
+    metrics: dict[str, str]
+    columns: dict[str, dict[str, Tensor]]
+    figures: dict[str, Interval]
     per_prompt: tuple[PromptResult, ...]
     pictures: dict[str, Tensor]
     files: dict[str, tuple[str, ...]]
 
+    @property
+    def psnr_gain(self) -> Interval:
+        """The student's endpoint PSNR over the teacher's in as many steps, dB."""
+        return self.figures["psnr_gain_db"]
 
-def measure(drawing: Drawing, *, retrieve: Retrieve | None = None) -> Evaluation:
+    @property
+    def diversity_ratio(self) -> Interval:
+        """The student's diversity over the reference's."""
+        return self.figures["diversity_ratio"]
+
+
+def measure(
+    drawing: Drawing, metrics: Sequence[str] = ALWAYS, *, retrieve: Retrieve | None = None
+) -> Evaluation:
     """All figures of pictures that are drawn.
 
     Args:
+        metrics: names of those to measure; `ALWAYS` among them.
         retrieve: finds the emoji nearest to each picture, for retrieval@1.
 
     Raises:
@@ -92,39 +90,20 @@ def measure(drawing: Drawing, *, retrieve: Retrieve | None = None) -> Evaluation
     """
     drawn = drawing.read()
     pictures = {name: item.pictures for name, item in drawn.items()}
-    prompts, names = drawing.prompts, [method.name for method in drawing.methods]
-    reference, few_steps, student = names[0], names[-2], names[-1]
-    found = _retrieval_at_1(pictures, prompts, retrieve) if retrieve else {}
-    by_prompt = {
-        name: ByPrompt(
-            # prompt by prompt: in float64, all at once would be twice what the pictures take
-            torch.stack(
-                [
-                    squared_error(*pair).mean()
-                    for pair in zip(some, pictures[reference], strict=True)
-                ]
-            ),
-            pairwise_diversity(some),
-            found.get(name),
-        )
-        for name, some in pictures.items()
-    }
-    error = {name: figures.error for name, figures in by_prompt.items()}
-    diversity = {name: figures.diversity for name, figures in by_prompt.items()}
+    columns = measured(metrics, Material(drawing.prompts, pictures, retrieve))
+    names = [method.name for method in drawing.methods]
+    student, few_steps = columns[names[-1]]["error"], columns[names[-2]]["error"]
     return Evaluation(
-        prompts=prompts,
+        prompts=drawing.prompts,
         noise=drawing.noise,
-        methods=_methods(drawing.methods, drawn, by_prompt),
-        by_prompt=by_prompt,
-        psnr_gain=psnr_gain_interval(error[student], error[few_steps]),
-        diversity_ratio=diversity_ratio_interval(diversity[student], diversity[reference]),
+        methods=_methods(drawing.methods, drawn, columns),
+        metrics=identities(metrics),
+        columns=columns,
+        figures=own_figures([columns[name] for name in names]),
         per_prompt=tuple(
             PromptResult(prompt, float(teacher_psnr), float(student_psnr))
             for prompt, teacher_psnr, student_psnr in zip(
-                prompts,
-                psnr_of_error(error[few_steps]),
-                psnr_of_error(error[student]),
-                strict=True,
+                drawing.prompts, psnr_of_error(few_steps), psnr_of_error(student), strict=True
             )
         ),
         pictures=pictures,
@@ -133,36 +112,28 @@ def measure(drawing: Drawing, *, retrieve: Retrieve | None = None) -> Evaluation
 
 
 def _methods(
-    methods: Sequence[Method], drawn: dict[str, Drawn], by_prompt: dict[str, ByPrompt]
+    methods: Sequence[Method], drawn: dict[str, Drawn], columns: dict[str, dict[str, Tensor]]
 ) -> tuple[MethodResult, ...]:
     """The headline table; the reference is its first row."""
-    reference = by_prompt[methods[0].name].diversity.mean()
+    reference = columns[methods[0].name]
     rows = []
     for method in methods:
-        figures = by_prompt[method.name]
-        error, diversity = figures.error.mean(), figures.diversity.mean()
+        own = columns[method.name]
         rows.append(
             MethodResult(
                 name=method.name,
                 nfe=method.nfe,
-                psnr=None if method is methods[0] else float(psnr_of_error(error)),
-                diversity=float(diversity),
-                diversity_ratio=float(diversity / reference),
-                retrieval_at_1=None
-                if figures.retrieval is None
-                else float(figures.retrieval.mean()),
+                values={
+                    name: summary(name, values)
+                    for name, values in own.items()
+                    if method is not methods[0] or COLUMNS[name].kind != "error"
+                },
+                ratios={
+                    name: float(values.mean() / reference[name].mean())
+                    for name, values in own.items()
+                    if COLUMNS[name].kind == "ratio"
+                },
                 seconds=drawn[method.name].seconds,
             )
         )
     return tuple(rows)
-
-
-def _retrieval_at_1(
-    pictures: dict[str, Tensor], prompts: Sequence[str], retrieve: Retrieve
-) -> dict[str, Tensor]:
-    """Each prompt's share of right pictures by method; all pictures go into one search."""
-    everything = torch.cat([drawn.flatten(0, 1) for drawn in pictures.values()])
-    seeds = next(iter(pictures.values())).shape[1]
-    repeated = [prompt for prompt in prompts for _ in range(seeds)] * len(pictures)
-    hits = retrieve(everything, repeated).double().unflatten(0, (len(pictures), -1, seeds)).mean(2)
-    return dict(zip(pictures, hits, strict=True))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from piflow import storage
+from piflow.config.metrics import FIGURES
 from piflow.evaluation.drawing import read_picture
 from piflow.evaluation.figures import (
     FOLDER,
@@ -20,7 +21,7 @@ from piflow.evaluation.figures import (
     shared_rows,
 )
 from piflow.evaluation.metrics import Interval, psnr_of_error
-from piflow.evaluation.report import inline_jpeg, rendered
+from piflow.evaluation.report import figure_texts, inline_jpeg, rendered
 from piflow.evaluation.sheet import grid, jpeg_bytes
 from piflow.storage.foreign import redacted, relative_name
 
@@ -62,15 +63,13 @@ class Pair:
     """Two students, prompt by prompt.
 
     Attributes:
-        psnr: the second one's endpoint PSNR over the first's, dB.
-        diversity: the second one's diversity over the first's.
+        figures: the second one's over the first's, under the names that they have over a champion.
         wins: share of prompts whose pictures are closer to the reference with the second one.
     """
 
     first: str
     second: str
-    psnr: Interval
-    diversity: Interval
+    figures: dict[str, Interval]
     wins: float
 
 
@@ -145,14 +144,10 @@ def _only(figures: Figures, rows: Sequence[int]) -> Figures:
     """The figures of some of the prompts, in this order."""
 
     def of_method(method: MethodFigures) -> MethodFigures:
-        columns = ("error", "diversity", "retrieval", "files")
-        values = {name: getattr(method, name) for name in columns}
-        return method.model_copy(
-            update={
-                name: None if column is None else [column[row] for row in rows]
-                for name, column in values.items()
-            }
-        )
+        chosen = {name: [c[row] for row in rows] for name, c in method.by_prompt.items()}
+        columns = {name: chosen.pop(name) for name in method.columns}
+        whole = method.whole if len(rows) == len(figures.prompts) else {}
+        return method.model_copy(update={**chosen, "columns": columns, "whole": whole})
 
     return figures.model_copy(
         update={
@@ -169,16 +164,10 @@ def pairs(students: Sequence[Student]) -> list[Pair]:
 
 
 def _pair(first: Student, second: Student) -> Pair:
-    found = over(second.figures, first.figures)
     errors = zip(second.method.error, first.method.error, strict=True)
     wins = [error < other for error, other in errors]
-    return Pair(
-        first.label,
-        second.label,
-        found["psnr_over_champion_db"],
-        found["diversity_over_champion"],
-        sum(wins) / len(wins),
-    )
+    found = over(second.figures, first.figures)
+    return Pair(first.label, second.label, found, sum(wins) / len(wins))
 
 
 def prompt_rows(students: Sequence[Student]) -> list[PromptRow]:
@@ -232,13 +221,33 @@ def page(students: Sequence[Student], created: str) -> str:
     Args:
         created: date and time, as it shall be read.
     """
-    jpeg = sheet(students)
+    jpeg, compared = sheet(students), pairs(students)
     return rendered(
         "comparison.html.j2",
         students=students,
-        pairs=pairs(students),
+        figures=figure_table([student.measured for student in students]),
+        pairs=compared,
+        differences=figure_table([pair.figures for pair in compared]),
         prompts=prompt_rows(students),
         shown=min(SHEET_PROMPTS, len(students[0].figures.prompts)),
         created=created,
         picture=None if jpeg is None else inline_jpeg(jpeg),
     )
+
+
+def figure_table(
+    several: Sequence[Mapping[str, Interval]],
+) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Name, meaning and (value, interval) of each column of figures; "–" where there is none."""
+    names = [name for name in FIGURES if any(name in figures for figures in several)]
+    return [
+        (
+            name,
+            FIGURES[name].meaning,
+            [
+                figure_texts(name, figures[name]) if name in figures else ("–", "")
+                for figures in several
+            ],
+        )
+        for name in names
+    ]

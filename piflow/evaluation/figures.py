@@ -17,15 +17,12 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from piflow.config import Recipe
+from piflow.config.metrics import COLUMNS, figures_over, metric_of
 from piflow.config.section import NonNegativeFloat, Positive, Section, Text
-from piflow.evaluation.compare import Evaluation
-from piflow.evaluation.metrics import (
-    Interval,
-    diversity_ratio_interval,
-    mean_interval,
-    psnr_gain_interval,
-    psnr_interval,
-)
+from piflow.evaluation.compare import Evaluation, MethodResult
+from piflow.evaluation.intervals import figures_over_other, own_figures
+from piflow.evaluation.measures import identities
+from piflow.evaluation.metrics import Interval
 from piflow.schedule import FewStep
 from piflow.storage.fingerprint import EncoderIdentity
 from piflow.storage.foreign import ForeignDataError, parse_object, redacted, shown
@@ -44,6 +41,8 @@ class MethodFigures(Section):
         error: mean squared errors of the pictures against the reference's, values in [-1, 1].
         diversity: mean RMS distances between a prompt's pictures.
         retrieval: shares of pictures that show the prompt's emoji; None: not measured.
+        columns: the other metrics' columns by name, a number for each prompt.
+        whole: those with one number for all pictures.
         files: names of each prompt's first picture in the evaluation's folder of pictures.
     """
 
@@ -53,7 +52,34 @@ class MethodFigures(Section):
     error: list[NonNegativeFloat]
     diversity: list[NonNegativeFloat]
     retrieval: list[_Share] | None
+    columns: dict[Text, list[float]] = {}
+    whole: dict[Text, float] = {}
     files: list[str]
+
+    @property
+    def by_prompt(self) -> dict[str, Sequence[object]]:
+        """Everything that has an entry for each prompt, by name."""
+        own = {name: getattr(self, name) for name in (*_FIELDS, "files")}
+        return {name: values for name, values in own.items() if values is not None} | self.columns
+
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """The columns that this piflow knows, as of `Evaluation`."""
+        own = {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
+        found: dict[str, list[float] | float] = {
+            **{name: values for name, values in self.columns.items() if _is_whole(name) is False},
+            **{name: value for name, value in self.whole.items() if _is_whole(name)},
+            **own,
+        }
+        return {name: torch.tensor(found[name], dtype=torch.float64) for name in found}
+
+
+_FIELDS = ("error", "diversity", "retrieval")  # columns that have a field of their own
+
+
+def _is_whole(column: str) -> bool | None:
+    """None: no such column is known."""
+    return COLUMNS[column].kind == "whole" if column in COLUMNS else None
 
 
 class Figures(Section):
@@ -65,6 +91,7 @@ class Figures(Section):
         checkpoint: hash of what was measured: of the checkpoint's `state.json`, or the adapter.
         reference: what decides the reference beside prompts and noise, in words.
         noise: hash of each prompt's noise.
+        metrics: what decides each metric that was measured, beside the pictures, in words.
         methods: the reference first, the student last, before it the teacher in as many steps.
     """
 
@@ -77,14 +104,14 @@ class Figures(Section):
     seeds: Positive
     prompts: Annotated[list[_Prompt], Field(min_length=1)]
     noise: list[_Digest]
+    metrics: dict[Text, Text] = {}
     methods: Annotated[list[MethodFigures], Field(min_length=2)]
 
     @model_validator(mode="after")
     def _has_a_figure_for_every_prompt(self) -> Figures:
         columns: list[Sequence[object]] = [self.noise]
         for method in self.methods:
-            columns += [method.error, method.diversity, method.files]
-            columns += [] if method.retrieval is None else [method.retrieval]
+            columns += method.by_prompt.values()
         if any(len(column) != len(self.prompts) for column in columns):
             raise ValueError(f"expected {len(self.prompts)} figures a column, one for each prompt")
         return self
@@ -92,6 +119,10 @@ class Figures(Section):
     @property
     def student_figures(self) -> MethodFigures:
         return self.methods[-1]
+
+    def identity_of(self, metric: str) -> str:
+        """What decided a metric; files of before `metrics` have those of version 1."""
+        return self.metrics.get(metric, identities([metric])[metric])
 
 
 def figures_of(
@@ -119,23 +150,26 @@ def figures_of(
         seeds=recipe.evaluation.seeds,
         prompts=list(result.prompts),
         noise=list(result.noise),
-        methods=[
-            MethodFigures(
-                name=method.name,
-                nfe=method.nfe,
-                seconds=method.seconds,
-                error=result.by_prompt[method.name].error.tolist(),
-                diversity=result.by_prompt[method.name].diversity.tolist(),
-                retrieval=_listed(result.by_prompt[method.name].retrieval),
-                files=list(result.files[method.name]),
-            )
-            for method in result.methods
-        ],
+        metrics=result.metrics,
+        methods=[_method(method, result) for method in result.methods],
     )
 
 
-def _listed(values: Tensor | None) -> list[float] | None:
-    return None if values is None else values.tolist()
+def _method(method: MethodResult, result: Evaluation) -> MethodFigures:
+    columns = result.columns[method.name]
+    listed = {name: values.tolist() for name, values in columns.items() if not _is_whole(name)}
+    others = listed.keys() - set(_FIELDS)
+    return MethodFigures(
+        name=method.name,
+        nfe=method.nfe,
+        seconds=method.seconds,
+        error=listed["error"],
+        diversity=listed["diversity"],
+        retrieval=listed.get("retrieval"),
+        columns={name: listed[name] for name in sorted(others)},
+        whole={name: float(values) for name, values in columns.items() if _is_whole(name)},
+        files=list(result.files[method.name]),
+    )
 
 
 def _reference(recipe: Recipe, base: str | None, encoder: EncoderIdentity) -> dict[str, str]:
@@ -171,35 +205,50 @@ def read_figures(content: bytes, where: str) -> Figures:
 
 def alone(figures: Figures) -> dict[str, Interval]:
     """The figures that gates name of a student itself, as far as they were measured."""
-    reference, few_steps, student = figures.methods[0], figures.methods[-2], figures.methods[-1]
-    found = {
-        "psnr_gain_db": psnr_gain_interval(_numbers(student.error), _numbers(few_steps.error)),
-        "diversity_ratio": diversity_ratio_interval(
-            _numbers(student.diversity), _numbers(reference.diversity)
-        ),
-        "psnr_db": psnr_interval(_numbers(student.error)),
-    }
-    if student.retrieval is not None:
-        found["retrieval_at_1"] = mean_interval(_numbers(student.retrieval))
-    return found
+    return own_figures([method.measured for method in figures.methods])
 
 
 def over(figures: Figures, other: Figures) -> dict[str, Interval]:
     """The figures that gates name of a student against another, on the prompts of both.
 
+    Those are left out that `not_over` names.
+
     Raises:
         ValueError: they have no prompt with the same noise in common, or another reference.
     """
     rows, others = shared_rows([figures, other])
-    ours, theirs = figures.student_figures, other.student_figures
-    return {
-        "psnr_over_champion_db": psnr_gain_interval(
-            _numbers(ours.error)[rows], _numbers(theirs.error)[others]
-        ),
-        "diversity_over_champion": diversity_ratio_interval(
-            _numbers(ours.diversity)[rows], _numbers(theirs.diversity)[others]
-        ),
-    }
+    ours, theirs = figures.student_figures.measured, other.student_figures.measured
+    refused = {figures_over(champion=True)[name].column for name in not_over(figures, other)}
+    return figures_over_other(
+        {name: values[rows] for name, values in _of_prompts(ours) if name not in refused},
+        {name: values[others] for name, values in _of_prompts(theirs)},
+    )
+
+
+def not_over(figures: Figures, other: Figures) -> dict[str, str]:
+    """The figures of a student against another that there are not, and why."""
+    ours, theirs = figures.student_figures.measured, other.student_figures.measured
+    reasons = {}
+    for name, figure in figures_over(champion=True).items():
+        metric = metric_of(name)
+        mine, their = figures.identity_of(metric), other.identity_of(metric)
+        without = [
+            each
+            for each, columns in ((figures, ours), (other, theirs))
+            if figure.column not in columns
+        ]
+        if without:
+            reasons[name] = f"{metric} wasn't measured of {_names(without)}: evaluate again with it"
+        elif mine != their:
+            reasons[name] = (
+                f"{metric} of {_names([figures, other])} was measured by {shown(mine)} and by "
+                f"{shown(their)}: evaluate one of them as the other"
+            )
+    return reasons
+
+
+def _of_prompts(columns: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [(name, values) for name, values in columns.items() if values.dim() == 1]
 
 
 def shared_rows(several: Sequence[Figures]) -> list[list[int]]:
@@ -247,7 +296,3 @@ def _differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str
 
 def _names(several: Sequence[Figures]) -> str:
     return " and ".join(f"{shown(each.recipe)} ({shown(each.student)})" for each in several)
-
-
-def _numbers(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)

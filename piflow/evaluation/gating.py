@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from piflow.config import Gate
+from piflow.config.metrics import has_interval
 from piflow.evaluation.metrics import Interval
 
 
@@ -22,10 +23,10 @@ def judge(gates: Sequence[Gate], figures: Mapping[str, Interval | str]) -> list[
     """Every gate's verdict, in order.
 
     Args:
-        figures: a metric's figure, or why there is none, which fails its gates. Gates of a metric
-            that isn't named hold: those over a champion where there is none.
+        figures: by name, or why there is none, which fails its gates. Gates of a figure that isn't
+            named hold: those over a champion where there is none.
     """
-    return [_verdict(gate, figures.get(gate.metric)) for gate in gates]
+    return [_verdict(gate, figures.get(gate.figure)) for gate in gates]
 
 
 def _verdict(gate: Gate, figure: Interval | str | None) -> Verdict:
@@ -35,7 +36,9 @@ def _verdict(gate: Gate, figure: Interval | str | None) -> Verdict:
         return Verdict(gate, False, f"can't be judged: {figure}")
     ends = {"low": figure.low, "mean": figure.value, "high": figure.high}
     value = ends[gate.bound]
-    told = f"{value:.4g} (measured {figure.value:.4g}, 95 % {figure.low:.4g} to {figure.high:.4g})"
+    told = f"{value:.4g}"
+    if has_interval(gate.figure):
+        told += f" (measured {figure.value:.4g}, 95 % {figure.low:.4g} to {figure.high:.4g})"
     if gate.holds(value):
         return Verdict(gate, True, told)
     amount = f"{abs(value - gate.limit):.4g} too {'low' if '>' in gate.comparison else 'high'}"

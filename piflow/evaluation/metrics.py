@@ -180,6 +180,16 @@ def mean_interval(values: Tensor) -> Interval:
     return _bootstrap(values, torch.ones_like(values), lambda mean: mean)
 
 
+def difference_interval(student: Tensor, other: Tensor) -> Interval:
+    """Mean of ``(P,)`` values of prompts minus that of another's, with its paired 95 % interval.
+
+    Raises:
+        ValueError: the prompts differ in number or are none.
+    """
+    _check_pairs(student, other)
+    return mean_interval(student.double() - other.double())
+
+
 def _bootstrap(
     numerator: Tensor,
     denominator: Tensor,

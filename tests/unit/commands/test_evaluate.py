@@ -33,10 +33,13 @@ def evaluation(side: int) -> Evaluation:
     return Evaluation(
         prompts=prompts,
         noise=("ab" * 32,) * len(prompts),
-        by_prompt={},
-        methods=tuple(MethodResult(name, 4, 20.0, 0.5, 1.0, None, 1.0) for name in NAMES),
-        psnr_gain=figure,
-        diversity_ratio=figure,
+        methods=tuple(
+            MethodResult(name, 4, {"error": 20.0, "diversity": 0.5}, {"diversity": 1.0}, 1.0)
+            for name in NAMES
+        ),
+        metrics={"psnr": "version 1", "diversity": "version 1"},
+        columns={},
+        figures={"psnr_gain_db": figure, "diversity_ratio": figure},
         per_prompt=tuple(PromptResult(prompt, 20.0, 21.0) for prompt in prompts),
         pictures=dict.fromkeys(NAMES, one),
         files={

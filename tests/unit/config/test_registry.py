@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from piflow.config import Gate, RecipeError, load_recipe, parse_gate, parse_recipe
-from piflow.config.registry import METRICS, OVER_HOLDER
+from piflow.config.metrics import FIGURES
 from tests.unit.test_cli import RECIPE
 
 
@@ -40,7 +40,7 @@ def test_a_gate_is_metric_bound_comparison_and_number(text: str, expected: Any) 
             "psnr_gain.low > 0",
             "unknown metric psnr_gain, .*mean psnr_gain_db",
         ),
-        ("fid.low < 1", "unknown metric fid, known: " + ", ".join([*METRICS, *OVER_HOLDER]) + "$"),
+        ("fid.low < 1", "unknown metric fid, known: " + ", ".join(FIGURES) + "$"),
         ("psnr_gain_db.lower > 0", r"expected \.low, \.mean, \.high or nothing, got \.lower"),
         ("psnr_gain_db == 0", "expected >, >=, <, <=, got =="),
         ("psnr_gain_db > nan", "expected a finite number, got nan"),

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from piflow.backbones import Conditioning
 from piflow.config import Recipe, parse_recipe
+from piflow.config.metrics import ALWAYS
 from piflow.data.reader import EmbeddingStore
 from piflow.data.select import evaluation_rows
 from piflow.evaluation import drawing
-from piflow.evaluation.compare import Evaluation, Retrieve, measure
+from piflow.evaluation.compare import Evaluation, measure
 from piflow.evaluation.drawing import Drawing, Method, Plan, Sampler, methods_of
 from piflow.evaluation.figures import alone, read_figures
+from piflow.evaluation.measures import Retrieve
 from piflow.evaluation.metrics import endpoint_psnr, pairwise_diversity
 from piflow.inference.pixels import to_uint8
 from piflow.roles.trio import Trio
@@ -254,7 +256,8 @@ def evaluate(
 ) -> Evaluation:
     subject = drawing_of(ours, store, folder, checkpoint)
     assert subject.draw(trio, SingleStrategy(CPU), advance=advance)
-    return measure(subject, retrieve=retrieve)
+    metrics = (*ALWAYS, *(["retrieval_at_1"] if retrieve else []))
+    return measure(subject, metrics, retrieve=retrieve)
 
 
 def test_evaluate_measures_its_own_pictures(
@@ -274,18 +277,20 @@ def test_evaluate_measures_its_own_pictures(
     assert result.prompts == store.first_by_hash(3).prompts
     drawn = list(result.pictures.values())
     reference = drawn[0]
-    assert result.methods[0].psnr is None and result.methods[0].diversity_ratio == 1.0
+    assert "error" not in result.methods[0].values and result.methods[0].ratios == {
+        "diversity": 1.0
+    }
     for method, pictures in zip(result.methods, drawn, strict=True):
         assert pictures.shape == (3, 2, 3, 16, 8) and pictures.abs().max() <= 1
         diversity = pairwise_diversity(pictures).mean().item()
-        assert method.diversity == pytest.approx(diversity)
-        assert method.retrieval_at_1 == (0.5 if method is result.methods[0] else 0.0)
-        if method.psnr is not None:
-            assert method.psnr == pytest.approx(endpoint_psnr(pictures, reference))
+        assert method.values["diversity"] == pytest.approx(diversity)
+        assert method.values["retrieval"] == (0.5 if method is result.methods[0] else 0.0)
+        if method is not result.methods[0]:
+            assert method.values["error"] == pytest.approx(endpoint_psnr(pictures, reference))
     student, few = result.methods[-1], result.methods[-2]
-    assert student.psnr is not None and few.psnr is not None
-    assert result.psnr_gain.value == pytest.approx(student.psnr - few.psnr)
-    assert result.diversity_ratio.value == pytest.approx(student.diversity_ratio)
+    gain = student.values["error"] - few.values["error"]
+    assert result.psnr_gain.value == pytest.approx(gain)
+    assert result.diversity_ratio.value == pytest.approx(student.ratios["diversity"])
     repeated = [prompt for prompt in result.prompts for _ in range(2)]
     assert asked == [((24, 3, 16, 8), repeated * 4)], "one search, glyphs are placed once"
     assert [row.prompt for row in result.per_prompt] == list(result.prompts)
@@ -298,7 +303,7 @@ def test_evaluate_repeats_and_uses_held_out_noise(
     trio = build(ours)
     first = evaluate(ours, trio, store, tmp_path / "a")
     again = evaluate(ours, trio, store, tmp_path / "b")
-    assert first.methods[0].retrieval_at_1 is None
+    assert "retrieval" not in first.methods[0].values
     for name, pictures in first.pictures.items():
         assert torch.equal(pictures, again.pictures[name])
     training = {micro_batch_generator(0, step, 0).initial_seed() for step in range(1000)}

@@ -26,6 +26,8 @@ from tests.unit.evaluation.test_figures import made
 from tests.unit.evaluation.test_report import _parse
 from tests.unit.test_cli import run_main
 
+PSNR = "psnr_over_champion_db"
+
 
 def with_error(figures: Figures, *factors: float) -> Figures:
     """The student's errors multiplied, prompt by prompt."""
@@ -63,12 +65,12 @@ def test_students_are_compared_on_the_prompts_that_all_share(tmp_path: Path) -> 
     found = {(pair.first, pair.second): pair for pair in pairs(students)}
     assert found.keys() == {("tiny", "other"), ("tiny", "third"), ("other", "third")}
     better = found["tiny", "other"]
-    assert (better.psnr.low, better.psnr.high) == pytest.approx((3.0103, 3.0103), abs=1e-4)
-    assert better.wins == 1.0 and found["other", "third"].wins == 0.0
-    assert found["other", "third"].psnr.value == pytest.approx(-6.0206, abs=1e-4)
-    assert over(students[1].figures, students[0].figures)["diversity_over_champion"] == (
-        better.diversity
+    assert (better.figures[PSNR].low, better.figures[PSNR].high) == pytest.approx(
+        (3.0103, 3.0103), abs=1e-4
     )
+    assert better.wins == 1.0 and found["other", "third"].wins == 0.0
+    assert found["other", "third"].figures[PSNR].value == pytest.approx(-6.0206, abs=1e-4)
+    assert over(students[1].figures, students[0].figures) == better.figures
 
 
 def test_the_page_says_what_was_measured_and_needs_nothing_else(tmp_path: Path) -> None:
@@ -85,7 +87,8 @@ def test_the_page_says_what_was_measured_and_needs_nothing_else(tmp_path: Path) 
     measured = second.measured["psnr_db"]
     assert f"{measured.value:.2f} {measured.low:.2f} to {measured.high:.2f}" in text
     (pair,) = pairs(students)
-    value, low, high = pair.psnr.value, pair.psnr.low, pair.psnr.high
+    gain = pair.figures[PSNR]
+    value, low, high = gain.value, gain.low, gain.high
     told = f"{value:+.2f} {low:+.2f} to {high:+.2f}".replace("-", "−")
     assert f"tiny, step 4 over tiny, step 2 {told}" in text
     assert pair.wins == 1 / 6 and "16.7 %" in text

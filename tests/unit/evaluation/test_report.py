@@ -49,6 +49,20 @@ class _Page(HTMLParser):
             self.tables[self._table][-1][-1] += " ".join(data.split())
 
 
+def method(
+    name: str,
+    nfe: int,
+    psnr: float | None,
+    diversity: float,
+    ratio: float,
+    retrieval: float | None,
+    seconds: float,
+) -> MethodResult:
+    values = {"error": psnr, "diversity": diversity, "retrieval": retrieval}
+    measured = {column: value for column, value in values.items() if value is not None}
+    return MethodResult(name, nfe, measured, {"diversity": ratio}, seconds)
+
+
 @pytest.fixture
 def report() -> EvaluationReport:
     picture = sheet.grid([torch.zeros(1, 3, 8, 8)], ["student"], ["red heart"])
@@ -58,13 +72,16 @@ def report() -> EvaluationReport:
         prompts=64,
         seeds=4,
         methods=(
-            MethodResult("teacher, 32 Euler steps", 32, None, 0.412, 1.0, 0.83, 40.25),
-            MethodResult("teacher, 8 Euler steps", 8, 29.9, 0.4, 0.971, 0.8, 10.0),
-            MethodResult("teacher, 4 Euler steps", 4, 23.8, 0.37, 0.898, None, 5.0),
-            MethodResult("student", 4, 28.25, 0.39, 0.947, 0.8125, 5.5),
+            method("teacher, 32 Euler steps", 32, None, 0.412, 1.0, 0.83, 40.25),
+            method("teacher, 8 Euler steps", 8, 29.9, 0.4, 0.971, 0.8, 10.0),
+            method("teacher, 4 Euler steps", 4, 23.8, 0.37, 0.898, None, 5.0),
+            method("student", 4, 28.25, 0.39, 0.947, 0.8125, 5.5),
         ),
-        psnr_gain=Interval(4.45, -0.5, 4.8),
-        diversity_ratio=Interval(0.947, 0.9, float("inf")),
+        figures={
+            "psnr_gain_db": Interval(4.45, -0.5, 4.8),
+            "diversity_ratio": Interval(0.947, 0.9, float("inf")),
+        },
+        metrics={"psnr": "version 1", "diversity": "version 1"},
         lineage=Lineage("run-1", "recipe-2", "manifest-3", "step 350", {"torch": "2", "ray": "3"}),
         grid_jpeg=sheet.jpeg_bytes(picture),
         grid_caption="every column has one noise",
@@ -100,6 +117,12 @@ def test_tables_hold_the_figures(report: EvaluationReport) -> None:
         ["store manifest hash", "manifest-3"],
         ["student", "step 350"],
         ["versions", "torch 2, ray 3"],
+        ["metric psnr", "version 1; Apache-2.0"],
+        ["metric diversity", "version 1; Apache-2.0"],
+    ]
+    assert [row[:3] for row in page.tables["student-figures"][1:]] == [
+        ["psnr_gain_db", "+4.45", "−0.50 to +4.80"],
+        ["diversity_ratio", "0.947", "0.900 to ∞"],
     ]
     text = " ".join(page.text.split())
     assert "+4.45 dB 95 % interval −0.50 to +4.80 dB" in text

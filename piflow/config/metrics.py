@@ -1,0 +1,169 @@
+"""What an evaluation can measure: each metric, what it needs, and the figures that gates may name.
+
+A metric measures columns of every method's pictures, with a number for each prompt or one for all
+pictures. A figure is what a column says of the student: by itself, over another method, or over the
+version that has an alias. `piflow/evaluation/measures.py` computes the columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["error", "ratio", "mean", "whole"]
+"""How a column is read: squared errors, whose mean becomes a PSNR in dB; numbers whose means are
+compared as a ratio; numbers whose means are compared as a difference; one number of all pictures.
+"""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a metric measures of each method's pictures.
+
+    Attributes:
+        key: of its summary in MLflow.
+        heading: of its summary in a table.
+        form: how that is written.
+        meaning: a sentence for whoever reads the table.
+    """
+
+    kind: Kind
+    key: str
+    heading: str
+    form: Literal["db", "ratio", "share", "number"]
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is said of the student, and may be asked for by a gate.
+
+    Attributes:
+        column: that it is of.
+        meaning: in words, with its unit.
+        over: the teacher in as many steps, the reference, or the version that has the alias, whose
+            pictures of the same prompts and noise it is compared with; None: the student's own.
+    """
+
+    column: str
+    meaning: str
+    over: Literal["few_steps", "reference", "champion"] | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One entry of `METRICS`.
+
+    Attributes:
+        version: counts changes of what it computes; figures of two versions aren't compared.
+        licence: of the method and of the code that computes it.
+        columns, figures: by name; names are of one metric alone.
+    """
+
+    version: int
+    licence: str
+    columns: dict[str, Column]
+    figures: dict[str, Figure]
+
+
+METRICS = {
+    "psnr": Metric(
+        version=1,
+        licence="Apache-2.0",
+        columns={
+            "error": Column(
+                "error",
+                "psnr_db",
+                "PSNR, dB",
+                "db",
+                "of the squared error to the reference averaged over all pictures, values in "
+                "[−1, 1]",
+            )
+        },
+        figures={
+            "psnr_gain_db": Figure(
+                "error",
+                "the student's endpoint PSNR over the teacher's in as many steps, dB",
+                over="few_steps",
+            ),
+            "psnr_db": Figure("error", "the student's endpoint PSNR against the reference, dB"),
+            "psnr_over_champion_db": Figure(
+                "error",
+                "its endpoint PSNR over that of the version that has the alias, dB",
+                over="champion",
+            ),
+        },
+    ),
+    "diversity": Metric(
+        version=1,
+        licence="Apache-2.0",
+        columns={
+            "diversity": Column(
+                "ratio",
+                "diversity",
+                "diversity",
+                "ratio",
+                "mean RMS distance between a prompt's pictures of different seeds",
+            )
+        },
+        figures={
+            "diversity_ratio": Figure(
+                "diversity", "the student's diversity over the reference's", over="reference"
+            ),
+            "diversity_over_champion": Figure(
+                "diversity", "its diversity over that version's", over="champion"
+            ),
+        },
+    ),
+    "retrieval_at_1": Metric(
+        version=1,
+        licence="Apache-2.0",
+        columns={
+            "retrieval": Column(
+                "mean",
+                "retrieval_at_1",
+                "retrieval@1",
+                "share",
+                "share of pictures whose nearest reference picture is their prompt's",
+            )
+        },
+        figures={
+            "retrieval_at_1": Figure(
+                "retrieval", "the share of its pictures that show their prompt's emoji"
+            )
+        },
+    ),
+}
+"""Every metric by its name in a recipe."""
+
+ALWAYS = ("psnr", "diversity")
+"""Metrics that every evaluation measures."""
+
+COLUMNS = {name: item for metric in METRICS.values() for name, item in metric.columns.items()}
+
+FIGURES = {name: item for metric in METRICS.values() for name, item in metric.figures.items()}
+
+
+def metric_of(figure: str) -> str:
+    """The metric that a figure is of."""
+    return next(name for name, metric in METRICS.items() if figure in metric.figures)
+
+
+def figures_over(champion: bool, measured: Collection[str] | None = None) -> dict[str, Figure]:
+    """The figures over the version that has an alias, or all others.
+
+    Args:
+        measured: only those of these columns.
+    """
+    return {
+        name: figure
+        for name, figure in FIGURES.items()
+        if (figure.over == "champion") == champion
+        and (measured is None or figure.column in measured)
+    }
+
+
+def has_interval(figure: str) -> bool:
+    """Whether a figure is of single prompts, so that it has an interval over them."""
+    return COLUMNS[FIGURES[figure].column].kind != "whole"
