@@ -281,12 +281,23 @@ def compare(
     pipeline.main(places, out=out)
 
 
-@app.command(epilog=f"Example: `piflow export {DEFAULT_RECIPE} --dtype bfloat16`")
+@app.command(
+    epilog=f"Example: `piflow export {DEFAULT_RECIPE} --dtype bfloat16`. docs/formats.md says what "
+    "reads which format."
+)
 def export(
     recipe: RecipeArgument,
     checkpoint: CheckpointOption = None,
+    format_: Annotated[
+        Literal["adapter", "merged", "fp8"],
+        typer.Option(
+            "--format",
+            help="adapter: goes onto its base; merged: with all weights; fp8: merged, linear "
+            "layers in 8 bits",
+        ),
+    ] = "adapter",
     out: Annotated[
-        str | None, typer.Option(help="adapter folder; default: RUN_DIR/adapter", metavar="URI")
+        str | None, typer.Option(help="folder; default: RUN_DIR/FORMAT", metavar="URI")
     ] = None,
     weights: Annotated[
         Literal["ema", "student"], typer.Option(help="averaged or newest weights")
@@ -296,13 +307,16 @@ def export(
     ] = "bfloat16",
     overrides: SetOption = None,
 ) -> None:
-    """Write a checkpoint as an adapter folder and register it as an MLflow model version."""
+    """Write a checkpoint as an adapter, registered as an MLflow model version, or as a whole."""
     config = _load(recipe, overrides)
     if out is not None:
         require_lasting({"--out": out})
     from piflow.commands import export as pipeline
 
-    pipeline.main(config, checkpoint=checkpoint, out=out, weights=weights, dtype=dtype)
+    if format_ == "adapter":
+        pipeline.main(config, checkpoint=checkpoint, out=out, weights=weights, dtype=dtype)
+        return
+    pipeline.whole(config, format_, checkpoint=checkpoint, out=out, weights=weights, dtype=dtype)
 
 
 @app.command(

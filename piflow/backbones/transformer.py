@@ -14,7 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from piflow import storage
 from piflow.backbones.base import PATCH, Conditioning, OutputLayer, unpack
 from piflow.backbones.recompute import block_checkpoint
-from piflow.sharding.weights import StoredTensor, fill, parameters_on_meta, stored_tensors
+from piflow.sharding.weights import (
+    StoredTensor,
+    fill,
+    parameters_on_meta,
+    stored_tensors,
+    with_scales,
+)
 from piflow.storage.foreign import parse_object, shown
 from piflow.storage.model_folder import LIBRARY_ERRORS, check_model_folder, reason
 
@@ -110,6 +116,67 @@ class TransformerBackbone(ABC):
         fill(module, at_once, device="cpu")
         sources = {parameter: stored[name] for name, parameter in module.named_parameters()}
         return cls(module, embedded_guidance=embedded_guidance), sources
+
+    @classmethod
+    def empty_student(
+        cls, uri: str | Path, config: Mapping[str, Any], *, dtype: torch.dtype
+    ) -> tuple[nn.Module, dict[str, StoredTensor]]:
+        """A merged student's transformer, less its values, and where they lie by its names.
+
+        The output layer, in whose place the student has a head, is NaN: nothing that comes from it
+        can be taken for a velocity. All else is on "meta"; buffers are real.
+
+        Args:
+            uri: of the folder with the weights; one of a hub must be its local copy.
+            config: constructor arguments of the model that the student was made from.
+
+        Raises:
+            ValueError: a config that the family refuses, or weights that don't fit it.
+        """
+        check_model_folder(str(uri), str(uri))
+        try:
+            with torch.device("meta"):
+                empty = cls.model_class.from_config(dict(config))
+            with parameters_on_meta(dtype):
+                module = cls.model_class.from_config(dict(config)).eval()
+        except LIBRARY_ERRORS as error:
+            raise ValueError(
+                f"{uri}: config.json isn't that of a student of a {cls.class_name}: {reason(error)}"
+            ) from error
+        _keep_in_float32(module)
+        stored = {
+            name: tensor
+            for name, tensor in with_scales(stored_tensors(str(uri))).items()
+            if not is_of_head(name)
+        }
+        outputs = cls.stored_output_names
+        expected = {
+            name: tensor
+            for name, tensor in empty.state_dict().items()
+            if name.split(".")[0] not in outputs
+        }
+        _check_weights(stored, expected, str(uri))
+        for name in outputs:
+            layer = module.get_submodule(name).to_empty(device="cpu")
+            for tensor in layer.parameters():
+                nn.init.constant_(tensor, torch.nan)
+        buffers = dict(module.named_buffers())
+        fill(module, {name: s for name, s in stored.items() if name in buffers}, device="cpu")
+        return module, {name: s for name, s in stored.items() if name not in buffers}
+
+    @staticmethod
+    def stored_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A DX head as the diffusers class would store an output layer of as many channels.
+
+        Args:
+            tensors: `norm_out` and `proj_out`, by the adapter format's names and order.
+        """
+        return dict(tensors)
+
+    @staticmethod
+    def read_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `stored_head`."""
+        return dict(tensors)
 
     @classmethod
     def on_meta(
@@ -328,6 +395,21 @@ class TransformerBackbone(ABC):
                 "embed the prompts with the encoder it was trained with"
             )
         return cond.pooled
+
+
+def is_of_head(name: str) -> bool:
+    """Whether a tensor of a merged student is its head's, by the name in the file."""
+    return name.split(".")[0].startswith(("norm_out", "proj_out"))
+
+
+def rows_by_position(tensor: Tensor) -> Tensor:
+    """Rows (C, patch position) of a projection's weight or bias, as (patch position, C)."""
+    return tensor.unflatten(0, (-1, PATCH * PATCH)).transpose(0, 1).flatten(0, 1)
+
+
+def rows_by_channel(tensor: Tensor) -> Tensor:
+    """The inverse of `rows_by_position`."""
+    return tensor.unflatten(0, (PATCH * PATCH, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def channel_major(projection: nn.Linear) -> nn.Linear:

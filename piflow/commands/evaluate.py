@@ -117,24 +117,23 @@ def of_adapter(
     from piflow.inference.places import adapter_files, adapter_place
     from piflow.inference.settings import student_of
     from piflow.progress import progress
-    from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+    from piflow.roles.merged import read_student, student_sha256
     from piflow.training.preflight import preflight
 
     place = adapter_place(adapter, subfolder)
     files = adapter_files(place)
-    student = load_adapter(files)
+    student = read_student(files)
     settings, sampled = _as_the_adapter_has_it(recipe, student, place)
     if recipe.embed.mode == "online":
         embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
     found = preflight(recipe, evaluation=True)
-    hashes = [storage.sha256(storage.join(files, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    digest = student_sha256(files)
     name = f"{FOLDER}-{storage.base_name(place)}-{digest[:8]}"
     folder = storage.join(recipe.run_dir, name)
     plan = Plan.of(sampled, found.store, storage.join(folder, PICTURES), digest)
     drawing = Drawing(sampled, plan, found.store)
     if drawing.num_missing():
-        trio = student_of(student, settings)
+        trio = student_of(student, settings, with_teacher=True)
         with progress(f"{name}: pictures", drawing.total, show=show_progress) as bar:
             _draw_here(drawing, trio, bar.advance)
     result = measure(drawing, recipe.evaluation.measured, retrieve=found.retrieval)

@@ -1,16 +1,103 @@
-"""checkpoint -> adapter folder, and an MLflow model version with its lineage."""
+"""checkpoint -> adapter folder, and an MLflow model version with its lineage; or a whole student.
+
+RUN_DIR/adapter    what goes onto the base; registered in MLflow
+RUN_DIR/merged     the student with all its weights; RUN_DIR/fp8: the same, layers in 8 bits
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from piflow.config import Recipe
 
 if TYPE_CHECKING:
+    from piflow.runs.folder import RunRecord
     from piflow.runs.registry import Served
 
 ALIAS = "newest"
+
+
+def whole(
+    recipe: Recipe,
+    kind: Literal["merged", "fp8"],
+    *,
+    checkpoint: str | None = None,
+    out: str | None = None,
+    weights: Literal["ema", "student"] = "ema",
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16",
+) -> str:
+    """Write a checkpoint's student with all its weights. MLflow isn't told.
+
+    Args:
+        checkpoint: URI; default: the run's newest.
+        out: folder, empty or of an earlier export; default: RUN_DIR/merged or RUN_DIR/fp8.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: as `main`; or a folder with other files, or a family that has no such students.
+    """
+    import json
+
+    from piflow import storage
+    from piflow.training.export_whole import REPORT, export_whole
+
+    source = _source(recipe, checkpoint, weights)
+    folder = out or storage.join(recipe.run_dir, kind)
+    written = export_whole(
+        recipe,
+        source.checkpoint,
+        folder,
+        kind=kind,
+        weights=weights,
+        dtype=dtype,
+        lineage=source.lineage,
+        manifest_hash=source.record.manifest_hash,
+        base_commit=source.record.base_commit,
+    )
+    report = {"format": kind, "dtype": dtype, "files": written.files, "lineage": source.lineage}
+    storage.write_bytes(storage.join(folder, REPORT), json.dumps(report, indent=2).encode() + b"\n")
+    print(f"student written to {folder} ({kind}, {len(written.files)} files of weights)")
+    if not written.is_pipeline:
+        print(
+            "VAE and text encoder aren't in it, since the base isn't part of a diffusers pipeline "
+            "that has the recipe's; sampling finds them as it does for the adapter"
+        )
+    return folder
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported."""
+
+    record: RunRecord
+    checkpoint: str
+    lineage: dict[str, str]
+
+
+def _source(recipe: Recipe, checkpoint: str | None, weights: str) -> _Source:
+    """The run's checkpoint, and what its export says of where it came from."""
+    from piflow import storage
+    from piflow.runs import folder as run_folder
+    from piflow.runs.promotion import CHECKPOINT_SHA_TAG, CHECKPOINT_TAG, RECIPE_TAG, WEIGHTS_TAG
+    from piflow.training.checkpoint import STATE_FILE
+    from piflow.training.preflight import base_fingerprint
+
+    record = run_folder.require_run(recipe)
+    run_folder.require_same_base(recipe, record, base_fingerprint(recipe))
+    checkpoint = checkpoint or run_folder.newest_checkpoint(recipe.run_dir)
+    lineage = {
+        "piflow.run_id": record.mlflow_run_id,
+        RECIPE_TAG: recipe.hash(),
+        "piflow.manifest_hash": record.manifest_hash,
+        CHECKPOINT_TAG: storage.base_name(checkpoint),
+        CHECKPOINT_SHA_TAG: storage.sha256(storage.join(checkpoint, STATE_FILE)),
+        WEIGHTS_TAG: weights,
+    }
+    return _Source(record, checkpoint, lineage)
 
 
 def main(
@@ -34,27 +121,15 @@ def main(
         ValueError: no run or checkpoint, or they belong to another recipe or base weights.
     """
     from piflow import storage
-    from piflow.runs import folder as run_folder
     from piflow.runs import origin
-    from piflow.runs.promotion import CHECKPOINT_SHA_TAG, CHECKPOINT_TAG, RECIPE_TAG, WEIGHTS_TAG
     from piflow.runs.registry import register_adapter
     from piflow.runs.tracking import deliver_kept
-    from piflow.training.checkpoint import STATE_FILE, read_state
+    from piflow.training.checkpoint import read_state
     from piflow.training.export import export_adapter
-    from piflow.training.preflight import base_fingerprint
 
-    record = run_folder.require_run(recipe)
-    run_folder.require_same_base(recipe, record, base_fingerprint(recipe))
-    checkpoint = checkpoint or run_folder.newest_checkpoint(recipe.run_dir)
+    source = _source(recipe, checkpoint, weights)
+    record, checkpoint, lineage = source.record, source.checkpoint, source.lineage
     folder = out or storage.join(recipe.run_dir, "adapter")
-    lineage = {
-        "piflow.run_id": record.mlflow_run_id,
-        RECIPE_TAG: recipe.hash(),
-        "piflow.manifest_hash": record.manifest_hash,
-        CHECKPOINT_TAG: storage.base_name(checkpoint),
-        CHECKPOINT_SHA_TAG: storage.sha256(storage.join(checkpoint, STATE_FILE)),
-        WEIGHTS_TAG: weights,
-    }
     export_adapter(
         recipe,
         checkpoint,

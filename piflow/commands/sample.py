@@ -231,24 +231,20 @@ def _with_loras(
     extra = [ExtraLora.parse(text) for text in choices.loras]
     if not extra:
         return student, {}
-    student = with_extra_lora(student, settings.model, settings.embedded_guidance, extra)
+    student = with_extra_lora(student, settings, extra)
     named = [[storage.sha256(item.file), item.strength] for item in extra]
     return student, {"loras": named}
 
 
 def _what_decides(adapter: str, settings: SamplingSettings, choices: Choices) -> dict[str, Any]:
     """Everything that a picture depends on beside prompt and seed, for index and names."""
-    import hashlib
+    from piflow.roles.merged import student_sha256
 
-    from piflow import storage
-    from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE
-
-    files = [storage.sha256(storage.join(adapter, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
     names = ("guidance", "shift", "final_step_size_scale", "total_substeps", "substep_rounding")
     chosen = {name: getattr(choices, name) for name in names}
     return {
         **{name: value for name, value in chosen.items() if value is not None},
-        "adapter_sha256": hashlib.sha256("".join(files).encode()).hexdigest(),
+        "adapter_sha256": student_sha256(adapter),
         "base": settings.model.path,
         "dtype": settings.model.dtype,
         "height": settings.height,

@@ -8,10 +8,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
@@ -20,13 +22,16 @@ from piflow.backbones.transformer import TransformerBackbone
 from piflow.config import Family
 from piflow.inference.in_place import PackedTokens, PipelineStudent
 from piflow.inference.places import adapter_files, adapter_place
-from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from piflow.inference.settings import settings_of
+from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE
 from piflow.roles.heads import DXHead
+from piflow.roles.merged import TRANSFORMER, is_merged, read_student, student_module
 from piflow.sampling import check_nfe
 from piflow.scheduler import FlowMapScheduler, TokenReader
 from piflow.storage.model_folder import check_pipeline_folder
 
 ADAPTER_FOLDER = "adapter"  # in a saved pipeline
+_ORIGIN = "_name_or_path"  # in a merged student's transformer's configuration: where it is from
 _CODE_OPTIONS = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_onnx")
 _DOWNLOAD_OPTIONS = (
     "cache_dir",
@@ -69,7 +74,8 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             pretrained_model_name_or_path: the family's own pipeline, or one that
                 `save_pretrained` wrote.
             adapter: folder or URI of the student's adapter, such as
-                ``hf://owner/name/subfolder``; not needed for a saved pipeline, which has its own.
+                ``hf://owner/name/subfolder``, or of a merged student; not needed for a pipeline
+                that has its own, as saved and merged ones do.
             options: of `DiffusionPipeline.from_pretrained`: torch_dtype, device_map, components …
 
         Raises:
@@ -92,10 +98,31 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         kept = Path(place) / ADAPTER_FOLDER
         if adapter is None and kept.is_dir():
             adapter = kept
+        elif adapter is None and is_merged(str(Path(place) / TRANSFORMER)):
+            adapter = place
         student = None if adapter is None else fspath(adapter)
+        if student is not None and "transformer" not in options:
+            options = {**options, **cls._merged_transformer(student, options)}
         safe = {"use_safetensors": True, "trust_remote_code": False, **options}
         pipeline: Self = super().from_pretrained(place, adapter=student, **safe)
         return pipeline
+
+    @classmethod
+    def _merged_transformer(cls, student: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The transformer of a merged student, which takes the base's place; {} of an adapter."""
+        uri = adapter_place(student)
+        found = read_student(adapter_files(uri))
+        if found.body is None:
+            return {}
+        asked: Any = options.get("torch_dtype")
+        if isinstance(asked, dict):
+            asked = asked.get("transformer", asked.get("default"))
+        dtype: torch.dtype = asked or torch.float32
+        if storage.scheme(found.body) != "file":
+            found = replace(found, body=str(storage.local_folder(found.body)))
+        module: Any = student_module(found, settings_of(found, uri).model.family, dtype)
+        module.register_to_config(**{_ORIGIN: uri})
+        return {"transformer": module}
 
     def save_pretrained(
         self, save_directory: str | PathLike[str], *options: Any, **named: Any
@@ -108,7 +135,13 @@ class FewStepPipeline(DiffusionPipeline, ABC):
 
         Raises:
             FileNotFoundError: the adapter that the pipeline was made from isn't there any more.
+            ValueError: the student is a merged one.
         """
+        if self._student.is_merged:
+            raise ValueError(
+                f"a merged student is saved already: copy the folder {self._adapter_uri}, whose "
+                "transformer has the student's head, which this pipeline's has not"
+            )
         folder = str(Path(save_directory) / ADAPTER_FOLDER)
         for name in (WEIGHTS_FILE, CONFIG_FILE, *self._student.training.files):
             content = storage.read_bytes(storage.join(self._adapter_uri, name))
@@ -137,13 +170,17 @@ class FewStepPipeline(DiffusionPipeline, ABC):
                 "`piflow export` wrote"
             )
         uri = adapter_place(fspath(adapter))
+        found = read_student(adapter_files(uri))
+        if found.body is not None and transformer.config.get(_ORIGIN) != uri:
+            raise ValueError(
+                f"{uri} is a merged student with a transformer of its own: load it with "
+                f"{type(self).__name__}.from_pretrained"
+            )
         guided = transformer.config.get("guidance_embeds", False)  # comes with each call
         backbone = self.backbone_class(
             transformer if copied is None else copied, embedded_guidance=0.0 if guided else None
         )
-        self._student = PipelineStudent(
-            transformer, backbone, load_adapter(adapter_files(uri)), uri
-        )
+        self._student = PipelineStudent(transformer, backbone, found, uri)
         self._adapter_uri = storage.absolute(uri)
         if not isinstance(self.scheduler, FlowMapScheduler):
             few_step = self._student.training.few_step

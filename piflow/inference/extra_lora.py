@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from piflow import storage
-from piflow.backbones import load_empty_backbone
-from piflow.config import ModelConfig
 from piflow.inference.places import on_hub
+from piflow.inference.settings import SamplingSettings, empty_model
 from piflow.roles.adapter import HEAD_LAYERS, PREFIX, Adapter
 from piflow.roles.lora import ranks_of
+from piflow.roles.merged import for_backbone
 from piflow.roles.teacher_lora import read_lora
 from piflow.storage.foreign import shown
 from piflow.storage.tensor_file import read_header
@@ -70,10 +70,7 @@ class ExtraLora:
 
 
 def with_extra_lora(
-    adapter: Adapter,
-    model: ModelConfig,
-    embedded_guidance: float | None,
-    extra: Sequence[ExtraLora],
+    adapter: Adapter, settings: SamplingSettings, extra: Sequence[ExtraLora]
 ) -> Adapter:
     """The student with more LoRA on it. Of the base only its configuration is read.
 
@@ -84,8 +81,8 @@ def with_extra_lora(
     """
     if not extra:
         return adapter
-    backbone, _ = load_empty_backbone(model, embedded_guidance=embedded_guidance)
-    adapter.check_fits(backbone)
+    backbone = empty_model(adapter, settings)
+    for_backbone(adapter, backbone).check_fits(backbone)
     layers = {
         name: layer
         for name, layer in backbone.module.named_modules()
@@ -93,7 +90,7 @@ def with_extra_lora(
     }
     tensors = dict(adapter.tensors)
     for item in extra:
-        added = _read(item, model.family)
+        added = _read(item, settings.model.family)
         _check_layers(added, layers, backbone.output_names, item.place)
         add = _into_weights if adapter.is_full_model else _beside
         add(tensors, added, item.strength)

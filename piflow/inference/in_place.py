@@ -77,6 +77,7 @@ class PipelineStudent:
         head: reads policies from the tokens that `module` returns inside `in_place`.
         training: what the student was trained for.
         module: the student's transformer: the pipeline's with other parts, or one of its own.
+        is_merged: whether the transformer is the student's own, from a merged student's folder.
         is_shared: whether its weights are the pipeline's, but for LoRA and head.
 
     Raises:
@@ -87,6 +88,7 @@ class PipelineStudent:
         self, transformer: nn.Module, backbone: TransformerBackbone, adapter: Adapter, where: str
     ) -> None:
         self.training = Training.of(adapter, where)
+        self.is_merged: bool = adapter.body is not None
         _check_no_lora(dict(transformer.named_modules()))
         module = backbone.module
         own = dict(module.named_modules())

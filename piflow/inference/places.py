@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from piflow import storage
 from piflow.roles.adapter import CONFIG_FILE
+from piflow.roles.merged import TRANSFORMER, is_merged
 from piflow.storage.foreign import ForeignDataError, relative_name, shown
 from piflow.storage.places import holds
 
@@ -49,12 +50,19 @@ def adapter_place(adapter: str, subfolder: str | None = None) -> str:
 def adapter_files(uri: str) -> str:
     """Where an adapter's files are read: of one on the hub, in the hub client's cache.
 
+    Of a merged student, a pipeline's folder or one laid out alike, that is its transformer's.
+
     Raises:
         ValueError: there is none, but in folders below it; names them.
         OSError: the hub has no such repository or folder, or doesn't let it be read.
     """
     if storage.exists(storage.join(uri, CONFIG_FILE)):
         return str(storage.local_folder(uri)) if storage.scheme(uri) == "hf" else uri
+    inner = storage.join(uri, TRANSFORMER)
+    if storage.exists(storage.join(inner, CONFIG_FILE)):
+        files = str(storage.local_folder(inner)) if storage.scheme(uri) == "hf" else inner
+        if is_merged(files):
+            return files
     below = [name for name in storage.list_files(uri) if name.endswith(f"/{CONFIG_FILE}")]
     if below and not storage.exists(storage.join(uri, _PIPELINE)):
         folders = [shown(name.removesuffix(f"/{CONFIG_FILE}")) for name in below[:_MOST_NAMED]]

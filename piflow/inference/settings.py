@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from piflow import storage
-from piflow.backbones import Conditioning, load_backbone
+from piflow.backbones import DTYPES, Backbone, Conditioning, load_backbone, load_empty_backbone
 from piflow.backbones.encoders import build_encoder
 from piflow.backbones.text import TextEncoder
 from piflow.config import (
@@ -46,8 +46,9 @@ from piflow.inference.published import (
     few_step_of,
     model_of,
 )
-from piflow.roles.adapter import SETTINGS_KEY, Adapter, load_adapter
-from piflow.roles.teacher_lora import TeacherLora, read_teacher_lora
+from piflow.roles.adapter import SETTINGS_KEY, Adapter
+from piflow.roles.merged import empty_student, read_student, student_backbone
+from piflow.roles.teacher_lora import TeacherLora, merge, read_teacher_lora
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
 from piflow.storage.fingerprint import weights_fingerprint
@@ -254,21 +255,27 @@ def read_adapter(
         ValueError: not an adapter folder, or one that names places that nobody allowed.
     """
     place = adapter_place(folder)
-    adapter = load_adapter(adapter_files(place))
-    settings = _placed(settings_of(adapter, place, base), place, base, encoder, allowed)
+    adapter = read_student(adapter_files(place))
+    noted = settings_of(adapter, place, base)
+    settings = _placed(noted, place, base, encoder, allowed, body=adapter.body)
     if dtype is not None:
         model = settings.model.model_copy(update={"dtype": dtype})
         settings = settings.model_copy(update={"model": model})
     return adapter, settings
 
 
-def student_of(adapter: Adapter, settings: SamplingSettings) -> Trio:
+def student_of(adapter: Adapter, settings: SamplingSettings, *, with_teacher: bool = False) -> Trio:
     """Teacher and student of an adapter on the CPU, the base read from where the settings say.
+
+    Args:
+        with_teacher: whether a merged student, which needs no base, gets the base beside it.
 
     Raises:
         ValueError: a base that isn't the family's model, or another one than the adapter's, by
             its weights where the adapter notes them.
     """
+    if adapter.body is not None and not with_teacher:
+        return Trio.from_adapter(_merged(adapter, settings), adapter)
     noted, path = adapter.metadata.get(BASE_KEY), settings.model.path
     found = None if noted is None else weights_fingerprint(storage.for_ranges(path))
     if found is not None and found != noted:
@@ -279,7 +286,28 @@ def student_of(adapter: Adapter, settings: SamplingSettings) -> Trio:
         )
     teacher_lora = teacher_lora_of(adapter, settings)
     backbone = load_backbone(settings.model, embedded_guidance=settings.embedded_guidance)
-    return Trio.from_adapter(backbone, adapter, teacher_lora)
+    if adapter.body is None:
+        return Trio.from_adapter(backbone, adapter, teacher_lora)
+    if teacher_lora is not None:
+        merge(backbone, teacher_lora)
+    return Trio.from_adapter(_merged(adapter, settings), adapter, teacher=backbone)
+
+
+def _merged(adapter: Adapter, settings: SamplingSettings) -> Backbone:
+    model = settings.model
+    return student_backbone(adapter, model.family, DTYPES[model.dtype], settings.embedded_guidance)
+
+
+def empty_model(adapter: Adapter, settings: SamplingSettings) -> Backbone:
+    """What an adapter goes onto, or a merged student's own transformer, less its values.
+
+    Raises:
+        ValueError: as of `student_of`.
+    """
+    model, guidance = settings.model, settings.embedded_guidance
+    if adapter.body is None:
+        return load_empty_backbone(model, embedded_guidance=guidance)[0]
+    return empty_student(adapter, model.family, DTYPES[model.dtype], guidance)[0]
 
 
 def teacher_lora_of(adapter: Adapter, settings: SamplingSettings) -> TeacherLora | None:
@@ -317,10 +345,16 @@ def _placed(
     base: str | None,
     encoder: str | None,
     allowed: Sequence[str],
+    body: str | None,
 ) -> SamplingSettings:
-    """The settings with the user's places, and those of the adapter's own that it may name."""
+    """The settings with the user's places, and those of the adapter's own that it may name.
+
+    A merged student's own transformer, `body`, stands for the base.
+    """
     named = _named(settings)
     given = {} if base is None else parts_of_base(base)
+    if body is not None:
+        given = {**(given or parts_of_base(adapter)), "base": body}
     if encoder is not None:
         given["encoder"] = encoder
     if "encoder" in given and not _takes(settings.encoder, encoder is not None):

@@ -28,6 +28,7 @@ from piflow.config.identity import VERSION_KEY
 from piflow.policies.dx import Mode
 from piflow.roles.heads import PATCH_POSITIONS, PolicyClock
 from piflow.roles.lora import published_name, ranks_of, with_scale_one
+from piflow.sharding.written import Entry, serialised
 from piflow.storage.foreign import ForeignDataError, parse_object, shown
 from piflow.storage.tensor_file import read_header
 
@@ -36,6 +37,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PREFIX = "transformer."  # some published files have it
 POLICY_KEY = "policy_config"  # in the safetensors metadata
 SETTINGS_KEY = "piflow_settings"  # there as well: what `piflow.inference` notes
+FORMAT_KEY = "piflow_format"  # there too, of students that aren't adapters (`piflow.roles.merged`)
 GM_PREFIX = "GM"  # of a GM student's class name; a DX student has the base's own class
 
 GM_FIXED = {
@@ -56,7 +58,6 @@ HEAD_LAYERS: dict[str, tuple[str, ...]] = {  # beside `norm_out`; the values' pr
 }
 MIN_SEGMENT = 1 / 64  # as many evaluations as recipes have
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # in safetensors' headers
 
 Read = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Names -> whole tensors."""
@@ -171,16 +172,19 @@ class Adapter:
         config: the student's architecture.
         tensors: by published name without prefix, in the file's dtype, on the CPU.
         metadata: the file's: `policy_config` (JSON), `base_model`, and what the exporter added.
+        body: of a merged student the folder with all weights, of which `tensors` are the head's as
+            stored there; None: it goes onto a base.
     """
 
     config: AdapterConfig
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    body: str | None = None
 
     @property
     def is_full_model(self) -> bool:
         """Whether all weights were trained: there are others than LoRA and output layer."""
-        return bool(_base_tensors(self.tensors, self.config.policy()))
+        return self.body is None and bool(_base_tensors(self.tensors, self.config.policy()))
 
     def check_fits(self, backbone: Backbone) -> None:
         """Refuses a base of another architecture, and LoRA that doesn't go onto it.
@@ -255,44 +259,15 @@ def save_adapter(
     clash = sorted(own.keys() & extra.keys())
     if clash:
         raise ValueError(f"metadata {', '.join(clash)} belongs to the format: use another key")
-    content = _serialised(tensors, {**own, **extra}, dtype, read or _given(tensors))
+    given = read or _given(tensors)
+    entries = {name: Entry(tuple(t.shape), DTYPES[dtype]) for name, t in tensors.items()}
+    content = serialised(entries, {**own, **extra}, lambda name: given([name])[name])
     storage.write_bytes(storage.join(str(folder), WEIGHTS_FILE), memoryview(content))
     storage.write_bytes(storage.join(str(folder), CONFIG_FILE), config.to_json().encode())
 
 
 def _given(tensors: Mapping[str, Tensor]) -> Read:
     return lambda names: {name: tensors[name] for name in names}
-
-
-def _serialised(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: str, read: Read
-) -> bytearray:
-    """A safetensors file, filled tensor by tensor.
-
-    It is what the library writes, which would hold all values three times; but the library orders
-    the metadata in another way in every process.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    end, size = 0, DTYPES[dtype].itemsize
-    for name in sorted(tensors):
-        start, end = end, end + tensors[name].numel() * size
-        place = {"shape": list(tensors[name].shape), "data_offsets": [start, end]}
-        header[name] = {"dtype": _CODES[dtype], **place}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the tensors are aligned to 8 bytes
-    content = bytearray(8 + len(text) + end)
-    content[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
-    values = torch.frombuffer(content, dtype=torch.uint8)[8 + len(text) :]
-    for name in sorted(tensors):
-        start, end = header[name]["data_offsets"]
-        out = values[start:end].view(DTYPES[dtype])
-        out.copy_(read([name])[name].detach().flatten())
-        if not out.isfinite().all():
-            raise ValueError(
-                f"{name} has values that {dtype} can't hold: export as bfloat16 or float32, or "
-                "check that training stayed finite"
-            )
-    return content
 
 
 def load_adapter(folder: str | Path) -> Adapter:
@@ -310,6 +285,11 @@ def load_adapter(folder: str | Path) -> Adapter:
             )
     try:
         metadata = read_header(uris[WEIGHTS_FILE]).metadata  # before anything as long as it claims
+        if FORMAT_KEY in metadata:
+            raise ValueError(
+                f"{folder} is a whole student ({shown(metadata[FORMAT_KEY])}) and no adapter: "
+                "give the adapter that was exported beside it"
+            )
         config = AdapterConfig.parse(
             storage.read_bytes(uris[CONFIG_FILE]), metadata.get(POLICY_KEY), uris[CONFIG_FILE]
         )

@@ -42,6 +42,7 @@ from piflow.roles.heads import (
     PolicyHead,
     build_head,
 )
+from piflow.roles.merged import for_backbone
 
 if TYPE_CHECKING:
     from piflow.roles.adapter import Adapter
@@ -140,6 +141,28 @@ class SharedBackbone:
         own = () if role is None else (role,)
         adapters.activate(self._adapted, teachers.TEACHER, *own)
         self._router.role = "teacher" if role is None else role
+
+
+class MergedStudent(SharedBackbone):
+    """A merged student, which has no teacher in it: another backbone, if there is one, is that.
+
+    Args:
+        backbone, heads: as of `SharedBackbone`; more LoRA may be on it.
+        teacher: stays as it is.
+    """
+
+    def __init__(
+        self, backbone: Backbone, heads: dict[str, PolicyHead], teacher: Backbone | None
+    ) -> None:
+        super().__init__(backbone, heads)
+        self._teacher = teacher
+        if teacher is not None:
+            self.modules = (backbone.module, teacher.module)
+
+    def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        if self._teacher is None:
+            raise ValueError("a merged student has no teacher in it: load its adapter for that")
+        return self._teacher.teacher_velocity(x, sigma, cond)
 
 
 class SeparateBackbones:
@@ -257,16 +280,20 @@ class Trio:
         backbone: Backbone,
         adapter: Adapter,
         teacher_lora: teachers.TeacherLora | None = None,
+        teacher: Backbone | None = None,
     ) -> Trio:
         """Adds a published adapter to a loaded backbone, for sampling: teacher and student only.
 
         Args:
-            teacher_lora: of the teacher that the student was made from.
+            backbone: the base; of a merged student its own, less its values filled in.
+            teacher_lora: of the teacher that the student was made from; a merged one has it.
+            teacher: beside a merged student; None: only the student is asked.
 
         Raises:
             ValueError: the adapter was made for another architecture, its tensors or the teacher's
                 LoRA don't fit, or a backbone that was taken over before.
         """
+        adapter = for_backbone(adapter, backbone)
         adapter.check_fits(backbone)
         if teacher_lora is not None:
             teachers.merge(backbone, teacher_lora, outputs_alone=not adapter.is_full_model)
@@ -284,7 +311,12 @@ class Trio:
                 adapters.inject(backbone.module, STUDENT, ranks, dropout=0.0, generator=generator)
             if teacher_lora is not None:
                 teachers.put_on(backbone, teacher_lora)
-            roles = SharedBackbone(backbone, {STUDENT: head})
+            heads = {STUDENT: head}
+            roles = (
+                SharedBackbone(backbone, heads)
+                if adapter.body is None
+                else MergedStudent(backbone, heads, teacher)
+            )
         trio = cls(roles)
         trio.load_student(adapter.tensors)
         return trio.train(False)

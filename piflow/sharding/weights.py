@@ -32,7 +32,7 @@ from piflow.storage.tensor_file import read_header
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 BUFFER_BYTES = 16 * 2**20
-_DTYPES = {  # by `ITEM_BYTES`' names
+DTYPES = {  # by `ITEM_BYTES`' names
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -46,6 +46,8 @@ _DTYPES = {  # by `ITEM_BYTES`' names
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = (".weight_scale", ".scale_weight")  # endings of the names of fp8 weights' scales
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class StoredTensor:
         offset: of its first byte in the file; values follow in row-major order, without gaps.
         shape: as stored.
         dtype: as stored.
+        scale: what stored values are multiplied by, of fp8 weights that are stored so.
     """
 
     uri: str
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    scale: float | None = None
 
 
 def stored_tensors(folder: str, *, shown: str | None = None) -> dict[str, StoredTensor]:
@@ -96,6 +100,48 @@ def stored_tensors(folder: str, *, shown: str | None = None) -> dict[str, Stored
                 )
             found[tensor] = stored
     return found
+
+
+def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of a model whose fp8 weights have a scale each, which then belongs to the weight.
+
+    ``<layer>.weight`` of float8 has the scale ``<layer>.weight_scale``, or ``<layer>.scale_weight``
+    as older files call it.
+
+    Raises:
+        ValueError: an fp8 weight without a scale, a scale without its weight, or one that isn't
+            one finite positive number.
+    """
+    found = {name: tensor for name, tensor in stored.items() if not name.endswith(SCALES)}
+    for name, tensor in stored.items():
+        if not name.endswith(SCALES):
+            continue
+        layer = name[: -len(next(end for end in SCALES if name.endswith(end)))]
+        weight = found.get(f"{layer}.weight")
+        if weight is None or weight.dtype not in _FP8 or weight.scale is not None:
+            raise ValueError(f"{tensor.uri}: {escaped(name)} is the scale of no fp8 weight")
+        value = read_tensor(tensor).float() if math.prod(tensor.shape) == 1 else torch.zeros(1)
+        if not value.isfinite() or value <= 0:
+            raise ValueError(
+                f"{tensor.uri}: expected {escaped(name)} to be one positive number, got shape "
+                f"{tensor.shape}: weights with a scale a row or block aren't read"
+            )
+        found[f"{layer}.weight"] = replace(weight, scale=value.item())
+    bare = [name for name, tensor in found.items() if tensor.dtype in _FP8 and not tensor.scale]
+    if bare:
+        raise ValueError(f"{found[bare[0]].uri}: the fp8 weight {escaped(bare[0])} has no scale")
+    return found
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """A whole tensor on the CPU, in the file's dtype; one with a scale in float32."""
+    dtype = stored.dtype if stored.scale is None else torch.float32
+    values = torch.empty(stored.shape, dtype=dtype)
+    system, path = storage.filesystem(stored.uri)
+    buffer = bytearray(min(BUFFER_BYTES, max(1, values.numel()) * stored.dtype.itemsize))
+    with system.open_input_file(path) as file:
+        _read_values(file, stored, 0, values, buffer)
+    return values
 
 
 @contextmanager
@@ -225,9 +271,10 @@ def _read_values(
         count = min(step, len(values) - start)
         file.seek(source.offset + (first + start) * size)
         _read_whole(file, view[: count * size], source.uri)
-        values[start : start + count].copy_(
-            torch.frombuffer(buffer, dtype=source.dtype, count=count)
-        )
+        read = torch.frombuffer(buffer, dtype=source.dtype, count=count)
+        if source.scale is not None:
+            read = read.float() * source.scale
+        values[start : start + count].copy_(read)
 
 
 def _read_whole(file: NativeFile, view: memoryview, uri: str) -> None:
@@ -242,6 +289,6 @@ def _read_whole(file: NativeFile, view: memoryview, uri: str) -> None:
 def _tensors_of(uri: str) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file."""
     return {
-        name: StoredTensor(uri, tensor.start, tensor.shape, _DTYPES[tensor.code])
+        name: StoredTensor(uri, tensor.start, tensor.shape, DTYPES[tensor.code])
         for name, tensor in read_header(uri).tensors.items()
     }

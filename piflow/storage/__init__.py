@@ -13,6 +13,7 @@ Imports nothing else of piflow.
 from piflow.storage.files import (
     at_commit,
     commit_of,
+    copy_file,
     delete_file,
     delete_folder,
     delete_left_over,
@@ -47,6 +48,7 @@ __all__ = [
     "at_commit",
     "base_name",
     "commit_of",
+    "copy_file",
     "delete_file",
     "delete_folder",
     "delete_left_over",

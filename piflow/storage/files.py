@@ -32,7 +32,7 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import wraps
@@ -295,9 +295,35 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
             with system.open_output_stream(path, compression=None) as stream:
                 stream.write(content)
         else:
-            _write_local(local_path(uri), content)
+            _write_local(local_path(uri), [content])
     except OSError as error:
         raise _write_error(uri, len(content), error) from error
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy a file of any size a piece at a time, whole or not at all.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+        ValueError: the target is read-only.
+        OSError: a storage refused.
+    """
+    _refuse_read_only(target)
+    with explained(source):
+        system, path = filesystem(source)
+        with system.open_input_stream(path, compression=None) as stream, explained(target):
+            pieces = iter(lambda: stream.read(_COPY_BYTES), b"")
+            if scheme(target) != "s3":
+                _write_local(local_path(target), pieces)
+                return
+            other, place = filesystem(target)
+            try:
+                with other.open_output_stream(place, compression=None) as copy:
+                    for piece in pieces:
+                        copy.write(piece)
+            except BaseException:
+                delete_file(target)  # closing it made an object of what had come so far
+                raise
 
 
 @_explains
@@ -477,12 +503,13 @@ def _refuse_read_only(uri: str) -> None:
         raise ValueError(f"{redacted(uri)!r} is read-only; write to a local path or s3://…")
 
 
-def _write_local(path: Path, content: bytes | memoryview) -> None:
+def _write_local(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
     try:
         with partial.open("wb") as stream:
-            stream.write(content)
+            for piece in pieces:
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)

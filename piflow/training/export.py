@@ -69,13 +69,13 @@ def student_of_checkpoint(
             distils nothing.
     """
     recipe.distillation()
-    stored, state = _stored_in_checkpoint(recipe, checkpoint, weights, manifest_hash)
-    trio = build_trio(_with_base(recipe, base_commit))
+    stored, state = stored_in_checkpoint(recipe, checkpoint, weights, manifest_hash)
+    trio = build_trio(with_base(recipe, base_commit))
     trio.load_student(stored.read(stored.empty))
     return trio.train(False), state
 
 
-def _stored_in_checkpoint(
+def stored_in_checkpoint(
     recipe: Recipe, checkpoint: str, weights: Weights, manifest_hash: str | None
 ) -> tuple[StoredSection, RunState]:
     """A checkpoint's trained tensors, if it is of this run."""
@@ -85,7 +85,7 @@ def _stored_in_checkpoint(
     return StoredSection(folder, SECTIONS[weights]), state
 
 
-def _with_base(recipe: Recipe, commit: str | None) -> Recipe:
+def with_base(recipe: Recipe, commit: str | None) -> Recipe:
     """The recipe with its base on a hub at a commit; None: as it is."""
     if commit is None:
         return recipe
@@ -93,7 +93,7 @@ def _with_base(recipe: Recipe, commit: str | None) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path})})
 
 
-def _base_of(recipe: Recipe) -> dict[str, str]:
+def base_of(recipe: Recipe) -> dict[str, str]:
     """What tells base and teacher's LoRA from others, for an adapter's metadata, where known."""
     found = weights_fingerprint(storage.for_ranges(recipe.model.path))
     base = {} if found is None else {BASE_KEY: found}
@@ -135,11 +135,11 @@ def export_adapter(
     Raises:
         ValueError: the recipe distils nothing, or the checkpoint doesn't fit it.
     """
-    written, recipe = recipe, _with_base(recipe, base_commit)
+    written, recipe = recipe, with_base(recipe, base_commit)
     settings = SamplingSettings.of(recipe)
     if recipe.model.lora is not None:
         _take_along(recipe.model.lora, folder)
-    stored, _ = _stored_in_checkpoint(written, checkpoint, weights, manifest_hash)
+    stored, _ = stored_in_checkpoint(written, checkpoint, weights, manifest_hash)
     backbone, _ = load_empty_backbone(recipe.model, embedded_guidance=recipe.guidance.embedded)
     save_adapter(
         folder,
@@ -148,7 +148,7 @@ def export_adapter(
         recipe.policy,
         PolicyClock.of(settings.few_step),
         base_model=settings.model.path,
-        metadata={SETTINGS_KEY: settings.model_dump_json(), **_base_of(recipe), **lineage},
+        metadata={SETTINGS_KEY: settings.model_dump_json(), **base_of(recipe), **lineage},
         dtype=dtype,
         read=stored.read,
     )

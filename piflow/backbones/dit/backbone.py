@@ -23,6 +23,8 @@ from piflow.backbones.transformer import (
     channel_major,
     check_no_guidance,
     reordered,
+    rows_by_channel,
+    rows_by_position,
 )
 
 TIME_SCALE = 1000.0  # of σ, in the sinusoidal embedding
@@ -99,6 +101,26 @@ class DiTBackbone(TransformerBackbone):
     def adapt(module: nn.Module) -> nn.Module:
         """The same weights, ending in tokens."""
         return DiTTokens(module)
+
+    @staticmethod
+    def stored_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The modulation as `proj_out_1`, shift first; the projection's rows by patch position."""
+        stored = {}
+        for kind in ("weight", "bias"):
+            modulation = tensors[f"norm_out.linear.{kind}"]
+            stored[f"proj_out_1.{kind}"] = modulation.roll(len(modulation) // 2, 0)
+            stored[f"proj_out_2.{kind}"] = rows_by_position(tensors[f"proj_out.{kind}"])
+        return stored
+
+    @staticmethod
+    def read_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse."""
+        found = {}
+        for kind in ("weight", "bias"):
+            modulation = tensors[f"proj_out_1.{kind}"]
+            found[f"norm_out.linear.{kind}"] = modulation.roll(len(modulation) // 2, 0)
+            found[f"proj_out.{kind}"] = rows_by_channel(tensors[f"proj_out_2.{kind}"])
+        return found
 
     def flops(self, height: int, width: int, text_tokens: int) -> int:
         """Each block embeds the time anew."""

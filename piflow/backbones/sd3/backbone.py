@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from piflow.backbones import flops
 from piflow.backbones.base import PATCH, Conditioning
-from piflow.backbones.transformer import TransformerBackbone, channel_major, check_no_guidance
+from piflow.backbones.transformer import (
+    TransformerBackbone,
+    channel_major,
+    check_no_guidance,
+    rows_by_channel,
+    rows_by_position,
+)
 
 TIME_SCALE = 1000.0  # the model's time is 1000·σ, which its pipeline passes
 
@@ -86,6 +92,22 @@ class SD3Backbone(TransformerBackbone):
         # in the weights' dtype
         positions.pos_embed = positions.pos_embed.to(next(module.parameters()).dtype)
         return SD3Tokens(module)
+
+    @staticmethod
+    def stored_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The projection's rows by patch position."""
+        return {
+            name: rows_by_position(tensor) if name.startswith("proj_out.") else tensor
+            for name, tensor in tensors.items()
+        }
+
+    @staticmethod
+    def read_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse."""
+        return {
+            name: rows_by_channel(tensor) if name.startswith("proj_out.") else tensor
+            for name, tensor in tensors.items()
+        }
 
     def flops(self, height: int, width: int, text_tokens: int) -> int:
         """Double blocks; the last writes no text, some see the picture twice."""

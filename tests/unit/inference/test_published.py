@@ -281,7 +281,7 @@ def test_more_lora_is_as_if_merged_into_the_base(
         ExtraLora.parse(f"{tmp_path}/kohya.safetensors@-0.2"),
     ]
     guided = settings.embedded_guidance
-    more = with_extra_lora(adapter, settings.model, guided, extra)
+    more = with_extra_lora(adapter, settings, extra)
 
     def student(chosen: Adapter) -> Trio:
         return Trio.from_adapter(
@@ -341,7 +341,7 @@ def test_lora_that_is_not_the_bases(repository: Path, flux_base: Path, tmp_path:
         save_file(tensors, tmp_path / name)
         extra = [ExtraLora(str(tmp_path / name))]
         with pytest.raises(ValueError, match=message):
-            with_extra_lora(adapter, settings.model, settings.embedded_guidance, extra)
+            with_extra_lora(adapter, settings, extra)
 
     refused("blocks.7.x, which is no linear layer of the base", style({"blocks.7.x": (4, 4)}, 0))
     refused("for a layer 8 -> 16, the base's is 16 -> 16", style({STYLED[0]: (8, 16)}, 0))
@@ -362,12 +362,7 @@ def test_lora_that_is_not_the_bases(repository: Path, flux_base: Path, tmp_path:
         _ = ExtraLora(str(folder.parent)).file
     (tmp_path / "y.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="cut short or isn.t safetensors"):
-        with_extra_lora(
-            adapter,
-            settings.model,
-            settings.embedded_guidance,
-            [ExtraLora(str(tmp_path / "y.safetensors"))],
-        )
+        with_extra_lora(adapter, settings, [ExtraLora(str(tmp_path / "y.safetensors"))])
     assert ExtraLora.parse("hf://a/b@main/x.safetensors@.5") == ExtraLora(
         "hf://a/b@main/x.safetensors", 0.5
     )
