@@ -305,6 +305,13 @@ def export(
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"], typer.Option(help="of the tensors")
     ] = "bfloat16",
+    quality: Annotated[
+        bool,
+        typer.Option(
+            help="whether a whole student's velocities are compared with the adapter's: four "
+            "passes over the weights, on a GPU if there is one"
+        ),
+    ] = True,
     overrides: SetOption = None,
 ) -> None:
     """Write a checkpoint as an adapter, registered as an MLflow model version, or as a whole."""
@@ -316,7 +323,15 @@ def export(
     if format_ == "adapter":
         pipeline.main(config, checkpoint=checkpoint, out=out, weights=weights, dtype=dtype)
         return
-    pipeline.whole(config, format_, checkpoint=checkpoint, out=out, weights=weights, dtype=dtype)
+    pipeline.whole(
+        config,
+        format_,
+        checkpoint=checkpoint,
+        out=out,
+        weights=weights,
+        dtype=dtype,
+        quality=quality,
+    )
 
 
 @app.command(

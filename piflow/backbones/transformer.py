@@ -48,6 +48,7 @@ class TransformerBackbone(ABC):
     stored_output_names: tuple[str, ...] = ("norm_out", "proj_out")  # the same in the files
     adapter_class_names: tuple[str, str]
     adapter_fields: tuple[str, ...]
+    fixed_size: ClassVar[bool] = False  # whether latents have one size alone
 
     def __init__(self, module: nn.Module, *, embedded_guidance: float | None = None) -> None:
         if not isinstance(module, self.model_class):

@@ -6,9 +6,10 @@ RUN_DIR/merged     the student with all its weights; RUN_DIR/fp8: the same, laye
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from piflow.config import Recipe
 
@@ -27,12 +28,14 @@ def whole(
     out: str | None = None,
     weights: Literal["ema", "student"] = "ema",
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16",
+    quality: bool = True,
 ) -> str:
     """Write a checkpoint's student with all its weights. MLflow isn't told.
 
     Args:
         checkpoint: URI; default: the run's newest.
         out: folder, empty or of an earlier export; default: RUN_DIR/merged or RUN_DIR/fp8.
+        quality: whether its velocities are compared with the adapter's.
 
     Returns:
         The folder.
@@ -40,10 +43,11 @@ def whole(
     Raises:
         ValueError: as `main`; or a folder with other files, or a family that has no such students.
     """
-    import json
-
     from piflow import storage
+    from piflow.inference.drawing import choose_device
+    from piflow.training.export import with_base
     from piflow.training.export_whole import REPORT, export_whole
+    from piflow.training.fidelity import measure
 
     source = _source(recipe, checkpoint, weights)
     folder = out or storage.join(recipe.run_dir, kind)
@@ -58,15 +62,30 @@ def whole(
         manifest_hash=source.record.manifest_hash,
         base_commit=source.record.base_commit,
     )
-    report = {"format": kind, "dtype": dtype, "files": written.files, "lineage": source.lineage}
-    storage.write_bytes(storage.join(folder, REPORT), json.dumps(report, indent=2).encode() + b"\n")
+    report: dict[str, Any] = {"format": kind, "dtype": dtype, "files": written.files}
+    report["lineage"] = source.lineage
+    place = storage.join(folder, REPORT)
+    storage.write_bytes(place, _json(report))
     print(f"student written to {folder} ({kind}, {len(written.files)} files of weights)")
+    if quality:
+        found = measure(
+            with_base(recipe, source.record.base_commit),
+            written.student,
+            folder,
+            choose_device("auto"),
+        )
+        storage.write_bytes(place, _json({**report, "quality": asdict(found)}))
+        print(found)
     if not written.is_pipeline:
         print(
             "VAE and text encoder aren't in it, since the base isn't part of a diffusers pipeline "
             "that has the recipe's; sampling finds them as it does for the adapter"
         )
     return folder
+
+
+def _json(tree: dict[str, Any]) -> bytes:
+    return (json.dumps(tree, indent=2) + "\n").encode()
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,12 @@ class Written:
     Attributes:
         files: of weights, by their paths in the folder -> hex sha256.
         is_pipeline: whether it needs no other folder at all.
-        settings: to sample with, as the files note them.
+        student: what was written; reads its checkpoint and base.
     """
 
     files: dict[str, str]
     is_pipeline: bool
-    settings: SamplingSettings
+    student: MergedStudent
 
 
 def export_whole(
@@ -105,7 +105,7 @@ def export_whole(
     config = student_config(student.backbone, student.config, recipe.model.family)
     storage.write_bytes(storage.join(place, CONFIG_FILE), config)
     files = {f"{TRANSFORMER}/{name}": digest for name, digest in hashes.items()}
-    return Written(files, pipeline is not None, settings)
+    return Written(files, pipeline is not None, student)
 
 
 def settings_without_base(recipe: Recipe, has_parts: bool) -> SamplingSettings:

@@ -50,6 +50,7 @@ class DiTBackbone(TransformerBackbone):
     class_name = "DiTTransformer2DModel"
     block_classes: tuple[type[nn.Module], ...] = (BasicTransformerBlock,)
     stored_output_names = ("norm_out", "proj_out_1", "proj_out_2")
+    fixed_size = True
     adapter_class_names = ("GMDiTTransformer2DModel", "DiTTransformer2DModel")
     adapter_fields: tuple[str, ...] = (
         "in_channels",
