@@ -17,7 +17,7 @@ REDIS := /usr/bin/redis-server
 SINCE  := HEAD
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: install install-dev demo test lint quick unit integration test-recipes test-faults test-cluster test-cluster-files render pretrain clean help
+.PHONY: install install-dev demo docs test lint quick unit integration test-recipes test-faults test-cluster test-cluster-files render pretrain clean help
 
 help:
 	@echo "make demo         the whole pipeline on the embedded default (about 15 minutes on 2 cores)"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-faults  killed processes, damaged files, servers that go away, clocks that jump (minutes)"
 	@echo "make test-cluster jobs on a cluster, services of infra/compose.yaml, in their own namespace (minutes; Linux)"
 	@echo "make test-cluster-files  what cluster/ and infra/ hold, by the tools of each (minutes)"
+	@echo "make docs         the documentation as a site in site/; a broken link is refused"
 	@echo "make render       write cluster/ again from its recipe and values"
 	@echo "make pretrain     train the default teacher again (hours on a CPU)"
 	@echo "make clean        remove the environment and the runs"
@@ -79,6 +80,10 @@ $(POSTGRESQL):
 $(REDIS):
 	$(SUDO) apt-get update -qq
 	$(SUDO) env RUNLEVEL=1 apt-get install -y -qq --no-install-recommends redis-server  # starts no service
+
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+	@echo "open site/index.html, or serve it: $(BIN)/mkdocs serve"
 
 demo: install
 	$(BIN)/piflow demo
