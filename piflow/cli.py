@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from piflow.config import Recipe, load_recipe
+from piflow.config.model import GgufType
 from piflow.runtime.exits import ExitCode, exit_code, is_ray_lost
 from piflow.runtime.ray_job import require_lasting, require_lasting_paths
 from piflow.runtime.signals import StoppedError, ended_by_signals
@@ -289,11 +290,11 @@ def export(
     recipe: RecipeArgument,
     checkpoint: CheckpointOption = None,
     format_: Annotated[
-        Literal["adapter", "merged", "fp8"],
+        Literal["adapter", "merged", "fp8", "gguf"],
         typer.Option(
             "--format",
-            help="adapter: goes onto its base; merged: with all weights; fp8: merged, linear "
-            "layers in 8 bits",
+            help="adapter: goes onto its base; merged: with all weights; fp8, gguf: merged, linear "
+            "layers packed",
         ),
     ] = "adapter",
     out: Annotated[
@@ -305,6 +306,7 @@ def export(
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"], typer.Option(help="of the tensors")
     ] = "bfloat16",
+    gguf_type: Annotated[GgufType, typer.Option(help="how gguf packs weights")] = "Q8_0",
     quality: Annotated[
         bool,
         typer.Option(
@@ -330,6 +332,7 @@ def export(
         out=out,
         weights=weights,
         dtype=dtype,
+        gguf_type=gguf_type,
         quality=quality,
     )
 

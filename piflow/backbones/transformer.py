@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from piflow import storage
 from piflow.backbones.base import PATCH, Conditioning, OutputLayer, unpack
 from piflow.backbones.recompute import block_checkpoint
+from piflow.sharding.gguf_file import GGUF_FILE, read_gguf
 from piflow.sharding.weights import (
     StoredTensor,
     fill,
@@ -146,9 +147,7 @@ class TransformerBackbone(ABC):
             ) from error
         _keep_in_float32(module)
         stored = {
-            name: tensor
-            for name, tensor in with_scales(stored_tensors(str(uri))).items()
-            if not is_of_head(name)
+            name: tensor for name, tensor in model_tensors(str(uri)).items() if not is_of_head(name)
         }
         outputs = cls.stored_output_names
         expected = {
@@ -396,6 +395,18 @@ class TransformerBackbone(ABC):
                 "embed the prompts with the encoder it was trained with"
             )
         return cond.pooled
+
+
+def model_tensors(folder: str) -> dict[str, StoredTensor]:
+    """Where the tensors of a merged student lie, of any of its formats.
+
+    Raises:
+        ValueError: files that are missing, damaged or of other types.
+    """
+    file = storage.join(folder, GGUF_FILE)
+    if storage.exists(file):
+        return read_gguf(file)[1]
+    return with_scales(stored_tensors(folder))
 
 
 def is_of_head(name: str) -> bool:

@@ -1,7 +1,7 @@
 """checkpoint -> adapter folder, and an MLflow model version with its lineage; or a whole student.
 
 RUN_DIR/adapter    what goes onto the base; registered in MLflow
-RUN_DIR/merged     the student with all its weights; RUN_DIR/fp8: the same, layers in 8 bits
+RUN_DIR/merged     the student with all its weights; fp8, gguf: the same, packed
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from piflow.config import Recipe
+from piflow.config.model import GgufType
 
 if TYPE_CHECKING:
     from piflow.runs.folder import RunRecord
@@ -22,19 +23,20 @@ ALIAS = "newest"
 
 def whole(
     recipe: Recipe,
-    kind: Literal["merged", "fp8"],
+    kind: Literal["merged", "fp8", "gguf"],
     *,
     checkpoint: str | None = None,
     out: str | None = None,
     weights: Literal["ema", "student"] = "ema",
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16",
+    gguf_type: GgufType = "Q8_0",
     quality: bool = True,
 ) -> str:
     """Write a checkpoint's student with all its weights. MLflow isn't told.
 
     Args:
         checkpoint: URI; default: the run's newest.
-        out: folder, empty or of an earlier export; default: RUN_DIR/merged or RUN_DIR/fp8.
+        out: folder, empty or of an earlier export; default: RUN_DIR/KIND.
         quality: whether its velocities are compared with the adapter's.
 
     Returns:
@@ -61,9 +63,12 @@ def whole(
         lineage=source.lineage,
         manifest_hash=source.record.manifest_hash,
         base_commit=source.record.base_commit,
+        gguf_type=gguf_type,
     )
     report: dict[str, Any] = {"format": kind, "dtype": dtype, "files": written.files}
     report["lineage"] = source.lineage
+    if kind == "gguf":
+        report |= {"dtype": "float32", "gguf_type": gguf_type}
     place = storage.join(folder, REPORT)
     storage.write_bytes(place, _json(report))
     print(f"student written to {folder} ({kind}, {len(written.files)} files of weights)")

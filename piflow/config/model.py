@@ -20,6 +20,8 @@ from piflow.config.section import (
 
 ComputeDtype = Literal["base", "float32"]
 LoRAInit = Literal["kaiming", "gaussian"]
+GgufType = Literal["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
+"""Ways to pack a weight in GGUF that its library writes and diffusers reads: bits a value."""
 
 
 class Fp8TeacherConfig(Section):

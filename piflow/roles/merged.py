@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from piflow import storage
 from piflow.backbones import Backbone, family_class
-from piflow.backbones.transformer import TransformerBackbone, is_of_head
+from piflow.backbones.transformer import TransformerBackbone, is_of_head, model_tensors
 from piflow.config import find_family
 from piflow.roles.adapter import (
     CONFIG_FILE,
@@ -38,13 +38,14 @@ from piflow.roles.adapter import (
     AdapterConfig,
     load_adapter,
 )
-from piflow.sharding.weights import StoredTensor, fill, missing, read_tensor, stored_tensors
+from piflow.sharding.gguf_file import GGUF_FILE, read_gguf
+from piflow.sharding.weights import StoredTensor, fill, missing, read_tensor
 from piflow.storage.fingerprint import weights_fingerprint
 from piflow.storage.foreign import ForeignDataError, shown
 from piflow.storage.model_folder import shard_names
 from piflow.storage.tensor_file import read_header
 
-Format = Literal["merged", "fp8"]
+Format = Literal["merged", "fp8", "gguf"]
 TRANSFORMER = "transformer"  # the student's folder in that of its pipeline
 _PACKED_PATCH = 1  # of models whose patches are packed before them
 
@@ -73,12 +74,10 @@ def read_student(folder: str) -> Adapter:
     Raises:
         ValueError: neither is there, or it is damaged, or in a format that isn't read here.
     """
-    first = _first_file(folder)
-    if first is None:
-        return load_adapter(folder)
-    metadata = _metadata(first)
+    metadata = _metadata(folder)
     if FORMAT_KEY not in metadata:
         return load_adapter(folder)
+    folder = _local_if_gguf(folder)
     if metadata[FORMAT_KEY] not in get_args(Format):
         raise ForeignDataError(
             f"{folder}: {FORMAT_KEY} is {shown(repr(metadata[FORMAT_KEY]))}, expected one of "
@@ -88,7 +87,7 @@ def read_student(folder: str) -> Adapter:
     config = AdapterConfig.parse(storage.read_bytes(place), metadata.get(POLICY_KEY), place)
     head = {
         name: read_tensor(stored)
-        for name, stored in stored_tensors(folder).items()
+        for name, stored in model_tensors(folder).items()
         if is_of_head(name)
     }
     return Adapter(config, head, metadata, body=folder)
@@ -96,21 +95,22 @@ def read_student(folder: str) -> Adapter:
 
 def is_merged(folder: str) -> bool:
     """Whether a folder holds a merged student's transformer, of any format."""
-    first = _first_file(folder)
-    return first is not None and FORMAT_KEY in _metadata(first)
+    return FORMAT_KEY in _metadata(folder)
 
 
 def student_sha256(folder: str) -> str:
     """What tells a student's files from others', for pictures that are kept.
 
-    Of an adapter all bytes count; of a merged student 3 KiB of each tensor, as of a base.
+    Of an adapter all bytes count; of a merged student's shards 3 KiB of each tensor, as of a base.
     """
     config = storage.sha256(storage.join(folder, CONFIG_FILE))
-    weights = (
-        weights_fingerprint(folder)
-        if is_merged(folder)
-        else storage.sha256(storage.join(folder, WEIGHTS_FILE))
-    )
+    gguf = storage.join(folder, GGUF_FILE)
+    if storage.exists(gguf):
+        weights: str | None = storage.sha256(gguf)
+    elif is_merged(folder):
+        weights = weights_fingerprint(folder)
+    else:
+        weights = storage.sha256(storage.join(folder, WEIGHTS_FILE))
     return hashlib.sha256(f"{config}{weights}".encode()).hexdigest()
 
 
@@ -205,8 +205,21 @@ def _first_file(folder: str) -> str | None:
     return uri if storage.exists(uri) else None
 
 
-def _metadata(file: str) -> dict[str, str]:
+def _metadata(folder: str) -> dict[str, str]:
+    """What a folder's weights say of themselves; {}: it has none."""
+    gguf = storage.join(folder, GGUF_FILE)
+    if storage.exists(gguf):
+        return read_gguf(storage.join(_local_if_gguf(folder), GGUF_FILE))[0]
+    first = _first_file(folder)
+    if first is None:
+        return {}
     try:
-        return read_header(file).metadata
+        return read_header(first).metadata
     except ForeignDataError as error:
         raise ForeignDataError(f"the adapter is damaged: {error}; export it again") from error
+
+
+def _local_if_gguf(folder: str) -> str:
+    """GGUF's library reads files of this machine alone."""
+    remote = storage.scheme(folder) == "s3" and storage.exists(storage.join(folder, GGUF_FILE))
+    return str(storage.local_folder(folder)) if remote else folder

@@ -60,6 +60,7 @@ class StoredTensor:
         shape: as stored.
         dtype: as stored.
         scale: what stored values are multiplied by, of fp8 weights that are stored so.
+        packed: how values are unpacked that several share bytes; `dtype` is what comes out.
     """
 
     uri: str
@@ -67,6 +68,20 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     scale: float | None = None
+    packed: Packed | None = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a tensor is unpacked.
+
+    Attributes:
+        bytes: that it takes.
+        unpacked: these -> all its values, in its shape.
+    """
+
+    bytes: int
+    unpacked: Callable[[bytearray], Tensor]
 
 
 def stored_tensors(folder: str, *, shown: str | None = None) -> dict[str, StoredTensor]:
@@ -265,6 +280,13 @@ def _read_values(
     file: NativeFile, source: StoredTensor, first: int, out: Tensor, buffer: bytearray
 ) -> None:
     """Fills `out` with the stored values from number `first` on, a buffer at a time."""
+    if source.packed is not None:
+        content = bytearray(source.packed.bytes)
+        file.seek(source.offset)
+        _read_whole(file, memoryview(content), source.uri)
+        whole = source.packed.unpacked(content).flatten()
+        out.view(-1).copy_(whole[first : first + out.numel()])
+        return
     values, size = out.view(-1), source.dtype.itemsize
     view, step = memoryview(buffer), len(buffer) // size
     for start in range(0, len(values), step):

@@ -1,4 +1,4 @@
-"""A checkpoint as a student that needs neither adapter nor base: merged, or merged in fp8.
+"""A checkpoint as a student that needs neither adapter nor base: merged, or with packed weights.
 
 OUT/transformer/      config.json, the weights' shards (`piflow.roles.merged`)
 OUT/vae/, …           the base's pipeline's other parts, where the base is part of one
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from torch import Tensor
 from piflow import storage
 from piflow.backbones.codec import vae_uri
 from piflow.config import Recipe
+from piflow.config.model import GgufType
 from piflow.inference.places import portable
 from piflow.inference.settings import SETTINGS_KEY, SamplingSettings, Weights
 from piflow.roles.adapter import CONFIG_FILE, DTYPES, FORMAT_KEY, POLICY_KEY
 from piflow.roles.merged import TRANSFORMER, Format, student_config
+from piflow.sharding.gguf_file import BLOCK, GGUF_FILE, library, write_gguf
 from piflow.sharding.written import MAX_SHARD_BYTES, Entry, write_weights
 from piflow.training.export import base_of, stored_in_checkpoint, with_base
 from piflow.training.merge import MergedStudent, as_fp8
@@ -59,6 +63,7 @@ def export_whole(
     lineage: dict[str, str],
     manifest_hash: str | None = None,
     base_commit: str | None = None,
+    gguf_type: GgufType = "Q8_0",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Written:
     """Write a checkpoint's student with all its weights.
@@ -68,8 +73,9 @@ def export_whole(
 
     Args:
         folder: URI; must be empty, or an earlier export, which is replaced.
-        kind: "fp8": linear layers of the blocks in float8_e4m3fn.
-        dtype: of all other tensors; what diffusers keeps in float32 is in float32.
+        kind: "fp8": linear layers of the blocks in float8_e4m3fn; "gguf": in `gguf_type`.
+        dtype: of all other tensors; what diffusers keeps in float32, and all of gguf, is in
+            float32.
         lineage: strings for the metadata: run, hashes, step.
         manifest_hash, base_commit: as of `export_adapter`.
 
@@ -92,14 +98,19 @@ def export_whole(
         **base_of(recipe),
         **lineage,
     }
-    content = _Content(student, DTYPES[dtype], kind == "fp8")
-    if kind == "fp8":
-        metadata[_LAYERS_KEY] = content.layers_json()
-    clear(folder)
     place = storage.join(folder, TRANSFORMER)
-    hashes = write_weights(
-        place, content.entries(), metadata, content.read, max_shard_bytes=max_shard_bytes
-    )
+    if kind == "gguf":
+        packed = _packed(student, gguf_type)
+        clear(folder)
+        hashes = _write_gguf(place, student, packed, metadata, recipe.model.family)
+    else:
+        content = _Content(student, DTYPES[dtype], kind == "fp8")
+        if kind == "fp8":
+            metadata[_LAYERS_KEY] = content.layers_json()
+        clear(folder)
+        hashes = write_weights(
+            place, content.entries(), metadata, content.read, max_shard_bytes=max_shard_bytes
+        )
     if pipeline is not None:
         pipeline.copy_to(folder, recipe.model.family)
     config = student_config(student.backbone, student.config, recipe.model.family)
@@ -147,6 +158,42 @@ def clear(folder: str) -> None:
     storage.delete_file(storage.join(folder, TRANSFORMER, CONFIG_FILE))
     storage.delete_file(storage.join(folder, INDEX))
     storage.delete_folder(storage.join(folder, TRANSFORMER))
+
+
+def _packed(student: MergedStudent, kind: GgufType) -> dict[str, GgufType]:
+    """The weights that are packed: of linear layers in blocks, whose rows hold whole blocks.
+
+    Raises:
+        ValueError: there is none, or the library isn't installed.
+    """
+    library()
+    shapes = student.shapes
+    found = {
+        name: kind
+        for name in student.linear
+        if shapes[name][-1] % BLOCK == 0 and not student.keeps_float32(name)
+    }
+    if not found:
+        raise ValueError(
+            f"no linear layer of this model has a multiple of {BLOCK} columns, which GGUF packs: "
+            "export it merged"
+        )
+    return found
+
+
+def _write_gguf(
+    folder: str,
+    student: MergedStudent,
+    packed: dict[str, GgufType],
+    metadata: dict[str, str],
+    architecture: str,
+) -> dict[str, str]:
+    """The library writes local files: another storage gets a copy."""
+    with TemporaryDirectory(prefix="piflow-gguf-") as scratch:
+        file = Path(scratch) / GGUF_FILE
+        write_gguf(file, student.shapes, packed, metadata, student.read, architecture=architecture)
+        storage.copy_file(str(file), storage.join(folder, GGUF_FILE))
+        return {GGUF_FILE: storage.sha256(str(file))}
 
 
 class _Content:

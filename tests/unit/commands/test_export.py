@@ -44,7 +44,7 @@ def run(flux_folder: Path, make_flux_store: Callable[..., Any], tmp_path: Path) 
     return ours
 
 
-@pytest.mark.parametrize("kind", ["merged"])
+@pytest.mark.parametrize("kind", ["merged", "gguf"])
 def test_a_runs_student_as_a_whole(
     kind: Any, run: Recipe, flux_inputs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

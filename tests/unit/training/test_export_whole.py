@@ -373,3 +373,88 @@ def test_no_layer_is_large_enough_for_fp8(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fp8 is for larger models"):
         export_whole(ours, step, str(tmp_path / "fp8"), kind="fp8", **KINDS)
     assert not (tmp_path / "fp8").exists()
+
+
+BITS = {"Q8_0": 8, "Q5_1": 5, "Q5_0": 5, "Q4_1": 4, "Q4_0": 4}
+
+
+def grid(base: Path) -> Recipe:
+    return recipe(base, policy={"type": "dx", "mode": "grid", "num_points": 4})
+
+
+def test_gguf_is_what_diffusers_reads(tmp_path: Path, flux_inputs: Any) -> None:
+    """diffusers' own loader gives the values that ours gives, of a head that its class holds."""
+    from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
+
+    base = wide_flux(tmp_path / "base")
+    adapter, whole = both(grid(base), tmp_path, "gguf")
+    found, settings = load_student(str(whole), allowed=PACKAGES)
+    expected, _ = load_student(str(adapter), str(base), allowed=PACKAGES)
+    assert 1e-5 < relative(velocity(found, flux_inputs), velocity(expected, flux_inputs)) < 0.02
+    theirs = FluxTransformer2DModel.from_single_file(
+        str(whole / "transformer/diffusion_pytorch_model.gguf"),
+        config=str(whole / "transformer"),
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        torch_dtype=torch.float32,
+        local_files_only=True,
+    )
+    packed = [name for name, p in theirs.named_parameters() if type(p).__name__ == "GGUFParameter"]
+    assert len(packed) > 10 and all("transformer_blocks." in name for name in packed)
+    ours = expected_values(found, flux_inputs)
+    assert relative(call("flux", theirs, flux_inputs), ours) < 2e-3  # it unpacks to half precision
+    files = [p.read_bytes() for p in whole.rglob("*") if p.is_file()]
+    assert not any(str(tmp_path).encode() in content for content in files)
+    assert settings.model.path == str(whole / "transformer")
+    assert len(student_sha256(str(whole / "transformer"))) == 64
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_gguf_types(kind: Any, tmp_path: Path) -> None:
+    """Each packed value is as near as its bits allow; all else is float32, unchanged."""
+    from piflow.sharding.gguf_file import read_gguf
+
+    base = wide_flux(tmp_path / "base")
+    ours = recipe(base)
+    step = str(checkpoint_of(ours, tmp_path / "step"))
+    export_whole(ours, step, str(tmp_path / "merged"), kind="merged", **KINDS)
+    export_whole(ours, step, str(tmp_path / "gguf"), kind="gguf", gguf_type=kind, **KINDS)
+    exact = load_file(tmp_path / "merged/transformer/diffusion_pytorch_model.safetensors")
+    texts, stored = read_gguf(str(tmp_path / "gguf/transformer/diffusion_pytorch_model.gguf"))
+    assert texts["piflow_format"] == "gguf" and texts["general.architecture"] == "flux"
+    assert texts["piflow.run_id"] == "r" and stored.keys() == exact.keys()
+    packed = {name for name, tensor in stored.items() if tensor.packed is not None}
+    assert len(packed) > 10 and all("transformer_blocks." in name for name in packed)
+    for name, tensor in stored.items():
+        value = read_tensor(tensor)
+        if name not in packed:
+            assert torch.equal(value, exact[name])
+            continue
+        blocks = exact[name].unflatten(-1, (-1, 32))
+        spread = blocks.abs().amax(-1) if kind.endswith("0") else blocks.amax(-1) - blocks.amin(-1)
+        steps = 2 ** (BITS[kind] - 1) if kind.endswith("0") else 2 ** BITS[kind]
+        limit = 1.1 * spread / (steps - 1)  # the largest of the other sign may be a step away
+        error = (value - exact[name]).unflatten(-1, (-1, 32)).abs().amax(-1)
+        assert bool((error <= limit).all())
+
+
+def test_gguf_that_is_refused(tmp_path: Path, flux_folder: Path, monkeypatch: Any) -> None:
+    ours = recipe(flux_folder)
+    step = str(checkpoint_of(ours, tmp_path / "step"))
+    out = tmp_path / "gguf"
+    with monkeypatch.context() as changed:
+        changed.setattr("piflow.training.export_whole.BLOCK", 1000)
+        with pytest.raises(ValueError, match="no linear layer of this model has a multiple of"):
+            export_whole(ours, step, str(out), kind="gguf", **KINDS)
+    assert not out.exists()
+    (tmp_path / "wide").mkdir()
+    _, whole = both(recipe(wide_flux(tmp_path / "base")), tmp_path / "wide", "gguf")
+    file = whole / "transformer/diffusion_pytorch_model.gguf"
+    content = file.read_bytes()
+    for cut in (b"", content[:3], content[:2000], content[:-5000], b"GGUF" + b"\xff" * 60):
+        file.write_bytes(cut)
+        with pytest.raises((ValueError, OSError), match="damaged or isn't GGUF|ended early"):
+            load_student(str(whole), allowed=PACKAGES)
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"pip install 'piflow\[gguf\]'"):
+        load_student(str(whole), allowed=PACKAGES)
