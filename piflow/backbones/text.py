@@ -133,7 +133,7 @@ def read_config(folder: Path, uri: str) -> dict[str, Any]:
     """
     check_model_folder(str(folder), f"encoder {uri}")
     try:
-        content = (folder / "config.json").read_bytes()
+        content = storage.read_bytes(str(folder / "config.json"))
     except FileNotFoundError as error:
         raise ValueError(
             f"encoder folder {uri} has no config.json; expected a transformers folder with "

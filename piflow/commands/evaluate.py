@@ -53,12 +53,13 @@ def main(
     from piflow.evaluation.drawing import Drawing, Plan
     from piflow.runs import folder as run_folder
     from piflow.runs.origin import NOTE, description
-    from piflow.runs.tracking import MlflowTracker
+    from piflow.runs.tracking import MlflowTracker, place_of
     from piflow.runtime.ray_job import submission_id
     from piflow.training.checkpoint import STATE_FILE, read_state, require_same_run
     from piflow.training.preflight import preflight
 
     record = run_folder.require_run(recipe)
+    uri = place_of(recipe, record)
     checkpoint = checkpoint or run_folder.newest_checkpoint(recipe.run_dir)
     if recipe.embed.mode == "online":
         embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
@@ -78,7 +79,7 @@ def main(
     name = f"{figures.FOLDER}/{run_folder.checkpoint_name(state.step)}.json"
     storage.write_bytes(storage.join(folder, name), measured)
     files = [name, *_write_report(recipe, result, folder, lineage)]
-    tracker = MlflowTracker(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
+    tracker = MlflowTracker(uri, record.mlflow_run_id, recipe.run_dir)
     tracker.log_checkpoint(state.step, {"piflow.recipe_hash": recipe.hash()})
     tracker.log_summary(summary(result), state.step, _log_prompts(tracker, recipe, result, store))
     note = description(recipe, store.manifest_hash, submission_id(), _told(result, state.step))

@@ -142,15 +142,18 @@ def main(
         The adapter folder and the model version.
 
     Raises:
-        ValueError: no run or checkpoint, or they belong to another recipe or base weights.
+        ValueError: no run or checkpoint, or they belong to another recipe or base weights; or the
+            run is tracked by a server that the recipe doesn't name.
     """
     from piflow import storage
+    from piflow.runs import folder as run_folder
     from piflow.runs import origin
     from piflow.runs.registry import register_adapter
-    from piflow.runs.tracking import deliver_kept
+    from piflow.runs.tracking import deliver_kept, place_of
     from piflow.training.checkpoint import read_state
     from piflow.training.export import export_adapter
 
+    uri = place_of(recipe, run_folder.require_run(recipe))  # a refusal comes before the work
     source = _source(recipe, checkpoint, weights)
     record, checkpoint, lineage = source.record, source.checkpoint, source.lineage
     folder = out or storage.join(recipe.run_dir, "adapter")
@@ -165,9 +168,9 @@ def main(
         base_commit=record.base_commit,
     )
     name = recipe.tracking.model_name or recipe.name
-    deliver_kept(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
+    deliver_kept(uri, record.mlflow_run_id, recipe.run_dir)
     version = register_adapter(
-        record.tracking_uri,
+        uri,
         record.mlflow_run_id,
         storage.local_folder(folder),
         name,

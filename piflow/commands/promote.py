@@ -96,15 +96,15 @@ def _registry(recipe: Recipe, alias: str) -> Registry:
     """The recipe's registered model, on the server that its run is logged to."""
     from piflow.runs import folder as run_folder
     from piflow.runs.promotion import Registry
-    from piflow.runs.tracking import deliver_kept
+    from piflow.runs.tracking import deliver_kept, place_of
 
     record = run_folder.require_same_recipe(recipe)
     if record is None and recipe.tracking.uri is None:
         record = run_folder.require_run(recipe)  # which says what to do
+    uri = place_of(recipe, record)
     if record is not None:
-        deliver_kept(record.tracking_uri, record.mlflow_run_id, recipe.run_dir)
-    uri = recipe.tracking.uri if record is None else record.tracking_uri
-    return Registry(str(uri), recipe.tracking.model_name or recipe.name, alias)
+        deliver_kept(uri, record.mlflow_run_id, recipe.run_dir)
+    return Registry(uri, recipe.tracking.model_name or recipe.name, alias)
 
 
 def _chosen(recipe: Recipe, name: str, versions: Sequence[Version], number: int | None) -> Version:

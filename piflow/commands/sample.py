@@ -309,11 +309,12 @@ def _write_sheet(gallery: Gallery, requests: Sequence[Request], out: str) -> str
     """A sheet of the first prompts and seeds; its URI."""
     from piflow import storage
     from piflow.evaluation.sheet import image_grid, jpeg_bytes
-    from piflow.storage.picture import open_picture
+    from piflow.storage.picture import MAX_PICTURE_BYTES, open_picture
 
     seeds = list(dict.fromkeys(request.seed for request in requests))[:_SHEET_SEEDS]
     shown = [item for item in requests if item.number <= _SHEET_PROMPTS and item.seed in seeds]
-    images = [open_picture(storage.read_bytes(gallery.file(item))) for item in shown]
+    files = (gallery.file(item) for item in shown)
+    images = [open_picture(storage.read_bytes(file, max_bytes=MAX_PICTURE_BYTES)) for file in files]
     rows = [images[start : start + len(seeds)] for start in range(0, len(images), len(seeds))]
     prompts = list(dict.fromkeys(request.prompt for request in shown))
     place = storage.join(out, SHEET)

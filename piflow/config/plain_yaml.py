@@ -1,4 +1,4 @@
-"""YAML as recipes are written in it: version 1.2's values, nothing twice, nothing endless.
+"""YAML as recipes and values files have it: version 1.2's values, nothing twice, nothing endless.
 
 PyYAML reads YAML 1.1, where ``yes`` is true, ``010`` is 8 and ``1:30`` is 90, and takes the last of
 two equal keys. Here plain values are those of YAML 1.2's core schema, a key that stands twice is
@@ -17,7 +17,7 @@ from piflow.config.section import RecipeError
 from piflow.storage.foreign import shown
 
 MAX_BYTES = 256 * 2**10
-"""Of a recipe; a long one has 4 KB."""
+"""Of a file; a long recipe has 4 KB."""
 
 MAX_DEPTH = 32
 
@@ -50,7 +50,7 @@ def load_mapping(content: bytes, *, where: str) -> dict[str, Any]:
             much, or holds something else than a mapping; names `where` and the line.
     """
     if len(content) > MAX_BYTES:
-        raise RecipeError(f"{where} has more than {MAX_BYTES} bytes, which no recipe has")
+        raise RecipeError(f"{where} has more than {MAX_BYTES} bytes; at most so many are read")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -59,7 +59,7 @@ def load_mapping(content: bytes, *, where: str) -> dict[str, Any]:
         ) from None
     tree = _load(text, where)
     if tree is None:
-        raise RecipeError(f"{where} is empty; `piflow recipe` prints a whole one of those shipped")
+        raise RecipeError(f"{where} is empty; expected a mapping of sections")
     if not isinstance(tree, dict):
         raise RecipeError(f"{where} must hold a mapping of sections, found {_kind(tree)}")
     return tree

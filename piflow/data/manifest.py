@@ -191,7 +191,7 @@ def read_manifest(uri: str) -> StoreManifest:
     """
     where = storage.join(uri, MANIFEST)
     try:
-        content = storage.read_bytes(where)
+        content = storage.read_bytes(where, max_bytes=_MAX_BYTES)
     except FileNotFoundError as error:
         raise StoreError(
             f"no embedding store at {uri}: {MANIFEST} is missing; make it with `piflow embed`"

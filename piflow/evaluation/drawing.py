@@ -37,7 +37,7 @@ from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FewStep
 from piflow.sharding.base import Strategy
 from piflow.sharding.everyone import everyone, of_rank_0
-from piflow.storage.picture import open_picture
+from piflow.storage.picture import MAX_PICTURE_BYTES, open_picture
 from piflow.training.step import micro_batch_generator
 
 Item = TypeVar("Item")
@@ -302,5 +302,6 @@ def _digest(noise: Tensor) -> str:
 
 def read_picture(uri: str) -> Tensor:
     """A PNG file as (3, H, W) float32 in [-1, 1]."""
-    levels = torch.from_numpy(np.array(open_picture(storage.read_bytes(uri)).convert("RGB")))
+    picture = open_picture(storage.read_bytes(uri, max_bytes=MAX_PICTURE_BYTES))
+    levels = torch.from_numpy(np.array(picture.convert("RGB")))
     return levels.movedim(-1, 0).float() / 127.5 - 1

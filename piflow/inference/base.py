@@ -29,6 +29,7 @@ from piflow.roles.merged import TRANSFORMER, is_merged, read_student, student_mo
 from piflow.sampling import check_nfe
 from piflow.scheduler import FlowMapScheduler, TokenReader
 from piflow.storage.model_folder import check_pipeline_folder
+from piflow.storage.tensor_file import MAX_FILE_BYTES
 
 ADAPTER_FOLDER = "adapter"  # in a saved pipeline
 _ORIGIN = "_name_or_path"  # in a merged student's transformer's configuration: where it is from
@@ -144,7 +145,8 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             )
         folder = str(Path(save_directory) / ADAPTER_FOLDER)
         for name in (WEIGHTS_FILE, CONFIG_FILE, *self._student.training.files):
-            content = storage.read_bytes(storage.join(self._adapter_uri, name))
+            place = storage.join(self._adapter_uri, name)
+            content = storage.read_bytes(place, max_bytes=MAX_FILE_BYTES)
             storage.write_bytes(storage.join(folder, name), content)
         super().save_pretrained(save_directory, *options, **named)
 

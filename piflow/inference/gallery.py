@@ -26,6 +26,7 @@ INDEX = "index.jsonl"
 _SLUG = 40  # characters of a prompt in a file's name
 _HASH = 10  # hexadecimal digits
 _INDEX_SECONDS = 5.0  # between two writes of the index
+_INDEX_BYTES = 2**31  # of an index that is read: a million pictures' with long prompts
 _NEEDED = ("file", "key", "seed", "sha256")  # of an index's line
 
 Entry = dict[str, Any]  # a line of the index
@@ -158,7 +159,7 @@ class Gallery:
         """The index's lines by key."""
         place = storage.join(self._folder, INDEX)
         try:
-            content = storage.read_bytes(place)
+            content = storage.read_bytes(place, max_bytes=_INDEX_BYTES)
         except FileNotFoundError:
             return {}
         entries: dict[str, Entry] = {}

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from piflow.config import RecipeError, plain_yaml
 from piflow.jobs.machines import (
     AwsValues,
     GcpValues,
@@ -325,9 +325,11 @@ def load_values(path: str | Path) -> Values:
     if not path.is_file():
         raise ValuesError(f"values file not found: {path}; cluster/values.yaml is an example")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValuesError(f"{path} is not valid YAML: {error}") from error
+        with path.open("rb") as file:
+            content = file.read(plain_yaml.MAX_BYTES + 1)
+        tree = plain_yaml.load_mapping(content, where=str(path))
+    except RecipeError as error:
+        raise ValuesError(str(error)) from None
     return parse_values(tree, str(path))
 
 

@@ -30,7 +30,7 @@ from piflow.roles.heads import PATCH_POSITIONS, PolicyClock
 from piflow.roles.lora import published_name, ranks_of, with_scale_one
 from piflow.sharding.written import Entry, serialised
 from piflow.storage.foreign import ForeignDataError, parse_object, shown
-from piflow.storage.tensor_file import read_header
+from piflow.storage.tensor_file import MAX_FILE_BYTES, read_header
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -294,7 +294,7 @@ def load_adapter(folder: str | Path) -> Adapter:
             storage.read_bytes(uris[CONFIG_FILE]), metadata.get(POLICY_KEY), uris[CONFIG_FILE]
         )
         config = _of_earlier_piflow(config, metadata)
-        stored = parse_tensors(storage.read_bytes(uris[WEIGHTS_FILE]))
+        stored = parse_tensors(storage.read_bytes(uris[WEIGHTS_FILE], max_bytes=MAX_FILE_BYTES))
     except (safetensors.SafetensorError, ForeignDataError) as error:
         raise ValueError(
             f"the adapter is damaged: {shown(error, 1000)}; export it again"

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from piflow import storage
 from piflow.config import Recipe
 from piflow.storage import conditional
-from piflow.storage.foreign import parse_object
+from piflow.storage.foreign import ForeignDataError, parse_object, shown
 
 RECORD_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -26,23 +29,26 @@ _STATE_FILE = "state.json"  # of `piflow.training.checkpoint`, which needs torch
 _CHECKPOINT_NAME = re.compile(r"step_\d+")
 _WRITTEN = re.compile(r"state\.json|metadata\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp")
 
+_Text = Annotated[str, Field(max_length=4096)]
+
 
 class RunDirectoryError(ValueError):
     """The run directory can't be used for this recipe."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class RunRecord:
-    """What `run.json` says."""
+    """What `run.json` says, each value of its type: whoever may write the folder wrote it."""
 
-    recipe_hash: str
+    recipe_hash: _Text
     identity: dict[str, Any]
-    tracking_uri: str
-    mlflow_run_id: str
-    manifest_hash: str  # of the embedding store: the order of prompts depends on it
-    base_sha256: str | None = None  # the base's `weights_fingerprint`; None: not known
-    base_commit: str | None = None  # of a base on a hub: which the run goes on with
-    base_files: dict[str, str] | None = None  # file -> sha256 of all its bytes, where known
+    tracking_uri: _Text  # nobody connects to it by this word alone: `piflow.runs.tracking.place_of`
+    mlflow_run_id: Annotated[str, Field(pattern=r"^[0-9A-Za-z_.-]+$", max_length=256)]
+    manifest_hash: _Text  # of the embedding store: the order of prompts depends on it
+    base_sha256: _Text | None = None  # the base's `weights_fingerprint`; None: not known
+    # of a base on a hub: which the run goes on with
+    base_commit: Annotated[str, Field(pattern=r"^[0-9a-f]{7,64}$")] | None = None
+    base_files: dict[str, _Text] | None = None  # file -> sha256 of all its bytes, where known
 
 
 def read_record(run_dir: str) -> RunRecord | None:
@@ -55,11 +61,19 @@ def read_record(run_dir: str) -> RunRecord | None:
     if not storage.exists(uri):
         return None
     try:
-        return RunRecord(**json.loads(storage.read_bytes(uri)))
-    except (json.JSONDecodeError, TypeError) as error:
+        return RunRecord(**parse_object(storage.read_bytes(uri), where=uri))
+    except (ForeignDataError, ValidationError) as error:
         raise RunDirectoryError(
-            f"{uri} is damaged ({error}); restore it, or start afresh with another run_dir"
+            f"{uri} is damaged ({_first_problem(error)}); restore it, or start afresh with another "
+            "run_dir"
         ) from error
+
+
+def _first_problem(error: ForeignDataError | ValidationError) -> str:
+    if isinstance(error, ForeignDataError):
+        return str(error)
+    problem = error.errors()[0]
+    return f"{shown('.'.join(map(str, problem['loc'])))}: {shown(problem['msg'])}"
 
 
 def write_record(run_dir: str, record: RunRecord) -> None:

@@ -15,6 +15,7 @@ a checkpoint any more.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -180,8 +181,8 @@ def require_owner(folder: str, process: str, file: str = OWNER_FILE) -> None:
 def _locked(uri: str, mine: Owner) -> Iterator[Ownership]:
     path = Path(storage.filesystem(uri)[1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path, uri):
-        _write(path, mine.to_json())
+    with _lock(path, uri) as file:
+        _write(file, mine.to_json())
         storage.delete_left_over(str(path.parent))
         try:
             yield Ownership()
@@ -194,26 +195,42 @@ def _lock(path: Path, uri: str) -> IO[bytes]:
 
     Raises:
         RunTakenError: somebody else has locked it.
+        RunDirectoryError: it is a link, whose target would be written.
     """
     while True:
-        file = path.open("a+b")
+        try:
+            file = open(path, "a+b", opener=storage.without_links)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise RunDirectoryError(
+                f"{uri} is a link to another file, which piflow never made; remove the link"
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         except BlockingIOError as error:
             file.close()
-            raise _taken(uri, _parse(path.read_bytes()) if path.exists() else None) from error
+            raise _taken(uri, _owner_in(path)) from error
         except FileNotFoundError:
             pass  # deleted this moment
         file.close()
 
 
-def _write(path: Path, content: bytes) -> None:
+def _owner_in(path: Path) -> Owner | None:
+    try:
+        with path.open("rb") as file:
+            return _parse(file.read(conditional.MAX_BYTES))
+    except FileNotFoundError:
+        return None
+
+
+def _write(file: IO[bytes], content: bytes) -> None:
     """In place: a lock is the file's own, not its name's."""
-    with path.open("r+b") as file:
-        file.truncate()
-        file.write(content)
+    file.truncate(0)
+    file.write(content)
+    file.flush()
 
 
 # ---------------------------------------------------------------------------------- object stores

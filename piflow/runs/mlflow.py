@@ -39,6 +39,7 @@ _PARAM_LENGTH = 6000  # MLflow's limits, in characters
 TAG_LENGTH = 8000
 _BATCH = 100  # MLflow's limits of parameters and metrics a request
 _METRIC_BATCH = 1000
+_MOST_BYTES = 2**32  # of a file that is logged: it is held in memory
 _REQUEST_SECONDS = 20  # until a request without an answer counts as failed; it is tried again here
 START_SECONDS = 20.0  # a server must answer within this when a run starts
 START_LIMIT = 60.0  # and must have taken all that a start tells it within this
@@ -133,7 +134,7 @@ class Delivery:
             return _from_text(data["content"])
         name = relative_name(data["path"], where="an entry")
         try:
-            content = storage.read_bytes(storage.join(self._run_dir, name))
+            content = storage.read_bytes(storage.join(self._run_dir, name), max_bytes=_MOST_BYTES)
         except FileNotFoundError as error:
             raise EntryRefusedError(f"{name} is no longer in {self._run_dir}") from error
         if hashlib.sha256(content).hexdigest() != data["sha256"]:

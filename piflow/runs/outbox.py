@@ -290,7 +290,7 @@ class Outbox:
                     self._lost["a file that is too large"] += 1
                 self._forget(name)
                 return
-            content = storage.read_bytes(place)
+            content = storage.read_bytes(place, max_bytes=_FILE_BYTES)
         except FileNotFoundError:  # another process delivered it
             self._forget(name)
             return

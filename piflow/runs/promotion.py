@@ -16,9 +16,9 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from piflow import storage
 from piflow.runs.mlflow import TAG_LENGTH, answered, connect, cut, explained
 from piflow.runs.origin import user
 from piflow.runs.registry import registry_of, require_alias, require_name
@@ -129,7 +129,7 @@ class Registry:
                 )
             with tempfile.TemporaryDirectory() as folder:
                 path = self._client.download_artifacts(version.run_id, place, folder)
-                return Path(path).read_bytes()
+                return storage.read_bytes(str(path), max_bytes=_MOST_BYTES)
 
     def promote(
         self, version: Version, expected: Version | None, *, why: str, forced: bool = False

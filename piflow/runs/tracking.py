@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import unquote, urlparse
 
 from piflow import storage
-from piflow.runs.folder import checkpoint_name, checkpoint_uri
+from piflow.runs.folder import RunRecord, checkpoint_name, checkpoint_uri
 from piflow.runs.logged import Context, dataset_entry
 from piflow.runs.mlflow import (
     START_LIMIT,
@@ -50,10 +50,13 @@ from piflow.runs.mlflow import (
 )
 from piflow.runs.outbox import Entry, Outbox, ServerAwayError
 from piflow.runs.starts import note_start
+from piflow.storage.foreign import redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from PIL.Image import Image
+
+    from piflow.config import Recipe
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -302,6 +305,33 @@ def default_tracking_uri(run_dir: str) -> str:
     folder = Path(unquote(parsed.path) if parsed.scheme else run_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return f"{_SQLITE}{folder / 'mlflow.db'}"
+
+
+def place_of(recipe: Recipe, record: RunRecord | None) -> str:
+    """Where a recipe's run is tracked: where the recipe says, else in the run's folder.
+
+    A folder may be somebody else's. What it says of a server is compared with the recipe and never
+    followed: requests to a server carry this machine's password or token.
+
+    Raises:
+        ValueError: the run's folder names another place than its own database, and the recipe none;
+            or neither does, and the folder isn't local.
+    """
+    if recipe.tracking.uri is not None:
+        return recipe.tracking.uri
+    named = None if record is None else record.tracking_uri
+    if named is None or storage.scheme(recipe.run_dir) == "file":
+        own = default_tracking_uri(recipe.run_dir)
+        # a folder that was moved names the database where it was
+        moved = str(named).startswith(_SQLITE) and Path(own.removeprefix(_SQLITE)).exists()
+        if named in (None, own) or moved:
+            return own
+    there = redacted(named)
+    raise ValueError(
+        f"the run in {recipe.run_dir} says that it is tracked in {there}, and the recipe doesn't. "
+        "Databases are opened, and passwords sent to servers, where a recipe says so: if that is "
+        f"the right place, add --set tracking.uri={there}"
+    )
 
 
 def start(

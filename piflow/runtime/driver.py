@@ -41,7 +41,7 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
         run = _unchanged(run)
         record = run.record
         if record is not None and run.steps_done >= recipe.training.steps:
-            uri, run_id = record.tracking_uri, record.mlflow_run_id
+            uri, run_id = tracking.place_of(recipe, record), record.mlflow_run_id
             _tell_undelivered(deliver_kept(uri, run_id, recipe.run_dir))
             _end_dead_run(uri, run_id, recipe.run_dir)
             print(
@@ -154,7 +154,7 @@ def _tracked(run: Run) -> Iterator[tuple[RunRecord, Tracker]]:
 def _recorded(run: Run) -> RunRecord:
     """The run's record, with an MLflow run that was started or is to be resumed."""
     recipe, record = run.recipe, run.record
-    uri = recipe.tracking.uri or tracking.default_tracking_uri(recipe.run_dir)
+    uri = tracking.place_of(recipe, record)
     params = recipe.model_dump(mode="json")
     run_dir = run.absolute.run_dir
     tags = {"piflow.recipe_hash": recipe.hash(), "piflow.run_dir": run_dir}

@@ -27,6 +27,7 @@ from piflow.storage.files import (
     local_folder,
     read_bytes,
     sha256,
+    without_links,
     write_bytes,
 )
 from piflow.storage.foreign import redacted
@@ -71,5 +72,6 @@ __all__ = [
     "sha256",
     "sibling",
     "suffix",
+    "without_links",
     "write_bytes",
 ]

@@ -16,11 +16,16 @@ from piflow.storage.s3 import NO_KEYS, REMEDIES, client, error_code, forget_keys
 
 _Result = TypeVar("_Result")
 
+MAX_BYTES = 2**20
+"""Of an object that is written on a condition: it says whose a folder is."""
+
 _UNMET = ("NoSuchKey", "404", "PreconditionFailed", "ConditionalRequestConflict")
 
 
 def read(uri: str) -> tuple[bytes, str] | None:
     """Content and version (ETag) of an object; None: there is none.
+
+    Of one that has more than `MAX_BYTES`, and so is none of piflow's, only the beginning.
 
     Raises:
         OSError: the store refuses or can't be reached; names the URI.
@@ -28,7 +33,7 @@ def read(uri: str) -> tuple[bytes, str] | None:
 
     def get(store: Any, place: dict[str, str]) -> tuple[bytes, str]:
         reply = store.get_object(**place)
-        return reply["Body"].read(), str(reply["ETag"])
+        return reply["Body"].read(MAX_BYTES), str(reply["ETag"])
 
     return _unless_unmet(uri, get)
 

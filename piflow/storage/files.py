@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from piflow.storage.foreign import ForeignDataError, redacted, relative_name
+from piflow.storage.foreign import MAX_JSON_BYTES, ForeignDataError, redacted, relative_name
 from piflow.storage.hub import hub_at_commit, hub_filesystem, hub_place, hub_snapshot
 from piflow.storage.s3 import refusal, s3_filesystem
 from piflow.storage.uri import READ_ONLY, local_path, member, package_path, scheme
@@ -248,8 +248,12 @@ def _matches(names: list[str], pattern: list[str]) -> bool:
 
 
 @_explains
-def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
-    """A file's content.
+def read_bytes(uri: str, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """A file's content, which is held in memory whole.
+
+    Args:
+        max_bytes: what a file of its kind may have. A sparse file of a terabyte is made in a
+            moment, so there is always a limit; files larger than JSON's say so here.
 
     Raises:
         FileNotFoundError: names the URI.
@@ -261,7 +265,7 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     info = system.get_file_info(path)
     if info.type != fs.FileType.File:
         raise FileNotFoundError(errno.ENOENT, "no such file", uri)
-    if max_bytes is not None and info.size > max_bytes:
+    if info.size > max_bytes:
         raise ForeignDataError(
             f"{redacted(uri)} has {info.size} bytes; at most {max_bytes} are read"
         )
@@ -476,7 +480,7 @@ def _download(system: fs.FileSystem, files: Mapping[str, fs.FileInfo], target: P
             destination.parent.mkdir(parents=True, exist_ok=True)
             with (
                 system.open_input_stream(info.path, compression=None) as source,
-                open(destination, "xb", opener=_without_links) as copy,
+                open(destination, "xb", opener=without_links) as copy,
             ):
                 shutil.copyfileobj(source, copy, _COPY_BYTES)
         try:
@@ -488,7 +492,8 @@ def _download(system: fs.FileSystem, files: Mapping[str, fs.FileInfo], target: P
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _without_links(path: str, flags: int) -> int:
+def without_links(path: str, flags: int) -> int:
+    """`open`'s opener for files that must not be written through a link in their place."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 

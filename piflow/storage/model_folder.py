@@ -130,8 +130,8 @@ def check_model_folder(folder: str, where: str) -> None:
         raise ForeignDataError(f"{where} holds a folder custom_generate: {_CODE}; remove it")
     for name in sizes:
         if name in _CONFIGURATIONS:
-            content = read_bytes(join(folder, name))
-            tree = parse_object(content, where=f"{where}/{name}", max_bytes=MAX_CONFIG_BYTES)
+            content = read_bytes(join(folder, name), max_bytes=MAX_CONFIG_BYTES)
+            tree = parse_object(content, where=f"{where}/{name}")
             _check_tree(tree, f"{where}/{name}")
             if name == "config.json":
                 _check_numbers(tree, f"{where}/{name}")
@@ -156,7 +156,7 @@ def check_pipeline_folder(folder: str, where: str) -> None:
         raise ForeignDataError(
             f"{where} has no model_index.json: give a diffusers pipeline's folder"
         )
-    tree = parse_object(read_bytes(place), where=index, max_bytes=MAX_CONFIG_BYTES)
+    tree = parse_object(read_bytes(place, max_bytes=MAX_CONFIG_BYTES), where=index)
     _refuse_python(folder, where)
     for part, value in tree.items():
         if part.startswith("_") or not isinstance(value, list):

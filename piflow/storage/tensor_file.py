@@ -16,6 +16,10 @@ from piflow.storage.foreign import ForeignDataError, parse_object, shown
 MAX_HEADER_BYTES = 16 * 2**20
 """The headers of 20B weights have some 100 KB."""
 
+MAX_FILE_BYTES = 128 * 2**30
+"""Of a file that is read whole; a fully trained student of 32B weights in bfloat16 has half of it.
+"""
+
 MAX_DIMENSIONS = 16
 
 _LENGTH_BYTES = 8  # of the header's length, at the file's start

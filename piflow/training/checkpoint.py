@@ -176,8 +176,7 @@ def read_state(uri: str) -> RunState:
         DamagedCheckpointError: it is unreadable, or not what was written.
         OSError: it can't be read.
     """
-    place = storage.join(uri, STATE_FILE)
-    return _parsed_state(storage.read_bytes(place), place)[0]
+    return _parsed_state(storage.join(uri, STATE_FILE))[0]
 
 
 def verify_checkpoint(folder: Path) -> RunState:
@@ -354,12 +353,13 @@ def _read_state(folder: Path) -> tuple[RunState, dict[str, FileRecord]]:
         raise DamagedCheckpointError(
             f"{folder} is not a finished checkpoint: it has no {STATE_FILE}; use another checkpoint"
         )
-    return _parsed_state(path.read_bytes(), str(path))
+    return _parsed_state(str(path))
 
 
-def _parsed_state(written: bytes, where: str) -> tuple[RunState, dict[str, FileRecord]]:
+def _parsed_state(where: str) -> tuple[RunState, dict[str, FileRecord]]:
+    """The same of the file at a URI."""
     try:
-        content = parse_object(written, where=where)
+        content = parse_object(storage.read_bytes(where), where=where)
         checksum = content.pop(CHECKSUM_KEY)
         if checksum != _checksum(content):
             raise ValueError("its checksum is another one")

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from piflow.storage.files import read_bytes
 from piflow.storage.foreign import ForeignDataError, parse_object, shown
 from piflow.training.pickled_layout import DTYPE_NAMES, tree_of_pickle
 
@@ -86,16 +87,11 @@ def read_layout(folder: Path, files: Mapping[str, int]) -> Layout:
     """
     if LAYOUT_FILE in files:
         where = str(folder / LAYOUT_FILE)
-        content = (folder / LAYOUT_FILE).read_bytes()
+        content = read_bytes(where, max_bytes=_MAX_LAYOUT_BYTES)
         tree = parse_object(content, where=where, max_bytes=_MAX_LAYOUT_BYTES)
     elif PICKLED_LAYOUT_FILE in files:
         where = str(folder / PICKLED_LAYOUT_FILE)
-        content = (folder / PICKLED_LAYOUT_FILE).read_bytes()
-        if len(content) > _MAX_LAYOUT_BYTES:
-            raise ForeignDataError(
-                f"{where} has {len(content)} bytes; at most {_MAX_LAYOUT_BYTES} are read"
-            )
-        tree = tree_of_pickle(content, where)
+        tree = tree_of_pickle(read_bytes(where, max_bytes=_MAX_LAYOUT_BYTES), where)
     else:
         raise ForeignDataError(f"{folder} lists no {LAYOUT_FILE} among its files")
     return checked_layout(tree, files, where)

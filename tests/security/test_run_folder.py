@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from piflow.commands import evaluate, export, promote
+from piflow.config import Recipe, parse_recipe
 from piflow.runs import folder as run_folder
+from piflow.runs import tracking
+from piflow.runs.folder import RunDirectoryError, RunRecord
+from piflow.runs.lease import OWNER_FILE, PROCESS, owned, require_owner
 
 SIZES = {"metadata.json": 3, "__0_0.distcp": 20}
 
@@ -106,3 +113,102 @@ def test_a_hostile_loss_is_none(loss: str, tmp_path: Path) -> None:
     text = json.dumps({"step": 100, "files": SIZES})
     state.write_text(text.replace('"step": 100', f'"step": 100, "loss": {loss}'))
     assert run_folder.delete_old_checkpoints(str(tmp_path), 1, keep_best=1) == [100, 200]
+
+
+def test_the_owners_file_is_written_through_no_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for target in (victim, tmp_path / "absent"):
+        (run_dir / OWNER_FILE).symlink_to(target)
+        with pytest.raises(RunDirectoryError, match=r"driver.json is a link.*remove the link"):
+            with owned(str(run_dir)):
+                pass
+        (run_dir / OWNER_FILE).unlink()
+    assert victim.read_text() == "mine" and not (tmp_path / "absent").exists()
+    with owned(str(run_dir)):
+        require_owner(str(run_dir), PROCESS)
+
+
+RECIPE = {
+    "name": "test",
+    "model": {"path": "teacher"},
+    "encoder": {"path": "encoder"},
+    "embed": {"prompts": "prompts.txt", "store": "store", "height": 32, "width": 32},
+}
+
+
+def recorded(run_dir: Path, changed: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+    """A recipe whose run was started in this folder, and the record changed."""
+    recipe = parse_recipe({**RECIPE, "run_dir": str(run_dir), **sections})
+    own = tracking.default_tracking_uri(recipe.run_dir)
+    record = RunRecord(recipe.hash(), recipe.identity(), own, "a1b2", "manifest")
+    tree = {**asdict(record), **(changed or {})}
+    (run_dir / "run.json").write_text(json.dumps(tree))
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"base_commit": "abc1234/../../other"}, "base_commit"),
+        ({"base_commit": "main"}, "base_commit"),
+        ({"mlflow_run_id": "../../../other"}, "mlflow_run_id"),
+        ({"mlflow_run_id": 7}, "mlflow_run_id"),
+        ({"tracking_uri": ["http://host"]}, "tracking_uri"),
+        ({"tracking_uri": "x" * 5000}, "tracking_uri"),
+        ({"identity": []}, "identity"),
+        ({"base_files": "model.safetensors"}, "base_files"),
+        ({"base_files": {"a": 1}}, "base_files.a"),
+        ({"manifest_hash": None}, "manifest_hash"),
+        ({"more": 1}, "more"),
+        ({"a\x1b[2Jb": 1}, r"a\\x1b\[2Jb"),
+    ],
+)
+def test_every_value_of_a_runs_record_is_of_its_type(
+    changed: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    recipe = recorded(tmp_path)
+    assert run_folder.require_run(recipe).mlflow_run_id == "a1b2"
+    recorded(tmp_path, changed)
+    with pytest.raises(RunDirectoryError, match=rf"run.json is damaged \({told}"):
+        run_folder.require_run(recipe)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b"\xff{}", b"[]", b"null", b"", b'{"recipe_hash": "a", "recipe_hash": "b"}'],
+)
+def test_what_is_no_record_is_named(content: bytes, tmp_path: Path) -> None:
+    recipe = recorded(tmp_path)
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(RunDirectoryError, match=r"run.json.*another run_dir"):
+        run_folder.require_run(recipe)
+
+
+@pytest.mark.parametrize(
+    "named",
+    ["https://elsewhere.example:5000", "postgresql://me:hidden@elsewhere.example/mlflow",
+     "sqlite:////home/me/cookies.sqlite", "s3://bucket"],
+)  # fmt: skip
+def test_a_folder_names_no_server_that_keys_are_sent_to(named: str, tmp_path: Path) -> None:
+    """`piflow evaluate`, `export` and `promote` of somebody's run folder, which nobody trusts."""
+    recipe = recorded(tmp_path, {"tracking_uri": named})
+    for command in (evaluate.main, export.main, promote.main):
+        with pytest.raises(ValueError, match=r"add --set tracking.uri=") as caught:
+            command(recipe)
+        assert "hidden" not in str(caught.value)
+    ours = "http://ours.example:5000"
+    trusting = recorded(tmp_path, {"tracking_uri": named}, tracking={"uri": ours})
+    assert tracking.place_of(trusting, run_folder.require_run(trusting)) == ours
+
+
+def test_a_folder_that_was_moved_has_its_database_with_it(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    recorded(old)
+    (old / "mlflow.db").touch()
+    old.rename(new)
+    recipe = parse_recipe({**RECIPE, "run_dir": str(new)})
+    assert tracking.place_of(recipe, run_folder.require_run(recipe)) == f"sqlite:///{new}/mlflow.db"

@@ -70,6 +70,40 @@ def test_files_that_hold_no_values(tmp_path: Path) -> None:
             load_values(tmp_path / "v.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("nodes: 1\nnodes: 2\n", "key 'nodes' stands twice, also in line 1"),
+        ("a: &a [x, x, x]\n" + "".join(f"b{n}: &b{n} [*a, *a]\n" for n in range(3)), "unknown key"),
+        ("a: &a0 [x, x]\n" + "".join(f"b{n}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(30)),
+         "more than 10000 values"),
+        ("a: " + "[" * 500 + "]" * 500, "more than 32 levels"),
+        ("a: !!python/name:os.system\n", "not valid YAML"),
+        ("#" * 300_000, "more than 262144 bytes"),
+        ("a: \xff", "not UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_values_file_is_read_as_a_recipe_is(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "v.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValuesError, match=told):
+        load_values(tmp_path / "v.yaml")
+
+
+def test_values_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    """YAML 1.1 would take 010 for 8 and 1:30 for 90, and no for false."""
+    text = EXAMPLE.read_text()
+    (tmp_path / "v.yaml").write_text(
+        text.replace("  cpus: 4\n", "  cpus: 010\n").replace(
+            "environment:", "environment:\n  A: no"
+        )
+    )
+    found = load_values(tmp_path / "v.yaml")
+    assert found.head.cpus == 10 and found.environment["A"] == "no"
+    (tmp_path / "v.yaml").write_text(text.replace("  cpus: 4\n", "  cpus: 1:30\n"))
+    with pytest.raises(ValuesError, match="head.cpus"):
+        load_values(tmp_path / "v.yaml")
+
+
 def test_every_key_says_what_it_means() -> None:
     def undocumented(section: Any, name: str = "") -> list[str]:
         missing = []
