@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -764,6 +765,7 @@ def main() -> None:
     The exit code says whether the same command can help, see `piflow.runtime.exits.ExitCode`; for
     what piflow didn't expect, the traceback lies in a file that the message names.
     """
+    escape_logs()
     try:
         with ended_by_signals():
             app()
@@ -775,6 +777,19 @@ def main() -> None:
         lines = "\n".join(shown(line, _LINE) for line in message.splitlines())
         typer.secho(f"piflow: {lines}", err=True, fg=typer.colors.RED)
         _leave(error, code)
+
+
+class _EscapedLines(logging.Formatter):
+    """Warnings and the tracebacks behind them: what servers and files say is in both."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(shown(line, _LINE) for line in super().format(record).split("\n"))
+
+
+def escape_logs() -> None:
+    """Have Python's log of last resort, which is the terminal, show control characters escaped."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_EscapedLines())
 
 
 def _leave(error: BaseException, code: ExitCode) -> NoReturn:

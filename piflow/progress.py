@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -23,11 +23,32 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
+from rich.text import Text
+
+from piflow.storage.foreign import shown
 
 _LINE_SECONDS = 30.0
 _LINE_SHARE = 0.05  # of the whole
 _SHORTEST_GAP = 1.0  # seconds between two lines of a stage that is over at once
 _REMEMBERED = 20  # points that the time left follows from
+_LINE_LENGTH = 4000  # characters of a text's line that a terminal gets
+
+
+class PlainConsole(Console):
+    """A terminal that gets every text as it was written: the one way to print tables.
+
+    rich would take ``[bold]`` in a file's name for a style, ``[/x]`` for an error and ``:key:`` for
+    a picture, and pass control characters on. Here they are letters, and control characters are
+    escaped as `shown` does.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text as rich draws it; strings in tables and titles come here, too."""
+        lines = (shown(line, _LINE_LENGTH) for line in text.split("\n"))
+        return super().render_str("\n".join(lines), **options)
 
 
 class Progress(Protocol):
@@ -137,7 +158,7 @@ def progress(
         show: False: nothing is written.
         console: another than stderr's.
     """
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     if not show or console.quiet:
         yield _Silent()
         return

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rich.console import Console
 from rich.table import Table
 
 from piflow import storage
 from piflow.config import Recipe
 from piflow.data.reader import EmbeddingStore
 from piflow.planning.memory import GIB
+from piflow.progress import PlainConsole
 from piflow.runs import folder as run_folder
 from piflow.storage.whole import whole_hashes
 from piflow.training.placement import replica_and_shard
@@ -38,7 +38,7 @@ def main(recipe: Recipe, *, whole_base: bool = False) -> Run:
     table = Table(title=f"{recipe.name}: every check passed", show_header=False)
     for row in (*_about_data(run), *_about_model(run), *_about_base(run), *_about_run(run)):
         table.add_row(*row)
-    Console().print(table)
+    PlainConsole().print(table)
     return run
 
 

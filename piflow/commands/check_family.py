@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from piflow.config import find_family
+from piflow.progress import PlainConsole
+from piflow.storage.scratch import scratch
 
 
 def main(family: str) -> bool:
@@ -32,11 +31,11 @@ def main(family: str) -> bool:
         )
     from piflow.testing.family import Skipped, TinyFamily, checks
 
-    table = Table(title=f"family {escape(family)}")
+    table = Table(title=f"family {family}")
     for column in ("check", "result", "seconds"):
         table.add_column(column, overflow="fold")
     is_right = True
-    with tempfile.TemporaryDirectory(prefix="piflow-family-") as folder:
+    with scratch("family") as folder:
         made = TinyFamily.made(family, Path(folder))
         for name, check in checks(made):
             start = time.perf_counter()
@@ -48,8 +47,6 @@ def main(family: str) -> bool:
             except Exception as error:  # also the adapter's own: it is what is put to the test
                 kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
                 result, is_right = f"WRONG: {kind}{error}", False
-            table.add_row(
-                name.replace("_", " "), escape(result), f"{time.perf_counter() - start:.1f}"
-            )
-    Console().print(table)
+            table.add_row(name.replace("_", " "), result, f"{time.perf_counter() - start:.1f}")
+    PlainConsole().print(table)
     return is_right

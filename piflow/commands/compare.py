@@ -17,11 +17,11 @@ def main(places: Sequence[str], *, out: str) -> None:
         ValueError: they can't be compared, and why; or not 2 to 12 of them.
         FileNotFoundError: a place holds no figures.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from piflow import storage
     from piflow.evaluation.comparison import figure_table, page, pairs, read_students
+    from piflow.progress import PlainConsole
 
     students = read_students(places)
     created = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -36,6 +36,6 @@ def main(places: Sequence[str], *, out: str) -> None:
     for row, pair in enumerate(compared):
         texts = ["\n".join(column[row]) for _, _, column in figures]
         table.add_row(f"{pair.second} over {pair.first}", *texts, f"{pair.wins:.0%}")
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     console.print(f"page written to {out}", soft_wrap=True)

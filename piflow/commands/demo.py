@@ -63,10 +63,10 @@ def _print_summary(
     version: str,
     pictures: Path,
 ) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from piflow.evaluation.report import headline
+    from piflow.progress import PlainConsole
     from piflow.runs import folder as run_folder
 
     table = Table(title=f"{recipe.name}: {len(result.prompts)} prompts, held-out seeds")
@@ -76,9 +76,9 @@ def _print_summary(
     for row in rows:
         table.add_row(*row)
     gain, ratio = result.psnr_gain, result.diversity_ratio
-    console = Console()
+    console = PlainConsole()
     if not console.is_terminal:
-        console = Console(width=110)  # a log file has no width of its own
+        console = PlainConsole(width=110)  # a log file has no width of its own
     console.print()
     console.print(table)
     console.print(

@@ -6,11 +6,11 @@ import time
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from piflow.commands.submit import follow_job, write_log
 from piflow.jobs import submission
+from piflow.progress import PlainConsole
 from piflow.runtime.exits import ExitCode
 from piflow.runtime.signals import StoppedError
 from piflow.storage.foreign import shown
@@ -35,7 +35,7 @@ def show(address: str | None = None) -> list[Job]:
         table.add_column(column)
     for job in found:
         table.add_row(*_row(job))
-    Console().print(table)
+    PlainConsole().print(table)
     return found
 
 

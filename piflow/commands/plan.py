@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from piflow.config import Recipe
@@ -18,6 +17,7 @@ from piflow.planning.memory import GIB
 from piflow.planning.plan import Plan, Planner, describes, evenly
 from piflow.planning.report import as_json, page, sweep_rows
 from piflow.planning.speed import Machines
+from piflow.progress import PlainConsole
 
 _TERA, _GIGA = 1e12, 1e9
 
@@ -88,7 +88,7 @@ def main(
     if in_json:
         print(json.dumps(as_json(found, plans, table), indent=2, ensure_ascii=False))
         return found
-    console = Console()
+    console = PlainConsole()
     console.print(_table(found, table, price if wanted.price is None else None))
     if compare:
         console.print(_comparison(plans))

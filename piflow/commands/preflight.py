@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from piflow.config import Recipe
+from piflow.progress import PlainConsole
 from piflow.runtime.machine_check import Check, check_machines
 
 
@@ -47,10 +46,10 @@ def _told(bad: Sequence[Check], number: int) -> str:
 
 
 def _print_table(name: str, checks: Sequence[Check]) -> None:
-    table = Table(title=f"{escape(name)}: machines of its workers")
+    table = Table(title=f"{name}: machines of its workers")
     for column in ("check", "found", "expected", ""):
         table.add_column(column)
     for check in checks:
         cells = (check.name, check.found, check.wanted, "ok" if check.ok else "FAILED")
-        table.add_row(*(escape(cell) for cell in cells))
-    Console().print(table)
+        table.add_row(*cells)
+    PlainConsole().print(table)

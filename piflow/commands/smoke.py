@@ -8,7 +8,6 @@ tried.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 
 from piflow.config import Recipe, find_family
 from piflow.config.family import resolve
+from piflow.storage.scratch import scratch
 from piflow.testing.shrink import (
     MODEL,
     NUM_PROMPTS,
@@ -203,7 +203,7 @@ def _quiet() -> None:
 def _working_folder(keep: Path | None) -> Iterator[Path]:
     """`keep`, made if it isn't there; or a folder that is gone afterwards."""
     if keep is None:
-        with tempfile.TemporaryDirectory(prefix="piflow-smoke-") as folder:
+        with scratch("smoke") as folder:
             yield Path(folder)
         return
     if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
@@ -224,8 +224,9 @@ def _timed(name: str, part: Callable[[], object], results: list[PartResult]) -> 
 
 
 def _print_table(recipe: Recipe, names: list[str], results: list[PartResult]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from piflow.progress import PlainConsole
 
     runtime = recipe.runtime
     where = f"{runtime.num_workers} {'GPU' if runtime.use_gpu else 'CPU'} worker(s)"
@@ -237,6 +238,6 @@ def _print_table(recipe: Recipe, names: list[str], results: list[PartResult]) ->
         table.add_row(result.name, f"{result.seconds:.1f}", "ok" if result.ok else "FAILED")
     for name in names[len(results) :]:
         table.add_row(name, "", "not run")
-    console = Console()
+    console = PlainConsole()
     console.print(f"\n{recipe.name}, made small, on {where}")
     console.print(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from piflow.jobs.submission import Stage
 from piflow.jobs.values import load_values
 from piflow.runtime.signals import StoppedError
 from piflow.storage.foreign import shown
+from piflow.storage.scratch import scratch
 
 if TYPE_CHECKING:
     from piflow.jobs.fit import WorkerGib
@@ -68,7 +68,7 @@ def main(
         for stage in RENDERED:
             if stage in chosen:
                 demand(recipe, known, stage)
-    with tempfile.TemporaryDirectory(prefix="piflow-package-") as folder:
+    with scratch("package") as folder:
         packed = package.build(Path(folder), recipe, named)
         from piflow.runtime.job_server import JobTakenError, connect
 

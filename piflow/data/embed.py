@@ -27,8 +27,6 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from rich.console import Console
-
 from piflow import storage
 from piflow.backbones.codec import absolute_paths, build_codec, check_channels
 from piflow.backbones.encoders import encoder_identity
@@ -68,7 +66,7 @@ from piflow.data.prompts import PromptSet
 from piflow.data.reader import EmbeddingStore
 from piflow.data.shared_disk import WRITER_FILE, one_writer, require_shared, require_visible
 from piflow.data.writer import ShardReport, reusable_shard, write_shard
-from piflow.progress import progress
+from piflow.progress import PlainConsole, progress
 from piflow.runs.lease import PROCESS, Ownership
 from piflow.storage.foreign import shown
 from piflow.storage.picture import BadPictureError
@@ -144,7 +142,7 @@ def embed_prompts(recipe: Recipe, session: Session, *, show_progress: bool = Tru
         EncoderDiedError: an encoder's process died again and again at a shard.
         OSError: the storage refused.
     """
-    console = Console(stderr=True, quiet=not show_progress)
+    console = PlainConsole(stderr=True, quiet=not show_progress)
     if recipe.embed.mode == "online":
         return prepare_online(recipe, session, show_progress=show_progress)
     prompts = recipe_prompts(recipe)
@@ -162,7 +160,7 @@ def embed_prompts(recipe: Recipe, session: Session, *, show_progress: bool = Tru
         return _write(recipe, job, session, console, ownership)
 
 
-def _up_to_date(recipe: Recipe, job: _Job, console: Console) -> StoreManifest | None:
+def _up_to_date(recipe: Recipe, job: _Job, console: PlainConsole) -> StoreManifest | None:
     """The manifest of a store that lacks nothing; None: there is something to do."""
     finished = _finished_store(job)
     if finished is None:
@@ -180,7 +178,7 @@ def _has(manifest: StoreManifest, negative: ShardPlan) -> bool:
 
 
 def _write(
-    recipe: Recipe, job: _Job, session: Session, console: Console, ownership: Ownership
+    recipe: Recipe, job: _Job, session: Session, console: PlainConsole, ownership: Ownership
 ) -> StoreManifest:
     """Make the store, or add the recipe's negative prompt to a finished one."""
     finished = _finished_store(job)
@@ -335,7 +333,7 @@ def _finished_store(job: _Job) -> StoreManifest | None:
 
 
 def _make_store(
-    recipe: Recipe, job: _Job, session: Session, console: Console, ownership: Ownership
+    recipe: Recipe, job: _Job, session: Session, console: PlainConsole, ownership: Ownership
 ) -> StoreManifest:
     """Encode what isn't there yet, and write the manifest."""
     _warn_of_memory(recipe, job, console)
@@ -370,7 +368,7 @@ def _with_negative_prompt(
     plan: ShardPlan,
     finished: StoreManifest,
     session: Session,
-    console: Console,
+    console: PlainConsole,
 ) -> StoreManifest:
     [done] = _encode(recipe, job, [plan], session, console)
     _warn_of_truncation(console, [done], job.inputs.encoder.max_tokens)
@@ -435,7 +433,7 @@ def _require_wanted(recipe: Recipe, manifest: StoreManifest) -> None:
 
 
 def _encode(
-    recipe: Recipe, job: _Job, missing: list[ShardPlan], session: Session, console: Console
+    recipe: Recipe, job: _Job, missing: list[ShardPlan], session: Session, console: PlainConsole
 ) -> Generator[_Finished]:
     """Run the encoder actors over the missing shards, and show how many prompts are done."""
     if not missing:
@@ -691,7 +689,7 @@ def _present_buckets(job: _Job, shards: list[ShardEntry]) -> tuple[Bucket, ...]:
     )
 
 
-def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
+def _warn_of_memory(recipe: Recipe, job: _Job, console: PlainConsole) -> None:
     """Unpadded prompts are short; with all padding one has 8 to 31 MB until it is stored."""
     config, encoder = recipe.encoder, job.inputs.encoder
     if not config.keeps_padding:
@@ -712,7 +710,7 @@ def _warn_of_memory(recipe: Recipe, job: _Job, console: Console) -> None:
         )
 
 
-def _warn_of_truncation(console: Console, finished: list[_Finished], max_tokens: int) -> None:
+def _warn_of_truncation(console: PlainConsole, finished: list[_Finished], max_tokens: int) -> None:
     count = sum(shard.report.truncated for shard in finished)
     if not count:
         return
@@ -731,7 +729,7 @@ def _example(item: SkippedPicture) -> str:
     return f"{shown(repr(item.picture))}: {shown(item.reason)}"
 
 
-def _tell_of_pictures(console: Console, manifest: StoreManifest) -> None:
+def _tell_of_pictures(console: PlainConsole, manifest: StoreManifest) -> None:
     skipped = manifest.skipped_pictures
     if skipped:
         named = "; ".join(map(_example, skipped[:3]))
@@ -755,13 +753,13 @@ def encoder_idle_share(work: Iterable[_Work]) -> float:
     return 1 - sum(w.busy for own in by_actor.values() for w in own) / sum(spans)
 
 
-def _tell_of_idleness(console: Console, finished: list[_Finished]) -> None:
+def _tell_of_idleness(console: PlainConsole, finished: list[_Finished]) -> None:
     work = [shard.work for shard in finished if shard.work is not None]
     if work:
         share = encoder_idle_share(work)
         _say(console, f"encoder_idle_share {share:.1%}: the rest of their time encoders encoded")
 
 
-def _say(console: Console, text: str, style: str | None = None) -> None:
-    """One line as it is: prompts and paths hold brackets, and logs are searched by line."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+def _say(console: PlainConsole, text: str, style: str | None = None) -> None:
+    """One line: logs are searched by line."""
+    console.print(text, style=style, soft_wrap=True)

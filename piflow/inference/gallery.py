@@ -63,6 +63,7 @@ class Gallery:
         self, folder: str, settings: Mapping[str, Any], notes: Mapping[str, Any] | None = None
     ) -> None:
         self._folder = folder
+        storage.delete_left_over(folder, recursive=False)
         self._settings, self._notes = dict(settings), dict(notes or {})
         self._entries = self._read()
         self._written = time.monotonic()

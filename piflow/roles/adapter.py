@@ -262,6 +262,7 @@ def save_adapter(
     given = read or _given(tensors)
     entries = {name: Entry(tuple(t.shape), DTYPES[dtype]) for name, t in tensors.items()}
     content = serialised(entries, {**own, **extra}, lambda name: given([name])[name])
+    storage.delete_left_over(str(folder), recursive=False)  # of gigabytes, of a killed export
     storage.write_bytes(storage.join(str(folder), WEIGHTS_FILE), memoryview(content))
     storage.write_bytes(storage.join(str(folder), CONFIG_FILE), config.to_json().encode())
 

@@ -8,12 +8,12 @@ made. One process at a time delivers for a run (see `piflow.runs.outbox` and `pi
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from piflow import storage
+from piflow.storage.scratch import scratch
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -111,9 +111,9 @@ def find_or_make(
             experiment, name=name, source_run_id=run_id, tags=noted, model_type=model_type
         )
     if model.status != LoggedModelStatus.READY:
-        with tempfile.TemporaryDirectory() as scratch:
-            fill(model, Path(scratch))
-            client.log_model_artifacts(model.model_id, scratch)
+        with scratch("model") as folder:
+            fill(model, folder)
+            client.log_model_artifacts(model.model_id, str(folder))
         model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     outputs = client.get_run(run_id).outputs
     known = {item.model_id for item in outputs.model_outputs} if outputs else set()

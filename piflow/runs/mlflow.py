@@ -14,7 +14,6 @@ import hashlib
 import io
 import logging
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from piflow.runs import logged
 from piflow.runs.outbox import Entry, EntryRefusedError, RunRefusedError, ServerAwayError
 from piflow.storage.answers import answered_within
 from piflow.storage.foreign import relative_name, shown
+from piflow.storage.scratch import scratch
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -260,8 +260,8 @@ def _resume(client: MlflowClient, run_id: str, entry: Entry) -> None:
 
 
 def _log_file(client: MlflowClient, run_id: str, name: str, content: bytes, folder: str) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / name
+    with scratch("artifact") as folder_here:
+        path = folder_here / name
         path.write_bytes(content)
         client.log_artifact(run_id, str(path), folder or None)
 

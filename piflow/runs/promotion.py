@@ -12,7 +12,6 @@ A rollback takes `before` away, so that one after the other goes further back an
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from piflow.runs.mlflow import TAG_LENGTH, answered, connect, cut, explained
 from piflow.runs.origin import user
 from piflow.runs.registry import registry_of, require_alias, require_name
 from piflow.storage.foreign import shown
+from piflow.storage.scratch import scratch
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -127,8 +127,8 @@ class Registry:
                     f"{place} of run {shown(version.run_id)} has {sizes[place]} bytes; expected "
                     f"figures of at most {_MOST_BYTES}"
                 )
-            with tempfile.TemporaryDirectory() as folder:
-                path = self._client.download_artifacts(version.run_id, place, folder)
+            with scratch("figures") as folder:
+                path = self._client.download_artifacts(version.run_id, place, str(folder))
                 return storage.read_bytes(str(path), max_bytes=_MOST_BYTES)
 
     def promote(

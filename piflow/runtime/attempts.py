@@ -5,7 +5,6 @@ Training and drawing for an evaluation are such work: what differs stands in a `
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -23,6 +22,7 @@ from piflow.runtime.ray_job import stopping_told
 from piflow.runtime.session import start_tries
 from piflow.runtime.signals import Signals, StoppedError
 from piflow.runtime.workers import collectives, failed, scaling
+from piflow.storage.scratch import scratch
 from piflow.training.step import NonFiniteError
 
 if TYPE_CHECKING:
@@ -205,10 +205,8 @@ def _fit(attempt: Future[Any], work: Work, mailbox: Any) -> None:
     an earlier attempt names checkpoints that are gone.
     """
     try:
-        with tempfile.TemporaryDirectory(
-            prefix="piflow-ray-train-", ignore_cleanup_errors=True
-        ) as notes:
-            attempt.set_result(_trainer(work, mailbox, notes).fit())
+        with scratch("ray-train") as notes:
+            attempt.set_result(_trainer(work, mailbox, str(notes)).fit())
     except BaseException as error:
         attempt.set_exception(error)
 

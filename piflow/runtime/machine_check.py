@@ -7,7 +7,6 @@ machine. Here Ray Train starts the recipe's workers as it would for the run, and
 
 from __future__ import annotations
 
-import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from piflow import storage
 from piflow.config import PreflightConfig, Recipe, RuntimeConfig
 from piflow.runtime.machine_probe import PATIENCE, Findings
 from piflow.runtime.workers import collectives, failed, scaling, session_with_room
+from piflow.storage.scratch import scratch
 
 _FOLDER = "preflight"
 _NEVER_SECONDS = 1e8  # until workers are added to those that measure
@@ -61,9 +61,7 @@ def check_machines(recipe: Recipe) -> list[Check]:
     folder = storage.join(storage.absolute(recipe.run_dir), f"{_FOLDER}-{uuid.uuid4().hex[:12]}")
     with (
         session_with_room(recipe),
-        tempfile.TemporaryDirectory(
-            prefix="piflow-preflight-", ignore_cleanup_errors=True
-        ) as notes,
+        scratch("preflight") as notes,
     ):
         trainer = TorchTrainer(
             _probe,
@@ -72,7 +70,7 @@ def check_machines(recipe: Recipe) -> list[Check]:
                 backend=collectives(runtime), timeout_s=int(PATIENCE.total_seconds())
             ),
             scaling_config=scaling(runtime, _NEVER_SECONDS),
-            run_config=ray.train.RunConfig(name="preflight", storage_path=notes),
+            run_config=ray.train.RunConfig(name="preflight", storage_path=str(notes)),
         )
         try:
             result: Any = trainer.fit()

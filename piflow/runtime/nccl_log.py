@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from piflow.storage.foreign import shown
+from piflow.storage.scratch import claim
 
 _CHOSEN = re.compile(r"NCCL INFO Using network ([^\r\n]+)")
 _CHANNEL = re.compile(r"NCCL INFO Channel .* via ([^\r\n]+)")
@@ -63,7 +63,8 @@ class NcclNetwork:
 
 def keep_nccl_log() -> Path:
     """Have this process's NCCL, which must not have started yet, write its log to a new file."""
-    file = Path(tempfile.mkdtemp(prefix="piflow-nccl-"), "log")
+    folder, _ = claim("nccl")  # as long as this process lives
+    file = folder / "log"
     os.environ.update(
         NCCL_DEBUG="INFO", NCCL_DEBUG_SUBSYS="INIT,NET,P2P,SHM", NCCL_DEBUG_FILE=str(file)
     )

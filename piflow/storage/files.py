@@ -29,7 +29,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +42,7 @@ from urllib.parse import urlsplit, urlunsplit
 from piflow.storage.foreign import MAX_JSON_BYTES, ForeignDataError, redacted, relative_name
 from piflow.storage.hub import hub_at_commit, hub_filesystem, hub_place, hub_snapshot
 from piflow.storage.s3 import refusal, s3_filesystem
+from piflow.storage.scratch import scratch
 from piflow.storage.uri import READ_ONLY, local_path, member, package_path, scheme
 
 if TYPE_CHECKING:  # it takes a while, and recipes are read without
@@ -361,7 +361,7 @@ def delete_folder(uri: str) -> None:
         system.delete_dir(path)
 
 
-def delete_left_over(uri: str) -> list[str]:
+def delete_left_over(uri: str, *, recursive: bool = True) -> list[str]:
     """Delete what killed processes left half written below a local folder; returns the paths.
 
     Such a file was never there under its own name. One that was written to within ten minutes
@@ -381,6 +381,8 @@ def delete_left_over(uri: str) -> list[str]:
                     deleted.append(str(path))
             except OSError:
                 pass  # another process was faster, or may delete there and this one mayn't
+        if not recursive:
+            break
     return sorted(deleted)
 
 
@@ -447,8 +449,8 @@ def for_ranges(uri: str) -> str:
 def _downloading(target: Path) -> Iterator[None]:
     """A block that one process of those sharing the cache is in; it looks again for `target`.
 
-    The kernel lets go of the lock of a process that was killed, and what that one left half done
-    is deleted here. Where a file system has no locks, everybody downloads.
+    The kernel lets go of the lock of a process that was killed. Where a file system has no locks,
+    everybody downloads.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     name = target.with_name(f"{target.name}.lock")
@@ -458,8 +460,6 @@ def _downloading(target: Path) -> Iterator[None]:
         except OSError:
             yield
             return
-        for left in target.parent.glob(f"{target.name}.*{_PARTIAL}"):
-            shutil.rmtree(left, ignore_errors=True)
         yield
         name.unlink(missing_ok=True)  # whoever waits for it, or comes now, finds the folder
 
@@ -473,8 +473,7 @@ def _download(system: fs.FileSystem, files: Mapping[str, fs.FileInfo], target: P
         target: the folder to be.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=_PARTIAL, dir=target.parent))
-    try:
+    with scratch("download", target.parent) as fresh:
         for name, info in files.items():
             destination = fresh / name
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -488,8 +487,6 @@ def _download(system: fs.FileSystem, files: Mapping[str, fs.FileInfo], target: P
         except OSError:
             if not target.is_dir():  # otherwise another process was faster: its copy is the same
                 raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def without_links(path: str, flags: int) -> int:

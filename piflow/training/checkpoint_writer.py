@@ -18,7 +18,6 @@ retention come after it, in the same thread; so the thread is ours, and in it `d
 from __future__ import annotations
 
 import errno
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +35,7 @@ from piflow import storage
 from piflow.config import TrainingConfig
 from piflow.runs import folder as run_folder
 from piflow.sharding.everyone import of_rank_0, rank
+from piflow.storage.scratch import scratch
 from piflow.training.checkpoint import (
     STATE_FILE,
     CheckpointError,
@@ -245,8 +245,8 @@ def _staging(uri: str) -> Iterator[Path]:
     if storage.scheme(uri) == "file":
         yield Path(storage.filesystem(uri)[1])
         return
-    with tempfile.TemporaryDirectory(prefix="piflow-checkpoint-") as folder:
-        yield Path(folder)
+    with scratch("checkpoint") as folder:
+        yield folder
 
 
 def _upload(folder: Path, uri: str) -> str | None:

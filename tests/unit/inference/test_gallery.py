@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,16 @@ def test_what_is_there_is_not_drawn_again(tmp_path: Path) -> None:
     Path(gallery.file(requests[1])).write_bytes(b"another")
     again = Gallery(str(tmp_path), SETTINGS)
     assert again.missing(requests) == [requests[0], requests[1], *requests[5:]]
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    left, below = tmp_path / ".0001-a.png.0a1b2c3d.partial", tmp_path / "sub"
+    below.mkdir()
+    for path in (left, below / left.name):
+        path.write_bytes(b"half")
+        os.utime(path, (0, 0))
+    filled(tmp_path, [])
+    assert not left.exists() and (below / left.name).exists(), "a folder below is another's"
 
 
 def test_other_settings_and_places_never_overwrite(tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def test_what_killed_processes_left_half_written_goes(tmp_path: Path) -> None:
     linked.symlink_to(theirs)
     for path in (old, theirs):
         os.utime(path, (0, 0))
+    assert storage.delete_left_over(str(tmp_path), recursive=False) == []
     assert storage.delete_left_over(str(tmp_path)) == [str(old)]
     assert sorted(target.parent.iterdir()) == sorted([new, theirs, linked])
     assert storage.delete_left_over("s3://bucket/folder") == []
@@ -404,6 +405,7 @@ def test_remote_folders_are_downloaded_once_and_again_when_they_change(
     assert storage.local_folder("s3://bucket/model", cache) == first
     assert first.stat().st_mtime_ns == stamp
     (source / "weights").write_bytes(b"three")
+    (cache / "piflow-scratch-download-killed").mkdir()  # of whatever other folder
     second = storage.local_folder("s3://bucket/model", cache)
     assert (second / "sub" / "weights").read_bytes() == b"three"
     assert sorted(cache.iterdir()) == sorted([first, second])  # no partial folder stays
