@@ -79,12 +79,13 @@ def download(model: str, tracking_uri: str | None = None) -> Path:
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
 
-    from piflow.runs.mlflow import explained
+    from piflow.runs.mlflow import explained, require_own_server
 
     uri = tracking_uri or mlflow.get_tracking_uri()
     client = MlflowClient(uri, tracking_uri or mlflow.get_registry_uri())
     with explained(uri):
         location = _location(client, model.removeprefix(_SCHEME))
+        require_own_server(uri, location)
         folder = Path(download_artifacts(artifact_uri=location, tracking_uri=uri))
     for place in _PLACES:
         if (folder / place / CONFIG_FILE).is_file():

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -27,7 +28,7 @@ from piflow import storage
 from piflow.runs import logged
 from piflow.runs.outbox import Entry, EntryRefusedError, RunRefusedError, ServerAwayError
 from piflow.storage.answers import answered_within
-from piflow.storage.foreign import relative_name, shown
+from piflow.storage.foreign import redacted, relative_name, shown
 from piflow.storage.scratch import scratch
 
 if TYPE_CHECKING:
@@ -43,6 +44,14 @@ _MOST_BYTES = 2**32  # of a file that is logged: it is held in memory
 _REQUEST_SECONDS = 20  # until a request without an answer counts as failed; it is tried again here
 START_SECONDS = 20.0  # a server must answer within this when a run starts
 START_LIMIT = 60.0  # and must have taken all that a start tells it within this
+_HTTP = ("http", "https", "mlflow-artifacts")  # schemes of artifacts that MLflow's server hands out
+_CREDENTIALS = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_AUTH",
+    "MLFLOW_TRACKING_AWS_SIGV4",
+)
 _WRONG_NAMES = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL)
 _Answer = TypeVar("_Answer")
 
@@ -412,7 +421,37 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
+def require_own_server(uri: str, location: str | None) -> None:
+    """Refuse artifacts that lie with another HTTP server than the one that is asked.
+
+    MLflow's client sends this machine's user and password to whatever server an artifact's location
+    names, and anyone who may register a model or make an experiment chooses that.
+
+    Args:
+        uri: of the tracking server.
+        location: where a run's, an experiment's or a model's artifacts lie, as the server says.
+
+    Raises:
+        RunRefusedError: it is so, and there is something to send.
+    """
+    place = urlsplit(location or "")
+    if place.scheme not in _HTTP or place.hostname in (None, urlsplit(uri).hostname):
+        return
+    file = Path("~/.mlflow/credentials").expanduser()
+    if any(map(os.environ.get, _CREDENTIALS)) or file.exists():
+        raise RunRefusedError(
+            f"MLflow server {redacted(uri)} says that artifacts lie at {redacted(location)}, "
+            "another server, which would get this machine's user and password of MLflow. If it is "
+            "the same one under another name, give that name in tracking.uri"
+        )
+
+
 def get_run(client: MlflowClient, uri: str, run_id: str) -> Run:
+    """The run, if it may be written.
+
+    Raises:
+        RunRefusedError: the server doesn't have it, or has deleted it; or `require_own_server`.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -429,6 +468,7 @@ def get_run(client: MlflowClient, uri: str, run_id: str) -> Run:
             f"MLflow run {run_id} in {uri} was deleted; restore it (`mlflow runs restore "
             f"--run-id {run_id}`) or start in a new run_dir"
         )
+    require_own_server(uri, run.info.artifact_uri)
     return run
 
 

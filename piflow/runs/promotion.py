@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from piflow import storage
-from piflow.runs.mlflow import TAG_LENGTH, answered, connect, cut, explained
+from piflow.runs.mlflow import (
+    TAG_LENGTH,
+    answered,
+    connect,
+    cut,
+    explained,
+    require_own_server,
+)
 from piflow.runs.origin import user
 from piflow.runs.registry import registry_of, require_alias, require_name
 from piflow.storage.foreign import shown
@@ -118,6 +125,8 @@ class Registry:
         """
         place = f"{_FIGURES}/{version.checkpoint}.json"
         with explained(self._uri):
+            run = self._client.get_run(version.run_id)
+            require_own_server(self._uri, run.info.artifact_uri)
             listed = self._client.list_artifacts(version.run_id, _FIGURES)
             sizes = {item.path: item.file_size or 0 for item in listed}
             if place not in sizes:

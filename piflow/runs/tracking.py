@@ -45,6 +45,7 @@ from piflow.runs.mlflow import (
     in_time,
     log_params,
     plain,
+    require_own_server,
     set_tags,
     to_yaml,
 )
@@ -468,6 +469,7 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         return _experiment_id(client, uri, name)  # another run was started at the same time
+    require_own_server(uri, existing.artifact_location)
     if existing.lifecycle_stage == "deleted":
         raise ValueError(
             f"MLflow experiment {name!r} in {uri} was deleted; restore it (`mlflow experiments "

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from piflow.runs.mlflow import Delivery, _first_line
-from piflow.runs.outbox import Entry, EntryRefusedError, Outbox
+from piflow.runs.mlflow import Delivery, _first_line, get_run, require_own_server
+from piflow.runs.outbox import Entry, EntryRefusedError, Outbox, RunRefusedError
 
 GOOD = {"kind": "metrics", "time_us": 1, "step": 7, "data": {}}
 
@@ -105,3 +106,45 @@ def test_a_servers_words_are_escaped() -> None:
         "\\x1b[2J\\x1b]0;title\\x07 gone"
     )
     assert len(_first_line(ValueError("x" * 10**6))) < 600
+
+
+OURS = "https://mlflow.ours.example:5000"
+
+
+@pytest.mark.parametrize(
+    ("location", "is_own"),
+    [
+        ("mlflow-artifacts:/1/a/artifacts", True),
+        ("mlflow-artifacts://mlflow.ours.example/1/a/artifacts", True),
+        ("http://mlflow.ours.example:5001/api/2.0/mlflow-artifacts/artifacts/1", True),
+        ("s3://bucket/1/a/artifacts", True),
+        ("/mnt/mlruns/1/a/artifacts", True),
+        ("mlflow-artifacts://elsewhere.example/1/a/artifacts", False),
+        ("https://elsewhere.example/1/a/artifacts", False),
+        ("http://mlflow.ours.example@elsewhere.example/1", False),
+        ("HTTP://ELSEWHERE.EXAMPLE", False),
+    ],
+)
+def test_passwords_go_to_no_other_server_that_artifacts_are_said_to_lie_with(
+    location: str, is_own: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever may register a model or make an experiment says where its artifacts lie."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    info = SimpleNamespace(lifecycle_stage="active", artifact_uri=location)
+    client: Any = SimpleNamespace(get_run=lambda run_id: SimpleNamespace(info=info))
+    require_own_server(OURS, location)  # there is nothing to send
+    for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "secret")
+            if is_own:
+                assert get_run(client, OURS, "run").info is info
+                continue
+            with pytest.raises(RunRefusedError, match="another server, which would get"):
+                get_run(client, OURS, "run")
+    if not is_own:
+        (tmp_path / ".mlflow").mkdir()
+        (tmp_path / ".mlflow" / "credentials").write_text("[mlflow]")
+        with pytest.raises(RunRefusedError, match="give that name in tracking.uri"):
+            require_own_server(OURS, location)
