@@ -9,7 +9,7 @@ folder that wants any of this is refused, by the name of the file and the key.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safetensors import SafetensorError
@@ -54,6 +54,11 @@ _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _IMPLEMENTATIONS = (None, "eager", "sdpa")  # of others, some are fetched from a hub
 
 _TOKENIZER = re.compile(r"(?!Auto|Rag)\w+Tokenizer(Fast)?|TokenizersBackend|MistralCommonBackend")
+
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_TOKENIZER_FILES = ("tokenizer_config.json", _SPECIAL_TOKENS)
+_OPENED = re.compile(r"(?!special_tokens_map_file).*_files?|(source|target)_spm")
+"""Keys whose files a tokenizer opens, wherever they lie; of the one left out, nobody reads any."""
 
 _NAMES_ONLY = ("id2label", "label2id")  # objects whose keys are a data set's, not the library's
 
@@ -133,6 +138,10 @@ def check_model_folder(folder: str, where: str) -> None:
             content = read_bytes(join(folder, name), max_bytes=MAX_CONFIG_BYTES)
             tree = parse_object(content, where=f"{where}/{name}")
             _check_tree(tree, f"{where}/{name}")
+            if name in _TOKENIZER_FILES:
+                _check_tokenizer(
+                    tree, sizes, f"{where}/{name}", tokens_only=name == _SPECIAL_TOKENS
+                )
             if name == "config.json":
                 _check_numbers(tree, f"{where}/{name}")
         elif _WEIGHTS_INDEX.fullmatch(name):
@@ -242,6 +251,32 @@ def _check_tree(tree: dict[str, Any], where: str) -> None:
                 f"{where} has _class_name: {shown(repr(value), 80)}; expected one class's name: a "
                 f"list names a module as well, and {_CODE}"
             )
+
+
+def _check_tokenizer(
+    tree: dict[str, Any], files: Mapping[str, int], where: str, tokens_only: bool
+) -> None:
+    """Refuses files that a tokenizer would open elsewhere: no hash of the folder covers them.
+
+    Args:
+        files: the folder's.
+        tokens_only: whether it is the file of special tokens, of which all others become arguments
+            of the tokenizer as well.
+    """
+    for key, value in tree.items():
+        if tokens_only and not key.endswith(("_token", "_tokens")):
+            raise ForeignDataError(
+                f"{where} has {shown(key, 80)}; expected special tokens alone: the library would "
+                "take it for a setting. Remove the key"
+            )
+        for name in value if isinstance(value, list) else [value]:
+            is_there = name is None or (isinstance(name, str) and name in files)
+            if _OPENED.fullmatch(key) and not is_there:
+                raise ForeignDataError(
+                    f"{where} has {shown(key, 80)}: {shown(repr(name), 80)}; expected the name of "
+                    "a file in the same folder: the library would open it wherever it lies. Remove "
+                    "the key if the model doesn't need it"
+                )
 
 
 def _check_numbers(tree: dict[str, Any], where: str) -> None:

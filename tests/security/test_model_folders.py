@@ -225,6 +225,73 @@ def test_a_tokenizers_class(name: Any, bert: Path) -> None:
         load(bert)
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("special_tokens_map.json", "vocab_file", "/outside/vocab.txt"),
+        ("special_tokens_map.json", "tokenizer_file", "../outside/tokenizer.json"),
+        ("special_tokens_map.json", "vocab_file", "vocab.txt"),
+        ("special_tokens_map.json", "local_files_only", False),
+        ("special_tokens_map.json", "name_or_path", "somebody/else"),
+        ("tokenizer_config.json", "vocab_file", "/dev/zero"),
+        ("tokenizer_config.json", "tokenizer_file", "absent.json"),
+        ("tokenizer_config.json", "source_spm", "/outside/spm"),
+        ("tokenizer_config.json", "fast_tokenizer_files", ["../outside/tokenizer.4.0.0.json"]),
+        ("tokenizer_config.json", "merges_file", {"a": 1}),
+        ("tokenizer_config.json", "vocab_file", 0),
+    ],
+)
+def test_a_tokenizer_opens_no_file_elsewhere(file: str, key: str, value: Any, bert: Path) -> None:
+    change(bert / file, **{key: value})
+    with pytest.raises(ValueError, match=f"{file} has {key}"):
+        load(bert)
+
+
+def _with_a_planted_word(bert: Path, folder: Path) -> Path:
+    """A tokenizer's file whose vocabulary is another one."""
+    tree = json.loads((bert / "tokenizer.json").read_text())
+    words = ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]", "planted"]
+    tree["model"]["vocab"] = {word: number for number, word in enumerate(words)}
+    folder.mkdir()
+    file = folder / "tokenizer.4.0.0.json"
+    file.write_text(json.dumps(tree | {"added_tokens": [], "post_processor": None}))
+    return file
+
+
+@pytest.mark.parametrize("key", ["tokenizer_file", "fast_tokenizer_files"])
+def test_the_librarys_own_guard_is_not_enough(
+    key: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lets the file of special tokens, and the list of files by version, lead elsewhere."""
+    from transformers import BertTokenizer
+
+    planted = _with_a_planted_word(bert, tmp_path / "elsewhere")
+    if key == "tokenizer_file":
+        tokens = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
+        change(bert / "special_tokens_map.json", **tokens, tokenizer_file=str(planted))
+        kept = json.loads((bert / "tokenizer_config.json").read_text())
+        kept.pop("added_tokens_decoder", None)
+        (bert / "tokenizer_config.json").write_text(json.dumps(kept))
+    else:
+        change(bert / "tokenizer_config.json", **{key: ["../elsewhere/tokenizer.4.0.0.json"]})
+    with pytest.raises(ValueError, match=key):
+        text.load_tokenizer(BertTokenizer, bert, "hostile")
+    monkeypatch.setattr(text, "check_model_folder", lambda *arguments: None)
+    assert "planted" in text.load_tokenizer(BertTokenizer, bert, "hostile").get_vocab()
+
+
+def test_what_a_tokenizer_may_say_of_files(bert: Path) -> None:
+    """Real ones have the first and the second; the last names a file that is there."""
+    change(
+        bert / "tokenizer_config.json",
+        special_tokens_map_file="/home/somebody/.cache/special_tokens_map.json",
+        tokenizer_file=None,
+        fast_tokenizer_files=["tokenizer.json"],
+    )
+    change(bert / "special_tokens_map.json", unk_token="[UNK]", additional_special_tokens=[])
+    load(bert)
+
+
 def test_pickled_weights_are_not_read(bert: Path, nothing_reaches_out: Path) -> None:
     class Planted:
         def __reduce__(self) -> Any:
