@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from piflow.roles.adapter import CONFIG_FILE, DTYPES, FORMAT_KEY, POLICY_KEY
 from piflow.roles.merged import TRANSFORMER, Format, student_config
 from piflow.sharding.gguf_file import BLOCK, GGUF_FILE, library, write_gguf
 from piflow.sharding.written import MAX_SHARD_BYTES, Entry, write_weights
+from piflow.storage.scratch import scratch
 from piflow.training.export import base_of, stored_in_checkpoint, with_base
 from piflow.training.merge import MergedStudent, as_fp8
 from piflow.training.pipeline_parts import INDEX, PipelineParts
@@ -142,6 +141,7 @@ def require_own_folder(folder: str) -> None:
         ValueError: there are some.
     """
     if storage.exists(storage.join(folder, REPORT)):
+        storage.delete_left_over(folder)  # of an export that was killed
         return
     found = storage.list_files(folder)
     if found:
@@ -189,8 +189,8 @@ def _write_gguf(
     architecture: str,
 ) -> dict[str, str]:
     """The library writes local files: another storage gets a copy."""
-    with TemporaryDirectory(prefix="piflow-gguf-") as scratch:
-        file = Path(scratch) / GGUF_FILE
+    with scratch("gguf") as own:
+        file = own / GGUF_FILE
         write_gguf(file, student.shapes, packed, metadata, student.read, architecture=architecture)
         storage.copy_file(str(file), storage.join(folder, GGUF_FILE))
         return {GGUF_FILE: storage.sha256(str(file))}
