@@ -339,6 +339,44 @@ def export(
 
 
 @app.command(
+    epilog="Example: `piflow push runs/emoji-flux/adapter hf://owner/emoji-flux --dry-run`, then "
+    "without it. The hub wants HF_TOKEN. docs/formats.md says what goes."
+)
+def push(
+    source: Annotated[
+        str, typer.Argument(help="folder that `piflow export` wrote", metavar="SOURCE")
+    ],
+    destination: Annotated[
+        str, typer.Argument(help="hf://owner/name[/folder] or s3://bucket/prefix", metavar="DEST")
+    ],
+    run_dir: Annotated[
+        str | None,
+        typer.Option(
+            "--run",
+            help="the run's folder, for recipe, figures and pictures; default: the one around it",
+            metavar="URI",
+        ),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", help="of the base; default: as its card on the hub says"),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="a new repository on the hub")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list what would go, and its card; write nothing")
+    ] = False,
+) -> None:
+    """Push an exported student with a model card to the hub or an object store."""
+    from piflow.commands import push as pipeline
+
+    pipeline.main(
+        source, destination, run=run_dir, licence=licence, private=private, dry_run=dry_run
+    )
+
+
+@app.command(
     epilog=f"Example: `piflow promote {DEFAULT_RECIPE} --dry-run`, then without it. Needs what "
     "`piflow evaluate` and `piflow export` leave in MLflow. Exit code 0: the alias is, or with "
     "--dry-run would be, the version's; 1: a gate doesn't hold, and nothing was moved. "

@@ -1,11 +1,13 @@
-"""A Hugging Face hub on loopback, as far as downloading goes, for the real client.
+"""A Hugging Face hub on loopback, for the real client: downloads and commits.
 
 It serves folders as repositories, one commit each, over the hub's HTTP interface: repository info,
-listings, and files with byte ranges. A repository may be gated: it then wants a token.
+listings, and files with byte ranges. A repository may be gated: it then wants a token. With a token
+that may write, repositories are made and committed to; weights come by Git LFS.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -20,6 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LATER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 TOKEN = "hf_open_sesame"
+READING_TOKEN = "hf_only_reads"
 
 
 @dataclass
@@ -31,6 +34,10 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     later: dict[str, Path] = field(default_factory=dict)  # of repositories whose main moved on
     sent: list[tuple[str, int]] = field(default_factory=list)  # (file, bytes) of each answer
+    new: Path | None = None  # where the files of repositories are that a client makes
+    private: dict[str, bool] = field(default_factory=dict)  # of these
+    commits: list[list[str]] = field(default_factory=list)  # the files of each
+    blobs: dict[str, bytes] = field(default_factory=dict)  # sha256 -> what came by LFS
 
 
 @contextmanager
@@ -76,15 +83,90 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def do_POST(self) -> None:  # paths-info
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        _, kind, owner, name, _, revision = urlsplit(self.path).path.strip("/").split("/")
-        repo = f"{kind}/{owner}/{name}"
-        if not self._admitted(repo) or not self._known(unquote(revision)):
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        match urlsplit(self.path).path.strip("/").split("/"):
+            case ["api", "validate-yaml"]:
+                self._json({"errors": [], "warnings": []})
+            case ["api", "repos", "create"]:
+                self._create(json.loads(body))
+            case ["api", kind, owner, name, "paths-info", revision]:
+                self._paths(f"{kind}/{owner}/{name}", unquote(revision), body.decode())
+            case [owner, repository, "info", "lfs", "objects", "batch"]:
+                if self._may_write(f"models/{owner}/{repository.removesuffix('.git')}"):
+                    objects = [self._upload(item) for item in json.loads(body)["objects"]]
+                    self._json({"transfer": "basic", "objects": objects})
+            case ["api", kind, owner, name, what, _]:
+                if self._may_write(f"{kind}/{owner}/{name}"):
+                    self._write(f"{kind}/{owner}/{name}", what, body)
+            case _:
+                self._error(404, "EntryNotFound")
+
+    def _write(self, repo: str, what: str, body: bytes) -> None:
+        if what == "preupload":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            self._json({"files": [_mode(path) for path in paths]})
+        elif what == "commit":
+            self._commit(repo, body)
+        else:
+            self._error(404, "EntryNotFound")
+
+    def _paths(self, repo: str, revision: str, asked: str) -> None:
+        if self._admitted(repo) and self._known(revision):
+            _, folder = self._at(repo, revision)
+            found = [folder / path for path in parse_qs(asked)["paths"]]
+            self._json([_entry(folder, path) for path in found if path.exists()])
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.hub.blobs[self.path.rpartition("/")[2]] = content
+        self._json({})
+
+    def _may_write(self, repo: str | None) -> bool:
+        token = self.headers.get("Authorization")
+        if token not in (f"Bearer {TOKEN}", f"Bearer {READING_TOKEN}"):
+            self._error(401, "")
+        elif token == f"Bearer {READING_TOKEN}":
+            self._error(403, "")
+        elif repo is not None and repo not in self.server.hub.folders:
+            self._error(404, "RepoNotFound")
+        else:
+            return True
+        return False
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        hub, name = self.server.hub, f"{asked['organization']}/{asked['name']}"
+        if not self._may_write(None):
             return
-        _, folder = self._at(repo, unquote(revision))
-        found = [folder / path for path in parse_qs(body)["paths"]]
-        self._json([_entry(folder, path) for path in found if path.exists()])
+        if f"models/{name}" in hub.folders:
+            self._answer(409, json.dumps({"url": f"{hub.url}/{name}"}).encode(), {})
+            return
+        assert hub.new is not None
+        hub.folders[f"models/{name}"] = folder = hub.new / name
+        folder.mkdir(parents=True)
+        (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+        hub.private[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
+        self._json({"url": f"{hub.url}/{name}", "name": name})
+
+    def _upload(self, item: dict[str, Any]) -> dict[str, Any]:
+        place = {"href": f"{self.server.hub.url}/blobs/{item['oid']}", "header": {}}
+        return {**item, "actions": {"upload": place}}
+
+    def _commit(self, repo: str, body: bytes) -> None:
+        hub, written = self.server.hub, {}
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                written[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                written[value["path"]] = hub.blobs[value["oid"]]
+        for name, content in written.items():
+            target = hub.folders[repo] / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        hub.commits.append(sorted(written))
+        page = f"{hub.url}/{repo.partition('/')[2]}/commit/{LATER_COMMIT}"
+        self._json({"success": True, "commitOid": LATER_COMMIT, "commitUrl": page})
 
     def _at(self, repo: str, revision: str) -> tuple[str, Path]:
         """The commit that a revision names, and its files."""
@@ -155,6 +237,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+
+def _mode(path: str) -> dict[str, Any]:
+    kind = "lfs" if path.endswith((".safetensors", ".gguf")) else "regular"
+    return {"path": path, "uploadMode": kind, "shouldIgnore": False}
 
 
 def _entry(folder: Path, path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from piflow.storage.foreign import parse_object, relative_name
 from piflow.storage.model_folder import MAX_CONFIG_BYTES, check_model_folder
 
 INDEX = "model_index.json"
-_COPIED = (".json", ".txt", ".model", ".jinja", ".safetensors")
+COPIED = (".json", ".txt", ".model", ".jinja", ".safetensors")
 _VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)[.-]")  # weights that are there twice
 _PLACES = ("_name_or_path", "name_or_path")  # keys that hold paths of whoever saved the file
 
@@ -79,7 +79,7 @@ class PipelineParts:
         for part in self.names:
             source = storage.for_ranges(storage.join(self.root, part))
             for name in storage.list_files(source, recursive=False):
-                if not name.endswith(_COPIED) or _VARIANT.search(name):
+                if not name.endswith(COPIED) or _VARIANT.search(name):
                     continue
                 target = storage.join(folder, part, name)
                 if name.endswith(".json"):
