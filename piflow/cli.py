@@ -361,9 +361,9 @@ def push(
         str | None,
         typer.Option("--license", help="of the base; default: as its card on the hub says"),
     ] = None,
-    private: Annotated[
-        bool, typer.Option("--private/--public", help="a new repository on the hub")
-    ] = True,
+    public: Annotated[
+        bool, typer.Option("--public", help="make a new repository public; default: private")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="list what would go, and its card; write nothing")
     ] = False,
@@ -372,7 +372,7 @@ def push(
     from piflow.commands import push as pipeline
 
     pipeline.main(
-        source, destination, run=run_dir, licence=licence, private=private, dry_run=dry_run
+        source, destination, run=run_dir, licence=licence, private=not public, dry_run=dry_run
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -15,7 +16,9 @@ from PIL import Image
 from pyarrow import fs
 
 from piflow import storage
+from piflow.backbones import Conditioning
 from piflow.backbones.text import EncodedPrompt
+from piflow.commands import push
 from piflow.commands.evaluate import _lineage, _write_report
 from piflow.config import EmbedConfig, ModelConfig, load_recipe
 from piflow.data.layout import empty_prompt_plan, plan_store
@@ -30,8 +33,13 @@ from piflow.data.pictures import LatentEncoder
 from piflow.data.prompts import Prompt, read_prompts
 from piflow.data.reader import EmbeddingStore
 from piflow.data.writer import write_shard
+from piflow.inference.settings import load_student
+from piflow.storage import files
 from piflow.storage.fingerprint import EncoderIdentity
+from piflow.training.export_whole import export_whole
 from tests.unit.commands.test_evaluate import evaluation
+from tests.unit.inference.test_settings import recipe
+from tests.unit.training.test_export_whole import KINDS, checkpoint_of, wide_flux
 
 RECIPE = Path(__file__).parents[2] / "pipelines/recipes/emoji-flux.yaml"
 pytestmark = pytest.mark.timeout(120)
@@ -55,6 +63,61 @@ def test_files_survive_a_round_trip(bucket: str, tmp_path: Path) -> None:
     assert not storage.exists(storage.join(folder, "sub", "b"))
     with pytest.raises(FileNotFoundError, match="no such folder, or it is empty"):
         storage.local_folder(folder, tmp_path)
+
+
+def test_large_files_are_copied_whole_or_not_at_all(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytes(range(256)) * 80_000  # several pieces
+    (tmp_path / "a").write_bytes(content)
+    target = storage.join(bucket, "copies/a")
+    storage.copy_file(str(tmp_path / "a"), target)
+    storage.copy_file(target, str(tmp_path / "b"))
+    assert storage.read_bytes(target) == (tmp_path / "b").read_bytes() == content
+    with pytest.raises(FileNotFoundError):
+        storage.copy_file(storage.join(bucket, "copies/none"), str(tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+    real = files.filesystem
+
+    class Breaks(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 0:
+                raise OSError("the source went away")
+            return super().read(size)
+
+    class Source:
+        def open_input_stream(self, path: str, compression: None) -> Breaks:
+            return Breaks(content)
+
+    def filesystem(uri: str) -> Any:
+        return (Source(), uri) if uri == "broken" else real(uri)
+
+    monkeypatch.setattr(files, "filesystem", filesystem)
+    with pytest.raises(OSError, match="the source went away"):
+        storage.copy_file("broken", storage.join(bucket, "copies/part"))
+    assert storage.list_files(storage.join(bucket, "copies")) == ["a"]
+
+
+def test_a_whole_student_lies_on_s3(bucket: str, tmp_path: Path) -> None:
+    """Exported there, sampled from there, pushed to another prefix, refused among other files."""
+    ours = recipe(wide_flux(tmp_path / "base"))
+    step = str(checkpoint_of(ours, tmp_path / "step"))
+    whole, other = storage.join(bucket, "whole"), storage.join(bucket, "students/tiny")
+    for place in (str(tmp_path / "local"), whole):
+        export_whole(ours, step, place, kind="merged", max_shard_bytes=20_000, **KINDS)
+    push.main(whole, other)
+    assert storage.list_files(other) == sorted([*storage.list_files(whole), "README.md"])
+    x, sigma = torch.randn(2, 12, 4, 8), torch.tensor([1.0, 0.5])
+    cond = Conditioning(torch.randn(2, 4, 6), torch.full((2,), 4), torch.randn(2, 5))
+    found = []
+    for place in (str(tmp_path / "local"), whole, other):
+        student, _ = load_student(place, allowed=["package://"])
+        found.append(student.student(x, sigma, cond).velocity(x, sigma))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    push.main(whole, other)
+    storage.write_bytes(storage.join(other, "thesis.pdf"), b"chapter 1")
+    with pytest.raises(ValueError, match=r"holds other content \(thesis.pdf\)"):
+        push.main(whole, other)
 
 
 def test_an_evaluations_report_lies_on_s3_as_well(bucket: str) -> None:
