@@ -291,11 +291,11 @@ def export(
     recipe: RecipeArgument,
     checkpoint: CheckpointOption = None,
     format_: Annotated[
-        Literal["adapter", "merged", "fp8", "gguf"],
+        Literal["adapter", "comfyui", "merged", "fp8", "gguf"],
         typer.Option(
             "--format",
-            help="adapter: goes onto its base; merged: with all weights; fp8, gguf: merged, linear "
-            "layers packed",
+            help="adapter: goes onto its base; comfyui: the same as one file for ComfyUI's nodes; "
+            "merged: with all weights; fp8, gguf: merged, linear layers packed",
         ),
     ] = "adapter",
     out: Annotated[
@@ -325,6 +325,9 @@ def export(
 
     if format_ == "adapter":
         pipeline.main(config, checkpoint=checkpoint, out=out, weights=weights, dtype=dtype)
+        return
+    if format_ == "comfyui":
+        pipeline.comfyui(config, checkpoint=checkpoint, out=out, weights=weights, dtype=dtype)
         return
     pipeline.whole(
         config,

@@ -1,6 +1,7 @@
 """checkpoint -> adapter folder, and an MLflow model version with its lineage; or a whole student.
 
 RUN_DIR/adapter    what goes onto the base; registered in MLflow
+RUN_DIR/comfyui    the adapter as one file, for ComfyUI's π-Flow nodes
 RUN_DIR/merged     the student with all its weights; fp8, gguf: the same, packed
 """
 
@@ -87,6 +88,44 @@ def whole(
             "that has the recipe's; sampling finds them as it does for the adapter"
         )
     return folder
+
+
+def comfyui(
+    recipe: Recipe,
+    *,
+    checkpoint: str | None = None,
+    out: str | None = None,
+    weights: Literal["ema", "student"] = "ema",
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16",
+) -> str:
+    """Write a checkpoint as the file that ComfyUI's π-Flow nodes load. MLflow isn't told.
+
+    Args:
+        out: folder; default: RUN_DIR/comfyui.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: as `main`; or a student that the nodes can't hold.
+    """
+    from piflow import storage
+    from piflow.training.comfyui import export_comfyui, require_readable
+
+    require_readable(recipe)
+    source = _source(recipe, checkpoint, weights)
+    file = export_comfyui(
+        recipe,
+        source.checkpoint,
+        out or storage.join(recipe.run_dir, "comfyui"),
+        weights=weights,
+        dtype=dtype,
+        lineage=source.lineage,
+        manifest_hash=source.record.manifest_hash,
+        base_commit=source.record.base_commit,
+    )
+    print(f"written to {file}: copy it to ComfyUI's models/loras")
+    return file
 
 
 def _json(tree: dict[str, Any]) -> bytes:
