@@ -49,7 +49,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable '.[ray,mlflow,s3,demo,lowbit,deepspeed,cluster,dev]'
+	$(INSTALL) --editable '.[ray,mlflow,s3,demo,metrics,lowbit,deepspeed,cluster,dev]'
 	@touch $(STAMP) $@
 
 $(CLUSTER): $(DEV)

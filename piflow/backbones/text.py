@@ -124,22 +124,25 @@ def split_rows(states: Tensor, counts: Sequence[int]) -> list[Tensor]:
     return [row[:count].clone() for row, count in zip(states, counts, strict=True)]
 
 
-def read_config(folder: Path, uri: str) -> dict[str, Any]:
+def read_config(folder: Path, uri: str, what: str = "encoder") -> dict[str, Any]:
     """The ``config.json`` of a transformers folder.
+
+    Args:
+        what: messages call it.
 
     Raises:
         ValueError: it is missing or holds no object, or the folder is refused by
             `check_model_folder`.
     """
-    check_model_folder(str(folder), f"encoder {uri}")
+    check_model_folder(str(folder), f"{what} {uri}")
     try:
         content = storage.read_bytes(str(folder / "config.json"))
     except FileNotFoundError as error:
         raise ValueError(
-            f"encoder folder {uri} has no config.json; expected a transformers folder with "
+            f"{what} folder {uri} has no config.json; expected a transformers folder with "
             "config and safetensors weights"
         ) from error
-    return parse_object(content, where=f"config.json of encoder {uri}")
+    return parse_object(content, where=f"config.json of {what} {uri}")
 
 
 def number_of(config: Mapping[str, Any], key: str, uri: str, default: int | None = None) -> int:
@@ -221,6 +224,7 @@ def load_model(
     device: str,
     dtype: torch.dtype | str = "auto",
     unused: tuple[str, ...] = (),
+    what: str = "text encoder",
 ) -> Any:
     """A transformers model for inference, with every weight from its folder.
 
@@ -229,12 +233,13 @@ def load_model(
     Args:
         dtype: "auto" keeps the dtype in which the weights are stored.
         unused: prefixes of weights that may be missing, since their results aren't used.
+        what: messages call it.
 
     Raises:
         ValueError: the folder is refused by `check_model_folder`, it doesn't load, or weights are
             missing.
     """
-    check_model_folder(str(folder), f"encoder {uri}")
+    check_model_folder(str(folder), f"{what.removeprefix('text ')} {uri}")
     try:
         model, info = model_class.from_pretrained(
             folder,
@@ -245,14 +250,14 @@ def load_model(
             output_loading_info=True,
         )
     except LIBRARY_ERRORS as error:
-        raise ValueError(f"cannot load the text encoder {uri}: {reason(error)}") from error
+        raise ValueError(f"cannot load the {what} {uri}: {reason(error)}") from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
     if missing:
         raise ValueError(
-            f"the text encoder {uri} lacks {len(missing)} of the model's weights, e.g. "
+            f"the {what} {uri} lacks {len(missing)} of the model's weights, e.g. "
             f"{', '.join(missing[:3])}; use a complete {type(model).__name__}"
         )
-    return place(model.eval().requires_grad_(False), torch.device(device), f"text encoder {uri}")
+    return place(model.eval().requires_grad_(False), torch.device(device), f"{what} {uri}")
 
 
 def load_tokenizer(

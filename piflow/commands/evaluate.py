@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from piflow.data.reader import PromptStore
     from piflow.evaluation.compare import Evaluation
     from piflow.evaluation.drawing import Drawing, Plan
+    from piflow.evaluation.networks import Instruments
     from piflow.evaluation.report import Lineage
     from piflow.inference.settings import SamplingSettings
     from piflow.roles.adapter import Adapter
@@ -49,8 +50,8 @@ def main(
     """
     from piflow.commands import embed
     from piflow.evaluation import figures
-    from piflow.evaluation.compare import measure
     from piflow.evaluation.drawing import Drawing, Plan
+    from piflow.evaluation.networks import open_instruments
     from piflow.runs import folder as run_folder
     from piflow.runs.origin import NOTE, description
     from piflow.runs.tracking import MlflowTracker, place_of
@@ -64,6 +65,7 @@ def main(
     if recipe.embed.mode == "online":
         embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
     found = preflight(recipe, evaluation=True)
+    instruments = open_instruments(recipe.evaluation)
     store = found.store
     state = read_state(checkpoint)
     require_same_run(state, recipe, store.manifest_hash, checkpoint)
@@ -73,7 +75,7 @@ def main(
     drawing = Drawing(recipe, plan, store)
     if drawing.num_missing():
         _draw(recipe, found, plan, drawing, checkpoint, show_progress)
-    result = measure(drawing, recipe.evaluation.measured, retrieve=found.retrieval)
+    result = _measured(recipe, drawing, found, instruments, show_progress)
     lineage = _lineage(recipe, record.mlflow_run_id, store.manifest_hash, f"step {state.step}")
     measured = _figures(recipe, found, result, f"step {state.step}", digest)
     name = f"{figures.FOLDER}/{run_folder.checkpoint_name(state.step)}.json"
@@ -113,8 +115,8 @@ def of_adapter(
     """
     from piflow.commands import embed
     from piflow.evaluation import figures
-    from piflow.evaluation.compare import measure
     from piflow.evaluation.drawing import Drawing, Plan
+    from piflow.evaluation.networks import open_instruments
     from piflow.inference.places import adapter_files, adapter_place
     from piflow.inference.settings import student_of
     from piflow.progress import progress
@@ -128,6 +130,7 @@ def of_adapter(
     if recipe.embed.mode == "online":
         embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
     found = preflight(recipe, evaluation=True)
+    instruments = open_instruments(recipe.evaluation)
     digest = student_sha256(files)
     name = f"{FOLDER}-{storage.base_name(place)}-{digest[:8]}"
     folder = storage.join(recipe.run_dir, name)
@@ -137,7 +140,7 @@ def of_adapter(
         trio = student_of(student, settings, with_teacher=True)
         with progress(f"{name}: pictures", drawing.total, show=show_progress) as bar:
             _draw_here(drawing, trio, bar.advance)
-    result = measure(drawing, recipe.evaluation.measured, retrieve=found.retrieval)
+    result = _measured(recipe, drawing, found, instruments, show_progress)
     lineage = _lineage(sampled, "none", found.store.manifest_hash, place)
     measured = _figures(sampled, found, result, redacted(place), digest)
     storage.write_bytes(storage.join(folder, figures.FOLDER, "adapter.json"), measured)
@@ -209,6 +212,24 @@ def _draw(
         _draw_here(drawing, trio, bar.advance)
 
 
+def _measured(
+    recipe: Recipe, drawing: Drawing, found: Run, instruments: Instruments, show_progress: bool
+) -> Evaluation:
+    """Everything that the recipe asks for, in this process."""
+    from piflow.evaluation.compare import measure
+    from piflow.progress import progress
+
+    total = instruments.pictures_to_see(drawing.total)
+    with progress(f"{recipe.name}: features", total, show=show_progress and total > 0) as bar:
+        return measure(
+            drawing,
+            recipe.evaluation.measured,
+            retrieve=found.retrieval,
+            instruments=instruments,
+            advance=bar.advance,
+        )
+
+
 def _figures(recipe: Recipe, found: Run, result: Evaluation, student: str, digest: str) -> bytes:
     """The file of figures of a student, whose hash is `digest`."""
     from piflow.evaluation.figures import figures_of
@@ -265,7 +286,8 @@ def summary(result: Evaluation) -> dict[str, float]:
 def _lineage(recipe: Recipe, run_id: str, manifest_hash: str, student: str) -> Lineage:
     from piflow.evaluation.report import Lineage
 
-    packages = ("piflow", "torch", "diffusers", "peft", "ray", "mlflow")
+    packages = ["piflow", "torch", "diffusers", "transformers", "peft", "ray", "mlflow"]
+    packages += ["torchmetrics"] if recipe.evaluation.compares_sets else []
     return Lineage(
         run_id=run_id,
         recipe_hash=recipe.hash(),

@@ -13,6 +13,7 @@ from piflow.config.encoder import (
     EncoderConfig,
     TextEncoderConfig,
 )
+from piflow.config.evaluation import EvaluationConfig, NetworkConfig, NetworksConfig
 from piflow.config.family import (
     BUILT_IN,
     Family,
@@ -36,7 +37,7 @@ from piflow.config.registry import Gate, RegistryConfig, parse_gate
 from piflow.config.runtime import DeepSpeedConfig, PreflightConfig, RuntimeConfig
 from piflow.config.section import RecipeError
 from piflow.config.text import load_recipe, parse_recipe
-from piflow.config.tracking import EvaluationConfig, TrackingConfig
+from piflow.config.tracking import TrackingConfig
 from piflow.config.training import (
     EMAConfig,
     OptimizerConfig,
@@ -62,6 +63,8 @@ __all__ = [
     "GuidanceConfig",
     "LoRAConfig",
     "ModelConfig",
+    "NetworkConfig",
+    "NetworksConfig",
     "OptimizerConfig",
     "ParameterGroupConfig",
     "PiIDConfig",

@@ -11,6 +11,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+Network = Literal["clip", "dinov2"]
+"""What turns pictures, or prompts, into features."""
+
 Kind = Literal["error", "ratio", "mean", "whole"]
 """How a column is read: squared errors, whose mean becomes a PSNR in dB; numbers whose means are
 compared as a ratio; numbers whose means are compared as a difference; one number of all pictures.
@@ -57,14 +60,69 @@ class Metric:
 
     Attributes:
         version: counts changes of what it computes; figures of two versions aren't compared.
-        licence: of the method and of the code that computes it.
+        licence: of the method and of the code that computes it; the networks' weights have
+            licences of their own.
         columns, figures: by name; names are of one metric alone.
+        network: whose features it needs; such a metric is quicker on a GPU, and needs none.
+        references: whether it needs pictures of the world beside those that are drawn.
+        least_pictures: of each set that it compares.
+        package: that it needs beside those that piflow depends on, and piflow's extra with it.
     """
 
     version: int
     licence: str
     columns: dict[str, Column]
     figures: dict[str, Figure]
+    network: Network | None = None
+    references: bool = False
+    least_pictures: int = 2
+    package: tuple[str, str] | None = None
+
+
+_TORCHMETRICS = ("torchmetrics", "metrics")
+
+
+def _distances(references: bool) -> dict[str, Metric]:
+    """The distances of sets of pictures, to those of the world or to the teacher's."""
+    end, others = ("", "the references") if references else ("_teacher", "the reference's pictures")
+    to = f"to {others}"
+
+    def one(name: str, heading: str, meaning: str) -> tuple[dict[str, Column], dict[str, Figure]]:
+        column = Column("whole", name, f"{heading} {to}", "number", meaning)
+        return {name: column}, {name: Figure(name, f"the student's {meaning}")}
+
+    names = {
+        f"fd_dinov2{end}": [
+            ("FD-DINOv2", f"Fréchet distance of DINOv2's features {to}; not Inception's FID")
+        ],
+        f"kd_dinov2{end}": [
+            ("KD-DINOv2", f"kernel distance (squared MMD) of DINOv2's features {to}; not the KID")
+        ],
+        f"precision_recall_dinov2{end}": [
+            ("precision", f"share of the pictures near {others} in DINOv2's features"),
+            ("recall", f"share of {others} near the pictures in DINOv2's features"),
+        ],
+    }
+    metrics = {}
+    for name, parts in names.items():
+        columns: dict[str, Column] = {}
+        figures: dict[str, Figure] = {}
+        for heading, meaning in parts:
+            own = name if len(parts) == 1 else f"{heading}_dinov2{end}"
+            column, figure = one(own, heading, meaning)
+            columns, figures = columns | column, figures | figure
+        is_distance = len(parts) == 1
+        metrics[name] = Metric(
+            version=1,
+            licence="Apache-2.0",
+            columns=columns,
+            figures=figures,
+            network="dinov2",
+            references=references,
+            least_pictures=2 if is_distance else 4,
+            package=_TORCHMETRICS if is_distance else None,
+        )
+    return metrics
 
 
 METRICS = {
@@ -134,6 +192,63 @@ METRICS = {
             )
         },
     ),
+    "clip_score": Metric(
+        version=1,
+        licence="Apache-2.0",
+        columns={
+            "clip_score": Column(
+                "mean",
+                "clip_score",
+                "CLIP score",
+                "number",
+                "100 times the cosine of picture and prompt in CLIP's space, 0 where it is less",
+            )
+        },
+        figures={
+            "clip_score": Figure("clip_score", "the student's CLIP score"),
+            "clip_score_gain": Figure(
+                "clip_score",
+                "its CLIP score minus that of the teacher in as many steps",
+                "few_steps",
+            ),
+            "clip_score_to_reference": Figure(
+                "clip_score", "its CLIP score minus the reference's", over="reference"
+            ),
+            "clip_score_over_champion": Figure(
+                "clip_score",
+                "its CLIP score minus that of the version that has the alias",
+                "champion",
+            ),
+        },
+        network="clip",
+    ),
+    "dinov2_diversity": Metric(
+        version=1,
+        licence="Apache-2.0",
+        columns={
+            "dinov2_diversity": Column(
+                "ratio",
+                "dinov2_diversity",
+                "DINOv2 diversity",
+                "ratio",
+                "mean of 1 minus the cosine of DINOv2's features between a prompt's pictures of "
+                "different seeds",
+            )
+        },
+        figures={
+            "dinov2_diversity_ratio": Figure(
+                "dinov2_diversity",
+                "the student's DINOv2 diversity over the reference's",
+                "reference",
+            ),
+            "dinov2_diversity_over_champion": Figure(
+                "dinov2_diversity", "its DINOv2 diversity over that version's", over="champion"
+            ),
+        },
+        network="dinov2",
+    ),
+    **_distances(references=False),
+    **_distances(references=True),
 }
 """Every metric by its name in a recipe."""
 

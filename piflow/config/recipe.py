@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from piflow.config import identity, plain_yaml
 from piflow.config.data import EmbedConfig
+from piflow.config.evaluation import EvaluationConfig
 from piflow.config.family import BUILT_IN, FamilyEncoder, find_family, require_known
 from piflow.config.metrics import metric_of
 from piflow.config.model import LoRAConfig, ModelConfig
@@ -22,7 +23,7 @@ from piflow.config.objective import (
 from piflow.config.registry import RegistryConfig
 from piflow.config.runtime import RuntimeConfig
 from piflow.config.section import Operational, RecipeError, Section, Seed, Uri, Variant
-from piflow.config.tracking import EvaluationConfig, TrackingConfig
+from piflow.config.tracking import TrackingConfig
 from piflow.config.training import TrainingConfig
 
 

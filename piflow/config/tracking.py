@@ -1,16 +1,14 @@
-"""MLflow, and what `piflow evaluate` measures."""
+"""MLflow."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
 from urllib.parse import parse_qsl
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from piflow import storage
-from piflow.config.metrics import ALWAYS, METRICS
-from piflow.config.section import NonNegative, Positive, Section, Text, Uri
+from piflow.config.section import Section, Text
 from piflow.storage.foreign import shown
 
 _SERVERS = ("http", "https")
@@ -98,38 +96,3 @@ class TrackingConfig(Section):
         if name is not None and (not name.strip() or any(mark in name for mark in "/:")):
             raise ValueError("expected a name without '/' and ':', which MLflow gives to no model")
         return name
-
-
-class EvaluationConfig(Section):
-    """What `piflow evaluate` measures."""
-
-    prompts: Positive = 64
-    """How many prompts."""
-
-    prompt_list: Uri | None = None
-    """URI of a text file, taken evenly spaced; default: the smallest prompt ids."""
-
-    seeds: Annotated[int, Field(ge=2, le=100_000)] = 4
-    """Pictures a prompt; held out."""
-
-    teacher_steps: Positive = 32
-    """Euler steps of the reference."""
-
-    batch_size: Positive = 64
-    """Pictures drawn at once; each worker is dealt so many at a time."""
-
-    workers: NonNegative | None = None
-    """Processes on the cluster that draw, with the base replicated or sharded as in training;
-    0: the command draws by itself. Default: with runtime.use_gpu the fewest of
-    runtime.num_workers, which the base is known to fit on; on CPUs 0, since one process uses all
-    of a machine's cores and a second one takes longer to start than most pictures.
-    """
-
-    retrieval: bool = True
-    """Retrieval@1; needs the emoji pictures."""
-
-    @property
-    def measured(self) -> list[str]:
-        """Names of the metrics that are measured, in the order of `METRICS`."""
-        wanted = {*ALWAYS, *(["retrieval_at_1"] if self.retrieval else [])}
-        return [name for name in METRICS if name in wanted]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from piflow.config.metrics import ALWAYS, COLUMNS
 from piflow.evaluation.drawing import Drawing, Drawn, Method
 from piflow.evaluation.intervals import own_figures, summary
-from piflow.evaluation.measures import Material, Retrieve, identities, measured
+from piflow.evaluation.measures import Material, Retrieve, measured
 from piflow.evaluation.metrics import Interval, psnr_of_error
+from piflow.evaluation.networks import Instruments
 
 
 @dataclass(frozen=True)
@@ -77,27 +78,36 @@ class Evaluation:
 
 
 def measure(
-    drawing: Drawing, metrics: Sequence[str] = ALWAYS, *, retrieve: Retrieve | None = None
+    drawing: Drawing,
+    metrics: Sequence[str] = ALWAYS,
+    *,
+    retrieve: Retrieve | None = None,
+    instruments: Instruments | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """All figures of pictures that are drawn.
 
     Args:
         metrics: names of those to measure; `ALWAYS` among them.
         retrieve: finds the emoji nearest to each picture, for retrieval@1.
+        instruments: networks and references that the metrics need.
+        advance: told how many more pictures a network has seen.
 
     Raises:
         FileNotFoundError: pictures are missing.
+        ValueError: a network doesn't load, or a reference can't be used.
     """
     drawn = drawing.read()
     pictures = {name: item.pictures for name, item in drawn.items()}
-    columns = measured(metrics, Material(drawing.prompts, pictures, retrieve))
+    material = Material(drawing.prompts, pictures, retrieve, instruments, advance)
+    columns = measured(metrics, material)
     names = [method.name for method in drawing.methods]
     student, few_steps = columns[names[-1]]["error"], columns[names[-2]]["error"]
     return Evaluation(
         prompts=drawing.prompts,
         noise=drawing.noise,
         methods=_methods(drawing.methods, drawn, columns),
-        metrics=identities(metrics),
+        metrics=material.identities(metrics),
         columns=columns,
         figures=own_figures([columns[name] for name in names]),
         per_prompt=tuple(

@@ -21,7 +21,7 @@ from piflow.config.metrics import COLUMNS, figures_over, metric_of
 from piflow.config.section import NonNegativeFloat, Positive, Section, Text
 from piflow.evaluation.compare import Evaluation, MethodResult
 from piflow.evaluation.intervals import figures_over_other, own_figures
-from piflow.evaluation.measures import identities
+from piflow.evaluation.measures import identity
 from piflow.evaluation.metrics import Interval
 from piflow.schedule import FewStep
 from piflow.storage.fingerprint import EncoderIdentity
@@ -122,7 +122,7 @@ class Figures(Section):
 
     def identity_of(self, metric: str) -> str:
         """What decided a metric; files of before `metrics` have those of version 1."""
-        return self.metrics.get(metric, identities([metric])[metric])
+        return self.metrics.get(metric, identity(metric))
 
 
 def figures_of(

@@ -173,6 +173,8 @@ def local_places(recipe: Recipe) -> dict[str, str]:
         "embed.prompts": recipe.embed.prompts,
         "embed.store": recipe.embed.store,
         "evaluation.prompt_list": recipe.evaluation.prompt_list,
+        "evaluation.references": recipe.evaluation.references,
+        **recipe.evaluation.network_places,
     }
     return {key: place for key, place in places.items() if place and not _URI.match(place)}
 

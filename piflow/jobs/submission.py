@@ -74,6 +74,7 @@ def needs(recipe: Recipe, stages: Sequence[Stage]) -> list[str]:
         "deepspeed=piflow[deepspeed]": recipe.runtime.uses_deepspeed,
         "torchao=piflow[lowbit]": "8bit" in recipe.training.optimizer.type,
         "emoji=piflow[demo]": "evaluate" in stages and recipe.evaluation.retrieval,
+        "torchmetrics=piflow[metrics]": "evaluate" in stages and recipe.evaluation.compares_sets,
     }
     own = re.split(r"[.:]", recipe.model.family)[0]
     is_module = recipe.model.family not in BUILT_IN and find_spec(own) is not None

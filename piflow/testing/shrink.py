@@ -74,7 +74,11 @@ def shrink(
         "batch_size": 4,
         "workers": _small_evaluation_workers(recipe, tree["runtime"]["num_workers"]),
         "retrieval": False,
+        "metrics": [],
+        "networks": {},
+        "references": None,
     }
+    tree["registry"]["gates"] = []  # which may be of what isn't measured any more
     return parse_recipe(tree, f"{recipe.name}, made small,")
 
 

@@ -81,6 +81,15 @@ def test_columns_and_buckets_stay_in_use(tmp_path: Path) -> None:
     assert (small.embed.prompt_column, small.embed.height_column) == ("text", "h")
 
 
+def test_networks_of_an_evaluation_are_left_out(tmp_path: Path) -> None:
+    tree = load_recipe(RECIPES["qwen-image-gm-4nfe"]).model_dump(mode="json")
+    network = {"path": "s3://bucket/clip", "sha256": "ab" * 32, "licence": "MIT"}
+    tree["evaluation"] |= {"metrics": ["clip_score"], "networks": {"clip": network}}
+    tree["registry"] = {"gates": ["clip_score > 20"]}
+    small = shrink.shrink(parse_recipe(tree), tmp_path, gpus=0)
+    assert small.evaluation.measured == ["psnr", "diversity"] and not small.registry.gates
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_tiny_model_fits_the_recipe(name: str, tmp_path: Path) -> None:
     """A fresh student agrees with its teacher on the recipe's own prompts, and starts from it."""

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from piflow.commands import promote
-from piflow.config import Recipe, load_recipe
+from piflow.config import Recipe, RegistryConfig, load_recipe
 from piflow.evaluation.figures import Figures
 from piflow.runs import folder as run_folder
 from piflow.runs import tracking
 from piflow.runs.folder import RunRecord
 from piflow.runs.promotion import Registry
 from piflow.runs.tracking import MlflowTracker
-from tests.unit.evaluation.test_figures import made
+from tests.unit.evaluation.test_figures import made, with_networks
 from tests.unit.test_cli import RECIPE, run_main
 
 mlflow = pytest.importorskip("mlflow")
@@ -150,6 +150,29 @@ def test_forced_promotions_say_so_and_rollbacks_go_further_back(
     assert holder(client, recipe) == 1
     with pytest.raises(ValueError, match="no version of .* has the alias staging"):
         promote.roll_back(recipe, alias="staging")
+
+
+def test_gates_of_networks_need_figures_by_the_same_weights(
+    recipe: Recipe, client: Any, register: Callable[..., int]
+) -> None:
+    gates = ["clip_score_over_champion.low > 0.9", "fd_dinov2_teacher < 20"]
+    asked = recipe.model_copy(update={"registry": RegistryConfig(gates=gates)})
+    register(1, with_networks(made()))
+    assert promote.main(asked) == 1
+    register(2, with_networks(made(), more=1.0, clip_score="version 1, clip def"))
+    with pytest.raises(ValueError, match="1 of 2 .* by version 1, clip def and by version 1, clip"):
+        promote.main(asked)
+    register(3, made())
+    with pytest.raises(ValueError, match="fd_dinov2_teacher wasn't measured when it was evaluated"):
+        promote.main(asked)
+    register(4, with_networks(made(), more=0.5))
+    with pytest.raises(ValueError, match="1 of 2 .*: 0.4 too low"):
+        promote.main(asked)
+    assert holder(client, asked) == 1
+    register(5, with_networks(made(), more=1.0))
+    assert promote.main(asked) == 5
+    why = tags(client, asked, 5)["piflow.champion.why"]
+    assert "holds  fd_dinov2_teacher < 20: 12.5\n" in f"{why}\n"
 
 
 def test_aliases_have_histories_of_their_own(

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from piflow.backbones import Conditioning
-from piflow.config import Recipe, parse_recipe
-from piflow.config.metrics import ALWAYS
+from piflow.config import EvaluationConfig, Recipe, parse_recipe
+from piflow.config.metrics import ALWAYS, METRICS
 from piflow.data.reader import EmbeddingStore
 from piflow.data.select import evaluation_rows
 from piflow.evaluation import drawing
@@ -27,12 +27,14 @@ from piflow.evaluation.drawing import Drawing, Method, Plan, Sampler, methods_of
 from piflow.evaluation.figures import alone, read_figures
 from piflow.evaluation.measures import Retrieve
 from piflow.evaluation.metrics import endpoint_psnr, pairwise_diversity
+from piflow.evaluation.networks import Instruments, open_instruments
 from piflow.inference.pixels import to_uint8
 from piflow.roles.trio import Trio
 from piflow.sharding.single import SingleStrategy
 from piflow.training.build import build_trio
 from piflow.training.export import student_of_checkpoint
 from piflow.training.step import micro_batch_generator
+from tests.unit.evaluation.tiny_networks import save_clip, save_dinov2, save_pictures
 from tests.unit.inference.test_settings import trained
 
 CPU = torch.device("cpu")
@@ -170,6 +172,20 @@ def test_draw_clamps_to_the_range_of_pictures(
     assert torch.equal(first.pictures, torch.ones(3, 2, 3, 16, 8))
 
 
+def with_networks(folder: Path) -> tuple[EvaluationConfig, Instruments]:
+    """Every metric, by small random networks."""
+    pytest.importorskip("torchmetrics")
+    names = [name for name, metric in METRICS.items() if metric.network is not None]
+    values: dict[str, Any] = {
+        "metrics": names,
+        "networks": {"clip": save_clip(folder / "clip"), "dinov2": save_dinov2(folder / "dinov2")},
+        "references": save_pictures(folder / "world", 5),
+        "retrieval": False,
+    }
+    config = EvaluationConfig(**values)
+    return config, open_instruments(config)
+
+
 def test_workers_draw_what_one_process_draws(
     store: EmbeddingStore,
     flux_folder: Path,
@@ -191,8 +207,13 @@ def test_workers_draw_what_one_process_draws(
     assert newest.psnr_gain != expected.psnr_gain, "the average is another student"
     (tmp_path / "recipe.json").write_text(ours.model_dump_json())
     run_ranks(Path(__file__).parent / "drawing_workers.py", tmp_path)
+    settings, instruments = with_networks(tmp_path)
+    networks = {"metrics": settings.measured, "instruments": instruments}
+    by_one = measure(drawing_of(ours, store, tmp_path / "alone"), **networks)
+    assert len(by_one.figures) > 12
     for strategy in ("fsdp", "ddp"):
-        together = measure(drawing_of(ours, store, tmp_path / strategy))
+        together = measure(drawing_of(ours, store, tmp_path / strategy), **networks)
+        assert together.figures == by_one.figures
         assert together.psnr_gain == expected.psnr_gain
         assert together.per_prompt == expected.per_prompt
         for name, pictures in expected.pictures.items():
@@ -386,6 +407,10 @@ def test_an_adapter_is_measured_as_its_checkpoint(
     monkeypatch.setattr(preflight, "preflight", lambda recipe, evaluation: opened)
     ours = recipe(store, flux_folder, run_dir=str(tmp_path / "run"))
     checkpoint, _ = trained(ours, flux_inputs, tmp_path / "checkpoint")
+    asked, _ = with_networks(tmp_path)
+    wanted = {key: getattr(asked, key) for key in ("metrics", "networks", "references")}
+    evaluation = ours.evaluation.model_copy(update={**wanted, "retrieval": False})
+    ours = ours.model_copy(update={"evaluation": evaluation})
     folder = tmp_path / "adapter"
     export_adapter(ours, str(checkpoint), str(folder), weights="ema", dtype="float32", lineage={})
     found = evaluate.of_adapter(ours, str(folder), show_progress=False)
@@ -406,8 +431,14 @@ def test_an_adapter_is_measured_as_its_checkpoint(
     assert "gm_4step" in report.read_text()
     kept = report.parent / "figures" / "adapter.json"
     figures = read_figures(kept.read_bytes(), "it")
-    assert alone(figures)["psnr_gain_db"] == other.psnr_gain
-    assert alone(figures)["diversity_ratio"] == other.diversity_ratio
+    assert alone(figures) == other.figures, "as JSON keeps them, to the last bit"
+    assert figures.metrics.keys() == set(asked.measured)
+    page = report.read_text()
+    summary = evaluate.summary(other)
+    for name in ("clip_score_to_reference", "fd_dinov2", "recall_dinov2_teacher"):
+        assert f">{name}<" in page and summary[f"eval/{name}"] == other.figures[name].value
+    assert summary["eval/student_4_nfe/clip_score"] == other.methods[-1].values["clip_score"]
+    assert figures.metrics["clip_score"] in page and "torchmetrics 1" in page
     assert (figures.prompts, figures.noise) == (list(other.prompts), list(other.noise))
     assert figures.student == str(plain) and figures.reference["model.path"].startswith("weights")
     qwen = ours.model_copy(update={"model": ours.model.model_copy(update={"family": "qwen_image"})})

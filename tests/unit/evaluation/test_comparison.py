@@ -22,7 +22,7 @@ from piflow.evaluation.comparison import (
     sheet,
 )
 from piflow.evaluation.figures import Figures, over
-from tests.unit.evaluation.test_figures import made
+from tests.unit.evaluation.test_figures import made, with_networks
 from tests.unit.evaluation.test_report import _parse
 from tests.unit.test_cli import run_main
 
@@ -99,6 +99,24 @@ def test_the_page_says_what_was_measured_and_needs_nothing_else(tmp_path: Path) 
     assert "data:image/jpeg;base64," in html and "prefers-color-scheme: dark" in html
     for outside in ("http://", "https://", "<script", "<link", 'src="/', "@import", "href"):
         assert outside not in html, outside
+
+
+def test_figures_of_networks_stand_beside_the_others(tmp_path: Path) -> None:
+    """Those of all pictures only where all prompts are compared."""
+    first = with_networks(made(prompts=6))
+    second = with_networks(made(prompts=6, recipe="other"), more=1.5)
+    places = [kept(tmp_path / "a", first), kept(tmp_path / "b", second)]
+    tables = _parse(page(read_students(places), "now")).tables
+    column = tables["students"][0].index("fd_dinov2_teacher")
+    assert [row[column] for row in tables["students"][1:]] == ["12.5", "12.5"]
+    column = tables["pairs"][0].index("clip_score_over_champion")
+    assert tables["pairs"][1][column].split() == ["+1.5"]
+    some = kept(tmp_path / "c", with_networks(made(prompts=5, recipe="third")))
+    headings = _parse(page(read_students([places[1], some]), "now")).tables["students"][0]
+    assert "clip_score" in headings and "fd_dinov2_teacher" in headings
+    rows = _parse(page(read_students([places[1], some]), "now")).tables["students"][1:]
+    column = headings.index("fd_dinov2_teacher")
+    assert [row[column] for row in rows] == ["–", "12.5"], "five of the first one's six prompts"
 
 
 def test_pictures_of_one_prompt_stand_in_one_row(tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ import torch
 
 from piflow.config import parse_gate
 from piflow.config.metrics import figures_over
-from piflow.evaluation.figures import Figures, MethodFigures, alone, over, read_figures, shared_rows
+from piflow.evaluation.figures import (
+    Figures,
+    MethodFigures,
+    alone,
+    not_over,
+    over,
+    read_figures,
+    shared_rows,
+)
 from piflow.evaluation.gating import judge
 from piflow.evaluation.metrics import (
     Interval,
@@ -21,6 +29,7 @@ from piflow.evaluation.metrics import (
 from piflow.storage.foreign import ForeignDataError
 
 HASH = "0" * 16
+KNOWN = ("error", "diversity", "retrieval")
 
 
 def numbers(seed: int, count: int) -> list[float]:
@@ -96,13 +105,67 @@ def test_figures_that_are_no_numbers_are_refused() -> None:
             read_figures(json.dumps(tree).encode(), "it")
 
 
+def with_networks(figures: Figures, more: float = 0.0, **metrics: str) -> Figures:
+    """With a CLIP score that is `more` higher of the student, and its distance to the teacher."""
+    methods = [
+        method.model_copy(
+            update={
+                "columns": {"clip_score": [20.0 + more * last + value for value in method.error]},
+                "whole": {"fd_dinov2_teacher": 12.5},
+            }
+        )
+        for last, method in zip((0, 0, 1), figures.methods, strict=True)
+    ]
+    known = {"clip_score": "version 1, clip abc", "fd_dinov2_teacher": "version 1, dinov2 abc"}
+    return figures.model_copy(update={"methods": methods, "metrics": {**known, **metrics}})
+
+
+def test_figures_of_networks_are_kept_and_compared() -> None:
+    first, second = with_networks(made()), with_networks(made(), more=1.5)
+    assert read_figures(second.model_dump_json().encode(), "it") == second
+    found = alone(second)
+    whole = found["fd_dinov2_teacher"]
+    assert whole == Interval(12.5, 12.5, 12.5)
+    assert found["clip_score"].low < found["clip_score"].value < found["clip_score"].high
+    paired = over(second, first)["clip_score_over_champion"]
+    assert (paired.low, paired.value, paired.high) == pytest.approx((1.5, 1.5, 1.5))
+    absent = not_over(second, first)
+    assert absent.keys() == {"dinov2_diversity_over_champion"}
+    assert "dinov2_diversity wasn't measured of tiny (step 2) and tiny" in str(absent)
+
+
+def test_figures_by_other_weights_are_not_compared() -> None:
+    first, second = with_networks(made()), with_networks(made(), clip_score="version 1, clip def")
+    assert over(second, first).keys() == over(made(), made()).keys()
+    told = not_over(second, first)["clip_score_over_champion"]
+    assert "was measured by version 1, clip def and by version 1, clip abc: evaluate one" in told
+    old = made()  # of before networks: what it has is compared
+    assert "psnr_over_champion_db" in over(second, old)
+    assert (
+        "wasn't measured of tiny (step 2): evaluate again with it"
+        in (not_over(second, old)["clip_score_over_champion"])
+    )
+
+
+def test_columns_of_a_newer_piflow_are_left_alone() -> None:
+    figures = with_networks(made())
+    student = figures.student_figures
+    columns = {**student.columns, "taste": [1.0] * 6, "fd_dinov2_teacher": [1.0] * 6}
+    methods = [*figures.methods[:-1], student.model_copy(update={"columns": columns})]
+    newer = figures.model_copy(update={"methods": methods})
+    again = read_figures(newer.model_dump_json().encode(), "it")
+    assert alone(again) == alone(figures)
+    with pytest.raises(ForeignDataError, match="expected 6 figures a column"):
+        tree = newer.model_dump(mode="json")
+        tree["methods"][2]["columns"]["clip_score"] = [1.0]
+        read_figures(json.dumps(tree).encode(), "it")
+
+
 def test_figures_are_those_of_the_report() -> None:
     figures = made()
     reference, few, student = figures.methods
     found = alone(figures)
-    assert found.keys() == figures_over(champion=False).keys(), (
-        "what gates may name is what is measured"
-    )
+    assert found.keys() == figures_over(champion=False, measured=KNOWN).keys()
     error, other = (
         column(student.error),
         column(few.error),
@@ -125,7 +188,7 @@ def test_a_student_is_compared_with_another_pair_by_pair() -> None:
     """Prompts vary by 10 dB, the students by exactly 3.0103 dB on each: the interval is a point."""
     first, second = made(), made(better=2.0)
     found = over(second, first)
-    assert found.keys() == figures_over(champion=True).keys()
+    assert found.keys() == figures_over(champion=True, measured=KNOWN).keys()
     gain = found["psnr_over_champion_db"]
     assert (gain.low, gain.high) == pytest.approx((gain.value, gain.value))
     assert gain.value == pytest.approx(3.0103, abs=1e-4)
@@ -175,5 +238,7 @@ def test_a_gate_that_fails_says_by_how_much() -> None:
     assert not low.holds and low.told.endswith("-0.25 to 1.5): 0.25 too low")
     assert not high.holds and high.told.endswith(": 0.5 too high")
     assert mean.holds and absent.holds and "no champion" in absent.told
+    (whole,) = judge([parse_gate("kd_dinov2 < 1")], {"kd_dinov2": Interval(1.5, 1.5, 1.5)})
+    assert not whole.holds and whole.told == "1.5: 0.5 too high"
     (unknown,) = judge(gates[:1], {"psnr_gain_db": "it wasn't evaluated"})
     assert not unknown.holds and unknown.told == "can't be judged: it wasn't evaluated"

@@ -9,6 +9,7 @@ import pytest
 
 from piflow.config import Recipe, load_recipe, parse_recipe
 from piflow.jobs import fit, submission
+from piflow.jobs.demand import local_places
 from piflow.runtime.job_server import Node
 
 RECIPES = Path(__file__).parents[3] / "pipelines/recipes"
@@ -51,6 +52,19 @@ def test_the_command_checks_the_image_first_and_stops_at_a_failure() -> None:
         "--module 'boto3=piflow[s3]' --module 'torchao=piflow[lowbit]' "
         "&& piflow embed recipe.yaml && piflow distill recipe.yaml"
     )
+
+
+def test_an_evaluation_with_networks_needs_their_package_and_places() -> None:
+    network = "{path: runs/dinov2, sha256: %s, licence: apache-2.0}" % ("ab" * 32)
+    asked = (f"evaluation.networks.dinov2={network}", "evaluation.metrics=[kd_dinov2]",
+             "evaluation.references=pictures")  # fmt: skip
+    recipe = recipe_with(*asked)
+    assert "torchmetrics=piflow[metrics]" in submission.needs(recipe, ("evaluate",))
+    for other, stages in ((recipe, ("distill",)), (recipe_with(), ("evaluate",))):
+        assert "torchmetrics=piflow[metrics]" not in submission.needs(other, stages)
+    places = local_places(recipe)
+    assert places["evaluation.networks.dinov2.path"] == "runs/dinov2"
+    assert places["evaluation.references"] == "pictures"
 
 
 def test_places_of_this_machine_are_refused() -> None:

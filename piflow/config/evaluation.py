@@ -1,0 +1,165 @@
+"""What `piflow evaluate` measures, and with whose weights."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from piflow.config.metrics import ALWAYS, METRICS
+from piflow.config.section import NonNegative, Positive, Section, Text, Uri
+from piflow.storage.foreign import shown
+
+COMMERCIAL = frozenset(
+    {
+        "apache-2.0",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "cc-by-4.0",
+        "cc-by-sa-4.0",
+        "cc0-1.0",
+        "isc",
+        "mit",
+        "unlicense",
+    }
+)
+"""SPDX identifiers, in small letters, of licences that are known to allow commercial use."""
+
+
+class NetworkConfig(Section):
+    """A network that evaluation measures with: a transformers folder, fetched by the command."""
+
+    path: Uri
+    """URI of its folder: config.json, model.safetensors and, of CLIP, the tokenizer."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of its model.safetensors, as sha256sum prints it and the hub shows it; compared before
+    anything is drawn.
+    """
+
+    licence: Text
+    """The weights' licence by its SPDX identifier, as their model card says."""
+
+
+class NetworksConfig(Section):
+    """Networks of `evaluation.metrics`; metrics share one."""
+
+    clip: NetworkConfig | None = None
+    """A CLIP of transformers, such as openai/clip-vit-large-patch14."""
+
+    dinov2: NetworkConfig | None = None
+    """A DINOv2 of transformers; published distances are of facebook/dinov2-large."""
+
+
+class EvaluationConfig(Section):
+    """What `piflow evaluate` measures."""
+
+    prompts: Positive = 64
+    """How many prompts."""
+
+    prompt_list: Uri | None = None
+    """URI of a text file, taken evenly spaced; default: the smallest prompt ids."""
+
+    seeds: Annotated[int, Field(ge=2, le=100_000)] = 4
+    """Pictures a prompt; held out."""
+
+    teacher_steps: Positive = 32
+    """Euler steps of the reference."""
+
+    batch_size: Positive = 64
+    """Pictures drawn at once; each worker is dealt so many at a time."""
+
+    workers: NonNegative | None = None
+    """Processes on the cluster that draw, with the base replicated or sharded as in training;
+    0: the command draws by itself. Default: with runtime.use_gpu the fewest of
+    runtime.num_workers, which the base is known to fit on; on CPUs 0, since one process uses all
+    of a machine's cores and a second one takes longer to start than most pictures.
+    """
+
+    retrieval: bool = True
+    """Retrieval@1; needs the emoji pictures."""
+
+    metrics: Annotated[list[Text], Field(max_length=100)] = []
+    """Metrics beside PSNR, diversity and retrieval@1, by their names in docs/metrics.md."""
+
+    networks: NetworksConfig = NetworksConfig()
+    """Weights that they measure with."""
+
+    references: Uri | None = None
+    """URI of a folder of pictures that distances to the world are measured to."""
+
+    non_commercial: bool = False
+    """Whether weights are taken whose licence isn't known to allow commercial use."""
+
+    @property
+    def network_places(self) -> dict[str, str]:
+        """Key and URI of each network's folder."""
+        given = {name: getattr(self.networks, name) for name in NetworksConfig.model_fields}
+        return {
+            f"evaluation.networks.{name}.path": network.path
+            for name, network in given.items()
+            if network is not None
+        }
+
+    @property
+    def compares_sets(self) -> bool:
+        """Whether a metric needs torchmetrics."""
+        return any(METRICS[name].package is not None for name in self.measured)
+
+    @field_validator("metrics")
+    @classmethod
+    def _are_metrics(cls, names: list[str]) -> list[str]:
+        choices = [name for name, metric in METRICS.items() if metric.network is not None]
+        for name in names:
+            if name in choices:
+                continue
+            if name in ALWAYS:
+                raise ValueError(f"{name} is measured always; leave it out")
+            if name in METRICS:
+                raise ValueError(f"{name} is asked for by evaluation.retrieval; leave it out")
+            close = difflib.get_close_matches(name, choices, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"unknown metric {shown(name)}, known: {', '.join(choices)}{hint}")
+        return names
+
+    @model_validator(mode="after")
+    def _has_what_metrics_need(self) -> EvaluationConfig:
+        for name in self.measured:
+            metric = METRICS[name]
+            self._require_licence(metric.licence, f"{name} is under the licence")
+            if metric.network is not None and getattr(self.networks, metric.network) is None:
+                raise ValueError(
+                    f"{name} needs evaluation.networks.{metric.network}: set its path, sha256 and "
+                    "licence, since piflow fetches no weights that the recipe doesn't name"
+                )
+            if self.prompts * self.seeds < metric.least_pictures:
+                raise ValueError(
+                    f"{name} needs at least {metric.least_pictures} pictures, and "
+                    f"evaluation.prompts × seeds are {self.prompts * self.seeds}"
+                )
+            if metric.references and self.references is None:
+                raise ValueError(
+                    f"{name} needs evaluation.references, the URI of a folder of pictures; "
+                    f"{name}_teacher measures to the teacher's instead"
+                )
+        for name in NetworksConfig.model_fields:
+            network = getattr(self.networks, name)
+            if network is not None:
+                key = f"evaluation.networks.{name}.licence is"
+                self._require_licence(network.licence, key)
+        return self
+
+    def _require_licence(self, licence: str, what: str) -> None:
+        if licence.lower() not in COMMERCIAL and not self.non_commercial:
+            raise ValueError(
+                f"{what} {shown(licence)}, which isn't known to allow commercial use (those are "
+                f"{', '.join(sorted(COMMERCIAL))}); set evaluation.non_commercial = true if "
+                "your use is allowed"
+            )
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of the metrics that are measured, in the order of `METRICS`."""
+        wanted = {*ALWAYS, *self.metrics, *(["retrieval_at_1"] if self.retrieval else [])}
+        return [name for name in METRICS if name in wanted]
