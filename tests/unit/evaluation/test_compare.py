@@ -206,7 +206,7 @@ def test_workers_draw_what_one_process_draws(
     newest = evaluate(ours, trio, store, tmp_path / "newest")
     assert newest.psnr_gain != expected.psnr_gain, "the average is another student"
     (tmp_path / "recipe.json").write_text(ours.model_dump_json())
-    run_ranks(Path(__file__).parent / "drawing_workers.py", tmp_path)
+    run_ranks(Path(__file__).parent / "drawing_workers.py", tmp_path, timeout=400)
     settings, instruments = with_networks(tmp_path)
     networks = {"metrics": settings.measured, "instruments": instruments}
     by_one = measure(drawing_of(ours, store, tmp_path / "alone"), **networks)
