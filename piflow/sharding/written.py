@@ -49,7 +49,9 @@ def serialised(entries: Mapping[str, Entry], metadata: Mapping[str, str], read: 
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
-    for name, entry in sorted(entries.items()):
+    # the library's own order, by which each tensor is aligned to its numbers' size
+    ordered = sorted(entries.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    for name, entry in ordered:
         start, end = end, end + entry.bytes
         place = {"shape": list(entry.shape), "data_offsets": [start, end]}
         header[name] = {"dtype": _CODES[entry.dtype], **place}
@@ -58,7 +60,7 @@ def serialised(entries: Mapping[str, Entry], metadata: Mapping[str, str], read: 
     content = bytearray(8 + len(text) + end)
     content[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
     values = torch.frombuffer(content, dtype=torch.uint8)[8 + len(text) :]
-    for name, entry in sorted(entries.items()):
+    for name, entry in ordered:
         start, end = header[name]["data_offsets"]
         out = values[start:end].view(entry.dtype)
         out.copy_(read(name).detach().flatten())

@@ -216,7 +216,7 @@ class _Content:
             for name in student.linear
             if eight_bits and min(shapes[name]) >= _LEAST_SIDE and not student.keeps_float32(name)
         }
-        self._scales: dict[str, Tensor] = {}
+        self._scales = {_scale_of(name): name for name in self._small}
         if eight_bits and not self._small:
             raise ValueError(
                 f"no linear layer of this model has {_LEAST_SIDE} rows and columns: fp8 is for "
@@ -225,17 +225,15 @@ class _Content:
 
     def entries(self) -> dict[str, Entry]:
         found = {name: Entry(shape, self._kind(name)) for name, shape in self._shapes.items()}
-        scales = {_scale_of(name): Entry((), torch.float32) for name in self._small}
+        scales = dict.fromkeys(self._scales, Entry((), torch.float32))
         return {**found, **scales}
 
     def read(self, name: str) -> Tensor:
-        if name.endswith(f".{_SCALE}"):  # written after its weight, whose name comes before it
-            return self._scales.pop(name)
+        """A value; a weight in 8 bits is read for its scale and once more for itself."""
+        if name in self._scales:
+            return as_fp8(self._student.read(self._scales[name]))[1]
         value = self._student.read(name)
-        if name not in self._small:
-            return value
-        small, self._scales[_scale_of(name)] = as_fp8(value)
-        return small
+        return as_fp8(value)[0] if name in self._small else value
 
     def layers_json(self) -> str:
         layers = {name.removesuffix(".weight"): _FP8_LAYER for name in sorted(self._small)}

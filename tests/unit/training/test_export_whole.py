@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from piflow.backbones import Conditioning, family_class
@@ -23,6 +26,7 @@ from piflow.roles.merged import read_student, student_sha256
 from piflow.roles.trio import Trio
 from piflow.sharding.single import SingleStrategy
 from piflow.sharding.weights import read_tensor, stored_tensors, with_scales
+from piflow.sharding.written import Entry, serialised
 from piflow.training.build import build_trio
 from piflow.training.checkpoint import RunState
 from piflow.training.export import export_adapter
@@ -30,6 +34,7 @@ from piflow.training.export_whole import export_whole
 from piflow.training.step import Trainer
 from tests.unit.inference.test_settings import of_family, recipe, saved
 from tests.unit.roles.test_teacher_lora import linear_layers, write_lora
+from tests.unit.training.test_export import untrained
 from tests.unit.whole import save_checkpoint
 
 PACKAGES = ("package://",)
@@ -322,9 +327,23 @@ def test_fp8_layers_are_scaled(make_case: Any, tmp_path: Path) -> None:
     }
 
 
+def test_files_of_several_dtypes_are_the_librarys() -> None:
+    """Odd sizes before wide numbers: the library's order keeps every tensor aligned."""
+    tensors = {
+        "a": torch.randn(3).bfloat16(),
+        "b": torch.randn(5, 7).to(torch.float8_e4m3fn),
+        "c": torch.tensor(1.5),
+        "d": torch.randn(2, 3).bfloat16(),
+        "e": torch.randn(1, 1),
+    }
+    entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    content = bytes(serialised(entries, {"only": "one"}, lambda name: tensors[name]))
+    assert content == save(tensors, metadata={"only": "one"})
+
+
 def test_fp8_students_draw_nearly_the_same(tmp_path: Path, flux_inputs: Any) -> None:
     base = wide_flux(tmp_path / "base")
-    adapter, whole = both(recipe(base), tmp_path, "fp8")
+    adapter, whole = both(recipe(base), tmp_path, "fp8", dtype="bfloat16")
     expected, _ = load_student(str(adapter), str(base), allowed=PACKAGES)
     found, _ = load_student(str(whole), allowed=PACKAGES)
     assert 1e-4 < relative(velocity(found, flux_inputs), velocity(expected, flux_inputs)) < 0.1
@@ -458,3 +477,30 @@ def test_gguf_that_is_refused(tmp_path: Path, flux_folder: Path, monkeypatch: An
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"pip install 'piflow\[gguf\]'"):
         load_student(str(whole), allowed=PACKAGES)
+
+
+def test_a_base_is_never_held_in_memory(flux_config: dict[str, Any], tmp_path: Path) -> None:
+    """A third of the base's bytes is enough, of which half are two shards' and a tensor's."""
+    large = {
+        "num_layers": 3, "num_single_layers": 14, "attention_head_dim": 128,
+        "num_attention_heads": 4, "joint_attention_dim": 512, "pooled_projection_dim": 512,
+        "axes_dims_rope": [16, 56, 56],
+    }  # fmt: skip
+    untrained(tmp_path / "tiny", flux_config, rank=4)
+    untrained(tmp_path / "large", flux_config | large, rank=8)
+    base = sum(file.stat().st_size for file in (tmp_path / "large/base").glob("*.safetensors"))
+    assert base > 3e8
+    script = Path(__file__).parent / "whole_memory.py"
+    done = subprocess.run(
+        [
+            sys.executable, str(script), str(tmp_path / "large"), str(tmp_path / "tiny"),
+            str(base // 3),
+        ],
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3]),
+            "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072",
+        },
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 0.45 * base < int(done.stdout) < 0.55 * base, "bfloat16 of a float32 base"
