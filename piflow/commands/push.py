@@ -122,6 +122,16 @@ def _read(root: str, source: str) -> tuple[Adapter, SamplingSettings]:
     return student, settings_of(student, source)
 
 
+def _object_in(file: Path) -> dict[str, Any]:
+    """A JSON object of a folder that somebody may have written; {} if the file isn't there."""
+    from piflow import storage
+    from piflow.storage.foreign import parse_object
+
+    if not file.is_file():
+        return {}
+    return parse_object(storage.read_bytes(str(file)), where=str(file))
+
+
 def _own_files(root: Path, student: Adapter, settings: SamplingSettings) -> list[str]:
     """What belongs to the student, by paths in its folder."""
     from piflow.inference.places import is_name
@@ -136,8 +146,9 @@ def _own_files(root: Path, student: Adapter, settings: SamplingSettings) -> list
         taken = [] if lora is None or not is_name(lora.path) else [lora.path]
         return [CONFIG_FILE, WEIGHTS_FILE, *(relative_name(n, where="its LoRA") for n in taken)]
     index = root / INDEX
-    named: dict[str, Any] = json.loads(index.read_bytes()) if index.is_file() else {}
-    parts = [name for name, value in named.items() if isinstance(value, list)]
+    named = _object_in(index)
+    lists = [name for name, value in named.items() if isinstance(value, list)]
+    parts = [relative_name(name, where=str(index)) for name in lists]
     folders = [TRANSFORMER, *(name for name in parts if name != TRANSFORMER and "/" not in name)]
     found = [name for name in (REPORT, INDEX) if (root / name).is_file()]
     for folder in folders:
@@ -172,7 +183,7 @@ def _card(
         raise ValueError(f"{run} is no run's folder: it has no {RECORD_FILE}")
     figures, grid = (None, None) if run is None else _evaluated(run, student)
     report = root / REPORT
-    measured = json.loads(report.read_bytes()) if report.is_file() else {}
+    measured = _object_in(report)
     quality = measured.get("quality")
     place = destination.removeprefix("hf://")
     card = Card(

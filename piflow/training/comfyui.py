@@ -8,13 +8,13 @@ what the policy is. There is no config.json.
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 from piflow import storage
 from piflow.config import DXPolicyConfig, Recipe
 from piflow.roles.adapter import WEIGHTS_FILE
 from piflow.schedule import FewStep
+from piflow.storage.scratch import scratch
 from piflow.training.export import export_adapter
 
 FAMILIES = ("flux", "flux2", "qwen_image")
@@ -64,7 +64,7 @@ def export_comfyui(recipe: Recipe, checkpoint: str, folder: str, **options: Any)
     require_readable(recipe)
     steps = FewStep.of(recipe.distillation()).nfe
     target = storage.join(folder, f"{recipe.name}_{steps}step.safetensors")
-    with tempfile.TemporaryDirectory(prefix="piflow-comfyui-") as scratch:
-        export_adapter(recipe, checkpoint, scratch, **options)
-        storage.copy_file(storage.join(scratch, WEIGHTS_FILE), target)
+    with scratch("comfyui") as own:
+        export_adapter(recipe, checkpoint, str(own), **options)
+        storage.copy_file(str(own / WEIGHTS_FILE), target)
     return target

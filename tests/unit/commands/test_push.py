@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,3 +240,16 @@ def test_an_object_store(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert sorted(file.name for file in found.iterdir()) == sorted(
         ["README.md", "config.json", WEIGHTS_FILE, "grid.jpg"]
     )
+
+
+@pytest.mark.parametrize("part", ["..", "../other", "/etc"])
+def test_a_part_that_leads_out_of_the_folder_is_not_sent(part: str, tmp_path: Path) -> None:
+    """A whole student's index is anybody's; files beside its folder would be uploaded."""
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (folder / "model_index.json").write_text(json.dumps({part: ["diffusers", "AutoencoderKL"]}))
+    student: Any = SimpleNamespace(body=object())
+    settings: Any = None
+    with pytest.raises(ValueError, match="model_index.json names the file"):
+        push._own_files(folder, student, settings)
