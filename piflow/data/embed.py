@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,10 +31,14 @@ from piflow.backbones.codec import absolute_paths, build_codec, check_channels
 from piflow.backbones.encoders import encoder_identity
 from piflow.backbones.text import EncodedPrompt
 from piflow.config import Recipe
-from piflow.config.data import EmbedConfig
-from piflow.data.background import quiet_context, remote_cause
+from piflow.data.background import quiet_context
 from piflow.data.cluster import require_resources
-from piflow.data.encode import encode_row_groups, load_encoder
+from piflow.data.encode import (
+    encode_row_groups,
+    load_encoder,
+    on_encoders,
+    what_failed,
+)
 from piflow.data.layout import (
     Layout,
     ShardPlan,
@@ -81,10 +84,6 @@ Session = Callable[[Recipe], AbstractContextManager[None]]
 
 _MUCH_MEMORY = 8e9  # bytes of float32 states that an encoder actor may hold without a word
 
-_MAX_RETRIES = 3  # of a shard whose encoder died
-
-_MAX_RESTARTS = 16  # of an encoder, machines that were taken away not counted
-
 JOB_FILE = "job.json"  # inputs of an unfinished store, so that a later job knows whose shards lie
 
 
@@ -120,10 +119,6 @@ class _Finished:
     entry: ShardEntry
     report: ShardReport
     work: _Work | None = None  # None: an earlier job made it
-
-
-class EncoderDiedError(ChildProcessError):
-    """An encoder's process died again and again at the same shard."""
 
 
 def embed_prompts(recipe: Recipe, session: Session, *, show_progress: bool = True) -> StoreManifest:
@@ -470,7 +465,6 @@ def _for_actors(recipe: Recipe) -> Recipe:
 def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mapping[str, Any]]:
     """Rows from the actors: progress, and one with an entry for each finished shard."""
     import ray.data
-    from ray.util.annotations import RayDeprecationWarning
 
     embed = recipe.embed
     source = ray.data.from_items(
@@ -478,32 +472,14 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
     )
     context = quiet_context(source)
     context.target_max_block_size = 1  # hand every progress row on at once
-    plans = ray.put(missing)
-    with warnings.catch_warnings():
-        # how often an actor may die has no other parameter than the deprecated ones
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        dataset = source.map_batches(
-            EncodeShard,
-            fn_constructor_args=(
-                _for_actors(recipe),
-                job.store,
-                job.inputs,
-                plans,
-                PROCESS,
-            ),
-            batch_size=1,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(
-                min_size=min(embed.encoders[0], len(missing)),
-                max_size=min(embed.encoders[1], len(missing)),
-                max_concurrent_calls_per_actor=2,  # one encodes while the other one writes
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=1,
-            num_gpus=embed.gpus_per_encoder,
-            max_task_retries=_MAX_RETRIES,
-            max_restarts=_MAX_RESTARTS,
-        )
+    actors = ray.data.ActorPoolStrategy(
+        min_size=min(embed.encoders[0], len(missing)),
+        max_size=min(embed.encoders[1], len(missing)),
+        max_concurrent_calls_per_actor=2,  # one encodes while the other one writes
+        enable_true_multi_threading=True,
+    )
+    arguments = (_for_actors(recipe), job.store, job.inputs, ray.put(missing), PROCESS)
+    dataset = on_encoders(source, EncodeShard, arguments, embed, actors)
     begun: set[str] = set()
     try:
         for row in dataset.iter_rows():
@@ -513,22 +489,9 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
                 begun.discard(ShardEntry.model_validate_json(row["entry"]).path)
             yield row
     except ray.exceptions.RayError as error:
-        if isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed:
-            raise _encoder_died(embed, begun, error) from error
-        raise remote_cause(error) from error
-
-
-def _encoder_died(embed: EmbedConfig, begun: Collection[str], error: Exception) -> EncoderDiedError:
-    """What to say when Ray has given up a shard: an encoder's process ended at every try."""
-    reason = shown(" ".join(str(error).split()), 300)
-    return EncoderDiedError(
-        f"an encoder's process died {_MAX_RETRIES + 1} times in a row "
-        f"({'at ' + ', '.join(sorted(begun)) if begun else 'before its first shard'}): {reason}. "
-        "Most often its machine had too little memory: lower embed.batch_size "
-        f"({embed.batch_size}), embed.rows_per_shard ({embed.rows_per_shard}) or embed.encoders "
-        f"({embed.encoders}), or give it a larger machine. Run `piflow embed` again: finished "
-        "shards are kept"
-    )
+        where = f"at {', '.join(sorted(begun))}" if begun else "before its first shard"
+        then = "Run `piflow embed` again: finished shards are kept"
+        raise what_failed(error, embed, where, then) from error
 
 
 class EncodeShard:

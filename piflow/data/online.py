@@ -32,7 +32,7 @@ from piflow import storage
 from piflow.config import Recipe
 from piflow.data.background import ahead, quiet_context, remote_cause
 from piflow.data.blocks import StreamPlan, with_replaced
-from piflow.data.encode import load_encoder
+from piflow.data.encode import load_encoder, on_encoders, what_failed
 from piflow.data.layout import Layout, recipe_prompts, store_layout
 from piflow.data.manifest import StoreError, StoreInputs
 from piflow.data.order import PlannedStep, RowGroups, StreamOrder
@@ -263,23 +263,19 @@ def _encode(recipe: Recipe, layout: Layout, groups: list[int]) -> Iterator[pa.Ta
     options = context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(object_store_memory=_OBJECT_STORE_BYTES)
-    dataset = source.map_batches(
-        EncodeRowGroup,
-        fn_constructor_args=(
-            recipe.model_copy(update={"encoder": recipe.encoder.absolute()}),
-            layout.inputs,
-            ray.put(layout.shards),
-        ),
-        batch_size=1,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=embed.encoders[0], max_size=embed.encoders[1]),
-        num_cpus=1,
-        num_gpus=embed.gpus_per_encoder,
-    )
+    actors = ray.data.ActorPoolStrategy(min_size=embed.encoders[0], max_size=embed.encoders[1])
+    placed = recipe.model_copy(update={"encoder": recipe.encoder.absolute()})
+    arguments = (placed, layout.inputs, ray.put(layout.shards))
+    dataset = on_encoders(source, EncodeRowGroup, arguments, embed, actors)
+    done = 0
     try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        for done, table in enumerate(batches, 1):  # noqa: B007
+            yield table
     except ray.exceptions.RayError as error:
-        raise remote_cause(error) from error
+        where = f"at row group {groups[done]} of embed.prompts or one of the next"
+        then = "The run goes on from its newest checkpoint"
+        raise what_failed(error, embed, where, then) from error
 
 
 class EncodeRowGroup:

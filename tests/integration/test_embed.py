@@ -27,6 +27,7 @@ from piflow.data import embed as embed_job
 from piflow.data.batch import MicroBatch, StreamBatch
 from piflow.data.blocks import LocalReader, Reader
 from piflow.data.cluster import require_resources
+from piflow.data.encode import EncoderDiedError
 from piflow.data.layout import ShardPlan, empty_prompt_plan, plan_store
 from piflow.data.manifest import SCHEMA_VERSION, StoreError, StoreInputs, StoreManifest
 from piflow.data.prompts import Prompt
@@ -351,7 +352,7 @@ def test_an_encoder_that_dies_at_a_shard_again_and_again_ends_the_job(
     shutil.copy(folder / "prompts.jsonl", tmp_path)
     monkeypatch.setattr(embed_job, "EncodeShard", _DyingShard)
     expected = r"died 4 times in a row \(at .*shard-00001.parquet.*lower embed.batch_size \(7\)"
-    with pytest.raises(embed_job.EncoderDiedError, match=expected):
+    with pytest.raises(EncoderDiedError, match=expected):
         embed.main(_recipe(tmp_path), show_progress=False)
     assert (tmp_path / "deaths").read_text() == "x" * 4
     monkeypatch.undo()

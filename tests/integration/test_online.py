@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
 import torch
 
 from piflow.commands import embed
 from piflow.config import Recipe, parse_recipe
+from piflow.data import online
 from piflow.data.batch import StreamBatch
 from piflow.data.blocks import LocalReader
 from piflow.data.manifest import StoreError
@@ -140,3 +144,31 @@ def test_evaluation_embeds_its_own_prompts(folder: Path) -> None:
     rows = evaluation_rows(recipe, store.index())
     real = EmbeddingStore.open(str(folder / "store"))
     assert store.read(rows).prompts == real.read(evaluation_rows(recipe, real.index())).prompts
+
+
+class _DyingRowGroup(online.EncodeRowGroup):
+    """Is killed at one row group, as the kernel kills what takes too much memory."""
+
+    def __init__(self, recipe: Recipe, inputs: Any, shards: Any) -> None:
+        self._deaths = Path(recipe.run_dir) / "deaths"
+
+    def __call__(self, batch: dict[str, Any]) -> Any:
+        group = int(batch["group"][0])
+        if group == 5:
+            with self._deaths.open("a") as deaths:
+                deaths.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pa.table({"group": [group]})
+
+
+def test_an_encoder_that_dies_at_a_row_group_again_and_again_is_given_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(folder, "online", run_dir=str(tmp_path))
+    store = open_store(recipe)
+    monkeypatch.setattr(online, "EncodeRowGroup", _DyingRowGroup)
+    encoded = online._encode(recipe, store.layout, [3, 4, 5, 6])
+    expected = r"died 4 times in a row \(at row group [345] of embed.prompts.*lower embed.batch_si"
+    with pytest.raises(ChildProcessError, match=expected):
+        list(encoded)
+    assert (tmp_path / "deaths").read_text() == "x" * 4
