@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow import fs
 
 from piflow import storage
-from piflow.storage import files
 from piflow.storage.foreign import ForeignDataError
 from tests.hub import serve_hub
 from tests.object_store import serve_objects
@@ -49,14 +50,14 @@ def test_a_download_writes_through_no_link(tmp_path: Path, monkeypatch: pytest.M
     """Not even through one that comes to lie in its own fresh folder."""
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    made = files.tempfile.mkdtemp
+    made = tempfile.mkdtemp
 
-    def prepared(**options: str) -> str:
-        folder = made(**options)
+    def prepared(*names: str, **options: Any) -> str:
+        folder = made(*names, **options)
         Path(folder, "config.json").symlink_to(victim)
         return folder
 
-    monkeypatch.setattr(files.tempfile, "mkdtemp", prepared)
+    monkeypatch.setattr(tempfile, "mkdtemp", prepared)
     with serve_objects({"m/config.json": b"evil"}) as store:
         with pytest.raises(OSError, match=r"config\.json"):
             storage.local_folder(store.uri("bucket/m"), tmp_path / "cache")
