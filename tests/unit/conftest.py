@@ -160,7 +160,7 @@ def run_ranks() -> Callable[..., None]:
         folder: Path,
         world_size: int = 2,
         *arguments: str,
-        timeout: float = 120,
+        timeout: float = 400,
         **variables: str,
     ) -> None:
         known = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}

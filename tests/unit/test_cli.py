@@ -220,7 +220,7 @@ def test_recipes_are_checked_before_anything_heavy_is_imported() -> None:
         "       if m in sys.modules])\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True
     )
     assert result.stdout.strip() == "[]"
 
@@ -251,7 +251,7 @@ def test_a_pipeline_is_its_command(script: Path) -> None:
     arguments = ["no-such.yaml", *(["--prompt", "x"] if script.stem == "sample" else [])]
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
-        env=environment, capture_output=True, text=True, timeout=60,
+        env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 1 and "piflow: " in done.stderr and "no-such.yaml" in done.stderr
     assert "Traceback" not in done.stderr

@@ -25,7 +25,7 @@ ALL_RUNS = [run for runs in TRAINING.RUNS.values() for run in runs]
 
 def every_run(condition: Callable[[Run], bool]) -> pytest.MarkDecorator:
     """Parametrises `run`; slow ones are for `-m slow_runs`."""
-    marks = {run: [pytest.mark.slow_runs] for run in TRAINING.SLOW}
+    marks = {run: [pytest.mark.slow_runs, pytest.mark.timeout(1800)] for run in TRAINING.SLOW}
     chosen = [run for run in ALL_RUNS if condition(run)]
     parameters = [pytest.param(run, marks=marks.get(run, []), id=name_of(run)) for run in chosen]
     return pytest.mark.parametrize("run", parameters)
@@ -55,7 +55,8 @@ class Results(dict[Any, Any]):
         name = "slow" if run in TRAINING.SLOW else "quick"
         # a meeting that failed leaves its places, at which the next one would wait for ever
         (self._folder / f"rendezvous-{name}-{world_size}").unlink(missing_ok=True)
-        self._run_ranks(SCRIPT, self._folder, world_size, name, timeout=540)
+        timeout = 1700 if name == "slow" else 540
+        self._run_ranks(SCRIPT, self._folder, world_size, name, timeout=timeout)
         self.update(torch.load(self._folder / f"{name}-{world_size}.pt", weights_only=True))
         return dict(self)[key]
 

@@ -148,11 +148,17 @@ RUNS = {  # by number of processes
 }
 
 SLOW = [  # minutes of them all, and each has a quick one that is much alike
-    Run(LORA_BF16, "zero3", (AGAIN,)),
-    Run(PRETRAINING, "zero3"),
-    Run(FP8, "zero3"),
-    Run(NO_DROPOUT, "zero3", (TOGETHER,)),
-    Run(LORA, "hsdp", (COMPILE,)),
+    *(Run(LORA, name, (SOME_AGAIN,)) for name in ("ddp", "zero2")),
+    *(Run(LORA, name, (COMPILE,)) for name in ("ddp", "zero1", "zero2", "hsdp")),
+    Run(LORA, "zero1", (OFFLOAD_STATE, SOME_AGAIN)),
+    *(Run(LORA_BF16, name, (AGAIN,)) for name in ("zero1", "zero3")),
+    Run(LORA_BF16, "hsdp", (OFFLOAD, SOME_AGAIN)),
+    Run(FULL, "zero1"),
+    Run(FULL, "ddp", (TOGETHER,)),
+    *(Run(PRETRAINING, name) for name in ("zero1", "zero2", "zero3", "hsdp")),
+    *(Run(FP8, name) for name in ("zero1", "zero2", "zero3", "hsdp")),
+    Run(EIGHT_BITS, "hsdp"),
+    *(Run(NO_DROPOUT, name, (TOGETHER,)) for name in ("zero1", "zero3")),
 ]
 
 
