@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
@@ -71,6 +71,7 @@ def main(
     require_same_run(state, recipe, store.manifest_hash, checkpoint)
     folder = storage.join(recipe.run_dir, FOLDER)
     digest = storage.sha256(storage.join(checkpoint, STATE_FILE))
+    cautions = _cautions(recipe, elastic=recipe.policy.type == "gmflow")
     plan = Plan.of(recipe, store, storage.join(folder, PICTURES), digest)
     drawing = Drawing(recipe, plan, store)
     if drawing.num_missing():
@@ -80,7 +81,7 @@ def main(
     measured = _figures(recipe, found, result, f"step {state.step}", digest)
     name = f"{figures.FOLDER}/{run_folder.checkpoint_name(state.step)}.json"
     storage.write_bytes(storage.join(folder, name), measured)
-    files = [name, *_write_report(recipe, result, folder, lineage)]
+    files = [name, *_write_report(recipe, result, folder, lineage, cautions)]
     tracker = MlflowTracker(uri, record.mlflow_run_id, recipe.run_dir)
     tracker.log_checkpoint(state.step, {"piflow.recipe_hash": recipe.hash()})
     tracker.log_summary(summary(result), state.step, _log_prompts(tracker, recipe, result, store))
@@ -127,6 +128,7 @@ def of_adapter(
     files = adapter_files(place)
     student = read_student(files)
     settings, sampled = _as_the_adapter_has_it(recipe, student, place)
+    cautions = _cautions(sampled, elastic=student.config.clock() is None)
     if recipe.embed.mode == "online":
         embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
     found = preflight(recipe, evaluation=True)
@@ -144,7 +146,7 @@ def of_adapter(
     lineage = _lineage(sampled, "none", found.store.manifest_hash, place)
     measured = _figures(sampled, found, result, redacted(place), digest)
     storage.write_bytes(storage.join(folder, figures.FOLDER, "adapter.json"), measured)
-    _write_report(sampled, result, folder, lineage)
+    _write_report(sampled, result, folder, lineage, cautions)
     print(f"report written to {storage.join(folder, 'report.html')}")
     return result
 
@@ -177,8 +179,31 @@ def _as_the_adapter_has_it(
         update={"model": recipe.model, "encoder": recipe.encoder, "embedded_guidance": guided}
     )
     changed = objective.model_copy(update=asdict(settings.few_step))
-    tree = {**recipe.model_dump(mode="json"), "objective": changed.model_dump(mode="json")}
+    policy = student.config.policy()
+    if policy.type == recipe.policy.type:  # which a recipe's other keys have to go with
+        policy = recipe.policy
+    parts = {"objective": changed.model_dump(mode="json"), "policy": policy.model_dump(mode="json")}
+    tree = {**recipe.model_dump(mode="json"), **parts}
     return settings, Recipe.model_validate(tree)
+
+
+def _cautions(recipe: Recipe, *, elastic: bool) -> list[str]:
+    """What is to be said of `evaluation.nfe`; it is printed as well.
+
+    Args:
+        recipe: with the student's own schedule.
+        elastic: whether its policy is a GM.
+
+    Raises:
+        ValueError: fewer than it was trained for, and it isn't.
+    """
+    from piflow.sampling import check_nfe
+
+    trained = recipe.distillation().nfe
+    found = [check_nfe(nfe, trained, elastic=elastic) for nfe in sorted(set(recipe.evaluation.nfe))]
+    for text in filter(None, found):
+        print(f"careful: {text}")
+    return [text for text in found if text]
 
 
 def _draw_here(drawing: Drawing, trio: Trio, advance: Callable[[int], None]) -> None:
@@ -280,6 +305,11 @@ def summary(result: Evaluation) -> dict[str, float]:
         for column, value in method.values.items():
             values[f"{key}/{COLUMNS[column].key}"] = value
         values[f"{key}/seconds"] = method.seconds
+        values[f"{key}/seconds_a_picture"] = method.seconds_a_picture
+    for point in result.curve:
+        key = "eval/" + point.student.lower().replace(",", "").replace(" ", "_")
+        for name, figure in point.figures.items():
+            values[f"{key}/{name}"] = figure.value
     return values
 
 
@@ -297,7 +327,13 @@ def _lineage(recipe: Recipe, run_id: str, manifest_hash: str, student: str) -> L
     )
 
 
-def _write_report(recipe: Recipe, result: Evaluation, folder: str, lineage: Lineage) -> list[str]:
+def _write_report(
+    recipe: Recipe,
+    result: Evaluation,
+    folder: str,
+    lineage: Lineage,
+    cautions: Sequence[str] = (),
+) -> list[str]:
     """Write grid.jpg and report.html to the folder, each whole or not at all.
 
     Returns:
@@ -309,9 +345,10 @@ def _write_report(recipe: Recipe, result: Evaluation, folder: str, lineage: Line
     from piflow.evaluation.sheet import grid, jpeg_bytes
 
     prompts = result.prompts[:GRID_PROMPTS]
-    columns = [pictures[: len(prompts), 0] for pictures in result.pictures.values()]
+    shown = [method.name for method in result.methods if method.is_headline]
+    columns = [result.pictures[name][: len(prompts), 0].clone() for name in shown]
     rows = list(torch.stack(columns, dim=1))
-    sheet = jpeg_bytes(grid(rows, prompts, list(result.pictures)))
+    sheet = jpeg_bytes(grid(rows, prompts, shown))
     links = tuple(
         PictureLinks(
             prompt,
@@ -324,8 +361,11 @@ def _write_report(recipe: Recipe, result: Evaluation, folder: str, lineage: Line
         created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         prompts=len(result.prompts),
         seeds=recipe.evaluation.seeds,
+        batch_size=recipe.evaluation.batch_size,
         methods=result.methods,
         figures=result.figures,
+        curve=result.curve,
+        cautions=cautions,
         metrics=result.metrics,
         lineage=lineage,
         grid_jpeg=sheet,

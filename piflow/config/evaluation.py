@@ -67,6 +67,12 @@ class EvaluationConfig(Section):
     teacher_steps: Positive = 32
     """Euler steps of the reference."""
 
+    nfe: Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(max_length=16)] = []
+    """More numbers of network evaluations that the student is drawn with, and its teacher in as
+    many Euler steps: [1, 2, 8] of a student of 4 makes a curve over 1, 2, 4 and 8. GM students run
+    at any number, DX students at no fewer than trained.
+    """
+
     batch_size: Positive = 64
     """Pictures drawn at once; each worker is dealt so many at a time."""
 

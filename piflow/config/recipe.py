@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -207,7 +207,21 @@ class Recipe(Section):
                     f"evaluation.teacher_steps = {steps}, the reference, must exceed the student's "
                     f"objective.nfe = {nfe}; use more teacher steps"
                 )
+            self._require_runnable(self.evaluation.nfe, nfe)
         return self
+
+    def _require_runnable(self, asked: Sequence[int], trained: int) -> None:
+        steps = self.evaluation.teacher_steps
+        if max(asked, default=0) >= steps:
+            raise ValueError(
+                f"evaluation.nfe has {max(asked)}, and evaluation.teacher_steps, the reference, is "
+                f"{steps}, which must exceed it; use more teacher steps"
+            )
+        if self.policy.type == "dx" and min(asked, default=trained) < trained:
+            raise ValueError(
+                f"evaluation.nfe has {min(asked)}, and a DX student runs at no fewer network "
+                f"evaluations than it was trained for, objective.nfe = {trained}; leave it out"
+            )
 
     @model_validator(mode="after")
     def _gates_are_measured(self) -> Recipe:

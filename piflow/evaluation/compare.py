@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from piflow.config.metrics import ALWAYS, COLUMNS
+from piflow.evaluation.curve import CurvePoint, Sampled, curve
 from piflow.evaluation.drawing import Drawing, Drawn, Method
 from piflow.evaluation.intervals import own_figures, summary
 from piflow.evaluation.measures import Material, Retrieve, measured
@@ -24,7 +25,8 @@ class MethodResult:
         nfe: as of `Method`.
         values: by column, each in one number; the reference has no PSNR.
         ratios: over the reference, of the columns that are read so.
-        seconds: as of `Drawn`.
+        seconds, seconds_a_picture: as of `Drawn`.
+        is_student, is_headline: as of `Method`.
     """
 
     name: str
@@ -32,6 +34,9 @@ class MethodResult:
     values: Mapping[str, float]
     ratios: Mapping[str, float]
     seconds: float
+    seconds_a_picture: float
+    is_student: bool
+    is_headline: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Evaluation:
         metrics: what decides each metric that was measured, in words.
         columns: ``(P,)`` or ``()`` float64 by method and column.
         figures: the student's, by name.
+        curve: student and teacher over the number of network evaluations.
         pictures: (prompts, seeds, 3, H, W) in [-1, 1] by method name.
         files: name of each prompt's first picture in the pictures' folder, by method name.
     """
@@ -62,8 +68,9 @@ class Evaluation:
     metrics: dict[str, str]
     columns: dict[str, dict[str, Tensor]]
     figures: dict[str, Interval]
+    curve: tuple[CurvePoint, ...]
     per_prompt: tuple[PromptResult, ...]
-    pictures: dict[str, Tensor]
+    pictures: Mapping[str, Tensor]
     files: dict[str, tuple[str, ...]]
 
     @property
@@ -97,19 +104,31 @@ def measure(
         FileNotFoundError: pictures are missing.
         ValueError: a network doesn't load, or a reference can't be used.
     """
-    drawn = drawing.read()
-    pictures = {name: item.pictures for name, item in drawn.items()}
+    drawn, pictures = drawing.read()
     material = Material(drawing.prompts, pictures, retrieve, instruments, advance)
     columns = measured(metrics, material)
     names = [method.name for method in drawing.methods]
     student, few_steps = columns[names[-1]]["error"], columns[names[-2]]["error"]
+    methods = _methods(drawing.methods, drawn, columns)
     return Evaluation(
         prompts=drawing.prompts,
         noise=drawing.noise,
-        methods=_methods(drawing.methods, drawn, columns),
+        methods=methods,
         metrics=material.identities(metrics),
         columns=columns,
         figures=own_figures([columns[name] for name in names]),
+        curve=curve(
+            [
+                Sampled(
+                    method.name,
+                    method.nfe,
+                    method.is_student,
+                    method.seconds_a_picture,
+                    columns[method.name],
+                )
+                for method in methods
+            ]
+        ),
         per_prompt=tuple(
             PromptResult(prompt, float(teacher_psnr), float(student_psnr))
             for prompt, teacher_psnr, student_psnr in zip(
@@ -144,6 +163,9 @@ def _methods(
                     if COLUMNS[name].kind == "ratio"
                 },
                 seconds=drawn[method.name].seconds,
+                seconds_a_picture=drawn[method.name].seconds_a_picture,
+                is_student=method.is_student,
+                is_headline=method.is_headline,
             )
         )
     return tuple(rows)

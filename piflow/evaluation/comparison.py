@@ -21,7 +21,13 @@ from piflow.evaluation.figures import (
     shared_rows,
 )
 from piflow.evaluation.metrics import Interval, psnr_of_error
-from piflow.evaluation.report import figure_texts, inline_jpeg, rendered
+from piflow.evaluation.report import (
+    curve_charts,
+    curve_table,
+    figure_texts,
+    inline_jpeg,
+    rendered,
+)
 from piflow.evaluation.sheet import grid, jpeg_bytes
 from piflow.storage.foreign import redacted, relative_name
 
@@ -222,12 +228,16 @@ def page(students: Sequence[Student], created: str) -> str:
         created: date and time, as it shall be read.
     """
     jpeg, compared = sheet(students), pairs(students)
+    curves = {student.label: student.figures.curve for student in students}
+    has_curves = any(len(points) > 1 for points in curves.values())
     return rendered(
         "comparison.html.j2",
         students=students,
         figures=figure_table([student.measured for student in students]),
         pairs=compared,
         differences=figure_table([pair.figures for pair in compared]),
+        charts=curve_charts(curves, teacher=False) if has_curves else [],
+        curves={label: curve_table(points) for label, points in curves.items() if len(points) > 1},
         prompts=prompt_rows(students),
         shown=min(SHEET_PROMPTS, len(students[0].figures.prompts)),
         created=created,

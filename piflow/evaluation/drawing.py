@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
 from typing import TypeVar
 
 import numpy as np
@@ -55,23 +57,44 @@ class Method:
     Attributes:
         nfe: network evaluations a picture, one a step (guidance's second branch not counted).
         is_student: else the teacher in as many Euler steps.
+        is_headline: whether it stands among the first things that a report shows; else it is a
+            point of the curve over NFE.
     """
 
     name: str
     nfe: int
     is_student: bool = False
+    is_headline: bool = True
 
 
 def methods_of(recipe: Recipe) -> list[Method]:
-    """The teacher at reference, doubled and the student's own number of steps, then the student.
+    """Every way that pictures are drawn.
+
+    The reference comes first, then the teacher in twice the student's number of steps, then teacher
+    and student at the numbers of `evaluation.nfe`; the last two are the teacher in as many steps as
+    the student was trained for, and the student.
 
     Raises:
         ValueError: the recipe distils nothing.
     """
     nfe = FewStep.of(recipe.distillation()).nfe
-    steps = dict.fromkeys([recipe.evaluation.teacher_steps, 2 * nfe, nfe])  # no method twice
-    teachers = [Method(f"teacher, {count} Euler steps", count) for count in steps]
-    return [*teachers, Method(f"student, {nfe} NFE", nfe, is_student=True)]
+    more = sorted(set(recipe.evaluation.nfe) - {nfe})
+    headline = dict.fromkeys([recipe.evaluation.teacher_steps, 2 * nfe])  # no method twice
+
+    def teacher(steps: int) -> Method:
+        name = f"teacher, {steps} Euler steps"
+        return Method(name, steps, is_headline=steps in headline or steps == nfe)
+
+    def student(count: int) -> Method:
+        return Method(f"student, {count} NFE", count, True, is_headline=count == nfe)
+
+    others = [count for count in more if count not in headline]
+    return [
+        *map(teacher, [*headline, *others]),
+        *map(student, more),
+        teacher(nfe),
+        student(nfe),
+    ]
 
 
 def sampler_of(method: Method, recipe: Recipe, trio: Trio, negative: Conditioning) -> Sampler:
@@ -83,7 +106,8 @@ def sampler_of(method: Method, recipe: Recipe, trio: Trio, negative: Conditionin
     few_step = FewStep.of(recipe.distillation())
 
     def student(noise: Tensor, cond: Conditioning) -> Tensor:
-        return sample_few_step(lambda x, sigma: trio.student(x, sigma, cond), noise, few_step)
+        schedule = replace(few_step, nfe=method.nfe)
+        return sample_few_step(lambda x, sigma: trio.student(x, sigma, cond), noise, schedule)
 
     def teacher(noise: Tensor, cond: Conditioning) -> Tensor:
         guided = GuidedTeacher(trio, cond, negative, recipe.guidance)
@@ -121,17 +145,46 @@ class Plan:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A method's pictures.
+    """What the index says of a method's pictures.
 
     Attributes:
-        pictures: (prompts, seeds, 3, H, W) in [-1, 1].
         seconds: of drawing, whenever and by however many workers that was; theirs added up.
+        seconds_a_picture: the median, of a picture's share of its batch's.
         files: name of each prompt's first picture in the folder.
     """
 
-    pictures: Tensor
     seconds: float
+    seconds_a_picture: float
     files: tuple[str, ...]
+
+
+class Pictures(Mapping[str, Tensor]):
+    """Every method's pictures by its name, ``(prompts, seeds, 3, H, W)`` in [-1, 1].
+
+    They are read when they are asked for. The first method's, which all others are compared with,
+    stay in memory, of the others those of one: pictures of many methods may be more than it holds.
+
+    Args:
+        readers: read a method's pictures.
+    """
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._readers = dict(readers)
+        self._first = next(iter(self._readers), None)
+        self._kept: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._kept:
+            kept = {key: value for key, value in self._kept.items() if key == self._first}
+            self._kept = kept  # before the next ones are read
+            self._kept = kept | {name: self._readers[name]()}
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
 
 
 class Drawing:
@@ -251,15 +304,22 @@ class Drawing:
             for request, image in zip(batch, images, strict=True)
         ]
 
-    def read(self) -> dict[str, Drawn]:
-        """All pictures, by the methods' names.
+    def read(self) -> tuple[dict[str, Drawn], Pictures]:
+        """What is known of all pictures, and the pictures, by the methods' names.
 
         Raises:
             FileNotFoundError: some weren't drawn, or this process doesn't see them.
         """
-        return {method.name: self._read_method(self._gallery(method)) for method in self.methods}
+        galleries = {method.name: self._gallery(method) for method in self.methods}
+        drawn = {name: self._drawn(gallery) for name, gallery in galleries.items()}
+        readers = {name: partial(self._pictures, gallery) for name, gallery in galleries.items()}
+        return drawn, Pictures(readers)
 
-    def _read_method(self, gallery: Gallery) -> Drawn:
+    def _pictures(self, gallery: Gallery) -> Tensor:
+        pictures = [read_picture(gallery.file(request)) for request in self._requests]
+        return torch.stack(pictures).unflatten(0, self._noise.shape[:2])
+
+    def _drawn(self, gallery: Gallery) -> Drawn:
         absent = [request for request in self._requests if not gallery.has(request)]
         if absent:
             raise FileNotFoundError(
@@ -267,13 +327,9 @@ class Drawing:
                 "were drawn: expected a folder that all workers' machines and this one see, on a "
                 "shared disk or on s3://…"
             )
-        pictures = torch.stack([read_picture(gallery.file(request)) for request in self._requests])
-        shape = self._noise.shape[:2]
-        return Drawn(
-            pictures.unflatten(0, shape),
-            sum(gallery.note(request, "seconds") for request in self._requests),
-            tuple(gallery.name(request) for request in self._requests[:: shape[1]]),
-        )
+        seconds = [gallery.note(request, "seconds") for request in self._requests]
+        first = self._requests[:: self._noise.shape[1]]
+        return Drawn(sum(seconds), median(seconds), tuple(gallery.name(each) for each in first))
 
     def _gallery(self, method: Method, device: str = "") -> Gallery:
         return Gallery(

@@ -20,6 +20,7 @@ from piflow.config import Recipe
 from piflow.config.metrics import COLUMNS, figures_over, metric_of
 from piflow.config.section import NonNegativeFloat, Positive, Section, Text
 from piflow.evaluation.compare import Evaluation, MethodResult
+from piflow.evaluation.curve import CurvePoint, Sampled, curve
 from piflow.evaluation.intervals import figures_over_other, own_figures
 from piflow.evaluation.measures import identity
 from piflow.evaluation.metrics import Interval
@@ -43,12 +44,16 @@ class MethodFigures(Section):
         retrieval: shares of pictures that show the prompt's emoji; None: not measured.
         columns: the other metrics' columns by name, a number for each prompt.
         whole: those with one number for all pictures.
+        seconds_a_picture: the median; None: not noted.
+        is_student: of the student; it may be there at several numbers of network evaluations.
         files: names of each prompt's first picture in the evaluation's folder of pictures.
     """
 
     name: Text
     nfe: Positive
     seconds: NonNegativeFloat
+    seconds_a_picture: NonNegativeFloat | None = None
+    is_student: bool = False
     error: list[NonNegativeFloat]
     diversity: list[NonNegativeFloat]
     retrieval: list[_Share] | None
@@ -92,7 +97,8 @@ class Figures(Section):
         reference: what decides the reference beside prompts and noise, in words.
         noise: hash of each prompt's noise.
         metrics: what decides each metric that was measured, beside the pictures, in words.
-        methods: the reference first, the student last, before it the teacher in as many steps.
+        methods: the reference first, the student last, before it the teacher in as many steps;
+            the last one is the student's whatever it says of itself.
     """
 
     format: Literal[1] = 1
@@ -114,11 +120,29 @@ class Figures(Section):
             columns += method.by_prompt.values()
         if any(len(column) != len(self.prompts) for column in columns):
             raise ValueError(f"expected {len(self.prompts)} figures a column, one for each prompt")
+        if len({frozenset(dict(_of_prompts(method.measured))) for method in self.methods}) > 1:
+            raise ValueError("expected the same columns of every method")
         return self
 
     @property
     def student_figures(self) -> MethodFigures:
         return self.methods[-1]
+
+    @property
+    def curve(self) -> tuple[CurvePoint, ...]:
+        """Student and teacher over the number of network evaluations."""
+        return curve(
+            [
+                Sampled(
+                    method.name,
+                    method.nfe,
+                    method.is_student or method is self.methods[-1],
+                    method.seconds_a_picture,
+                    method.measured,
+                )
+                for method in self.methods
+            ]
+        )
 
     def identity_of(self, metric: str) -> str:
         """What decided a metric; files of before `metrics` have those of version 1."""
@@ -163,6 +187,8 @@ def _method(method: MethodResult, result: Evaluation) -> MethodFigures:
         name=method.name,
         nfe=method.nfe,
         seconds=method.seconds,
+        seconds_a_picture=method.seconds_a_picture,
+        is_student=method.is_student,
         error=listed["error"],
         diversity=listed["diversity"],
         retrieval=listed.get("retrieval"),

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from piflow.config.metrics import COLUMNS, FIGURES, METRICS, has_interval
+from piflow.evaluation.chart import Chart, Series, chart
 from piflow.evaluation.compare import MethodResult, PromptResult
+from piflow.evaluation.curve import CurvePoint, charted
 from piflow.evaluation.metrics import Interval
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
@@ -48,8 +50,11 @@ class EvaluationReport:
     created: str  # date and time, as it shall be read
     prompts: int
     seeds: int  # pictures a prompt
+    batch_size: int  # pictures drawn at once
     methods: tuple[MethodResult, ...]  # the reference first, the student last
     figures: Mapping[str, Interval]  # the student's, by name
+    curve: Sequence[CurvePoint]  # over the number of network evaluations
+    cautions: Sequence[str]  # of numbers that the student wasn't trained for
     metrics: Mapping[str, str]  # what decides each metric, in words
     lineage: Lineage
     grid_jpeg: bytes
@@ -75,6 +80,10 @@ def render_html(report: EvaluationReport) -> str:
         rows=rows,
         columns=[COLUMNS[name] for name in _columns(report.methods)],
         figures=figure_rows(report.figures),
+        curve=curve_table(report.curve) if len(report.curve) > 1 else None,
+        charts=curve_charts({"student": report.curve}, teacher=True)
+        if len(report.curve) > 1
+        else [],
         metrics=[(name, METRICS[name].licence, text) for name, text in report.metrics.items()],
         picture=inline_jpeg(report.grid_jpeg),
     )
@@ -95,8 +104,8 @@ def headline(methods: Sequence[MethodResult]) -> tuple[list[str], list[list[str]
             row.append(_cell(name, method, is_reference=method is methods[0]))
             if COLUMNS[name].kind == "ratio":
                 row.append(_ratio(method.ratios[name]) if name in method.ratios else "–")
-        rows.append([*row, _seconds(method.seconds)])
-    return [*headings, "seconds"], rows
+        rows.append([*row, _seconds(method.seconds), _plain(method.seconds_a_picture)])
+    return [*headings, "seconds", "s/picture"], rows
 
 
 def _columns(methods: Sequence[MethodResult]) -> list[str]:
@@ -128,6 +137,79 @@ def figure_texts(name: str, figure: Interval) -> tuple[str, str]:
     if not has_interval(name):
         return form(figure.value), ""
     return form(figure.value), f"{form(figure.low)} to {form(figure.high)}"
+
+
+def curve_table(
+    points: Sequence[CurvePoint],
+) -> tuple[list[str], list[tuple[int, bool, list[tuple[str, str]]]]]:
+    """A student's curve of two points or more: headings, and a row a point.
+
+    A row is its NFE, whether the student was trained for it, and the cells: value and interval.
+    """
+    names = charted(points)
+    gains = [name for name in points[0].figures if FIGURES[name].over == "few_steps"]
+    trained = next((point for point in points if not point.over_trained), points[-1])
+    others = [point for point in points if point is not trained]
+    over = [name for name in others[0].over_trained if all(name in p.over_trained for p in others)]
+    headings = [
+        *names,
+        *gains,
+        *(f"{_short(name)} over {trained.nfe} NFE" for name in over),
+        "s/picture",
+        "teacher's s/picture",
+    ]
+    rows = []
+    for point in points:
+        cells = [figure_texts(name, point.figures[name]) for name in (*names, *gains)]
+        for name in over:
+            found = point.over_trained.get(name)
+            cells.append(("–", "") if found is None else figure_texts(name, found))
+        for seconds in (point.seconds, point.teacher_seconds):
+            cells.append(("–" if seconds is None else _plain(seconds), ""))
+        rows.append((point.nfe, point is trained, cells))
+    return headings, rows
+
+
+def _short(name: str) -> str:
+    """A figure over a champion without its end, since here it is over something else."""
+    return name.replace("_over_champion", "")
+
+
+def curve_charts(curves: Mapping[str, Sequence[CurvePoint]], *, teacher: bool) -> list[Chart]:
+    """A chart for every figure that all curves have, and one of the seconds.
+
+    Args:
+        curves: by label.
+        teacher: whether the first curve's teacher has a line as well.
+    """
+    points = [point for each in curves.values() for point in each]
+
+    def lines(of: Callable[[CurvePoint, bool], Interval | None]) -> list[Series]:
+        series = [
+            Series(label, [(p.nfe, value) for p in each if (value := of(p, False)) is not None])
+            for label, each in curves.items()
+        ]
+        if teacher:
+            first = next(iter(curves.values()))
+            own = [(p.nfe, value) for p in first if (value := of(p, True)) is not None]
+            series.append(Series("teacher in as many Euler steps", own, is_dashed=True))
+        return series
+
+    def figure(name: str) -> Callable[[CurvePoint, bool], Interval | None]:
+        return lambda point, is_teacher: (
+            point.teacher_figures if is_teacher else point.figures
+        ).get(name)
+
+    def seconds(point: CurvePoint, is_teacher: bool) -> Interval | None:
+        value = point.teacher_seconds if is_teacher else point.seconds
+        return None if value is None else Interval(value, value, value)
+
+    drawn = [
+        chart(FIGURES[name].meaning, "network evaluations", lines(figure(name)))
+        for name in charted(points)
+    ]
+    drawn.append(chart("seconds a picture", "network evaluations", lines(seconds)))
+    return [each for each in drawn if each is not None]
 
 
 def inline_jpeg(content: bytes) -> str:

@@ -34,12 +34,15 @@ def evaluation(side: int) -> Evaluation:
         prompts=prompts,
         noise=("ab" * 32,) * len(prompts),
         methods=tuple(
-            MethodResult(name, 4, {"error": 20.0, "diversity": 0.5}, {"diversity": 1.0}, 1.0)
+            MethodResult(
+                name, 4, {"error": 20.0, "diversity": 0.5}, {"diversity": 1.0}, 1.0, 0.1, False
+            )
             for name in NAMES
         ),
         metrics={"psnr": "version 1", "diversity": "version 1"},
         columns={},
         figures={"psnr_gain_db": figure, "diversity_ratio": figure},
+        curve=(),
         per_prompt=tuple(PromptResult(prompt, 20.0, 21.0) for prompt in prompts),
         pictures=dict.fromkeys(NAMES, one),
         files={

@@ -150,16 +150,18 @@ def test_draw_pairs_every_seed_with_its_prompt(
     assert subject.draw(Mock(), SingleStrategy(CPU), advance=done.append)
     assert sum(done) == subject.total == 4 * 6 and max(done) <= batch_size
     noise, tokens = subject._noise, subject._cond.tokens
-    [first, *_] = subject.read().values()
+    drawn, pictures_of = subject.read()
+    name = next(iter(drawn))
+    first, all_pictures = drawn[name], pictures_of[name]
     assert first.seconds > 0 and len(list(tmp_path.glob("*.png"))) == 4 * 6
     levels = [[level(noise[p, s, None], tokens[p, None]) for s in range(2)] for p in range(3)]
     assert torch.tensor(levels).unique().numel() == 6
     for prompt, seed in itertools.product(range(3), range(2)):
-        pictures = first.pictures[prompt, seed]
+        pictures = all_pictures[prompt, seed]
         assert (pictures - levels[prompt][seed]).abs().max() <= 1.001 / 255
     for row, file in enumerate(first.files):
         with Image.open(tmp_path / file) as image:
-            assert np.array_equal(np.asarray(image), to_uint8(first.pictures[row, 0]).numpy())
+            assert np.array_equal(np.asarray(image), to_uint8(all_pictures[row, 0]).numpy())
 
 
 def test_draw_clamps_to_the_range_of_pictures(
@@ -168,8 +170,8 @@ def test_draw_clamps_to_the_range_of_pictures(
     with_sampler(monkeypatch, lambda noise, _: torch.full_like(noise, 3.0))
     subject = drawing_of(recipe(store), store, tmp_path)
     subject.draw(Mock(), SingleStrategy(CPU))
-    [first, *_] = subject.read().values()
-    assert torch.equal(first.pictures, torch.ones(3, 2, 3, 16, 8))
+    first = next(iter(subject.read()[1].values()))
+    assert torch.equal(first, torch.ones(3, 2, 3, 16, 8))
 
 
 def with_networks(folder: Path) -> tuple[EvaluationConfig, Instruments]:
@@ -251,6 +253,42 @@ def test_no_method_is_measured_twice(store: EmbeddingStore, flux_folder: Path) -
     assert [method.nfe for method in methods_of(ours)] == [4, 2, 2]
 
 
+def test_the_curve_has_teacher_and_student_at_every_number(store: EmbeddingStore) -> None:
+    """Each once; the first and the last two are where everybody expects them."""
+    asked = {"teacher_steps": 6, "nfe": [4, 1, 2, 3]}
+    found = methods_of(recipe(store, evaluation=asked))
+    teachers = [(6, True), (4, True), (1, False), (3, False)]
+    assert [(method.nfe, method.is_headline) for method in found[:4]] == teachers
+    assert [(method.nfe, method.is_student) for method in found[4:]] == [
+        (1, True),
+        (3, True),
+        (4, True),
+        (2, False),
+        (2, True),
+    ]
+    assert len({method.name for method in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("asked", "policy", "message"),
+    [
+        ([6], {}, "evaluation.nfe has 6, and evaluation.teacher_steps, the reference, is 6"),
+        ([1], {"type": "dx"}, "has 1, and a DX student runs at no fewer .* objective.nfe = 2"),
+        ([0], {}, "evaluation.nfe"),
+        ([2] * 17, {}, "evaluation.nfe"),
+    ],
+)
+def test_numbers_that_cannot_be_drawn(
+    asked: list[int], policy: dict[str, Any], message: str, store: EmbeddingStore
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(
+            store,
+            policy={"num_gaussians": 3, "logstd_inner_dim": 8} if not policy else policy,
+            evaluation={"teacher_steps": 6, "nfe": asked},
+        )
+
+
 def test_a_recipe_that_distils_nothing(store: EmbeddingStore, flux_folder: Path) -> None:
     square = {"prompts": "p.txt", "store": store.uri, "height": 16, "width": 16}
     pretraining = recipe(store, flux_folder, objective={"type": "flow_matching"}, embed=square)
@@ -315,6 +353,54 @@ def test_evaluate_measures_its_own_pictures(
     repeated = [prompt for prompt in result.prompts for _ in range(2)]
     assert asked == [((24, 3, 16, 8), repeated * 4)], "one search, glyphs are placed once"
     assert [row.prompt for row in result.per_prompt] == list(result.prompts)
+
+
+def test_a_curve_is_what_students_of_each_number_draw(
+    store: EmbeddingStore, flux_folder: Path, tmp_path: Path
+) -> None:
+    """Pictures are those of a recipe with that number, and every comparison is a pair's own."""
+    asked = {"prompts": 3, "seeds": 2, "teacher_steps": 6, "batch_size": 4, "nfe": [1, 3]}
+    plain = recipe(store, flux_folder)
+    ours = recipe(store, flux_folder, evaluation=asked)
+    trio = build(ours)
+    before = evaluate(plain, trio, store, tmp_path)
+    assert [point.nfe for point in before.curve] == [2] and not before.curve[0].over_trained
+    files = set(tmp_path.glob("*.png"))
+    result = evaluate(ours, trio, store, tmp_path)
+    assert len(set(tmp_path.glob("*.png")) - files) == 4 * 6, "two students, two teachers"
+    assert result.figures == before.figures
+    assert [point.nfe for point in result.curve] == [1, 2, 3]
+    reference = result.pictures["teacher, 6 Euler steps"]
+    for point in result.curve:
+        objective = {"type": "pi_id", "nfe": point.nfe, "total_substeps": 16}
+        alone = recipe(store, flux_folder, objective=objective)
+        own = evaluate(alone, trio, store, tmp_path / str(point.nfe))
+        assert torch.equal(own.pictures[point.student], result.pictures[point.student])
+        assert own.figures == point.figures
+        own_psnr = endpoint_psnr(result.pictures[point.teacher], reference)
+        assert point.teacher_figures["psnr_db"].value == pytest.approx(own_psnr)
+        gain = point.figures["psnr_db"].value - own_psnr
+        assert point.figures["psnr_gain_db"].value == pytest.approx(gain)
+        assert point.seconds and point.teacher_seconds
+    trained = result.curve[1]
+    assert trained.over_trained == {} and trained.figures == result.figures
+    fewer = result.curve[0].over_trained["psnr_over_champion_db"].value
+    difference = result.curve[0].figures["psnr_db"].value - trained.figures["psnr_db"].value
+    assert fewer == pytest.approx(difference)
+
+
+def test_of_many_methods_two_are_in_memory() -> None:
+    read: list[str] = []
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        return lambda: read.append(name) or torch.zeros(1)  # type: ignore[func-returns-value]
+
+    pictures = drawing.Pictures({name: reader(name) for name in "abc"})
+    for _ in range(2):
+        for name in "abc":
+            assert pictures[name] is pictures[name]
+            assert len(pictures._kept) <= 2
+    assert read == list("abcbc"), "the reference stays"
 
 
 def test_evaluate_repeats_and_uses_held_out_noise(

@@ -119,6 +119,28 @@ def test_figures_of_networks_stand_beside_the_others(tmp_path: Path) -> None:
     assert [row[column] for row in rows] == ["–", "12.5"], "five of the first one's six prompts"
 
 
+def test_curves_of_several_students_share_a_chart(tmp_path: Path) -> None:
+    """Of the prompts that all share; a student without a curve is a point of it."""
+    figures = made(prompts=6)
+    reference, teacher, student = figures.methods
+    more = [
+        teacher.model_copy(update={"name": "teacher, 2 Euler steps", "nfe": 2}),
+        student.model_copy(update={"name": "student, 2 NFE", "nfe": 2, "is_student": True}),
+    ]
+    several = figures.model_copy(update={"methods": [reference, *more, teacher, student]})
+    others = made(prompts=5, recipe="other", better=2.0)
+    students = read_students([kept(tmp_path / "a", several), kept(tmp_path / "b", others)])
+    assert [point.nfe for point in students[0].figures.curve] == [2, 4]
+    assert students[0].figures.curve[1].figures == students[0].measured
+    parsed = _parse(page(students, "now"))
+    lines = [v for tag, name, v in parsed.attributes if (tag, name) == ("polyline", "points")]
+    assert [len(line.split()) for line in lines] == [2, 1] * 3, "PSNR, ratio and retrieval"
+    assert [row[0] for row in parsed.tables["curve"][1:]] == ["2", "4"]
+    assert "Over the number" not in page(
+        read_students([kept(tmp_path / "c", figures)] + [kept(tmp_path / "d", others)]), "now"
+    )
+
+
 def test_pictures_of_one_prompt_stand_in_one_row(tmp_path: Path) -> None:
     """Rows of other runs are other rows of the file, and what differs most comes first."""
     factors = [1.0] * 9 + [8.0]

@@ -97,6 +97,13 @@ def test_a_file_of_something_else_is_refused(change: dict[str, Any], message: st
         read_figures(json.dumps(tree).encode(), "it")
 
 
+def test_methods_with_other_columns_are_refused() -> None:
+    tree = made().model_dump(mode="json")
+    tree["methods"][1]["retrieval"] = None
+    with pytest.raises(ForeignDataError, match="expected the same columns of every method"):
+        read_figures(json.dumps(tree).encode(), "it")
+
+
 def test_figures_that_are_no_numbers_are_refused() -> None:
     tree = made().model_dump(mode="json")
     for wrong in (-1.0, float("nan"), float("inf"), "0.5", None):

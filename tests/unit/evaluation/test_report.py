@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import math
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
 from piflow.evaluation import sheet
+from piflow.evaluation.chart import ticks
 from piflow.evaluation.compare import MethodResult, PromptResult
+from piflow.evaluation.curve import CurvePoint
 from piflow.evaluation.metrics import Interval
 from piflow.evaluation.report import EvaluationReport, Lineage, PictureLinks, render_html
 
@@ -60,7 +63,8 @@ def method(
 ) -> MethodResult:
     values = {"error": psnr, "diversity": diversity, "retrieval": retrieval}
     measured = {column: value for column, value in values.items() if value is not None}
-    return MethodResult(name, nfe, measured, {"diversity": ratio}, seconds)
+    is_student = name == "student"
+    return MethodResult(name, nfe, measured, {"diversity": ratio}, seconds, 0.25, is_student)
 
 
 @pytest.fixture
@@ -71,6 +75,7 @@ def report() -> EvaluationReport:
         created="2025-01-02 03:04 UTC",
         prompts=64,
         seeds=4,
+        batch_size=64,
         methods=(
             method("teacher, 32 Euler steps", 32, None, 0.412, 1.0, 0.83, 40.25),
             method("teacher, 8 Euler steps", 8, 29.9, 0.4, 0.971, 0.8, 10.0),
@@ -81,6 +86,8 @@ def report() -> EvaluationReport:
             "psnr_gain_db": Interval(4.45, -0.5, 4.8),
             "diversity_ratio": Interval(0.947, 0.9, float("inf")),
         },
+        curve=(),
+        cautions=(),
         metrics={"psnr": "version 1", "diversity": "version 1"},
         lineage=Lineage("run-1", "recipe-2", "manifest-3", "step 350", {"torch": "2", "ray": "3"}),
         grid_jpeg=sheet.jpeg_bytes(picture),
@@ -102,10 +109,10 @@ def _parse(html: str) -> _Page:
 def test_tables_hold_the_figures(report: EvaluationReport) -> None:
     page = _parse(render_html(report))
     assert page.tables["headline"][1:] == [
-        ["teacher, 32 Euler steps", "32", "reference", "0.412", "1.000", "83.0 %", "40.2"],
-        ["teacher, 8 Euler steps", "8", "29.90", "0.400", "0.971", "80.0 %", "10.0"],
-        ["teacher, 4 Euler steps", "4", "23.80", "0.370", "0.898", "–", "5.0"],
-        ["student", "4", "28.25", "0.390", "0.947", "81.2 %", "5.5"],
+        ["teacher, 32 Euler steps", "32", "reference", "0.412", "1.000", "83.0 %", "40.2", "0.25"],
+        ["teacher, 8 Euler steps", "8", "29.90", "0.400", "0.971", "80.0 %", "10.0", "0.25"],
+        ["teacher, 4 Euler steps", "4", "23.80", "0.370", "0.898", "–", "5.0", "0.25"],
+        ["student", "4", "28.25", "0.390", "0.947", "81.2 %", "5.5", "0.25"],
     ]
     assert page.tables["prompts"][1:] == [
         ["red heart", "23.00", "27.00"],
@@ -128,6 +135,62 @@ def test_tables_hold_the_figures(report: EvaluationReport) -> None:
     assert "+4.45 dB 95 % interval −0.50 to +4.80 dB" in text
     assert "0.947 95 % interval 0.900 to ∞" in text
     assert "name: emoji\ntraining:\n  lr: 0.0001\n" in page.text
+
+
+def point(nfe: int, psnr: float, is_trained: bool = False) -> CurvePoint:
+    figures = {
+        "psnr_db": Interval(psnr, psnr - 1, psnr + 1),
+        "psnr_gain_db": Interval(3.0, 2.0, 4.0),
+        "diversity_ratio": Interval(0.9, 0.8, 1.0),
+    }
+    over = {} if is_trained else {"psnr_over_champion_db": Interval(-2.0, -2.5, -1.5)}
+    teacher = figures | {"psnr_db": Interval(psnr - 3, psnr - 4, psnr - 2)}
+    return CurvePoint(
+        nfe, f"student, {nfe} NFE", f"teacher, {nfe}", figures, over, teacher, 0.5, None
+    )
+
+
+def test_a_curve_is_a_table_and_a_chart_a_figure(report: EvaluationReport) -> None:
+    curve = (point(2, 20.0), point(4, 28.0, True), point(8, math.inf))
+    html = render_html(dataclasses.replace(report, curve=curve, cautions=("runs <b>badly",)))
+    page = _parse(html)
+    assert page.tables["curve"] == [
+        [
+            "NFE",
+            "psnr_db",
+            "diversity_ratio",
+            "psnr_gain_db",
+            "psnr_db over 4 NFE",
+            "s/picture",
+            "teacher's s/picture",
+        ],
+        ["2", "20.00", "0.900", "+3.00", "−2.00", "0.5", "–"],
+        ["4", "28.00", "0.900", "+3.00", "–", "0.5", "–"],
+        ["8", "∞", "0.900", "+3.00", "−2.00", "0.5", "–"],
+    ]
+    assert "<small>19.00 to 21.00</small>" in html and "<small>−2.50 to −1.50</small>" in html
+    lines = [value for tag, name, value in page.attributes if (tag, name) == ("polyline", "points")]
+    assert [len(line.split()) for line in lines] == [2, 2, 3, 3, 3], "PSNR, ratio, seconds"
+    heights = [float(mark.split(",")[1]) for mark in lines[0].split()]
+    assert heights[0] > heights[1], "28 dB stand above 20 dB"
+    assert "Careful: runs &lt;b&gt;badly." in html
+    assert "curve" not in _parse(render_html(dataclasses.replace(report, curve=curve[1:2]))).tables
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (19.2, 29.1, [18, 20, 22, 24, 26, 28, 30]),
+        (-1.0, 1.0, [-1, -0.5, 0, 0.5, 1]),
+        (2.0, 2.0, [1.8, 1.9, 2, 2.1, 2.2]),
+        (0.0, 0.0, [-1, -0.5, 0, 0.5, 1]),
+    ],
+)
+def test_ticks_are_round_and_cover_the_values(
+    low: float, high: float, expected: list[float]
+) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
 
 
 def test_nothing_is_fetched(report: EvaluationReport) -> None:
