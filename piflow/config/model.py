@@ -25,9 +25,15 @@ GgufType = Literal["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 
 
 class Fp8TeacherConfig(Section):
-    """The teacher's matrix products in 8 bits, at no more memory; the student keeps its precision.
+    """The teacher's matrix products in 8 bits; the student keeps its precision.
 
     The results depend on it, the less the smaller the measured error is.
+    """
+
+    keep_weights: Operational[bool | None] = None
+    """Whether the base's 8-bit weights are kept beside it, a byte a value, instead of made anew in
+    every call; shards of them are gathered in 8 bits. null: where they are estimated to fit, and
+    the model is spread so that they can be. The values are the same either way.
     """
 
     check_every: Operational[Positive] = 250

@@ -151,6 +151,28 @@ class Recipe(Section):
                 "runtime.compile can't trace how model.fp8_teacher quantises a weight; leave out "
                 "one of them"
             )
+        fp8, runtime = self.model.fp8_teacher, self.runtime
+        if fp8 is None or not fp8.keep_weights:
+            return self
+        shards = runtime.max_workers > 1 and runtime.strategy in ("auto", "fsdp")
+        if shards and runtime.activation_checkpointing == "selective":
+            raise ValueError(
+                "model.fp8_teacher.keep_weights has FSDP gather weights within blocks, and "
+                "runtime.activation_checkpointing = selective, which computes part of a block "
+                "again, would find other operations there; use full, strategy ddp, or leave it out"
+            )
+        if shards and not runtime.reshard_after_forward:
+            raise ValueError(
+                "model.fp8_teacher.keep_weights gathers 8-bit weights for the teacher, and with "
+                "runtime.reshard_after_forward = false the weights that it has are whole already; "
+                "leave out one of them"
+            )
+        if runtime.deepspeed is not None and runtime.deepspeed.stage == 3:
+            raise ValueError(
+                "model.fp8_teacher.keep_weights needs weights that are whole or FSDP's shards, and "
+                "DeepSpeed's stage 3 gathers them layer by layer in model.dtype whoever asks; use "
+                "runtime.strategy fsdp, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

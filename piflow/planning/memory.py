@@ -9,7 +9,7 @@
     policy          what the policy's rollouts and the losses keep besides
     working         the most that passes, or the optimiser's step, hold for a moment beyond that
     gathered        weights that are whole while a unit computes (FSDP, ZeRO stage 3)
-    fp8             the teacher's weight that is being quantised
+    fp8             the teacher's weight that is being quantised, and codes that are kept
     buffers         of collectives
     context         CUDA's context and NCCL's channels: assumed
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from piflow.config import DeepSpeedConfig, PiIDConfig, Recipe
-from piflow.planning.model import Model, Unit
+from piflow.planning.model import Model, Unit, Weight
 from piflow.planning.passes import Passes
 
 SAFE_SHARE = 0.85  # of the free memory: the rest is for kernels' workspaces and fragmentation
@@ -147,7 +147,6 @@ def memory_of(
     activations, policy = passes.kept // cut, passes.policy // cut
     gathered = _gathered(recipe, model, placement)
     lora = _FLOAT * (model.trained - model.head)
-    fp8 = 0 if recipe.model.fp8_teacher is None else model.largest * _FP8_WORKSPACE
     held = activations + policy + gathered  # not by then
     memory = Memory(
         weights=-(-model.base_bytes // parts),
@@ -160,11 +159,55 @@ def memory_of(
         policy=policy,
         working=max(passes.working // cut, update - held),
         gathered=gathered,
-        fp8=fp8,
+        fp8=_fp8(recipe, model, parts),
         buffers=_buffers(recipe, placement),
         context=context,
     )
     return _offloaded(recipe, memory, placement)
+
+
+def keeps_codes(recipe: Recipe) -> bool:
+    """Whether the recipe says that an fp8 teacher's weights are quantised once."""
+    return recipe.model.fp8_teacher is not None and bool(recipe.model.fp8_teacher.keep_weights)
+
+
+def keeping_codes(recipe: Recipe, keep: bool) -> Recipe:
+    """The recipe with `keep_weights` as given; it has an fp8 teacher.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if recipe.model.fp8_teacher is None:
+        raise ValueError("expected a recipe with model.fp8_teacher, it is null")
+    fp8 = recipe.model.fp8_teacher.model_copy(update={"keep_weights": keep})
+    model = recipe.model.model_copy(update={"fp8_teacher": fp8})
+    return recipe.model_copy(update={"model": model})
+
+
+def may_keep_codes(recipe: Recipe, strategy: str) -> bool:
+    """Whether weights can be kept where the recipe leaves it open (`keep_weights` is null).
+
+    DeepSpeed's stage 3 can't, nor FSDP where part of a block is computed again; and FSDP whose
+    blocks stay whole gains no traffic by it.
+    """
+    fp8 = recipe.model.fp8_teacher
+    if fp8 is None or fp8.keep_weights is not None or strategy == "zero3":
+        return False
+    runtime = recipe.runtime
+    selective = runtime.activation_checkpointing == "selective"
+    return strategy != "fsdp" or (runtime.reshard_after_forward and not selective)
+
+
+def _fp8(recipe: Recipe, model: Model, parts: int) -> int:
+    if recipe.model.fp8_teacher is None:
+        return 0
+    kept = sum(code_bytes(weight) for weight in model.coded) if keeps_codes(recipe) else 0
+    return model.largest * _FP8_WORKSPACE + -(-kept // parts)
+
+
+def code_bytes(weight: Weight) -> int:
+    """Of a weight's codes and scales, a float32 scale a row."""
+    return weight.numel + _FLOAT * weight.shape[0]
 
 
 def _gradients(recipe: Recipe, trained: int, placement: Placement) -> int:
@@ -186,12 +229,25 @@ def _gathered(recipe: Recipe, model: Model, placement: Placement) -> int:
         return 0
     passes = [units for units in (model.student, model.teacher) if units]
     blocks = max(
-        (unit.nbytes() for units in passes for unit in units if _is_block(unit)), default=0
+        (_at_once(recipe, unit) for units in passes for unit in units if _is_block(unit)), default=0
     )
     rest = max(sum(u.nbytes() for u in units if u.part == "rest") for units in passes)
     if placement.strategy == "fsdp" and not recipe.runtime.reshard_after_forward:
         return rest + sum(unit.nbytes() for unit in model.student if unit.part != "rest") + blocks
     return rest + 3 * blocks
+
+
+def _at_once(recipe: Recipe, unit: Unit) -> int:
+    """Bytes of a unit that are whole at one time.
+
+    Where codes are kept, the weights that have some are gathered one by one, or their codes are.
+    """
+    if not keeps_codes(recipe):
+        return unit.nbytes()
+    coded = [weight for weight in unit.weights if weight.coded]
+    one = max((weight.nbytes for weight in coded), default=0)
+    codes = sum(code_bytes(weight) for weight in coded)
+    return unit.nbytes() - sum(weight.nbytes for weight in coded) + max(one, codes)
 
 
 def _is_block(unit: Unit) -> bool:

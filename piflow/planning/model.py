@@ -18,7 +18,10 @@ from piflow import storage
 from piflow.backbones.load import DTYPES, family_class
 from piflow.backbones.transformer import TransformerBackbone, read_model_config
 from piflow.config import GMFlowPolicyConfig, PiIDConfig, Recipe, find_family
+from piflow.planning.sizes import latent_size
+from piflow.planning.stacks import token_linears
 from piflow.roles import lora as adapters
+from piflow.roles.fp8 import takes_fp8
 from piflow.roles.heads import PolicyClock
 from piflow.schedule import FewStep
 
@@ -30,11 +33,17 @@ _FLOAT = torch.float32.itemsize
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: its shape, bytes a value, and whose it is."""
+    """One parameter.
+
+    Attributes:
+        itemsize: bytes a value.
+        coded: whether an fp8 teacher multiplies by its codes, where the recipe has one.
+    """
 
     shape: tuple[int, ...]
     itemsize: int
     owner: Owner
+    coded: bool = False
 
     @property
     def numel(self) -> int:
@@ -116,6 +125,11 @@ class Model:
         return sum(unit.numel("student") for unit in self.student if unit.part == "student head")
 
     @property
+    def coded(self) -> list[Weight]:
+        """The weights whose codes an fp8 teacher multiplies by."""
+        return [weight for unit in self.teacher for weight in unit.weights if weight.coded]
+
+    @property
     def largest(self) -> int:
         """Values of the largest frozen weight."""
         sizes = (w.numel for unit in self.units for w in unit.weights if w.owner == "base")
@@ -167,18 +181,19 @@ def model_of(recipe: Recipe, backbone: TransformerBackbone, source: str) -> Mode
     module = backbone.module
     count = sum(parameter.numel() for parameter in module.parameters())
     heads = _heads(recipe, backbone)
+    coded = coded_layers(recipe, backbone) if recipe.model.fp8_teacher is not None else frozenset()
     if not isinstance(recipe.objective, PiIDConfig):
         student = tuple(_units(backbone, "student", None))
         ema = tuple(_units(backbone, "ema", None))
         teacher: tuple[Unit, ...] = ()
     elif recipe.lora is None:
-        teacher = tuple(_units(backbone, "base", None))
+        teacher = tuple(_units(backbone, "base", None, coded=coded))
         student = (*_units(backbone, "student", None, skip=backbone.output_names), heads[0])
         ema = (*_units(backbone, "ema", None, skip=backbone.output_names), heads[1])
     else:
         ranks = ranks_of(recipe, backbone)
         output = Unit("teacher head", tuple(_output_weights(backbone)))
-        units = tuple(_units(backbone, "base", ranks, skip=backbone.output_names))
+        units = tuple(_units(backbone, "base", ranks, skip=backbone.output_names, coded=coded))
         teacher, student, ema = ((*units, head) for head in (output, *heads))
     blank = backbone.config
     pooled = blank.get("pooled_projection_dim") or 0
@@ -197,12 +212,22 @@ def model_of(recipe: Recipe, backbone: TransformerBackbone, source: str) -> Mode
     )
 
 
+def coded_layers(recipe: Recipe, backbone: TransformerBackbone) -> frozenset[str]:
+    """Names of the layers whose products an fp8 teacher has in 8 bits, as without adapters."""
+    blank = type(backbone).on_meta(
+        backbone.config, dtype=backbone.dtype, embedded_guidance=backbone.embedded_guidance
+    )
+    names = token_linears(blank, latent_size(recipe))
+    return frozenset(n for n in names if takes_fp8(blank.module.get_submodule(n)))
+
+
 def _units(
     backbone: TransformerBackbone,
     owner: Owner,
     ranks: dict[str, int] | None,
     *,
     skip: tuple[str, ...] = (),
+    coded: frozenset[str] = frozenset(),
 ) -> Iterator[Unit]:
     """A module's blocks and the rest of it, adapters included; not what lies under `skip`."""
     module = backbone.module
@@ -211,7 +236,7 @@ def _units(
         if isinstance(part, backbone.block_classes):
             names = [f"{name}.{inner}" for inner, _ in part.named_parameters()]
             taken.update(names)
-            yield Unit("block", tuple(_weights(module, names, owner, ranks, f"{name}.")))
+            yield Unit("block", tuple(_weights(module, names, owner, ranks, f"{name}.", coded)))
     left = [
         name
         for name, _ in module.named_parameters()
@@ -226,12 +251,18 @@ def _in_blocks(layer: str, taken: set[str]) -> bool:
 
 
 def _weights(
-    module: nn.Module, names: list[str], owner: Owner, ranks: dict[str, int] | None, under: str
+    module: nn.Module,
+    names: list[str],
+    owner: Owner,
+    ranks: dict[str, int] | None,
+    under: str,
+    coded: frozenset[str] = frozenset(),
 ) -> Iterator[Weight]:
     for name in names:
         parameter = module.get_parameter(name)
         size = parameter.itemsize if owner == "base" else _FLOAT
-        yield Weight(tuple(parameter.shape), size, owner)
+        layer, _, kind = name.rpartition(".")
+        yield Weight(tuple(parameter.shape), size, owner, kind == "weight" and layer in coded)
     for name, rank in (ranks or {}).items():
         if name.startswith(under):
             out, into = module.get_parameter(f"{name}.weight").shape

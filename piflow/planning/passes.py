@@ -27,6 +27,8 @@ from piflow.config import GMFlowPolicyConfig, PiIDConfig, Recipe
 from piflow.imitation import ImitationSettings, run_data_free
 from piflow.planning.counting import Counts, Operation, Watch, fused_attention
 from piflow.planning.model import clock_of, ranks_of
+from piflow.planning.sizes import latent_size
+from piflow.planning.stacks import block_stacks, form_of, set_blocks
 from piflow.policies.base import Policy
 from piflow.roles import lora as adapters
 from piflow.roles.guided import GuidedTeacher
@@ -41,8 +43,6 @@ STUDENT, TEACHER, LOSSES, BACKWARD = "student", "teacher", "policy and losses", 
 PHASES = (STUDENT, TEACHER, LOSSES, BACKWARD)
 
 _MOST_SAMPLES = 64  # of a pass that is run: larger micro-batches are so many times that
-_LATENT_PIXEL = {"pixels": 2, "vae": 8}  # side in picture pixels
-_PATCH = 2  # side of a token in latent pixels
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,6 @@ def _times(operation: Operation, factor: float) -> Operation:
     return Operation(operation.kind, operation.dtype, flops, moved)
 
 
-def latent_size(recipe: Recipe) -> tuple[int, int]:
-    """Latent pixels, (height, width), of the largest picture that the recipe names."""
-    embed = recipe.embed
-    sizes = [(embed.height, embed.width), *((bucket[0], bucket[1]) for bucket in embed.buckets)]
-    side = _LATENT_PIXEL[recipe.model.codec]
-    height, width = max(sizes, key=lambda size: size[0] * size[1])
-    even = _PATCH * side
-    return -(-height // even) * _PATCH, -(-width // even) * _PATCH
-
-
-def tokens_of(recipe: Recipe) -> int:
-    """Tokens of a sample: the largest picture's, and the text's."""
-    height, width = latent_size(recipe)
-    return height * width // _PATCH**2 + recipe.encoder.text_tokens
-
-
 class Passing:
     """Counts a recipe's passes over a backbone on "meta", which it takes over.
 
@@ -126,7 +110,7 @@ class Passing:
         self._stacks = [
             numbered
             for module in modules
-            for numbered in enumerate(_stacks(module, backbone.block_classes))
+            for numbered in enumerate(block_stacks(module, backbone.block_classes))
         ]
         with self._one_of_each():
             self._full, self._plain = self._count(plain=False), self._count(plain=True)
@@ -314,36 +298,19 @@ class _Run:
     length: int
 
 
-def _stacks(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> list[nn.ModuleList]:
-    """The module's lists of blocks."""
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-    return [part for part in lists if len(part) and all(isinstance(m, classes) for m in part)]
-
-
 def _shorten(backbone: TransformerBackbone) -> list[_Run]:
     """Leaves two of each run of three or more alike blocks within a stack."""
     runs = []
-    for number, stack in enumerate(_stacks(backbone.module, backbone.block_classes)):
+    for number, stack in enumerate(block_stacks(backbone.module, backbone.block_classes)):
         blocks: list[nn.Module] = list(stack)
         kept = blocks[:1]
-        for _, group in groupby(blocks[1:-1], key=_form):
+        for _, group in groupby(blocks[1:-1], key=form_of):
             alike = list(group)
             kept += alike[:2]
             if len(alike) > 2:
                 runs.append(_Run(number, len(kept) - 1, len(alike)))
-        _fill(stack, [*kept, *blocks[1:][-1:]])
+        set_blocks(stack, [*kept, *blocks[1:][-1:]])
     return runs
-
-
-def _form(block: nn.Module) -> tuple[object, ...]:
-    """What makes two blocks cost the same."""
-    return (type(block), *((name, tuple(p.shape)) for name, p in block.named_parameters()))
-
-
-def _fill(stack: nn.ModuleList, blocks: Sequence[nn.Module]) -> None:
-    while len(stack):
-        del stack[-1]
-    stack.extend(blocks)
 
 
 @contextmanager
@@ -356,9 +323,9 @@ def _left_out(stacks: Sequence[tuple[int, nn.ModuleList]], runs: Sequence[_Run])
     whole = [(number, stack, list(stack)) for number, stack in stacks]
     for number, stack, blocks in whole:
         seconds = [run.second for run in runs if run.stack == number]
-        _fill(stack, [block for place, block in enumerate(blocks) if place not in seconds])
+        set_blocks(stack, [block for place, block in enumerate(blocks) if place not in seconds])
     try:
         yield
     finally:
         for _, stack, blocks in whole:
-            _fill(stack, blocks)
+            set_blocks(stack, blocks)

@@ -19,12 +19,15 @@ from piflow.planning.memory import (
     Placement,
     StrategyName,
     fits,
+    keeping_codes,
+    may_keep_codes,
     memory_of,
     micro_batches,
     segments,
 )
 from piflow.planning.model import Model, backbone_of, model_of
-from piflow.planning.passes import PHASES, TEACHER, Passes, Passing, latent_size
+from piflow.planning.passes import PHASES, TEACHER, Passes, Passing
+from piflow.planning.sizes import latent_size
 from piflow.planning.speed import Machines, Speed, context_bytes, speed_of
 from piflow.planning.traffic import Collective, teacher_calls, traffic
 
@@ -173,6 +176,7 @@ class Planner:
         free = machines.gpu.memory - context
         passes = self.passes(recipe)
         placement, memory, why = placed(recipe, self.model, passes, machines.world, free, context)
+        recipe, memory = _with_codes(recipe, self.model, passes, placement, memory, free)
         collectives = traffic(recipe, self.model, placement)
         speed = speed_of(recipe, self.model, passes, placement, collectives, machines, efficiency)
         return Plan(
@@ -228,6 +232,17 @@ def placed(
     if fits(whole[1], free):
         return *whole, f"a whole replica fits in {SAFE_SHARE:.0%} of a GPU"
     return *estimate("fsdp"), f"a whole replica doesn't fit in {SAFE_SHARE:.0%} of a GPU"
+
+
+def _with_codes(
+    recipe: Recipe, model: Model, passes: Passes, placement: Placement, memory: Memory, free: int
+) -> tuple[Recipe, Memory]:
+    """Where an fp8 teacher's weights may be kept and it is left open: kept if they fit."""
+    if not may_keep_codes(recipe, placement.strategy):
+        return recipe, memory
+    kept = keeping_codes(recipe, True)
+    needed = memory_of(kept, model, passes, placement, context=memory.context)
+    return (kept, needed) if fits(needed, free) else (recipe, memory)
 
 
 def _flops(recipe: Recipe, passes: Passes) -> dict[str, dict[tuple[str, str], int]]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from piflow.config import Recipe
 from piflow.planning.counting import Operation
 from piflow.planning.hardware import Efficiency, Gpu, PlanError
-from piflow.planning.memory import GIB, Placement, micro_batches, segments
+from piflow.planning.memory import GIB, Placement, keeps_codes, micro_batches, segments
 from piflow.planning.model import Model
 from piflow.planning.passes import BACKWARD, LOSSES, PHASES, STUDENT, TEACHER, Passes
 from piflow.planning.traffic import Collective, teacher_calls
@@ -100,7 +100,7 @@ def speed_of(
     for name in PHASES:
         counts: Mapping[Operation, int] = passes.operations.get(name, {})
         if name == TEACHER and recipe.model.fp8_teacher is not None:
-            counts = _in_fp8(counts, model, machines)
+            counts = _in_fp8(counts, recipe, model, machines)
         compute = times[name] * kernels.seconds(counts) / cut
         beside = [c for c in collectives if c.phase == name and c.kind != "all-to-all"]
         alone = [c for c in collectives if c.phase == name and c.kind == "all-to-all"]
@@ -135,9 +135,9 @@ class _Kernels:
 
 
 def _in_fp8(
-    counts: Mapping[Operation, int], model: Model, machines: Machines
+    counts: Mapping[Operation, int], recipe: Recipe, model: Model, machines: Machines
 ) -> Mapping[Operation, int]:
-    """The same with products of tokens in fp8, and every weight quantised."""
+    """The same with products of tokens in fp8, and their weights quantised unless they are kept."""
     if "float8" not in machines.gpu.peaks:
         raise PlanError(
             f"model.fp8_teacher needs a GPU that multiplies in fp8, and {machines.gpu_name} has no "
@@ -149,7 +149,7 @@ def _in_fp8(
             moved = operation.moved // 2
             operation = Operation("matmul", "float8", operation.flops, moved)
         changed[operation] = changed.get(operation, 0) + count
-    values = sum(unit.numel("base") for unit in model.teacher)
+    values = 0 if keeps_codes(recipe) else sum(weight.numel for weight in model.coded)
     changed[Operation("other", "float8", 0, values * _FP8_TRAFFIC)] = 1
     return changed
 

@@ -19,9 +19,9 @@ from typing import Literal
 
 from piflow.backbones.load import DTYPES
 from piflow.config import PiIDConfig, Recipe
-from piflow.planning.memory import Placement, micro_batches, segments
+from piflow.planning.memory import Placement, keeps_codes, micro_batches, segments
 from piflow.planning.model import Model, Unit, Weight
-from piflow.planning.passes import tokens_of
+from piflow.planning.sizes import tokens_of
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 
@@ -87,7 +87,8 @@ def _sharded(recipe: Recipe, model: Model, placement: Placement) -> list[Collect
     whole = placement.strategy == "fsdp" and not recipe.runtime.reshard_after_forward
     student = _gathered(model.student, shard)
     rest = _gathered([unit for unit in model.student if unit.part == "rest"], shard)
-    teacher = calls * _gathered(model.teacher, shard)
+    codes = placement.strategy == "fsdp" and keeps_codes(recipe)
+    teacher = calls * _gathered(model.teacher, shard, codes=codes)
     backward = rest if whole else student
     if model.shared and calls:
         head = _gathered([unit for unit in model.teacher if unit.part == "teacher head"], shard)
@@ -140,14 +141,26 @@ def _count(unit: Unit) -> int:
     return len(_trained(unit))
 
 
-def _gathered(units: Sequence[Unit], shard: int) -> int:
-    """Bytes of these units, each weight padded to rows that divide."""
+def _gathered(units: Sequence[Unit], shard: int, *, codes: bool = False) -> int:
+    """Bytes of these units, each weight padded to rows that divide.
+
+    Args:
+        codes: of weights that have some, codes and scales come in their place.
+    """
     return sum(
-        weight.itemsize * _padded(weight, shard) for unit in units for weight in unit.weights
+        _padded(weight, shard) + _FLOAT * _rows(weight, shard)
+        if codes and weight.coded
+        else weight.itemsize * _padded(weight, shard)
+        for unit in units
+        for weight in unit.weights
     )
 
 
 def _padded(weight: Weight, shard: int) -> int:
     """Values of a weight whose rows divide evenly."""
-    rows, *others = weight.shape or (1,)
-    return -(-rows // shard) * shard * math.prod(others)
+    return _rows(weight, shard) * math.prod(weight.shape[1:])
+
+
+def _rows(weight: Weight, shard: int) -> int:
+    rows, *_ = weight.shape or (1,)
+    return -(-rows // shard) * shard

@@ -1,27 +1,49 @@
-"""A frozen base's matrix products in 8 bits, for one of its roles, with one copy of its weights.
+"""A frozen base's matrix products in 8 bits, for one of its roles, beside the base itself.
 
     weight (N, K), rows n     ──┐  e4m3 codes and a float32 scale a row: max |row| / 448
                                 ├─ product of codes, scaled by both, in the input's dtype
     tokens (..., L, K)        ──┘  the same a token
 
-A weight is quantised again in every call, for the time of the call: nothing is kept, so the base
-costs no byte more, shards stay as they are, and the other roles see the weights themselves. It
-costs one pass over the weight, which the product of a few thousand tokens outweighs. torchao does
-both (arXiv 2209.05433 defines e4m3); on a CPU the same values go through torch's own product.
+Where the weights' codes come from is said in `fp8_weights.py`; the other roles see the weights
+themselves. torchao does both (arXiv 2209.05433 defines e4m3); on a CPU the same values go through
+torch's own product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from piflow.roles.fp8_weights import Kept, KeptShards, PerCall, Scheme, Weights
 
 _MULTIPLE = 16  # of rows and columns, which tensor cores ask for
 _CAPABILITY = (8, 9)  # of a GPU that multiplies in fp8
+
+
+class Fp8Linear(nn.Linear):
+    """A layer whose product is in fp8 while `Fp8Linears` says so; made of a linear layer in place.
+
+    Then the call doesn't reach the layer's hooks: nothing gathers a weight that isn't looked at.
+    """
+
+    fp8: Fp8Linears
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`(..., K)` -> `(..., N)`."""
+        if self.fp8.bypasses(x):
+            return self.fp8.weights.product(self, x)
+        return cast(Tensor, super().__call__(x))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., K)` -> `(..., N)`; in fp8 with what the hooks have made of the weight."""
+        if self.fp8.computes(input):
+            return self.fp8.weights.product(self, input)
+        return super().forward(input)
 
 
 class Fp8Linears:
@@ -32,17 +54,47 @@ class Fp8Linears:
 
     Args:
         module: has its adapters already.
+        keep: weights are quantised once, in the first forward pass.
 
     Raises:
         ValueError: torchao isn't installed.
     """
 
-    def __init__(self, module: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> None:
-        self._linear = _torchao_linear()
+    def __init__(
+        self, module: nn.Module, block_classes: tuple[type[nn.Module], ...], *, keep: bool = False
+    ) -> None:
+        self._scheme = Scheme()
         self._on = False
         self._allowed = True
-        for layer in _base_linears(module, block_classes):
-            layer.forward = _Forward(self, layer)
+        self._split = False
+        self._blocks = _base_linears(module, block_classes)
+        self.weights: Weights = Kept(self._scheme) if keep else PerCall(self._scheme)
+        for block in self._blocks:
+            for layer in block.values():
+                _become(layer, self)
+
+    def keep_shards(self, tokens: Collection[str]) -> None:
+        """The weights will be split by rows: these layers' are quantised and gathered apart.
+
+        Args:
+            tokens: names of the layers that are applied to tokens, as in the module without
+                adapters. All others keep their precision.
+        """
+        for block in self._blocks:
+            for name in [n for n in block if n.replace(".base_layer", "") not in tokens]:
+                block.pop(name).__class__ = nn.Linear
+        self._blocks = [block for block in self._blocks if block]
+        self._split = True
+
+    @property
+    def apart(self) -> tuple[type[nn.Module], ...]:
+        """The class of layers that are split apart from their blocks, if any are."""
+        return (Fp8Linear,) if self._split else ()
+
+    def find_shards(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """After the layers were split: among whom, and where products are computed."""
+        blocks = [list(block.values()) for block in self._blocks]
+        self.weights = KeptShards(self._scheme, blocks, group, device)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -52,6 +104,7 @@ class Fp8Linears:
             yield
         finally:
             self._on = False
+            self.weights.end()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -62,22 +115,18 @@ class Fp8Linears:
         finally:
             self._allowed = before
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`(..., K)`, `(N, K)`, `(N,)` -> `(..., N)`."""
-        if self._on and x.ndim > 2:
-            return self._linear(x, weight, bias)
-        return F.linear(x, weight, bias)
+    def computes(self, x: Tensor) -> bool:
+        """Whether this input's product is in fp8."""
+        return self._on and x.ndim > 2
+
+    def bypasses(self, x: Tensor) -> bool:
+        """Whether it is, and needs nothing of the layer's own weight."""
+        return isinstance(self.weights, KeptShards) and self.computes(x)
 
 
-class _Forward:
-    """A layer's forward pass, which asks whether fp8 is on."""
-
-    def __init__(self, linears: Fp8Linears, layer: nn.Linear) -> None:
-        self._linears = linears
-        self._layer = layer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._linears.product(x, self._layer.weight, self._layer.bias)
+def _become(layer: Any, linears: Fp8Linears) -> None:
+    layer.__class__ = Fp8Linear
+    layer.fp8 = linears
 
 
 class TeacherPrecisionError(ArithmeticError):
@@ -140,46 +189,32 @@ def velocity_error(
     return sums
 
 
-def _base_linears(module: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> list[Any]:
-    """Linear layers inside of blocks that aren't an adapter's, of sizes that fp8 can have."""
-    layers = {
-        layer: None
-        for block in module.modules()
-        if isinstance(block, block_classes)
-        for name, layer in block.named_modules()
-        if isinstance(layer, nn.Linear) and ".lora_" not in name
-    }
-    fitting = [
-        layer
-        for layer in layers
-        if layer.in_features % _MULTIPLE == 0 and layer.out_features % _MULTIPLE == 0
-    ]
-    if not fitting:
+def _base_linears(
+    module: nn.Module, block_classes: tuple[type[nn.Module], ...]
+) -> list[dict[str, Any]]:
+    """Each block's linear layers that aren't an adapter's, of sizes that fp8 can have, by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    blocks = []
+    for place, block in module.named_modules():
+        if isinstance(block, block_classes):
+            layers = {
+                f"{place}.{name}": layer
+                for name, layer in block.named_modules()
+                if type(layer) is nn.Linear and ".lora_" not in name and takes_fp8(layer)
+            }
+            blocks.append(layers)
+    if not any(blocks):
         raise ValueError(
             f"model.fp8_teacher: no linear layer of the model's blocks has rows and columns in "
             f"multiples of {_MULTIPLE}; leave it out"
         )
-    return fitting
+    return blocks
 
 
-def _torchao_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """`F.linear` with weight and input quantised by rows."""
-    try:
-        from torchao.float8.inference import Float8MMConfig
-        from torchao.quantization import Float8Tensor, PerRow
-        from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
-    except ImportError as error:
-        raise ValueError(
-            f"model.fp8_teacher needs the package torchao ({error}): run "
-            "`pip install 'piflow[lowbit]'`, or leave it out"
-        ) from error
-    config = Float8MMConfig(use_fast_accum=True)
-    inputs = QuantizeTensorToFloat8Kwargs(granularity=PerRow(), mm_config=config)
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        quantised: Any = Float8Tensor.from_hp(
-            weight.detach(), granularity=PerRow(), mm_config=config, act_quant_kwargs=inputs
-        )
-        return F.linear(x, quantised, bias)
-
-    return linear
+def takes_fp8(layer: Any) -> bool:
+    """Whether a linear layer has a size that fp8 can have."""
+    sizes = layer.in_features, layer.out_features
+    return all(size % _MULTIPLE == 0 for size in sizes)

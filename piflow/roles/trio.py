@@ -70,7 +70,7 @@ class Roles(Protocol):
         """The teacher's `(B, C, H, W)` velocity, float32, without gradient."""
         ...
 
-    def use_fp8_teacher(self) -> Fp8Linears:
+    def use_fp8_teacher(self, keep: bool) -> Fp8Linears:
         """From now on the teacher's matrix products are in fp8; what switches them."""
         ...
 
@@ -112,8 +112,8 @@ class SharedBackbone:
         with self._role(None), _active(self._fp8):
             return self.backbone.teacher_velocity(x, sigma, cond)
 
-    def use_fp8_teacher(self) -> Fp8Linears:
-        self._fp8 = Fp8Linears(self.backbone.module, self.backbone.block_classes)
+    def use_fp8_teacher(self, keep: bool) -> Fp8Linears:
+        self._fp8 = Fp8Linears(self.backbone.module, self.backbone.block_classes, keep=keep)
         return self._fp8
 
     def tokens(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -188,8 +188,8 @@ class SeparateBackbones:
         with _active(self._fp8):
             return self._teacher.teacher_velocity(x, sigma, cond)
 
-    def use_fp8_teacher(self) -> Fp8Linears:
-        self._fp8 = Fp8Linears(self._teacher.module, self._teacher.block_classes)
+    def use_fp8_teacher(self, keep: bool) -> Fp8Linears:
+        self._fp8 = Fp8Linears(self._teacher.module, self._teacher.block_classes, keep=keep)
         return self._fp8
 
     def tokens(self, role: str, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -338,8 +338,12 @@ class Trio:
 
     @property
     def block_classes(self) -> tuple[type[nn.Module], ...]:
-        """Modules that are sharded one by one: the backbone's blocks and the output layers."""
-        return (*self.backbone.block_classes, OutputLayer, GMHead, DXHead)
+        """Modules that are sharded one by one: the backbone's blocks and the output layers.
+
+        And the layers in blocks whose weights an fp8 teacher doesn't ask for.
+        """
+        own = () if self._fp8 is None else self._fp8.apart
+        return (*self.backbone.block_classes, OutputLayer, GMHead, DXHead, *own)
 
     def teacher_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """The teacher's unguided velocity `(B, C, H, W)`, float32, without gradient."""
@@ -400,13 +404,20 @@ class Trio:
         """
         self.backbone.enable_gradient_checkpointing(selective=selective)
 
-    def use_fp8_teacher(self) -> None:
+    def use_fp8_teacher(self, *, keep: bool = False) -> Fp8Linears:
         """Compute the teacher's matrix products in fp8 (`piflow.roles.fp8`). Before sharding.
+
+        Args:
+            keep: weights are quantised once, at the first call.
+
+        Returns:
+            What says where their weights come from.
 
         Raises:
             ValueError: torchao isn't installed, or no layer has a size that fp8 takes.
         """
-        self._fp8 = self._roles.use_fp8_teacher()
+        self._fp8 = self._roles.use_fp8_teacher(keep)
+        return self._fp8
 
     def exact_teacher(self) -> AbstractContextManager[None]:
         """Inside, `teacher_velocity` is that of the base's own precision."""

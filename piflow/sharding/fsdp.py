@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -71,7 +72,8 @@ class FSDPStrategy(InPlaceStrategy):
         # next forward would then not see what the average became meanwhile
         trained = any(parameter.requires_grad for parameter in module.parameters())
         reshard = self._reshard_after_forward or not trained
-        for block in [m for m in module.modules() if isinstance(m, block_classes)]:
+        blocks = [m for m in module.modules() if isinstance(m, block_classes)]
+        for block in reversed(blocks):  # one that lies in another comes before it
             fully_shard(
                 block,
                 mesh=self._mesh,
@@ -85,6 +87,12 @@ class FSDPStrategy(InPlaceStrategy):
         if not isinstance(module, FSDPModule):
             raise TypeError(f"fully_shard left a {type(module).__name__}")
         self._modules.append(module)
+
+    @property
+    def sharers(self) -> dist.ProcessGroup:
+        """The workers that hold one copy of the weights between them, this one among them."""
+        mesh = self._mesh if self._mesh.ndim == 1 else self._mesh["shard"]
+        return mesh.get_group()
 
     @contextmanager
     def gradient_sync(self, enabled: bool) -> Iterator[None]:

@@ -18,19 +18,22 @@ from piflow.backbones import (
     load_empty_backbone,
 )
 from piflow.backbones.flux.fresh import average_of, fresh_backbone
+from piflow.backbones.transformer import TransformerBackbone
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
 from piflow.data.batch import MicroBatch, conditioning, cut_for
 from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import PromptStore
 from piflow.flow import draw_noise
+from piflow.planning.model import coded_layers
 from piflow.roles.adapter import Adapter
-from piflow.roles.fp8 import check_device
+from piflow.roles.fp8 import Fp8Linears, check_device
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.heads import PolicyClock
 from piflow.roles.teacher_lora import read_teacher_lora
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FewStep, FlowSchedule
+from piflow.sharding import FSDPStrategy
 from piflow.sharding.base import Strategy
 from piflow.sharding.weights import StoredTensor, fill, missing
 from piflow.training.attention import use_attention
@@ -44,6 +47,7 @@ from piflow.training.objective import (
     stored_latents,
     training_flops,
 )
+from piflow.training.placement import keeps_fp8_weights
 from piflow.training.step import Trainer
 from piflow.training.warm_start import check_start, read_start
 
@@ -185,9 +189,7 @@ def prepared_trio(recipe: Recipe, strategy: Strategy, *, start: Adapter | None =
         trio, stored = build_empty_trio(recipe, start=start)
     else:
         trio = build_trio(recipe, start=start)
-    if recipe.model.fp8_teacher is not None:
-        check_device(strategy.device)
-        trio.use_fp8_teacher()
+    fp8 = _fp8_teacher(recipe, trio, strategy)
     prepare_blocks(recipe.runtime, trio.backbone, trio.modules)
     split_tokens(trio.backbone, trio.modules, recipe.runtime.context_parallel, strategy.device)
     for module in trio.modules:
@@ -196,7 +198,27 @@ def prepared_trio(recipe: Recipe, strategy: Strategy, *, start: Adapter | None =
         # where the trained weights are: the host, if the strategy offloads
         device = next(iter(trio.trainable_parameters().values())).device
         fill(trio.backbone.module, stored, device=device, part=strategy.part)
+    if fp8 is not None and fp8.apart and isinstance(strategy, FSDPStrategy):
+        fp8.find_shards(strategy.sharers, strategy.device)
     return trio
+
+
+def _fp8_teacher(recipe: Recipe, trio: Trio, strategy: Strategy) -> Fp8Linears | None:
+    """Has the teacher compute in fp8, if the recipe says so; before sharding."""
+    if recipe.model.fp8_teacher is None:
+        return None
+    check_device(strategy.device)
+    keep = keeps_fp8_weights(recipe, strategy)
+    linears = trio.use_fp8_teacher(keep=keep)
+    if keep and isinstance(strategy, FSDPStrategy):
+        backbone = trio.backbone
+        if not isinstance(backbone, TransformerBackbone):
+            raise ValueError(
+                "model.fp8_teacher.keep_weights: which layers are applied to tokens isn't known of "
+                f"model.family = {recipe.model.family}; set it to false"
+            )
+        linears.keep_shards(coded_layers(recipe, backbone))
+    return linears
 
 
 def _pretraining(

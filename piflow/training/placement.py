@@ -13,10 +13,20 @@ import torch
 import torch.distributed as dist
 
 from piflow.config import DeepSpeedConfig, Recipe
-from piflow.planning.memory import GIB, SAFE_SHARE, Memory, Placement, fits, memory_of
+from piflow.planning.memory import (
+    GIB,
+    SAFE_SHARE,
+    Memory,
+    Placement,
+    StrategyName,
+    fits,
+    keeping_codes,
+    may_keep_codes,
+    memory_of,
+)
 from piflow.planning.model import Model, backbone_of, model_of
 from piflow.planning.passes import Passes, Passing
-from piflow.sharding import DeepSpeedStrategy, Strategy, build_strategy
+from piflow.sharding import DeepSpeedStrategy, FSDPStrategy, Strategy, build_strategy
 from piflow.sharding.everyone import of_rank_0, rank
 
 Sharing = Literal["fsdp", "ddp"]
@@ -101,6 +111,49 @@ def replica_and_shard(recipe: Recipe, world_size: int) -> tuple[Model, Memory, M
     return model, whole, part
 
 
+def keeps_fp8_weights(recipe: Recipe, strategy: Strategy) -> bool:
+    """Whether an fp8 teacher's weights are quantised once: as the recipe says, or if they fit.
+
+    Before the model is on its device. A collective where the recipe leaves it open: rank 0 decides,
+    by the worker with the least free memory.
+    """
+    world, fp8 = strategy.world_size, recipe.model.fp8_teacher
+    name = _placed_as(strategy)
+    if fp8 is None or not may_keep_codes(recipe, name):
+        return fp8 is not None and bool(fp8.keep_weights)
+    free = _least_free(strategy.device, world)
+    chosen: bool | None = None
+    if rank() == 0:
+        shard = (recipe.runtime.shard_size or world) if name == "fsdp" else 1
+        chosen = _codes_fit(keeping_codes(recipe, True), Placement(name, world, shard), free)
+    return bool(of_rank_0(chosen))
+
+
+def _codes_fit(kept: Recipe, placement: Placement, free: int) -> bool:
+    try:
+        model, passes = measure(kept)
+    except ValueError:  # a backbone that can't be counted
+        return False
+    return fits(memory_of(kept, model, passes, placement), free)
+
+
+def _placed_as(strategy: Strategy) -> StrategyName:
+    """What the planner calls a strategy."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        stages: dict[int, StrategyName] = {1: "zero1", 2: "zero2", 3: "zero3"}
+        return stages[strategy.config.stage]
+    if isinstance(strategy, FSDPStrategy):
+        return "fsdp"
+    return "ddp" if strategy.world_size > 1 else "single"
+
+
+def _least_free(device: torch.device, world_size: int) -> int:
+    free = torch.tensor(free_bytes(device, world_size), device=device)
+    if world_size > 1:
+        dist.all_reduce(free, dist.ReduceOp.MIN)
+    return int(free)
+
+
 def free_bytes(device: torch.device, world_size: int) -> int:
     """Free memory of a worker's GPU; on the CPU its part of this machine's memory.
 
@@ -118,9 +171,8 @@ def _decide_together(recipe: Recipe, world_size: int, device: torch.device) -> t
             "runtime.strategy auto with several workers needs a process group: start them with Ray "
             "Train or torchrun"
         )
-    smallest = torch.tensor(free_bytes(device, world_size), device=device)
-    dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    chosen = _measure_and_choose(recipe, int(smallest)) if rank() == 0 else None
+    smallest = _least_free(device, world_size)
+    chosen = _measure_and_choose(recipe, smallest) if rank() == 0 else None
     chosen = of_rank_0(chosen)
     if chosen is None:
         raise ValueError("rank 0 sent no choice of a strategy: all ranks must call strategy_for")

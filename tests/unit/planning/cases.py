@@ -11,7 +11,7 @@ import torch
 from piflow.backbones import Conditioning, family_class
 from piflow.config import Recipe, parse_recipe
 from piflow.planning.model import clock_of
-from piflow.planning.passes import latent_size
+from piflow.planning.sizes import latent_size
 from piflow.roles.trio import Trio
 from tests.unit.models import MODELS
 

@@ -20,9 +20,8 @@ from piflow.planning.passes import (
     Checkpointing,
     Passes,
     Passing,
-    latent_size,
-    tokens_of,
 )
+from piflow.planning.sizes import latent_size, tokens_of
 from piflow.policies import GMFlowPolicy
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.trio import Trio

@@ -14,7 +14,13 @@ from piflow.commands.plan import Wanted, main
 from piflow.config import Fp8TeacherConfig, load_recipe
 from piflow.planning.choices import Fit, fitting, sweep
 from piflow.planning.hardware import Gpu, PlanError, gpu_by_hand, load_table
-from piflow.planning.memory import GIB, Placement, fits, memory_of
+from piflow.planning.memory import (
+    GIB,
+    Placement,
+    fits,
+    keeping_codes,
+    memory_of,
+)
 from piflow.planning.model import backbone_of, model_of
 from piflow.planning.plan import Planner, on_machines
 from piflow.planning.report import best, page
@@ -178,6 +184,25 @@ def test_fp8_needs_a_gpu_that_has_it(planner: Planner) -> None:
     wanted = on_machines(planner.recipe.model_copy(update={"model": model}), 1, 2)
     with pytest.raises(PlanError, match="made-up has no peak for float8"):
         planner.plan(machines(), recipe=wanted)
+
+
+def test_8_bit_weights_are_kept_where_they_fit(tmp_path: Path) -> None:
+    """A byte a value of layers that see tokens, and a float32 a row; then no call makes them."""
+    ours = Planner(recipe(tmp_path, "flux", model={"fp8_teacher": {}}), TABLE)
+    width = 64
+    rows_and_columns = [(width, width)] * 8 + [(4 * width, width), (width, 4 * width)] * 2
+    double = sum(rows * columns + 4 * rows for rows, columns in rows_and_columns)
+    rows_and_columns = [(width, width)] * 3 + [(4 * width, width), (width, 5 * width)]
+    single = sum(rows * columns + 4 * rows for rows, columns in rows_and_columns)
+    able = {"peaks": {"bfloat16": 100, "float32": 50, "float8": 200}}
+    plan = ours.plan(machines(**able))
+    assert plan.recipe.model.fp8_teacher == Fp8TeacherConfig(keep_weights=True)
+    anew = ours.plan(machines(**able), recipe=keeping_codes(plan.recipe, False))
+    assert plan.memory.fp8 - anew.memory.fp8 == 6 * double + 5 * single
+    assert plan.speed.phases["teacher"].compute < anew.speed.phases["teacher"].compute
+    replicas = on_machines(ours.recipe, 1, 2, strategy="ddp")
+    small = ours.plan(machines(anew.memory.total / GIB, **able), recipe=replicas)
+    assert not small.fits and small.memory == anew.memory
 
 
 def test_a_table_of_ones_own(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from piflow.planning.memory import Placement
+from piflow.planning.memory import Placement, keeping_codes
 from piflow.planning.model import backbone_of, model_of
 from piflow.planning.traffic import Collective, traffic
 from tests.unit.planning import traffic_ranks as RANKS
@@ -40,6 +40,23 @@ def test_blocks_that_stay_whole_are_gathered_less(folder: Path) -> None:
         predicted(name, folder, 2)["all-gather"] for name in ("fsdp", "fsdp, blocks stay whole")
     )
     assert 0.2 * again < whole < 0.5 * again
+
+
+def test_an_8_bit_teachers_weights_are_gathered_in_8_bits(folder: Path) -> None:
+    """Codes and a float32 scale a row, in place of each weight; for the teacher's calls alone."""
+    run = RANKS.RUNS["fsdp, 8-bit weights"]
+    kept = RANKS.traffic_recipe(run, folder)
+    model = model_of(kept, *backbone_of(kept))
+    sent = [
+        {c.phase: c.nbytes for c in traffic(wanted, model, Placement("fsdp", 2, 2))}
+        for wanted in (kept, keeping_codes(kept, False))
+    ]
+    names = {weight.shape for weight in model.coded}
+    assert (16, 16) in names and (96, 16) not in names, "not the norms', which see one vector"
+    saved = sum(weight.nbytes - weight.numel - 4 * weight.shape[0] for weight in model.coded)
+    rounds = 2 * RANKS.MICRO_BATCHES // 2
+    assert sent[1]["teacher"] - sent[0]["teacher"] == 3 * rounds * saved > 0
+    assert sent[0]["student"] == sent[1]["student"]
 
 
 def predicted(name: str, folder: Path, world: int) -> Counter[str]:

@@ -20,13 +20,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from piflow.config import Recipe
 from piflow.data.batch import MicroBatch
 from piflow.imitation import ImitationSettings, PartOfLoss, run_data_free
+from piflow.planning.memory import keeping_codes
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.trio import Trio
 from piflow.schedule import FewStep
 from piflow.training.build import prepared_trio
 from piflow.training.placement import strategy_for
 from piflow.training.step import Trainer
-from tests.unit.sharding.training import LORA, MICRO_BATCHES, Run, inputs, micro_batch, recipe_of
+from tests.unit.sharding.training import (
+    FP8,
+    LORA,
+    MICRO_BATCHES,
+    Run,
+    inputs,
+    micro_batch,
+    recipe_of,
+)
 
 CPU = torch.device("cpu")
 RUNS = {
@@ -34,6 +43,7 @@ RUNS = {
     "fsdp": Run(LORA, "fsdp"),
     "fsdp, blocks stay whole": Run(LORA, "fsdp", ("reshard_after_forward: false",)),
     "fsdp, all weights": Run("all weights", "fsdp"),
+    "fsdp, 8-bit weights": Run(FP8, "fsdp"),
     "hsdp": Run(LORA, "hsdp"),
 }
 _KINDS = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
@@ -88,7 +98,8 @@ def traffic_recipe(run: Run, folder: Path | str) -> Recipe:
     recipe = recipe_of(run, folder)
     few = {"nfe": 2, "num_intermediate_states": 3, "final_step_size_scale": 0.5}
     objective = recipe.distillation().model_copy(update=few)
-    return recipe.model_copy(update={"objective": objective})
+    recipe = recipe.model_copy(update={"objective": objective})
+    return keeping_codes(recipe, True) if run.scenario == FP8 else recipe
 
 
 def record(run: Run, folder: Path) -> dict[str, int]:

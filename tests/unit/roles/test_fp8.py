@@ -12,11 +12,19 @@ from torch import Tensor, nn
 
 from piflow.backbones import FluxBackbone
 from piflow.config import LoRAConfig, RecipeError, load_recipe
-from piflow.roles.fp8 import Fp8Linears, TeacherPrecisionError, check_error, velocity_error
+from piflow.roles.fp8 import (
+    Fp8Linear,
+    Fp8Linears,
+    TeacherPrecisionError,
+    check_error,
+    velocity_error,
+)
 from piflow.roles.trio import Trio
 from piflow.training.build import build_trio
 from tests.unit.sharding import training
 from tests.unit.sharding.training import FULL, LORA, Run
+
+KEPT = ["model.fp8_teacher.keep_weights=true"]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +64,27 @@ def test_products_are_those_of_rounded_rows() -> None:
     assert torch.equal(block(x)[0], exact), "only inside of `active`"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_weights_give_what_weights_of_a_call_give(dtype: torch.dtype) -> None:
+    """To the bit, in every call; the weight itself isn't looked at again."""
+    torch.manual_seed(0)
+    block, other = Block().to(dtype), Block().to(dtype)
+    other.load_state_dict(block.state_dict())
+    anew, kept = Fp8Linears(block, (Block,)), Fp8Linears(other, (Block,), keep=True)
+    for number in range(2):
+        x = torch.randn(2, 9, 64).to(dtype)
+        with torch.no_grad(), anew.active(), kept.active():
+            assert torch.equal(block(x)[0], other(x)[0]), number
+    x, before = torch.randn(2, 9, 64).to(dtype), other.linear.weight.clone()
+    with torch.no_grad(), kept.active():
+        expected = other(x)[0]
+        other.linear.weight.zero_()
+        assert torch.equal(other(x)[0], expected)
+        other.linear.weight.copy_(before)
+    exact = torch.nn.functional.linear(x, before, other.linear.bias)
+    assert torch.equal(other(x)[0], exact), "only inside of `active`"
+
+
 def test_a_vector_a_sample_is_not_rounded() -> None:
     block, x = Block(), torch.randn(2, 64)
     expected = block(x)[0]
@@ -68,12 +97,13 @@ def test_a_model_without_a_fitting_layer_is_refused() -> None:
         Fp8Linears(nn.Linear(64, 48), (Block,))
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("scenario", [LORA, FULL])
-def test_the_teacher_alone_is_in_fp8(scenario: str, folder: Path) -> None:
+def test_the_teacher_alone_is_in_fp8(scenario: str, keep: bool, folder: Path) -> None:
     """Student and EMA are the same to the bit, in values and gradients, and so is the base."""
     recipe = training.recipe_of(Run(scenario, "single"), folder)
     plain, ours = build_trio(recipe), build_trio(recipe)
-    ours.use_fp8_teacher()
+    ours.use_fp8_teacher(keep=keep)
     x, sigma, cond = training.inputs(0, 0)
     teacher = plain.teacher_velocity(x, sigma, cond)
     off = (ours.teacher_velocity(x, sigma, cond) - teacher).norm() / teacher.norm()
@@ -106,7 +136,7 @@ def test_adapters_and_output_layers_are_left_out(folder: Path) -> None:
         generator=torch.Generator(),
     )
     trio.use_fp8_teacher()
-    switched = {n for n, m in backbone.module.named_modules() if "forward" in vars(m)}
+    switched = {n for n, m in backbone.module.named_modules() if isinstance(m, Fp8Linear)}
     assert "single_transformer_blocks.0.proj_mlp.base_layer" in switched
     assert all("_blocks." in name and ".lora_" not in name for name in switched)
 
@@ -140,18 +170,22 @@ def test_too_large_an_error_stops() -> None:
     [
         (["objective.type=flow_matching", "objective.pictures=emoji"], "has none; leave it out"),
         (["runtime.compile=true"], "can't trace how model.fp8_teacher quantises"),
+        ([*KEPT, "runtime.strategy=fsdp", "runtime.reshard_after_forward=false"], "whole already"),
+        ([*KEPT, "runtime.activation_checkpointing=selective"], "would find other operations"),
+        ([*KEPT, "runtime.strategy=deepspeed", "runtime.deepspeed={stage: 3}"], "or FSDP's shards"),
     ],
 )
 def test_what_has_no_fp8_teacher_refuses_it(changes: list[str], reason: str) -> None:
     recipe = Path(__file__).parents[3] / "pipelines/recipes/emoji-flux.yaml"
+    changes = [*changes, "runtime.num_workers=2"] if changes[:1] == KEPT else changes
     if "objective" in changes[0]:
         recipe = recipe.with_name("emoji-teacher.yaml")
     with pytest.raises(RecipeError, match=reason):
-        load_recipe(recipe, [*changes, "model.fp8_teacher={}"])
+        load_recipe(recipe, ["model.fp8_teacher={}", *changes])
 
 
 def test_how_often_it_is_measured_is_not_part_of_a_runs_identity() -> None:
     path = Path(__file__).parents[3] / "pipelines/recipes/emoji-flux.yaml"
-    ways: list[Any] = [[], ["model.fp8_teacher={}"], ["model.fp8_teacher.max_error=0.5"]]
-    plain, fp8, other = (load_recipe(path, way).hash() for way in ways)
-    assert plain != fp8 == other
+    ways: list[Any] = [[], ["model.fp8_teacher={}"], ["model.fp8_teacher.max_error=0.5"], KEPT]
+    plain, fp8, other, kept = (load_recipe(path, way).hash() for way in ways)
+    assert plain != fp8 == other == kept
