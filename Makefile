@@ -17,7 +17,7 @@ REDIS := /usr/bin/redis-server
 SINCE  := HEAD
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: install install-dev demo docs test lint quick unit integration test-recipes test-faults test-cluster test-cluster-files render pretrain clean help
+.PHONY: install install-dev demo docs test lint quick unit integration test-recipes test-faults test-cluster test-cluster-files render pretrain gpu-evidence clean help
 
 help:
 	@echo "make demo         the whole pipeline on the embedded default (about 15 minutes on 2 cores)"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-cluster-files  what cluster/ and infra/ hold, by the tools of each (minutes)"
 	@echo "make docs         the documentation as a site in site/; a broken link is refused"
 	@echo "make render       write cluster/ again from its recipe and values"
+	@echo "make gpu-evidence  kernels and full-width steps on a GPU, by PYTHON's own torch (25 minutes)"
 	@echo "make pretrain     train the default teacher again (hours on a CPU)"
 	@echo "make clean        remove the environment and the runs"
 
@@ -123,6 +124,9 @@ test-cluster-files: $(CLUSTER) $(CHECKOV) $(PROMETHEUS)
 render: install
 	for target in $(TARGETS); do \
 	  $(BIN)/piflow render cluster/recipe.yaml --target $$target --out cluster/$$target || exit 1; done
+
+gpu-evidence:
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/evidence.py --out gpu-evidence.jsonl
 
 pretrain: install
 	$(BIN)/piflow embed pipelines/recipes/emoji-teacher.yaml
