@@ -20,7 +20,8 @@ def main(places: Sequence[str], *, out: str) -> None:
     from rich.table import Table
 
     from piflow import storage
-    from piflow.evaluation.comparison import figure_table, page, pairs, read_students
+    from piflow.evaluation.comparison import page, pairs, read_students
+    from piflow.evaluation.report import figure_table
     from piflow.progress import PlainConsole
 
     students = read_students(places)

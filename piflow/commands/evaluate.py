@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from piflow.evaluation.compare import Evaluation
     from piflow.evaluation.drawing import Drawing, Plan
     from piflow.evaluation.networks import Instruments
+    from piflow.evaluation.others import Other
     from piflow.evaluation.report import Lineage
     from piflow.inference.settings import SamplingSettings
     from piflow.roles.adapter import Adapter
@@ -72,7 +73,8 @@ def main(
     folder = storage.join(recipe.run_dir, FOLDER)
     digest = storage.sha256(storage.join(checkpoint, STATE_FILE))
     cautions = _cautions(recipe, elastic=recipe.policy.type == "gmflow")
-    plan = Plan.of(recipe, store, storage.join(folder, PICTURES), digest)
+    others = _others(recipe)
+    plan = Plan.of(recipe, store, storage.join(folder, PICTURES), digest, others)
     drawing = Drawing(recipe, plan, store)
     if drawing.num_missing():
         _draw(recipe, found, plan, drawing, checkpoint, show_progress)
@@ -136,12 +138,14 @@ def of_adapter(
     digest = student_sha256(files)
     name = f"{FOLDER}-{storage.base_name(place)}-{digest[:8]}"
     folder = storage.join(recipe.run_dir, name)
-    plan = Plan.of(sampled, found.store, storage.join(folder, PICTURES), digest)
+    others = _others(recipe)
+    plan = Plan.of(sampled, found.store, storage.join(folder, PICTURES), digest, others)
     drawing = Drawing(sampled, plan, found.store)
     if drawing.num_missing():
-        trio = student_of(student, settings, with_teacher=True)
         with progress(f"{name}: pictures", drawing.total, show=show_progress) as bar:
-            _draw_here(drawing, trio, bar.advance)
+            _draw_here(
+                drawing, lambda: student_of(student, settings, with_teacher=True), bar.advance
+            )
     result = _measured(recipe, drawing, found, instruments, show_progress)
     lineage = _lineage(sampled, "none", found.store.manifest_hash, place)
     measured = _figures(sampled, found, result, redacted(place), digest)
@@ -187,6 +191,15 @@ def _as_the_adapter_has_it(
     return settings, Recipe.model_validate(tree)
 
 
+def _others(recipe: Recipe) -> list[Other]:
+    """Other people's models, checked, with nothing large read."""
+    if not recipe.evaluation.others:
+        return []  # diffusers' pipelines take seconds to import
+    from piflow.evaluation.other_pipelines import open_others
+
+    return open_others(recipe.evaluation, recipe.model)
+
+
 def _cautions(recipe: Recipe, *, elastic: bool) -> list[str]:
     """What is to be said of `evaluation.nfe`; it is printed as well.
 
@@ -206,12 +219,20 @@ def _cautions(recipe: Recipe, *, elastic: bool) -> list[str]:
     return [text for text in found if text]
 
 
-def _draw_here(drawing: Drawing, trio: Trio, advance: Callable[[int], None]) -> None:
-    """Draw in this process, on a GPU if there is one."""
+def _draw_here(drawing: Drawing, load: Callable[[], Trio], advance: Callable[[int], None]) -> None:
+    """Draw in this process, on a GPU if there is one.
+
+    Args:
+        load: teacher and student.
+    """
     from piflow.inference.drawing import choose_device
     from piflow.sharding.single import SingleStrategy
 
     strategy = SingleStrategy(choose_device("auto"))
+    drawing.draw_others(strategy, advance=advance)
+    if drawing.rest_is_drawn(strategy, advance):
+        return
+    trio = load()
     for module in trio.modules:
         strategy.prepare(module, trio.block_classes)
     drawing.draw(trio, strategy, advance=advance)
@@ -230,11 +251,13 @@ def _draw(
     from piflow.training.export import student_of_checkpoint
 
     commit = storage.commit_of(found.absolute.model.path)
-    trio, _ = student_of_checkpoint(
-        recipe, checkpoint, "ema", found.store.manifest_hash, base_commit=commit
-    )
+
+    def load() -> Trio:
+        manifest = found.store.manifest_hash
+        return student_of_checkpoint(recipe, checkpoint, "ema", manifest, base_commit=commit)[0]
+
     with progress(f"{recipe.name}: pictures", drawing.total, show=show_progress) as bar:
-        _draw_here(drawing, trio, bar.advance)
+        _draw_here(drawing, load, bar.advance)
 
 
 def _measured(
@@ -365,6 +388,7 @@ def _write_report(
         methods=result.methods,
         figures=result.figures,
         curve=result.curve,
+        others=result.others,
         cautions=cautions,
         metrics=result.metrics,
         lineage=lineage,

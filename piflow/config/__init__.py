@@ -13,7 +13,12 @@ from piflow.config.encoder import (
     EncoderConfig,
     TextEncoderConfig,
 )
-from piflow.config.evaluation import EvaluationConfig, NetworkConfig, NetworksConfig
+from piflow.config.evaluation import (
+    EvaluationConfig,
+    NetworkConfig,
+    NetworksConfig,
+    OtherStudentConfig,
+)
 from piflow.config.family import (
     BUILT_IN,
     Family,
@@ -65,6 +70,7 @@ __all__ = [
     "ModelConfig",
     "NetworkConfig",
     "NetworksConfig",
+    "OtherStudentConfig",
     "OptimizerConfig",
     "ParameterGroupConfig",
     "PiIDConfig",

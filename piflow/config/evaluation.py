@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from piflow.config.metrics import ALWAYS, METRICS
-from piflow.config.section import NonNegative, Positive, Section, Text, Uri
+from piflow.config.section import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    Section,
+    Text,
+    Uri,
+)
 from piflow.storage.foreign import shown
 
 COMMERCIAL = frozenset(
@@ -52,6 +60,69 @@ class NetworksConfig(Section):
     """A DINOv2 of transformers; published distances are of facebook/dinov2-large."""
 
 
+class OtherStudentConfig(Section):
+    """Somebody else's few-step model, drawn on the same prompts: a diffusers pipeline, with or
+    without LoRA.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[\w .+()-]{1,60}$")]
+    """What tables call it; no other one has it."""
+
+    base: Uri
+    """URI of a diffusers pipeline's folder, whole, with model_index.json."""
+
+    lora: Uri | None = None
+    """URI of a LoRA for it: a safetensors file, or a folder that holds one."""
+
+    strength: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    """Factor of the LoRA."""
+
+    steps: Annotated[int, Field(ge=1, le=200)]
+    """Its number of steps, each one network evaluation."""
+
+    guidance: NonNegativeFloat | None = None
+    """guidance_scale of the pipeline's call; default: the pipeline's own, which few-step models
+    seldom mean.
+    """
+
+    true_guidance: NonNegativeFloat | None = None
+    """true_cfg_scale of the call, where the pipeline has one."""
+
+    negative_prompt: Annotated[str, Field(max_length=10_000)] | None = None
+    """With guidance: what it leads away from."""
+
+    max_sequence_length: Positive | None = None
+    """Tokens of a prompt, where the pipeline's call takes that."""
+
+    sigmas: Annotated[list[Fraction], Field(min_length=1, max_length=200)] | None = None
+    """Noise levels of the steps, where the pipeline's call takes them."""
+
+    scheduler: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,60}Scheduler$")] | None = None
+    """Class of diffusers in place of the pipeline's own scheduler, such as LCMScheduler."""
+
+    scheduler_options: dict[Text, float | int | bool | str | None] = {}
+    """Values of the scheduler's configuration in place of the pipeline's own: {shift: 3.0}."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What the pipeline computes in."""
+
+    offload: bool = False
+    """Whether its parts wait in host memory until they are used, for a GPU that doesn't hold all of
+    them at once.
+    """
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> OtherStudentConfig:
+        if self.sigmas is not None and len(self.sigmas) != self.steps:
+            raise ValueError(
+                f"{self.name}: sigmas has {len(self.sigmas)} noise levels for {self.steps} steps; "
+                "expected one a step"
+            )
+        if self.lora is None and self.strength != 1.0:
+            raise ValueError(f"{self.name}: strength is a LoRA's, and there is none; leave it out")
+        return self
+
+
 class EvaluationConfig(Section):
     """What `piflow evaluate` measures."""
 
@@ -72,6 +143,9 @@ class EvaluationConfig(Section):
     many Euler steps: [1, 2, 8] of a student of 4 makes a curve over 1, 2, 4 and 8. GM students run
     at any number, DX students at no fewer than trained.
     """
+
+    others: Annotated[list[OtherStudentConfig], Field(max_length=12)] = []
+    """Other people's few-step models, as further rows of the tables."""
 
     batch_size: Positive = 64
     """Pictures drawn at once; each worker is dealt so many at a time."""
@@ -109,6 +183,16 @@ class EvaluationConfig(Section):
         }
 
     @property
+    def other_places(self) -> dict[str, str]:
+        """Key and URI of each of the others' folders and files."""
+        return {
+            f"evaluation.others.{number}.{key}": place
+            for number, other in enumerate(self.others)
+            for key, place in (("base", other.base), ("lora", other.lora))
+            if place is not None
+        }
+
+    @property
     def compares_sets(self) -> bool:
         """Whether a metric needs torchmetrics."""
         return any(METRICS[name].package is not None for name in self.measured)
@@ -128,6 +212,18 @@ class EvaluationConfig(Section):
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"unknown metric {shown(name)}, known: {', '.join(choices)}{hint}")
         return names
+
+    @field_validator("others")
+    @classmethod
+    def _have_names(cls, others: list[OtherStudentConfig]) -> list[OtherStudentConfig]:
+        names = [other.name.casefold() for other in others]
+        for name in names:
+            if names.count(name) > 1 or name.startswith(("teacher", "student")):
+                raise ValueError(
+                    f"{name!r} isn't a name of its own among evaluation.others; teachers and "
+                    "students are the run's"
+                )
+        return others
 
     @model_validator(mode="after")
     def _has_what_metrics_need(self) -> EvaluationConfig:

@@ -7,10 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from piflow.config import OtherStudentConfig
 from piflow.config.metrics import ALWAYS, COLUMNS
 from piflow.evaluation.curve import CurvePoint, Sampled, curve
 from piflow.evaluation.drawing import Drawing, Drawn, Method
-from piflow.evaluation.intervals import own_figures, summary
+from piflow.evaluation.intervals import (
+    by_prompt,
+    figures_of_other,
+    figures_over_other,
+    own_figures,
+    summary,
+)
 from piflow.evaluation.measures import Material, Retrieve, measured
 from piflow.evaluation.metrics import Interval, psnr_of_error
 from piflow.evaluation.networks import Instruments
@@ -27,6 +34,7 @@ class MethodResult:
         ratios: over the reference, of the columns that are read so.
         seconds, seconds_a_picture: as of `Drawn`.
         is_student, is_headline: as of `Method`.
+        is_other: whether it is somebody else's model.
     """
 
     name: str
@@ -37,6 +45,26 @@ class MethodResult:
     seconds_a_picture: float
     is_student: bool
     is_headline: bool = True
+    is_other: bool = False
+
+
+@dataclass(frozen=True)
+class OtherResult:
+    """Somebody else's model.
+
+    Attributes:
+        identity: as of `Other`.
+        figures: its own, as a student's; none over its teacher.
+        student_over: the student's over it, prompt by prompt, under the names that they have over a
+            champion.
+    """
+
+    name: str
+    config: OtherStudentConfig
+    identity: str
+    same_noise: bool
+    figures: dict[str, Interval]
+    student_over: dict[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -58,6 +86,7 @@ class Evaluation:
         columns: ``(P,)`` or ``()`` float64 by method and column.
         figures: the student's, by name.
         curve: student and teacher over the number of network evaluations.
+        others: other people's models, whose rows are among the methods'.
         pictures: (prompts, seeds, 3, H, W) in [-1, 1] by method name.
         files: name of each prompt's first picture in the pictures' folder, by method name.
     """
@@ -69,6 +98,7 @@ class Evaluation:
     columns: dict[str, dict[str, Tensor]]
     figures: dict[str, Interval]
     curve: tuple[CurvePoint, ...]
+    others: tuple[OtherResult, ...]
     per_prompt: tuple[PromptResult, ...]
     pictures: Mapping[str, Tensor]
     files: dict[str, tuple[str, ...]]
@@ -105,7 +135,8 @@ def measure(
         ValueError: a network doesn't load, or a reference can't be used.
     """
     drawn, pictures = drawing.read()
-    material = Material(drawing.prompts, pictures, retrieve, instruments, advance)
+    other_noise = [method.name for method in drawing.methods if not method.same_noise]
+    material = Material(drawing.prompts, pictures, retrieve, instruments, advance, other_noise)
     columns = measured(metrics, material)
     names = [method.name for method in drawing.methods]
     student, few_steps = columns[names[-1]]["error"], columns[names[-2]]["error"]
@@ -127,8 +158,10 @@ def measure(
                     columns[method.name],
                 )
                 for method in methods
+                if not method.is_other
             ]
         ),
+        others=_others(drawing.methods, columns),
         per_prompt=tuple(
             PromptResult(prompt, float(teacher_psnr), float(student_psnr))
             for prompt, teacher_psnr, student_psnr in zip(
@@ -138,6 +171,27 @@ def measure(
         pictures=pictures,
         files={name: item.files for name, item in drawn.items()},
     )
+
+
+def _others(
+    methods: Sequence[Method], columns: dict[str, dict[str, Tensor]]
+) -> tuple[OtherResult, ...]:
+    reference, few_steps, student = (columns[methods[at].name] for at in (0, -2, -1))
+    found = []
+    for method in methods:
+        if method.other is not None:
+            own = columns[method.name]
+            found.append(
+                OtherResult(
+                    name=method.name,
+                    config=method.other.config,
+                    identity=method.other.identity,
+                    same_noise=method.same_noise,
+                    figures=figures_of_other([reference, few_steps, own]),
+                    student_over=figures_over_other(by_prompt(student), by_prompt(own)),
+                )
+            )
+    return tuple(found)
 
 
 def _methods(
@@ -166,6 +220,7 @@ def _methods(
                 seconds_a_picture=drawn[method.name].seconds_a_picture,
                 is_student=method.is_student,
                 is_headline=method.is_headline,
+                is_other=method.other is not None,
             )
         )
     return tuple(rows)

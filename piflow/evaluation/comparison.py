@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from piflow import storage
-from piflow.config.metrics import FIGURES
 from piflow.evaluation.drawing import read_picture
 from piflow.evaluation.figures import (
     FOLDER,
     Figures,
     MethodFigures,
+    OtherFigures,
     alone,
     over,
     read_figures,
     shared_rows,
 )
+from piflow.evaluation.intervals import by_prompt, figures_of_other, figures_over_other
 from piflow.evaluation.metrics import Interval, psnr_of_error
 from piflow.evaluation.report import (
     curve_charts,
     curve_table,
-    figure_texts,
+    figure_table,
     inline_jpeg,
     rendered,
 )
@@ -77,6 +78,24 @@ class Pair:
     second: str
     figures: dict[str, Interval]
     wins: float
+
+
+@dataclass(frozen=True)
+class OtherRow:
+    """Somebody else's model, on the prompts that all share.
+
+    Attributes:
+        student: the label of the student that it was evaluated with.
+        figures: its own.
+        student_over: that student's over it, under the names that they have over a champion.
+    """
+
+    label: str
+    nfe: int
+    same_noise: bool
+    student: str
+    figures: dict[str, Interval]
+    student_over: dict[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -155,8 +174,15 @@ def _only(figures: Figures, rows: Sequence[int]) -> Figures:
         whole = method.whole if len(rows) == len(figures.prompts) else {}
         return method.model_copy(update={**chosen, "columns": columns, "whole": whole})
 
+    def of_other(other: OtherFigures) -> OtherFigures:
+        chosen = {name: [values[row] for row in rows] for name, values in other.columns.items()}
+        whole = other.whole if len(rows) == len(figures.prompts) else {}
+        files = [other.files[row] for row in rows]
+        return other.model_copy(update={"columns": chosen, "whole": whole, "files": files})
+
     return figures.model_copy(
         update={
+            "others": [of_other(other) for other in figures.others],
             "prompts": [figures.prompts[row] for row in rows],
             "noise": [figures.noise[row] for row in rows],
             "methods": [of_method(method) for method in figures.methods],
@@ -174,6 +200,29 @@ def _pair(first: Student, second: Student) -> Pair:
     wins = [error < other for error, other in errors]
     found = over(second.figures, first.figures)
     return Pair(first.label, second.label, found, sum(wins) / len(wins))
+
+
+def other_rows(students: Sequence[Student]) -> list[OtherRow]:
+    """Other people's models of all evaluations, each once."""
+    rows: dict[str, OtherRow] = {}
+    for student in students:
+        figures = student.figures
+        for other in figures.others:
+            if other.identity in rows:
+                continue
+            columns = other.measured
+            reference, few_steps = figures.methods[0].measured, figures.methods[-2].measured
+            rows[other.identity] = OtherRow(
+                label=other.name,
+                nfe=other.nfe,
+                same_noise=other.same_noise,
+                student=student.label,
+                figures=figures_of_other([reference, few_steps, columns]),
+                student_over=figures_over_other(
+                    by_prompt(student.method.measured), by_prompt(columns)
+                ),
+            )
+    return list(rows.values())
 
 
 def prompt_rows(students: Sequence[Student]) -> list[PromptRow]:
@@ -229,11 +278,15 @@ def page(students: Sequence[Student], created: str) -> str:
     """
     jpeg, compared = sheet(students), pairs(students)
     curves = {student.label: student.figures.curve for student in students}
+    others = other_rows(students)
     has_curves = any(len(points) > 1 for points in curves.values())
     return rendered(
         "comparison.html.j2",
         students=students,
         figures=figure_table([student.measured for student in students]),
+        others=others,
+        other_figures=figure_table([other.figures for other in others]),
+        other_differences=figure_table([other.student_over for other in others]),
         pairs=compared,
         differences=figure_table([pair.figures for pair in compared]),
         charts=curve_charts(curves, teacher=False) if has_curves else [],
@@ -243,21 +296,3 @@ def page(students: Sequence[Student], created: str) -> str:
         created=created,
         picture=None if jpeg is None else inline_jpeg(jpeg),
     )
-
-
-def figure_table(
-    several: Sequence[Mapping[str, Interval]],
-) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Name, meaning and (value, interval) of each column of figures; "–" where there is none."""
-    names = [name for name in FIGURES if any(name in figures for figures in several)]
-    return [
-        (
-            name,
-            FIGURES[name].meaning,
-            [
-                figure_texts(name, figures[name]) if name in figures else ("–", "")
-                for figures in several
-            ],
-        )
-        for name in names
-    ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from piflow.config.metrics import COLUMNS, FIGURES
-from piflow.evaluation.intervals import Columns, figures_over_other, own_figures
+from piflow.evaluation.intervals import Columns, by_prompt, figures_over_other, own_figures
 from piflow.evaluation.metrics import Interval
 
 
@@ -71,7 +71,7 @@ def curve(methods: Sequence[Sampled]) -> tuple[CurvePoint, ...]:
                 figures=own_figures([*of, student.columns]),
                 over_trained={}
                 if student is trained
-                else figures_over_other(_by_prompt(student), _by_prompt(trained)),
+                else figures_over_other(by_prompt(student.columns), by_prompt(trained.columns)),
                 teacher_figures=own_figures([*of, teacher.columns]),
                 seconds=student.seconds,
                 teacher_seconds=teacher.seconds,
@@ -94,7 +94,3 @@ def charted(points: Sequence[CurvePoint]) -> list[str]:
         )
         and all(name in point.figures for point in points)
     ]
-
-
-def _by_prompt(method: Sampled) -> Columns:
-    return {name: values for name, values in method.columns.items() if values.dim() == 1}

@@ -12,16 +12,18 @@ and the batch size alone, so that the number of workers doesn't change any of th
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from piflow import storage
@@ -30,6 +32,7 @@ from piflow.config import Recipe
 from piflow.data.batch import conditioning, cut_for
 from piflow.data.reader import PromptStore
 from piflow.data.select import evaluation_rows
+from piflow.evaluation.others import Other
 from piflow.flow import draw_noise
 from piflow.inference.gallery import Entry, Gallery, Request
 from piflow.inference.pixels import png_bytes, to_image
@@ -42,10 +45,16 @@ from piflow.sharding.everyone import everyone, of_rank_0
 from piflow.storage.picture import MAX_PICTURE_BYTES, open_picture
 from piflow.training.step import micro_batch_generator
 
+if TYPE_CHECKING:
+    from piflow.evaluation.other_pipelines import OtherSampler
+
 Item = TypeVar("Item")
 
 Sampler = Callable[[Tensor, Conditioning], Tensor]
 """(noise (B, C, h, w), conditioning of B prompts) -> x0 latents, as the noise."""
+
+Paint = Callable[[Sequence[Request]], list[Image]]
+"""Pictures of some requests, on the device of whoever draws."""
 
 _HELD_OUT = -1  # the noise's "step": training counts from 0, so no training noise is ever met
 
@@ -59,19 +68,31 @@ class Method:
         is_student: else the teacher in as many Euler steps.
         is_headline: whether it stands among the first things that a report shows; else it is a
             point of the curve over NFE.
+        other: somebody else's model, neither teacher nor student.
     """
 
     name: str
     nfe: int
     is_student: bool = False
     is_headline: bool = True
+    other: Other | None = None
+
+    @property
+    def is_teacher(self) -> bool:
+        return not self.is_student and self.other is None
+
+    @property
+    def same_noise(self) -> bool:
+        """Whether it starts from the reference's noise."""
+        return self.other is None or self.other.same_noise
 
 
-def methods_of(recipe: Recipe) -> list[Method]:
+def methods_of(recipe: Recipe, others: Sequence[Other] = ()) -> list[Method]:
     """Every way that pictures are drawn.
 
-    The reference comes first, then the teacher in twice the student's number of steps, then teacher
-    and student at the numbers of `evaluation.nfe`; the last two are the teacher in as many steps as
+    The reference comes first, then the teacher in twice the student's number of steps, the teacher
+    at the numbers of `evaluation.nfe`, other people's models, and the student at those numbers; the
+    last two are the teacher in as many steps as
     the student was trained for, and the student.
 
     Raises:
@@ -88,9 +109,10 @@ def methods_of(recipe: Recipe) -> list[Method]:
     def student(count: int) -> Method:
         return Method(f"student, {count} NFE", count, True, is_headline=count == nfe)
 
-    others = [count for count in more if count not in headline]
+    steps = [*headline, *(count for count in more if count not in headline)]
     return [
-        *map(teacher, [*headline, *others]),
+        *map(teacher, steps),
+        *(Method(other.config.name, other.config.steps, other=other) for other in others),
         *map(student, more),
         teacher(nfe),
         student(nfe),
@@ -125,22 +147,32 @@ class Plan:
         rows: the prompts' numbers in the store.
         folder: URI of the pictures' folder, absolute.
         checkpoint: hash of the student's checkpoint.
+        others: other people's models, each as `Other.to_json`.
     """
 
     recipe_hash: str
     rows: tuple[int, ...]
     folder: str
     checkpoint: str
+    others: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, recipe: Recipe, store: PromptStore, folder: str, checkpoint: str) -> Plan:
+    def of(
+        cls,
+        recipe: Recipe,
+        store: PromptStore,
+        folder: str,
+        checkpoint: str,
+        others: Sequence[Other] = (),
+    ) -> Plan:
         """The recipe's.
 
         Raises:
             ValueError, OSError: as `evaluation_rows`.
         """
         rows = tuple(evaluation_rows(recipe, store.index()))
-        return cls(recipe.hash(), rows, storage.absolute(folder), checkpoint)
+        told = tuple(other.to_json() for other in others)
+        return cls(recipe.hash(), rows, storage.absolute(folder), checkpoint, told)
 
 
 @dataclass(frozen=True)
@@ -209,7 +241,7 @@ class Drawing:
         shape = (len(batch.prompts), recipe.evaluation.seeds, *latent)
         self._noise = draw_noise(shape, micro_batch_generator(recipe.seed, _HELD_OUT, 0))
         self.prompts = batch.prompts
-        self.methods = methods_of(recipe)
+        self.methods = methods_of(recipe, [Other.from_json(text) for text in plan.others])
         self._requests = [
             Request(row + 1, prompt, seed, _digest(self._noise[row, seed]))
             for row, prompt in enumerate(batch.prompts)
@@ -233,6 +265,63 @@ class Drawing:
         """Pictures that aren't there; those that are are read and compared."""
         return sum(len(self._gallery(item).missing(self._requests)) for item in self.methods)
 
+    def rest_is_drawn(self, strategy: Strategy, advance: Callable[[int], None]) -> bool:
+        """Whether no picture of teacher and student is missing; a collective.
+
+        Args:
+            advance: told of them, if so.
+        """
+        methods = [method for method in self.methods if method.other is None]
+        own = strategy.rank == 0 and not any(
+            self._gallery(method).missing(self._requests) for method in methods
+        )
+        if is_drawn := of_rank_0(own):
+            advance(len(methods) * len(self._requests))
+        return is_drawn
+
+    def draw_others(
+        self,
+        strategy: Strategy,
+        *,
+        advance: Callable[[int], None] = lambda count: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Draw what is missing of other people's models; a collective of all workers.
+
+        Each worker has a model whole, and one after the other: do so before teacher and student
+        take the memory.
+
+        Args, returns: as of `draw`.
+
+        Raises:
+            ValueError: a model doesn't load, or makes pictures of another size; on every worker.
+        """
+        from piflow.evaluation.other_pipelines import OtherSampler
+
+        for method in self.methods:
+            if method.other is None:
+                continue
+            missing = self._missing(method, strategy, advance)
+            batches = list(_cut(missing, self._recipe.evaluation.batch_size))
+            sampler, problem = None, None
+            try:
+                if strategy.rank < len(batches):
+                    sampler = OtherSampler(method.other, strategy.device)
+            except (ValueError, OSError) as error:
+                problem = str(error)
+            problem = next((text for text in everyone(problem) if text is not None), None)
+            if problem is not None:
+                raise ValueError(problem)
+            paint = None if sampler is None else partial(self._paint_other, sampler)
+            goes_on = self._deal(method, batches, paint, strategy, advance, stop, along=False)
+            del sampler, paint
+            if strategy.device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+            if not goes_on:
+                return False
+        return True
+
     @torch.no_grad()
     def draw(
         self,
@@ -242,7 +331,7 @@ class Drawing:
         advance: Callable[[int], None] = lambda count: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Draw what is missing; a collective of all workers of the strategy.
+        """Draw what is missing of teacher and student; a collective of all workers.
 
         Args:
             trio: teacher and the student to be measured, prepared by the strategy.
@@ -252,57 +341,99 @@ class Drawing:
         Returns:
             Whether all is drawn: nobody asked to stop before.
         """
-        size, world = self._recipe.evaluation.batch_size, strategy.world_size
         for method in self.methods:
-            gallery = self._gallery(method, strategy.device.type)
-            own = gallery.missing(self._requests) if strategy.rank == 0 else []
-            missing = of_rank_0(own)
-            advance(len(self._requests) - len(missing))
+            if method.other is not None:
+                continue
+            missing = self._missing(method, strategy, advance)
+            batches = list(_cut(missing, self._recipe.evaluation.batch_size))
             negative = self._negative.to(strategy.device)
             sampler = sampler_of(method, self._recipe, trio, negative)
-            batches = list(_cut(missing, size))
-            try:
-                for dealt in _cut(batches, world):
-                    mine = self._draw_one_of(dealt, sampler, gallery, strategy)
-                    for entry in [entry for part in everyone(mine) for entry in part]:
-                        if strategy.rank == 0:
-                            gallery.enter(entry)
-                    advance(sum(map(len, dealt)))
-                    if stop():
-                        return False
-            finally:
-                gallery.close()
+            paint = partial(self._paint, sampler, strategy.device)
+            along = strategy.splits_frozen
+            if not self._deal(method, batches, paint, strategy, advance, stop, along=along):
+                return False
+        return True
+
+    def _missing(
+        self, method: Method, strategy: Strategy, advance: Callable[[int], None]
+    ) -> list[Request]:
+        own = self._gallery(method).missing(self._requests) if strategy.rank == 0 else []
+        missing: list[Request] = of_rank_0(own)
+        advance(len(self._requests) - len(missing))
+        return missing
+
+    def _deal(
+        self,
+        method: Method,
+        batches: Sequence[Sequence[Request]],
+        paint: Paint | None,
+        strategy: Strategy,
+        advance: Callable[[int], None],
+        stop: Callable[[], bool],
+        *,
+        along: bool,
+    ) -> bool:
+        """Draw a batch a worker, round by round; returns whether nobody asked to stop.
+
+        Args:
+            paint: None: this worker has no batch in any round.
+            along: whether forward passes are collectives, so that a worker without a batch draws
+                along, and throws away what comes of it.
+        """
+        gallery = self._gallery(method, strategy.device.type)
+        try:
+            for dealt in _cut(batches, strategy.world_size):
+                mine = self._draw_one_of(dealt, paint, gallery, strategy, along)
+                for entry in [entry for part in everyone(mine) for entry in part]:
+                    if strategy.rank == 0:
+                        gallery.enter(entry)
+                advance(sum(map(len, dealt)))
+                if stop():
+                    return False
+        finally:
+            gallery.close()
         return True
 
     def _draw_one_of(
         self,
         dealt: Sequence[Sequence[Request]],
-        sampler: Sampler,
+        paint: Paint | None,
         gallery: Gallery,
         strategy: Strategy,
+        along: bool,
     ) -> list[Entry]:
-        """Draw and write this worker's batch of a round; returns its lines of the index.
-
-        Where forward passes are collectives, a worker without a batch draws along, and throws away
-        what comes of it.
-        """
+        """Draw and write this worker's batch of a round; returns its lines of the index."""
         has_own = strategy.rank < len(dealt)
-        if not has_own and not strategy.splits_frozen:
+        if paint is None or not (has_own or along):
             return []
         batch = dealt[strategy.rank if has_own else 0]
-        rows = torch.tensor([request.number - 1 for request in batch])
-        seeds = torch.tensor([request.seed for request in batch])
         began = time.perf_counter()
-        noise = self._noise[rows, seeds].to(strategy.device)
-        latents = sampler(noise, self._cond.select(rows).to(strategy.device))
+        images = paint(batch)
         if not has_own:
             return []
-        images = [to_image(picture) for picture in self._codec.decode(latents)]
         seconds = (time.perf_counter() - began) / len(batch)
         return [
             gallery.write(request, png_bytes(image), seconds=seconds)
             for request, image in zip(batch, images, strict=True)
         ]
+
+    def _paint(
+        self, sampler: Sampler, device: torch.device, batch: Sequence[Request]
+    ) -> list[Image]:
+        rows = torch.tensor([request.number - 1 for request in batch])
+        noise = self._noise_of(batch).to(device)
+        latents = sampler(noise, self._cond.select(rows).to(device))
+        return [to_image(picture) for picture in self._codec.decode(latents)]
+
+    def _paint_other(self, sampler: OtherSampler, batch: Sequence[Request]) -> list[Image]:
+        prompts = [request.prompt for request in batch]
+        digests = [request.noise for request in batch]
+        size = (self._recipe.embed.height, self._recipe.embed.width)
+        return sampler.draw(prompts, self._noise_of(batch), digests, size)
+
+    def _noise_of(self, batch: Sequence[Request]) -> Tensor:
+        rows = torch.tensor([request.number - 1 for request in batch])
+        return self._noise[rows, torch.tensor([request.seed for request in batch])]
 
     def read(self) -> tuple[dict[str, Drawn], Pictures]:
         """What is known of all pictures, and the pictures, by the methods' names.
@@ -332,6 +463,10 @@ class Drawing:
         return Drawn(sum(seconds), median(seconds), tuple(gallery.name(each) for each in first))
 
     def _gallery(self, method: Method, device: str = "") -> Gallery:
+        size = {"height": self._recipe.embed.height, "width": self._recipe.embed.width}
+        if method.other is not None:
+            settings = {"method": method.other.identity, **size}
+            return Gallery(self._plan.folder, settings, {"device": device, "name": method.name})
         return Gallery(
             self._plan.folder,
             {
@@ -339,8 +474,7 @@ class Drawing:
                 "manifest": self._manifest,
                 "method": method.name,
                 "checkpoint": self._plan.checkpoint if method.is_student else None,
-                "height": self._recipe.embed.height,
-                "width": self._recipe.embed.width,
+                **size,
             },
             {"device": device},
         )

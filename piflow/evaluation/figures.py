@@ -19,7 +19,7 @@ from torch import Tensor
 from piflow.config import Recipe
 from piflow.config.metrics import COLUMNS, figures_over, metric_of
 from piflow.config.section import NonNegativeFloat, Positive, Section, Text
-from piflow.evaluation.compare import Evaluation, MethodResult
+from piflow.evaluation.compare import Evaluation, MethodResult, OtherResult
 from piflow.evaluation.curve import CurvePoint, Sampled, curve
 from piflow.evaluation.intervals import figures_over_other, own_figures
 from piflow.evaluation.measures import identity
@@ -79,6 +79,42 @@ class MethodFigures(Section):
         return {name: torch.tensor(found[name], dtype=torch.float64) for name in found}
 
 
+class OtherFigures(Section):
+    """Somebody else's model on the same prompts.
+
+    Attributes:
+        identity: hash of what decides its pictures beside prompts, noise and size.
+        same_noise: whether it starts from the noise of all others; else no errors.
+        columns: a number for each prompt.
+        whole: of all pictures.
+    """
+
+    name: Text
+    identity: _Digest
+    nfe: Positive
+    seconds: NonNegativeFloat
+    seconds_a_picture: NonNegativeFloat
+    same_noise: bool
+    columns: dict[Text, list[float]]
+    whole: dict[Text, float] = {}
+    files: list[str]
+
+    @property
+    def by_prompt(self) -> dict[str, Sequence[object]]:
+        """Everything that has an entry for each prompt, by name."""
+        return {**self.columns, "files": self.files}
+
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """As of `MethodFigures`."""
+        found: dict[str, list[float] | float] = {
+            **{name: values for name, values in self.columns.items() if _is_whole(name) is False},
+            **{name: value for name, value in self.whole.items() if _is_whole(name)},
+        }
+        return {name: torch.tensor(found[name], dtype=torch.float64) for name in found}
+
+
+_WHOLE = frozenset(name for name, column in COLUMNS.items() if column.kind == "whole")
 _FIELDS = ("error", "diversity", "retrieval")  # columns that have a field of their own
 
 
@@ -99,6 +135,7 @@ class Figures(Section):
         metrics: what decides each metric that was measured, beside the pictures, in words.
         methods: the reference first, the student last, before it the teacher in as many steps;
             the last one is the student's whatever it says of itself.
+        others: other people's models.
     """
 
     format: Literal[1] = 1
@@ -112,16 +149,22 @@ class Figures(Section):
     noise: list[_Digest]
     metrics: dict[Text, Text] = {}
     methods: Annotated[list[MethodFigures], Field(min_length=2)]
+    others: list[OtherFigures] = []
 
     @model_validator(mode="after")
     def _has_a_figure_for_every_prompt(self) -> Figures:
         columns: list[Sequence[object]] = [self.noise]
         for method in self.methods:
             columns += method.by_prompt.values()
+        for other in self.others:
+            columns += other.by_prompt.values()
         if any(len(column) != len(self.prompts) for column in columns):
             raise ValueError(f"expected {len(self.prompts)} figures a column, one for each prompt")
         if len({frozenset(dict(_of_prompts(method.measured))) for method in self.methods}) > 1:
             raise ValueError("expected the same columns of every method")
+        known = self.methods[0].measured
+        if any(not other.measured.keys() <= known.keys() | _WHOLE for other in self.others):
+            raise ValueError("expected no columns of others that the reference lacks")
         return self
 
     @property
@@ -175,7 +218,24 @@ def figures_of(
         prompts=list(result.prompts),
         noise=list(result.noise),
         metrics=result.metrics,
-        methods=[_method(method, result) for method in result.methods],
+        methods=[_method(method, result) for method in result.methods if not method.is_other],
+        others=[_other(other, result) for other in result.others],
+    )
+
+
+def _other(other: OtherResult, result: Evaluation) -> OtherFigures:
+    columns = result.columns[other.name]
+    method = next(each for each in result.methods if each.name == other.name)
+    return OtherFigures(
+        name=other.name,
+        identity=other.identity,
+        nfe=method.nfe,
+        seconds=method.seconds,
+        seconds_a_picture=method.seconds_a_picture,
+        same_noise=other.same_noise,
+        columns={name: v.tolist() for name, v in columns.items() if not _is_whole(name)},
+        whole={name: float(v) for name, v in columns.items() if _is_whole(name)},
+        files=list(result.files[other.name]),
     )
 
 

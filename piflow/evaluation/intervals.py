@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from piflow.config.metrics import COLUMNS, Figure, figures_over
+from piflow.config.metrics import COLUMNS, FIGURES, Figure, figures_over
 from piflow.evaluation.metrics import (
     Interval,
     difference_interval,
@@ -35,6 +35,21 @@ def own_figures(methods: Sequence[Columns]) -> dict[str, Interval]:
     return {
         name: _interval(figure, methods[-1], others[figure.over]) for name, figure in wanted.items()
     }
+
+
+def figures_of_other(methods: Sequence[Columns]) -> dict[str, Interval]:
+    """The figures of a model that is no student of this teacher: those that don't name it.
+
+    Args:
+        methods: as of `own_figures`, with the model in the student's place.
+    """
+    found = own_figures(methods)
+    return {name: value for name, value in found.items() if FIGURES[name].over != "few_steps"}
+
+
+def by_prompt(columns: Columns) -> dict[str, Tensor]:
+    """Those with a number for each prompt."""
+    return {name: values for name, values in columns.items() if values.dim() == 1}
 
 
 def figures_over_other(ours: Columns, theirs: Columns) -> dict[str, Interval]:

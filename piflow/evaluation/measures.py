@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Material:
         retrieve: finds the emoji nearest to each picture; None: nobody asked for it.
         instruments: networks and references; None: nobody asked for those.
         advance: told how many more pictures a network has seen.
+        other_noise: methods whose pictures start from other noise than the reference's.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Material:
         retrieve: Retrieve | None = None,
         instruments: Instruments | None = None,
         advance: Callable[[int], None] = lambda count: None,
+        other_noise: Collection[str] = (),
     ) -> None:
         self.prompts, self.pictures, self.retrieve = prompts, pictures, retrieve
+        self.other_noise = frozenset(other_noise)
         self._advance = advance
         self._instruments = instruments or Instruments({}, None)
         self._loaded: dict[Network, FeatureNetwork] = {}
@@ -132,6 +135,7 @@ def _psnr(material: Material) -> dict[str, dict[str, Tensor]]:
                 [squared_error(*pair).mean() for pair in zip(some, material.reference, strict=True)]
             )
             for name, some in material.pictures.items()
+            if name not in material.other_noise
         }
     }
 

@@ -16,9 +16,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from piflow.config.metrics import COLUMNS, FIGURES, METRICS, has_interval
 from piflow.evaluation.chart import Chart, Series, chart
-from piflow.evaluation.compare import MethodResult, PromptResult
+from piflow.evaluation.compare import MethodResult, OtherResult, PromptResult
 from piflow.evaluation.curve import CurvePoint, charted
 from piflow.evaluation.metrics import Interval
+from piflow.storage.foreign import redacted
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 
@@ -54,6 +55,7 @@ class EvaluationReport:
     methods: tuple[MethodResult, ...]  # the reference first, the student last
     figures: Mapping[str, Interval]  # the student's, by name
     curve: Sequence[CurvePoint]  # over the number of network evaluations
+    others: Sequence[OtherResult]  # other people's models
     cautions: Sequence[str]  # of numbers that the student wasn't trained for
     metrics: Mapping[str, str]  # what decides each metric, in words
     lineage: Lineage
@@ -85,6 +87,9 @@ def render_html(report: EvaluationReport) -> str:
         if len(report.curve) > 1
         else [],
         metrics=[(name, METRICS[name].licence, text) for name, text in report.metrics.items()],
+        others=[other_row(other) for other in report.others],
+        other_figures=figure_table([other.figures for other in report.others]),
+        other_differences=figure_table([other.student_over for other in report.others]),
         picture=inline_jpeg(report.grid_jpeg),
     )
 
@@ -210,6 +215,36 @@ def curve_charts(curves: Mapping[str, Sequence[CurvePoint]], *, teacher: bool) -
     ]
     drawn.append(chart("seconds a picture", "network evaluations", lines(seconds)))
     return [each for each in drawn if each is not None]
+
+
+def other_row(other: OtherResult) -> tuple[str, str, int]:
+    """Name, what it is, and steps of somebody else's model."""
+    config = other.config
+    parts = [redacted(config.base)]
+    if config.lora is not None:
+        parts.append(f"with {redacted(config.lora)} × {config.strength:g}")
+    parts.append(f"in {config.dtype}")
+    if not other.same_noise:
+        parts.append("from other noise")
+    return other.name, ", ".join(parts), config.steps
+
+
+def figure_table(
+    several: Sequence[Mapping[str, Interval]],
+) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Name, meaning and (value, interval) of each column of figures; "–" where there is none."""
+    names = [name for name in FIGURES if any(name in figures for figures in several)]
+    return [
+        (
+            name,
+            FIGURES[name].meaning,
+            [
+                figure_texts(name, figures[name]) if name in figures else ("–", "")
+                for figures in several
+            ],
+        )
+        for name in names
+    ]
 
 
 def inline_jpeg(content: bytes) -> str:

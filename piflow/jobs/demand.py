@@ -175,6 +175,7 @@ def local_places(recipe: Recipe) -> dict[str, str]:
         "evaluation.prompt_list": recipe.evaluation.prompt_list,
         "evaluation.references": recipe.evaluation.references,
         **recipe.evaluation.network_places,
+        **recipe.evaluation.other_places,
     }
     return {key: place for key, place in places.items() if place and not _URI.match(place)}
 

@@ -10,9 +10,10 @@ A worker that dies costs the rounds that the index doesn't name yet: those pictu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train.torch
@@ -38,6 +39,7 @@ from piflow.training.checkpoint import STATE_FILE, load_section
 from piflow.training.placement import strategy_for
 from piflow.training.preflight import Run
 
+Result = TypeVar("Result")
 _KEPT = "what was drawn before is kept"
 
 
@@ -134,77 +136,92 @@ def evaluation_worker(config: dict[str, Any]) -> None:
             if rank == 0:
                 ray.get(mailbox.join.remote(world_size))
             strategy, _ = strategy_for(recipe, world_size, ray.train.torch.get_device())
-            found = _prepared_or_told(recipe, config, strategy)
-            if found is not None:
-                _draw(*found, strategy, mailbox, stops, watchdog)
+            work = _Work(config, strategy, mailbox, stops, watchdog)
+            work.do(recipe)
     finally:
         watchdog.end()
 
 
-def _prepared_or_told(
-    recipe: Recipe, config: dict[str, Any], strategy: Strategy
-) -> tuple[Drawing, Trio] | None:
-    """What is drawn, and teacher and student; or None on every rank, and word for the driver.
+class _Work:
+    """What one worker does: other people's models, then teacher and student.
 
-    What doesn't fit fails again in every restart, so it ends the attempt here.
+    Args:
+        config: as of `evaluation_worker`.
     """
-    checkpoint: str = config["checkpoint"]
-    found, problem = None, None
-    try:
-        found = _prepared(recipe, config, strategy)
-    except ValueError as error:
-        problem = str(error)
-    problem = next((text for text in everyone(problem) if text is not None), None)
-    if found is not None and problem is None:
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        strategy: Strategy,
+        mailbox: Any,
+        stops: Stops,
+        watchdog: Watchdog,
+    ) -> None:
+        self._config, self._strategy, self._mailbox = config, strategy, mailbox
+        self._stops, self._watchdog = stops, watchdog
+        self._done, self._reason = 0, StopReason.NONE
+
+    def do(self, recipe: Recipe) -> None:
+        """Draw until all is there, or somebody wants the workers to end."""
+        opened = self._agreed(lambda: _opened(recipe, self._config))
+        if opened is None:
+            return
+        goes_on = self._agreed(lambda: opened.draw_others(self._strategy, **self._callbacks))
+        if goes_on is None:
+            return
+        if goes_on and not opened.rest_is_drawn(self._strategy, self._advance):
+            trio = self._agreed(lambda: prepared_trio(recipe, self._strategy))
+            if trio is None or self._agreed(lambda: self._load_average(trio)) is None:
+                return
+            goes_on = opened.draw(trio, self._strategy, **self._callbacks)
+        if goes_on:
+            self._reason = StopReason.NONE
+        if self._strategy.rank == 0:
+            ray.get(self._mailbox.leave.remote(self._reason, self._done))
+
+    def _agreed(self, step: Callable[[], Result]) -> Result | None:
+        """What the step returns; or None on every rank, and word for the driver.
+
+        What doesn't fit fails again in every restart, so it ends the attempt here. A step whose
+        parts are collectives fails on every rank or on none.
+        """
+        found, problem = None, None
         try:
-            _load_average(found[1], checkpoint)
-            return found
-        except ValueError as error:  # on every rank
+            found = step()
+        except ValueError as error:
             problem = str(error)
-    if strategy.rank == 0:
-        ray.get(config["mailbox"].give_up.remote(Failure("recipe", str(problem))))
-    return None
+        problem = next((text for text in everyone(problem) if text is not None), None)
+        if problem is None:
+            return found
+        if self._strategy.rank == 0:
+            ray.get(self._mailbox.give_up.remote(Failure("recipe", problem)))
+        return None
+
+    def _load_average(self, trio: Trio) -> bool:
+        """Put a checkpoint's EMA into the student, shard by shard; a collective."""
+        checkpoint: str = self._config["checkpoint"]
+        load_section(storage.local_folder(checkpoint), "ema", trio.trainable_parameters())
+        trio.train(False)
+        return True
+
+    @property
+    def _callbacks(self) -> dict[str, Any]:
+        return {"advance": self._advance, "stop": self._stop}
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        self._watchdog.rearm()
+        if self._strategy.rank == 0:
+            self._mailbox.update.remote(self._done, f"{self._strategy.world_size} workers")
+
+    def _stop(self) -> bool:
+        self._reason = self._stops.agreed()
+        return self._reason is not StopReason.NONE
 
 
-def _prepared(recipe: Recipe, config: dict[str, Any], strategy: Strategy) -> tuple[Drawing, Trio]:
+def _opened(recipe: Recipe, config: dict[str, Any]) -> Drawing:
     store = ray.get(config["store"])
     require_visible(storage.join(recipe.run_dir, run_folder.RECORD_FILE))
     require_visible(storage.join(config["checkpoint"], STATE_FILE))
     require_same_store(store)
-    plan = Plan(**config["plan"])
-    return Drawing(recipe, plan, store), prepared_trio(recipe, strategy)
-
-
-def _load_average(trio: Trio, checkpoint: str) -> None:
-    """Put a checkpoint's EMA into the student, shard by shard; a collective."""
-    load_section(storage.local_folder(checkpoint), "ema", trio.trainable_parameters())
-    trio.train(False)
-
-
-def _draw(
-    drawing: Drawing,
-    trio: Trio,
-    strategy: Strategy,
-    mailbox: Any,
-    stops: Stops,
-    watchdog: Watchdog,
-) -> None:
-    """Draw until all is there, or somebody wants the workers to end."""
-    done, reason = 0, StopReason.NONE
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        watchdog.rearm()
-        if strategy.rank == 0:
-            mailbox.update.remote(done, f"{strategy.world_size} workers")
-
-    def stop() -> bool:
-        nonlocal reason
-        reason = stops.agreed()
-        return reason is not StopReason.NONE
-
-    if drawing.draw(trio, strategy, advance=advance, stop=stop):
-        reason = StopReason.NONE
-    if strategy.rank == 0:
-        ray.get(mailbox.leave.remote(reason, done))
+    return Drawing(recipe, Plan(**config["plan"]), store)

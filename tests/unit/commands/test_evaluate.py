@@ -43,6 +43,7 @@ def evaluation(side: int) -> Evaluation:
         columns={},
         figures={"psnr_gain_db": figure, "diversity_ratio": figure},
         curve=(),
+        others=(),
         per_prompt=tuple(PromptResult(prompt, 20.0, 21.0) for prompt in prompts),
         pictures=dict.fromkeys(NAMES, one),
         files={

@@ -98,7 +98,7 @@ def test_the_guide_names_every_metric_with_its_licence() -> None:
 
 def test_the_guides_recipes_are_read() -> None:
     guide = (REPOSITORY / "docs" / "metrics.md").read_text()
-    measured, gated = (
+    measured, others, gated = (
         yaml.safe_load(part) for part in re.findall(r"```yaml\n(.*?)```", guide, re.S)
     )
     evaluation = measured["evaluation"]
@@ -106,4 +106,5 @@ def test_the_guides_recipes_are_read() -> None:
         network["sha256"] = "ab" * 32
     evaluation["metrics"].append("kd_dinov2_teacher")
     gates = gated["registry"]["gates"]
-    assert with_evaluation(gates, **evaluation)
+    assert len(others["evaluation"]["others"]) == 2
+    assert with_evaluation(gates, **evaluation, **others["evaluation"])

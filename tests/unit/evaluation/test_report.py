@@ -87,6 +87,7 @@ def report() -> EvaluationReport:
             "diversity_ratio": Interval(0.947, 0.9, float("inf")),
         },
         curve=(),
+        others=(),
         cautions=(),
         metrics={"psnr": "version 1", "diversity": "version 1"},
         lineage=Lineage("run-1", "recipe-2", "manifest-3", "step 350", {"torch": "2", "ray": "3"}),
