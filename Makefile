@@ -14,6 +14,7 @@ FAKETIME := /usr/bin/faketime
 PROMETHEUS := /usr/bin/promtool
 POSTGRESQL := /usr/lib/postgresql
 REDIS := /usr/bin/redis-server
+AZURITE := $(VENV)/azurite/node_modules/azurite/dist/src/blob/main.js
 SINCE  := HEAD
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
@@ -50,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable '.[ray,mlflow,s3,demo,metrics,lowbit,deepspeed,cluster,dev]'
+	$(INSTALL) --editable '.[ray,mlflow,s3,gcs,azure,demo,metrics,lowbit,deepspeed,cluster,dev]'
 	@touch $(STAMP) $@
 
 $(CLUSTER): $(DEV)
@@ -82,6 +83,11 @@ $(REDIS):
 	$(SUDO) apt-get update -qq
 	$(SUDO) env RUNLEVEL=1 apt-get install -y -qq --no-install-recommends redis-server  # starts no service
 
+# Azure's own emulator of its storage; it comes as a package of Node.
+$(AZURITE): | $(BIN)/python
+	@command -v npm >/dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends npm; }
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37.0
+
 docs: $(DEV)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
 	@echo "open site/index.html, or serve it: $(BIN)/mkdocs serve"
@@ -105,7 +111,7 @@ quick: lint
 unit: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/unit tests/security tests/recipes tests/conformance
 
-integration: install-dev
+integration: install-dev $(AZURITE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/integration
 
 test-recipes: install-dev

@@ -93,10 +93,12 @@ _LINE = 4000  # characters of a message's line that a terminal gets
 _URI = re.compile(r"[A-Za-z][\w+.-]*:/[^\s'\"]+")
 
 _EXTRAS = {  # package that an extra of piflow brings -> what to install
+    "azure": "piflow[azure]",
     "boto3": "piflow[s3]",
     "botocore": "piflow[s3]",
     "deepspeed": "piflow[deepspeed]",
     "emoji": "piflow[demo]",
+    "google": "piflow[gcs]",
     "mlflow": "piflow[mlflow]",
     "psutil": "piflow[mlflow]",
     "ray": "piflow[ray]",
@@ -350,7 +352,10 @@ def push(
         str, typer.Argument(help="folder that `piflow export` wrote", metavar="SOURCE")
     ],
     destination: Annotated[
-        str, typer.Argument(help="hf://owner/name[/folder] or s3://bucket/prefix", metavar="DEST")
+        str,
+        typer.Argument(
+            help="hf://owner/name[/folder], s3://bucket/prefix, gs://… or abfs://…", metavar="DEST"
+        ),
     ],
     run_dir: Annotated[
         str | None,

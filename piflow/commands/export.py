@@ -141,15 +141,21 @@ class _Source:
     lineage: dict[str, str]
 
 
-def _source(recipe: Recipe, checkpoint: str | None, weights: str) -> _Source:
-    """The run's checkpoint, and what its export says of where it came from."""
+def _source(
+    recipe: Recipe, checkpoint: str | None, weights: str, record: RunRecord | None = None
+) -> _Source:
+    """The run's checkpoint, and what its export says of where it came from.
+
+    Args:
+        record: of the run, if it was read before.
+    """
     from piflow import storage
     from piflow.runs import folder as run_folder
     from piflow.runs.promotion import CHECKPOINT_SHA_TAG, CHECKPOINT_TAG, RECIPE_TAG, WEIGHTS_TAG
     from piflow.training.checkpoint import STATE_FILE
     from piflow.training.preflight import base_fingerprint
 
-    record = run_folder.require_run(recipe)
+    record = record or run_folder.require_run(recipe)
     run_folder.require_same_base(recipe, record, base_fingerprint(recipe))
     checkpoint = checkpoint or run_folder.newest_checkpoint(recipe.run_dir)
     lineage = {
@@ -192,9 +198,10 @@ def main(
     from piflow.training.checkpoint import read_state
     from piflow.training.export import export_adapter
 
-    uri = place_of(recipe, run_folder.require_run(recipe))  # a refusal comes before the work
-    source = _source(recipe, checkpoint, weights)
-    record, checkpoint, lineage = source.record, source.checkpoint, source.lineage
+    record = run_folder.require_run(recipe)
+    uri = place_of(recipe, record)  # a refusal comes before the work
+    source = _source(recipe, checkpoint, weights, record)
+    checkpoint, lineage = source.checkpoint, source.lineage
     folder = out or storage.join(recipe.run_dir, "adapter")
     export_adapter(
         recipe,

@@ -53,7 +53,7 @@ def main(
 
     Args:
         source: folder that `piflow export` wrote.
-        destination: hf://owner/name[/folder] or s3://bucket/prefix.
+        destination: hf://owner/name[/folder], or a folder of an object store.
         run: the run's folder, for the recipe's keys, figures and pictures; default: the one that
             `source` lies in, if it is one.
         licence: of the base, as the hub spells it; default: as the base's own card says.
@@ -68,9 +68,10 @@ def main(
     from piflow import storage
     from piflow.evaluation.card import GRID, metadata_text, refuse_secrets
 
-    if storage.scheme(destination) not in ("hf", "s3"):
+    if storage.scheme(destination) != "hf" and not storage.on_objects(destination):
         raise ValueError(
-            f"expected hf://owner/name or s3://bucket/prefix to push to, got {destination}"
+            "expected hf://owner/name, s3://bucket/prefix, gs://… or abfs://… to push to, got "
+            f"{destination}"
         )
     if storage.exists(storage.join(source, "run.json")):
         raise ValueError(f"{source} is a run's folder: give the folder that `piflow export` wrote")

@@ -41,9 +41,10 @@ class EmbedConfig(Section):
     """
 
     allow_uris: Operational[list[Uri]] = []
-    """Places that rows of the prompts files may name besides the files' own folder (on S3: bucket),
-    each with all below it: local paths, s3://bucket/prefix, hf://owner/name. What a row names is
-    read with this machine's keys and rights, so list what you trust.
+    """Places that rows of the prompts files may name besides the files' own folder (in an
+    object store: bucket), each with all below it: local paths, s3://bucket/prefix, gs://…,
+    abfs://…, hf://owner/name. What a row names is read with this machine's keys and rights, so
+    list what you trust.
     """
 
     max_picture_pixels: Operational[int] = Field(64 * 2**20, gt=0, le=178_956_970)

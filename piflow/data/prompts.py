@@ -301,8 +301,8 @@ def _split(name: str) -> str | None:
 
 
 def _folder(uri: str) -> str:
-    """A file's folder, without an S3 URI's query; for comparison only."""
-    return os.path.dirname(uri.partition("?")[0] if storage.scheme(uri) == "s3" else uri)
+    """A file's folder, without the query of an object's URI; for comparison only."""
+    return os.path.dirname(uri.partition("?")[0] if storage.on_objects(uri) else uri)
 
 
 def _read_file(

@@ -56,7 +56,7 @@ def require_shared(folder: str, process: str, file: str = OWNER_FILE) -> None:
     try:
         require_owner(folder, process, file)
     except RunTakenError as error:
-        if error.owner is not None or storage.scheme(folder) == "s3":
+        if error.owner is not None or storage.on_objects(folder):
             raise
         raise SharedDiskError(_not_shared(folder, f"the driver's {file} isn't in it")) from error
 

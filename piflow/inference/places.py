@@ -156,9 +156,8 @@ def _resolve(place: str, adapter: str, allowed: Sequence[str]) -> str | None:
     for prefix in allowed:
         if storage.scheme(prefix) == kind and (prefix == _PACKAGES or holds(prefix, place)):
             return storage.absolute(place)
-    if kind == "s3" and storage.scheme(adapter) == "s3":
-        own, other = storage.s3_place(adapter), storage.s3_place(place)
-        if (own.bucket, own.options) == (other.bucket, other.options):
+    if storage.on_objects(place) and storage.on_objects(adapter):
+        if storage.object_place(adapter).store == storage.object_place(place).store:
             return place
     return None
 
@@ -169,12 +168,12 @@ def _below(prefix: str, name: str) -> Iterator[str]:
     Below ``/models/FLUX.1-dev`` that is, of ``FLUX.1-dev/transformer``,
     ``/models/FLUX.1-dev/transformer`` and ``/models/FLUX.1-dev/FLUX.1-dev/transformer``.
     """
-    kind = storage.scheme(prefix)
-    if kind not in ("file", "s3"):
+    remote = storage.on_objects(prefix)
+    if not remote and storage.scheme(prefix) != "file":
         return
-    path = storage.s3_place(prefix).key if kind == "s3" else storage.absolute(prefix)
+    path = storage.object_place(prefix).key if remote else storage.absolute(prefix)
     own, parts = path.strip("/").split("/"), name.split("/")
-    whole = prefix if kind == "s3" else storage.absolute(prefix)
+    whole = prefix if remote else storage.absolute(prefix)
     for count in range(len(parts), -1, -1):
         if own[len(own) - count :] == parts[:count]:
             yield storage.join(whole, *parts[count:])

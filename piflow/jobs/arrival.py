@@ -33,12 +33,19 @@ def problem(version: str, modules: list[str]) -> str | None:
         )
     for module in modules:
         name, _, package = module.partition("=")
-        if importlib.util.find_spec(name) is None:
+        if not _is_there(name):
             remedy = (
                 f"pip install '{package}' in it" if package else f"send it along: --with {name}"
             )
             return f"the cluster's image lacks {name}: {remedy}"
     return None
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # what stands before the last dot isn't there
+        return False
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from piflow import storage
 from piflow.config import Recipe
 from piflow.jobs.values import Values
 
@@ -16,7 +17,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _LONGEST_NAME = 47  # of a RayJob: Kubernetes' services of its cluster append to it
 _GPU_GROUP, _CPU_GROUP = "gpu", "cpu"
-_URI = re.compile(r"^(s3|hf|package)://")
+_URI = re.compile(r"^(s3|gs|abfs|hf|package)://")
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,10 @@ def require_tracking_elsewhere(recipe: Recipe) -> None:
     Raises:
         ValueError: says what to name.
     """
-    if recipe.tracking.uri is None and recipe.run_dir.startswith("s3://"):
+    if recipe.tracking.uri is None and storage.on_objects(recipe.run_dir):
         raise ValueError(
-            "tracking.uri is empty, and the default (SQLite in the run's folder) can't be on "
-            "s3://; name an MLflow server: tracking.uri = https://…"
+            "tracking.uri is empty, and the default (SQLite in the run's folder) can't be in an "
+            "object store; name an MLflow server: tracking.uri = https://…"
         )
 
 
@@ -210,8 +211,8 @@ def require_reachable(recipe: Recipe, shared_folder: str | None) -> None:
         told = ", ".join(f"{key} = {place}" for key, place in local.items())
         where = "the values name no shared folder" if shared_folder is None else shared_folder
         raise ValueError(
-            f"these places are on one machine only, {told} ({where}); use s3://, hf:// or "
-            "package://, or a folder that all machines share"
+            f"these places are on one machine only, {told} ({where}); use s3://, gs://, "
+            "abfs://, hf:// or package://, or a folder that all machines share"
         )
     require_tracking_elsewhere(recipe)
     if (recipe.tracking.uri or "").startswith("sqlite:"):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, get_args
 
+from piflow import storage
 from piflow.config import BUILT_IN, Recipe
 from piflow.jobs.arrival import ARRIVED as ARRIVED
 from piflow.jobs.demand import local_places, require_tracking_elsewhere
@@ -22,6 +23,11 @@ _DISTILLATION: tuple[Stage, ...] = ("embed", "distill", "evaluate", "export")
 _PRETRAINING: tuple[Stage, ...] = ("embed", "pretrain")
 _TAKEN_ALONG = ("embed.prompts", "evaluation.prompt_list")  # by `package`, if they are relative
 _LONGEST_NAME = 40
+_CLIENTS = {
+    "s3": "boto3=piflow[s3]",
+    "gs": "google.cloud.storage=piflow[gcs]",
+    "abfs": "azure.storage.blob=piflow[azure]",
+}
 
 RUN, NAME, STAGES_KEY, CONTENT = "piflow.run", "piflow.name", "piflow.stages", "piflow.content"
 """Keys of a job's metadata, which everybody who reaches the dashboard may read."""
@@ -70,7 +76,10 @@ def needs(recipe: Recipe, stages: Sequence[Stage]) -> list[str]:
     places = [recipe.run_dir, recipe.model.path, recipe.embed.store, recipe.embed.prompts]
     wanted = {
         "mlflow=piflow[mlflow]": any(stage != "embed" for stage in stages),
-        "boto3=piflow[s3]": any(place.startswith("s3://") for place in places),
+        **{
+            need: any(storage.scheme(place) == kind for place in places)
+            for kind, need in _CLIENTS.items()
+        },
         "deepspeed=piflow[deepspeed]": recipe.runtime.uses_deepspeed,
         "torchao=piflow[lowbit]": "8bit" in recipe.training.optimizer.type,
         "emoji=piflow[demo]": "evaluate" in stages and recipe.evaluation.retrieval,

@@ -221,5 +221,5 @@ def _metadata(folder: str) -> dict[str, str]:
 
 def _local_if_gguf(folder: str) -> str:
     """GGUF's library reads files of this machine alone."""
-    remote = storage.scheme(folder) == "s3" and storage.exists(storage.join(folder, GGUF_FILE))
+    remote = storage.on_objects(folder) and storage.exists(storage.join(folder, GGUF_FILE))
     return str(storage.local_folder(folder)) if remote else folder

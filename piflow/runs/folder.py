@@ -186,7 +186,7 @@ def delete_half_written(run_dir: str) -> list[int]:
     uploads that were not finished go as well.
     """
     root = storage.join(run_dir, CHECKPOINTS)
-    if storage.scheme(root) == "s3":
+    if storage.on_objects(root):
         conditional.abort_uploads(root)
     left = {
         step: uri for step, (uri, files) in _folders(run_dir).items() if _STATE_FILE not in files

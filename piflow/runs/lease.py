@@ -1,7 +1,7 @@
 """Whose a folder is: one driver at a time writes a run, and one `piflow embed` a store.
 
     local disk   RUN_DIR/driver.json is locked (flock); the kernel lets go when the process ends
-    S3           RUN_DIR/driver.json is written on the condition that nobody else did; a thread
+    objects      RUN_DIR/driver.json is written on the condition that nobody else did; a thread
                  writes it anew every 5 s, and one that hasn't changed for 30 s is a dead driver's
 
     driver                                        another driver
@@ -156,7 +156,7 @@ def owned(folder: str, file: str = OWNER_FILE) -> Iterator[Ownership]:
     """
     uri = storage.join(folder, file)
     mine = Owner.this_process()
-    with _leased(uri, mine) if storage.scheme(uri) == "s3" else _locked(uri, mine) as ownership:
+    with _leased(uri, mine) if storage.on_objects(uri) else _locked(uri, mine) as ownership:
         yield ownership
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import threading
 from collections.abc import Callable
+from contextlib import closing, suppress
 from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from piflow.storage.foreign import redacted
 
 _Answer = TypeVar("_Answer")
 
@@ -43,3 +49,28 @@ def answered_within(seconds: float | None, question: Callable[[], _Answer], whos
             "overloaded, or something else is at its address"
         )
     return answers[0]
+
+
+def knock(address: str, connect_seconds: float, seconds: float) -> None:
+    """Make sure that an object store of one's own which is there answers a request, without keys.
+
+    pyarrow's clients wait without end for a store that sends a byte now and then, in C++, where
+    nothing can end it: not even the process ends before the request does.
+
+    Args:
+        address: ``http://host:port``
+
+    Raises:
+        TimeoutError: it doesn't. Whatever else is wrong, the client says better.
+    """
+    parts = urlsplit(address)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+
+    def question() -> None:
+        connection = kind(parts.netloc, timeout=connect_seconds)
+        with closing(connection), suppress(OSError, http.client.HTTPException):
+            connection.request("HEAD", "/")
+            connection.getresponse()
+
+    if not getproxies():  # the store is reached in another way then
+        answered_within(seconds, question, f"the object store {redacted(address)}")

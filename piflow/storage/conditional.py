@@ -1,41 +1,37 @@
-"""Object stores, for what pyarrow's file systems can't do: conditional writes, unfinished uploads.
+"""Objects that are written only if nobody else did, which pyarrow's file systems can't do.
 
-And for what they don't say: why a request was refused. Through boto3, with time limits on every
-request and adaptive retries: up to 8 tries, with waits that double, and a rate that falls while the
-store throttles. After a refusal keys are looked for anew, so those that were renewed in the shared
-credentials file are found; those of roles renew themselves.
+Each store has its own way, by its own client: S3's `If-Match` (boto3), Google's generations
+(google-cloud-storage), Azure's `If-Match` (azure-storage-blob). All requests have time limits and
+are tried again while a store is away or throttles.
 """
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable
-from typing import Any, TypeVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from piflow.storage.s3 import NO_KEYS, REMEDIES, client, error_code, forget_keys, s3_place
+from piflow.storage.uri import scheme
 
-_Result = TypeVar("_Result")
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MAX_BYTES = 2**20
 """Of an object that is written on a condition: it says whose a folder is."""
 
-_UNMET = ("NoSuchKey", "404", "PreconditionFailed", "ConditionalRequestConflict")
+_MODULES: Mapping[str, str] = {"s3": "s3_conditional", "gs": "gcs", "abfs": "azure"}
 
 
 def read(uri: str) -> tuple[bytes, str] | None:
-    """Content and version (ETag) of an object; None: there is none.
+    """Content and version of an object; None: there is none.
 
     Of one that has more than `MAX_BYTES`, and so is none of piflow's, only the beginning.
 
     Raises:
         OSError: the store refuses or can't be reached; names the URI.
+        ModuleNotFoundError: the store's client isn't installed; says which extra has it.
     """
-
-    def get(store: Any, place: dict[str, str]) -> tuple[bytes, str]:
-        reply = store.get_object(**place)
-        return reply["Body"].read(MAX_BYTES), str(reply["ETag"])
-
-    return _unless_unmet(uri, get)
+    found: tuple[bytes, str] | None = _store(uri).read(uri, MAX_BYTES)
+    return found
 
 
 def write_if(uri: str, content: bytes, version: str | None) -> str | None:
@@ -51,11 +47,8 @@ def write_if(uri: str, content: bytes, version: str | None) -> str | None:
     Raises:
         OSError: the store refuses or can't be reached; names the URI.
     """
-    condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-    return _unless_unmet(
-        uri,
-        lambda store, place: str(store.put_object(**place, Body=content, **condition)["ETag"]),
-    )
+    written: str | None = _store(uri).write_if(uri, content, version)
+    return written
 
 
 def delete_if(uri: str, version: str) -> None:
@@ -64,56 +57,21 @@ def delete_if(uri: str, version: str) -> None:
     Raises:
         OSError: the store refuses or can't be reached; names the URI.
     """
-    _unless_unmet(uri, lambda store, place: store.delete_object(**place, IfMatch=version))
+    _store(uri).delete_if(uri, version)
 
 
 def abort_uploads(uri: str) -> int:
     """Drop the parts of uploads below a folder that a kill left unfinished; returns how many.
 
-    They are no objects and in no list, and cost money all the same. None may be running.
+    They are no objects and in no list, and cost money all the same on S3. None may be running.
+    Google's and Azure's stores drop them by themselves after a week.
 
     Raises:
         OSError: the store refuses or can't be reached; names the URI.
     """
-    bucket, key, _ = s3_place(uri)
-
-    def abort(store: Any, _: dict[str, str]) -> int:
-        pages = store.get_paginator("list_multipart_uploads").paginate(
-            Bucket=bucket, Prefix=f"{key}/"
-        )
-        left = [upload for page in pages for upload in page.get("Uploads", [])]
-        for upload in left:
-            store.abort_multipart_upload(
-                Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-            )
-        return len(left)
-
-    return _unless_unmet(uri, abort) or 0
+    return int(_store(uri).abort_uploads(uri)) if scheme(uri) == "s3" else 0
 
 
-def _unless_unmet(uri: str, operation: Callable[[Any, dict[str, str]], _Result]) -> _Result | None:
-    """What the operation returns; None if there is no such object, or it has another version."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
-    bucket, key, _ = s3_place(uri)
-    place = {"Bucket": bucket, "Key": key}
-    try:
-        try:
-            return operation(client(uri), place)
-        except ClientError as error:
-            if error_code(error) not in REMEDIES:
-                raise
-            forget_keys()  # they may have been renewed
-            return operation(client(uri), place)
-    except ClientError as error:
-        code = error_code(error)
-        if code in _UNMET:
-            return None
-        if code in REMEDIES:
-            raise PermissionError(errno.EACCES, f"{code}: {REMEDIES[code]}", uri) from error
-        raise OSError(errno.EIO, str(error), uri) from error
-    except NoCredentialsError as error:
-        forget_keys()
-        raise PermissionError(errno.EACCES, NO_KEYS, uri) from error
-    except BotoCoreError as error:
-        raise OSError(errno.EIO, str(error), uri) from error
+def _store(uri: str) -> Any:
+    """The module that knows a URI's store."""
+    return import_module(f"piflow.storage.{_MODULES[scheme(uri)]}")

@@ -6,6 +6,11 @@
                           than AWS, or ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``; credentials
                           from the usual ``AWS_*`` variables; ``#`` and ``?`` of a name are ``%23``
                           and ``%3F``
+``gs://bucket/prefix``    Google Cloud Storage (extra ``piflow[gcs]``), with Application Default
+                          Credentials; ``?endpoint_override`` and ``scheme`` as above
+``abfs://c@a.dfs.core.windows.net/prefix``  container ``c`` of the account ``a`` of Azure Blob
+                          Storage (extra ``piflow[azure]``); credentials from ``AZURE_*``
+                          variables, identities or ``az login``
 ``package://name/sub``    files shipped inside an installed Python package; read-only
 ``hf://owner/name/sub``   files of a model repository on the Hugging Face hub; read-only.
                           ``hf://datasets/owner/name/…`` of a dataset, ``owner/name@revision``
@@ -39,11 +44,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from piflow.storage.foreign import MAX_JSON_BYTES, ForeignDataError, redacted, relative_name
+from piflow.storage import azure, gcs
+from piflow.storage.azure import azure_filesystem
+from piflow.storage.foreign import MAX_JSON_BYTES, ForeignDataError, redacted, relative_name, shown
+from piflow.storage.gcs import gcs_filesystem
 from piflow.storage.hub import hub_at_commit, hub_filesystem, hub_place, hub_snapshot
+from piflow.storage.object_uri import OBJECT_STORES
 from piflow.storage.s3 import refusal, s3_filesystem
 from piflow.storage.scratch import scratch
-from piflow.storage.uri import READ_ONLY, local_path, member, package_path, scheme
+from piflow.storage.uri import READ_ONLY, local_path, member, on_objects, package_path, scheme
 
 if TYPE_CHECKING:  # it takes a while, and recipes are read without
     from pyarrow import fs
@@ -56,7 +65,7 @@ _PARTIAL = ".partial"  # suffix of a local file that is still being written
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # `_write_local`'s name for one
 _LEFT_SECONDS = 600.0  # without a change, after which nobody writes to one any more
 
-_LISTED_BY_SERVERS = ("s3", "hf")  # schemes whose names of files come from elsewhere
+_LISTED_BY_SERVERS = (*OBJECT_STORES, "hf")  # schemes whose names of files come from elsewhere
 
 _COPY_BYTES = 8 * 2**20
 
@@ -83,12 +92,16 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system behind a URI and the path inside it.
 
     Raises:
-        ValueError: unknown scheme, an S3 URI without a bucket or with other options or with keys
-            in it, a package that isn't installed, or a hub URI without a repository.
+        ValueError: unknown scheme, an object's URI without a bucket or with other options or with
+            keys in it, a package that isn't installed, or a hub URI without a repository.
     """
     kind = scheme(uri)
     if kind == "s3":
         return s3_filesystem(uri)
+    if kind == "gs":
+        return gcs_filesystem(uri)
+    if kind == "abfs":
+        return azure_filesystem(uri)
     if kind == "hf":
         return hub_filesystem(uri)
     from pyarrow import fs
@@ -101,20 +114,44 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 def explained(uri: str) -> Iterator[None]:
     """An object store's refusals as PermissionError, with its reason and what to do.
 
-    Its client says little of them ("ACCESS_DENIED", "INTERNAL_FAILURE during GetObject").
+    Its client says little of them ("ACCESS_DENIED", "INTERNAL_FAILURE during GetObject"), and
+    Azure's has errors that are none of Python's: they become OSError.
     """
     try:
         yield
+    except PermissionError:
+        raise
     except OSError as error:
-        if isinstance(error, PermissionError) or not _is_refusal(error):
-            raise
-        reason = refusal(uri) if scheme(uri) == "s3" else None
-        if reason is None:
+        if (reason := _reason(uri, error)) is None:
             raise
         raise PermissionError(errno.EACCES, f"{redacted(uri)}: {reason}") from error
+    except Exception as error:
+        if not _is_unknown(uri, error):
+            raise
+        if (reason := _reason(uri, error)) is not None:
+            raise PermissionError(errno.EACCES, f"{redacted(uri)}: {reason}") from error
+        raise OSError(errno.EIO, f"{redacted(uri)}: {shown(error, 500)}") from error
 
 
-def _is_refusal(error: OSError) -> bool:
+def _reason(uri: str, error: BaseException) -> str | None:
+    """Why a store refused, if that is what the error says."""
+    kind = scheme(uri)
+    if kind == "s3":
+        return refusal(uri) if _is_refusal(error) else None
+    stores = {"gs": gcs.refusal, "abfs": azure.refusal}
+    return stores[kind](error) if kind in stores else None
+
+
+def _is_unknown(uri: str, error: BaseException) -> bool:
+    """Whether it is an error of Azure's client that pyarrow has no class of Python's for."""
+    if scheme(uri) != "abfs":
+        return False
+    from pyarrow import ArrowException
+
+    return isinstance(error, ArrowException) and not isinstance(error, ValueError)
+
+
+def _is_refusal(error: BaseException) -> bool:
     """Whether pyarrow's S3 client says that the store won't, not that it can't be reached."""
     found = _AWS_ERROR.search(str(error))
     if found is None:
@@ -207,13 +244,13 @@ def expand(uri: str) -> list[str]:
     """URIs of the files that a pattern matches, sorted by path; any other URI stands for itself.
 
     ``*`` matches within a name, ``**`` any number of folders, ``[ab]`` one of these characters,
-    ``?`` one character (not in an S3 URI, where it starts the query). Hidden names, with a leading
-    dot, must be spelled out. A local file whose name merely looks like a pattern is itself.
+    ``?`` one character (not in an object's URI, where it starts the query). Hidden names, with a
+    leading dot, must be spelled out. A local file whose name merely looks like a pattern is itself.
 
     Raises:
         FileNotFoundError: the pattern matches no file.
     """
-    remote = scheme(uri) == "s3"
+    remote = on_objects(uri)
 
     def whole(path: str) -> str:
         return urlunsplit(urlsplit(uri)._replace(path=path)) if remote else path
@@ -294,7 +331,9 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
     """
     _refuse_read_only(uri)
     try:
-        if scheme(uri) == "s3":
+        if scheme(uri) == "abfs":
+            azure.upload(uri, content)
+        elif on_objects(uri):
             system, path = filesystem(uri)
             with system.open_output_stream(path, compression=None) as stream:
                 stream.write(content)
@@ -317,7 +356,10 @@ def copy_file(source: str, target: str) -> None:
         system, path = filesystem(source)
         with system.open_input_stream(path, compression=None) as stream, explained(target):
             pieces = iter(lambda: stream.read(_COPY_BYTES), b"")
-            if scheme(target) != "s3":
+            if scheme(target) == "abfs":
+                azure.upload(target, pieces)
+                return
+            if not on_objects(target):
                 _write_local(local_path(target), pieces)
                 return
             other, place = filesystem(target)
@@ -328,6 +370,26 @@ def copy_file(source: str, target: str) -> None:
             except BaseException:
                 delete_file(target)  # closing it made an object of what had come so far
                 raise
+
+
+@_explains
+def upload_folder(uri: str, folder: Path) -> None:
+    """Copy a local folder's files into an object store, each whole or not at all.
+
+    Raises:
+        OSError: the store refused.
+    """
+    from pyarrow import fs
+
+    if scheme(uri) == "abfs":
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as file:
+                    azure.upload(member(uri, path.relative_to(folder).as_posix()), file)
+        return
+    system, path_there = filesystem(uri)
+    system.create_dir(path_there)
+    fs.copy_files(str(folder), path_there, destination_filesystem=system)
 
 
 @_explains
@@ -355,10 +417,15 @@ def delete_folder(uri: str) -> None:
 
     _refuse_read_only(uri)
     system, path = filesystem(uri)
-    if not path.strip("/") or (scheme(uri) == "s3" and "/" not in path.strip("/")):
+    if not path.strip("/") or (on_objects(uri) and "/" not in path.strip("/")):
         raise ValueError(f"refusing to delete {redacted(uri)!r}, a root; name a folder inside it")
-    if system.get_file_info(path).type == fs.FileType.Directory:
-        system.delete_dir(path)
+    if system.get_file_info(path).type != fs.FileType.Directory:
+        return
+    if scheme(uri) == "gs":  # where a folder that has no object of its own goes with its files
+        system.delete_dir_contents(path)
+        if system.get_file_info(path).type != fs.FileType.Directory:
+            return
+    system.delete_dir(path)
 
 
 def delete_left_over(uri: str, *, recursive: bool = True) -> list[str]:
@@ -403,7 +470,7 @@ def local_folder(uri: str, cache_dir: Path | None = None) -> Path:
     if scheme(uri) == "hf":
         return hub_snapshot(uri)
     system, path = filesystem(uri)
-    if scheme(uri) != "s3":
+    if not on_objects(uri):
         if not Path(path).is_dir():
             raise FileNotFoundError(errno.ENOENT, "no such folder", uri)
         return Path(path)
@@ -502,7 +569,9 @@ def default_cache() -> Path:
 
 def _refuse_read_only(uri: str) -> None:
     if scheme(uri) in READ_ONLY:
-        raise ValueError(f"{redacted(uri)!r} is read-only; write to a local path or s3://…")
+        raise ValueError(
+            f"{redacted(uri)!r} is read-only; write to a local path or an object store"
+        )
 
 
 def _write_local(path: Path, pieces: Iterable[bytes | memoryview]) -> None:

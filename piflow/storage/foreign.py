@@ -51,6 +51,8 @@ _AUTHORITY = re.compile(r"[/?#]")
 
 _PORT = re.compile(r":\d{1,5}$")
 
+_CONTAINER = re.compile(r"[a-z0-9-]{3,63}@[a-z0-9]{3,24}\.(dfs|blob)(\.[a-z]+){3}")
+
 _OPTION = re.compile(r"(?<=[?&;#])([^=&;#]*=)([^&;#]*)")
 
 _HARMLESS_OPTION = re.compile(
@@ -69,7 +71,9 @@ def redacted(uri: object) -> str:
     kind, separator, rest = text.rpartition("://") if text.count("://") == 1 else ("", "", text)
     authority = _AUTHORITY.split(rest, maxsplit=1)[0]
     at = rest.rfind("@")
-    if at >= 0 and (":" in rest[:at] or (separator and "@" in authority)):
+    if kind == "abfs" and _CONTAINER.fullmatch(authority):
+        pass  # container and account, in Azure's way of writing them
+    elif at >= 0 and (":" in rest[:at] or (separator and "@" in authority)):
         rest = f"…{rest[at:]}"
     elif separator and ":" in authority and not _PORT.search(authority):
         rest = f"…{rest[len(authority) :]}"

@@ -16,17 +16,19 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from piflow.storage.foreign import ForeignDataError, relative_name, shown
 from piflow.storage.hub import hub_place
-from piflow.storage.s3 import s3_place
+from piflow.storage.object_uri import OBJECT_STORES
 from piflow.storage.uri import (
     absolute,
     local_path,
+    object_place,
+    on_objects,
     package_path,
     package_place,
     scheme,
     sibling,
 )
 
-ALLOWED_SCHEMES = ("file", "s3", "hf")
+ALLOWED_SCHEMES = ("file", *OBJECT_STORES, "hf")
 
 _LONGEST = 4096  # characters of a URI
 
@@ -45,9 +47,9 @@ class _Place:
 
 def _place(uri: str) -> _Place:
     kind = scheme(uri)
-    if kind == "s3":
-        bucket, key, options = s3_place(uri)
-        return _Place((kind, bucket, *sorted(options.items())), _parts(key))
+    if kind in OBJECT_STORES:
+        store, key = object_place(uri)
+        return _Place(store, _parts(key))
     if kind == "hf":
         hub = hub_place(uri)
         return _Place((kind, hub.repo_type, hub.repo_id, hub.revision), _parts(hub.path))
@@ -79,7 +81,7 @@ def require_prefix(uri: str) -> None:
     if scheme(uri) not in ALLOWED_SCHEMES:
         raise ValueError(
             f"{uri!r} can't be allowed to rows of a prompts file; expected a local path, "
-            "s3://bucket/prefix or hf://owner/name"
+            "s3://bucket/prefix, gs://…, abfs://… or hf://owner/name"
         )
     if any(part in (".", "..") for part in _place(uri).parts):
         raise ValueError(f"{uri!r} holds '.' or '..'; write the place out")
@@ -91,16 +93,16 @@ class NamedPlaces:
     Args:
         file: URI of the file that names them.
         allowed: URIs, each with all that lies below it, that may be named besides the file's
-            folder or, on S3, the file's bucket at the file's endpoint.
+            folder or, on an object store, the file's bucket at the file's endpoint.
     """
 
     def __init__(self, file: str, allowed: Sequence[str] = ()) -> None:
         self._file = file
         folder = os.path.dirname(file.partition("?")[0])
         home = _place(str(package_path(file)) if scheme(file) == "package" else file)
-        self._on_s3, self._is_local = scheme(file) == "s3", scheme(file) == "file"
-        parts = () if self._on_s3 else home.parts[:-1]
-        self._home = f"the bucket of {file}" if self._on_s3 else f"the folder {folder or '.'}"
+        self._on_objects, self._is_local = on_objects(file), scheme(file) == "file"
+        parts = () if self._on_objects else home.parts[:-1]
+        self._home = f"the bucket of {file}" if self._on_objects else f"the folder {folder or '.'}"
         self._folder = home.parts[:-1]
         self._places = (_Place(home.volume, parts), *(_place(uri) for uri in allowed))
         self.folders = tuple(
@@ -127,8 +129,8 @@ class NamedPlaces:
             if kind not in ALLOWED_SCHEMES:
                 raise ForeignDataError(
                     f"a row names a place of scheme {shown(repr(kind), 20)}; expected a path "
-                    "relative to the prompts file's folder, or file://, s3:// or hf:// (package:// "
-                    "is for recipes only)"
+                    "relative to the prompts file's folder, or file://, s3://, gs://, abfs:// or "
+                    "hf:// (package:// is for recipes only)"
                 )
             uri = absolute(name)
         place = _place(uri)
@@ -147,11 +149,11 @@ class NamedPlaces:
             relative_name(inside, where="a row")
             if self._is_local:
                 return f"{self.folders[0].rstrip('/')}/{inside}"
-            return sibling(self._file, quote(inside) if self._on_s3 else inside)
+            return sibling(self._file, quote(inside) if self._on_objects else inside)
         if self._is_local:
             return os.path.normpath(f"{self.folders[0]}/{inside}")
         key = posixpath.normpath("/".join([*self._folder, inside]))
-        if not self._on_s3 or _climbs(key):
+        if not self._on_objects or _climbs(key):
             raise self._outside(name)
         relative_name(key, where="a row")
         return urlunsplit(urlsplit(self._file)._replace(path=f"/{quote(key)}"))

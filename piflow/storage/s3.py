@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
 import os
 import re
-from contextlib import closing, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import parse_qsl, unquote, urlsplit
-from urllib.request import getproxies
 
-from piflow.storage.answers import answered_within
+from piflow.storage.answers import knock
 from piflow.storage.foreign import redacted, shown
+from piflow.storage.object_uri import HOST, store_key_options
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -38,8 +35,6 @@ _CREDENTIAL_VARIABLES = (
 )
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-_HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 
 
 def s3_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -75,7 +70,7 @@ def _filesystem(
     from pyarrow import fs
 
     if endpoint is not None:
-        _knock(f"{scheme}://{endpoint}")
+        knock(f"{scheme}://{endpoint}", CONNECT_SECONDS, REQUEST_SECONDS)
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         # Whoever has keys needs no role's from the machine's metadata service. Each new client asks
         # it for a region nevertheless, and waits for 3 s where the network drops such requests.
@@ -88,28 +83,6 @@ def _filesystem(
         request_timeout=REQUEST_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
     )
-
-
-def _knock(address: str) -> None:
-    """Make sure that a store of one's own which is there answers a request, without keys.
-
-    The client waits without end for a store that sends a byte now and then, in C++, where nothing
-    can end it: not even the process ends before the request does.
-
-    Raises:
-        TimeoutError: it doesn't. Whatever else is wrong, the client says better.
-    """
-    parts = urlsplit(address)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-
-    def question() -> None:
-        connection = kind(parts.netloc, timeout=CONNECT_SECONDS)
-        with closing(connection), suppress(OSError, http.client.HTTPException):
-            connection.request("HEAD", "/")
-            connection.getresponse()
-
-    if not getproxies():  # the store is reached in another way then
-        answered_within(REQUEST_SECONDS, question, f"the object store {redacted(address)}")
 
 
 @lru_cache(maxsize=256)
@@ -142,7 +115,7 @@ class S3Place(NamedTuple):
         if variable is None:
             return protocol, None
         protocol, separator, host = os.environ[variable].rstrip("/").partition("://")
-        if not separator or protocol not in ("http", "https") or not _HOST.fullmatch(host):
+        if not separator or protocol not in ("http", "https") or not HOST.fullmatch(host):
             raise ValueError(
                 f"{variable} is {redacted(os.environ[variable])!r}; expected http://host:port or "
                 "https://host"
@@ -157,19 +130,14 @@ def s3_place(uri: str) -> S3Place:
         ValueError: it names no bucket, has unknown or doubled options, or holds keys; the message
             doesn't repeat them.
     """
-    if "#" in uri:
-        raise ValueError(
-            f"S3 URI {redacted(uri)!r} has a '#', which would cut off what follows it; write %23 "
-            "where it is part of a name"
-        )
-    written, _, query = uri.removeprefix("s3://").partition("?")
-    bucket, _, path = written.partition("/")
+    bucket = uri.removeprefix("s3://").partition("?")[0].partition("/")[0]
     if "@" in bucket or ":" in bucket:
         raise ValueError(
-            f"the S3 URI {redacted(uri) if '@' in written else 's3://…'!r} holds keys or a port, "
+            f"the S3 URI {redacted(uri) if '@' in bucket else 's3://…'!r} holds keys or a port, "
             "and keys would end up in logs; expected s3://bucket/prefix, with the keys in "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and a host in ?endpoint_override="
         )
+    bucket, key, options = store_key_options(uri, _S3_OPTIONS)
     if not bucket:
         raise ValueError(f"S3 URI {redacted(uri)!r} names no bucket; expected s3://bucket/prefix")
     if not _BUCKET.fullmatch(bucket):
@@ -177,29 +145,7 @@ def s3_place(uri: str) -> S3Place:
             f"S3 URI {redacted(uri)!r} has the bucket {shown(bucket)!r}, which no store has; "
             "expected letters, digits, '.', '-' and '_'"
         )
-    return S3Place(bucket, unquote(path).strip("/"), _options(uri, query))
-
-
-def _options(uri: str, query: str) -> dict[str, str]:
-    pairs = parse_qsl(query, keep_blank_values=True)
-    options = dict(pairs)
-    if unknown := sorted(options.keys() - set(_S3_OPTIONS)):
-        raise ValueError(
-            f"S3 URI {redacted(uri)!r} has the option(s) {shown(', '.join(unknown))}; supported: "
-            f"{', '.join(_S3_OPTIONS)}"
-        )
-    if len(pairs) != len(options):
-        raise ValueError(f"S3 URI {redacted(uri)!r} has an option twice; leave one out")
-    if options.get("scheme", "https") not in ("http", "https"):
-        raise ValueError(
-            f"S3 URI {redacted(uri)!r} has another scheme than http and https for its endpoint"
-        )
-    if "endpoint_override" in options and not _HOST.fullmatch(options["endpoint_override"]):
-        raise ValueError(
-            f"S3 URI {redacted(uri)!r}: endpoint_override must be host or host:port, without "
-            "protocol, path and keys; http is chosen by &scheme=http"
-        )
-    return options
+    return S3Place(bucket, key, options)
 
 
 _KEYS = (

@@ -6,17 +6,23 @@ import importlib.util
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from piflow.storage.azure import azure_place
 from piflow.storage.foreign import redacted, shown
+from piflow.storage.gcs import gcs_place
 from piflow.storage.hub import hub_place
+from piflow.storage.object_uri import OBJECT_STORES
 from piflow.storage.s3 import s3_place
 
-SCHEMES = ("file", "s3", "package", "hf")
+SCHEMES = ("file", *OBJECT_STORES, "package", "hf")
 
 READ_ONLY = ("package", "hf")
 
-_CHOICES = "file:///…, s3://…, package://…, hf://…"
+_CHOICES = "file:///…, s3://…, gs://…, abfs://…, package://…, hf://…"
+
+_OTHER_NAMES = {"gcs": "gs", "abfss": "abfs", "az": "abfs", "azure": "abfs"}
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/*)")
 
@@ -28,7 +34,7 @@ _MAX_URI = 4096
 
 
 def scheme(uri: str) -> str:
-    """``file``, ``s3``, ``package`` or ``hf``.
+    """``file``, ``s3``, ``gs``, ``abfs``, ``package`` or ``hf``.
 
     Raises:
         ValueError: the URI is empty, has another scheme, or is nearly one; says what to write.
@@ -56,9 +62,10 @@ def _known(uri: str, name: str, slashes: str) -> str:
     """The scheme of a URI that has one, if it is written as it must be."""
     if name in SCHEMES and len(slashes) > 1:
         return name
-    if name.lower() in SCHEMES:
+    meant = _OTHER_NAMES.get(name.lower(), name.lower())
+    if meant in SCHEMES:
         rest = redacted(uri).partition(":")[2].lstrip("/")
-        written = f"file:///{rest}" if name.lower() == "file" else f"{name.lower()}://{rest}"
+        written = f"file:///{rest}" if meant == "file" else f"{meant}://{rest}"
         raise ValueError(f"storage URI {redacted(uri)!r} is misspelt; write {written}")
     raise ValueError(
         f"storage URI {redacted(uri)!r} has scheme {name!r}; supported: {', '.join(SCHEMES)}, or a "
@@ -74,8 +81,12 @@ def require_valid(uri: str) -> None:
         ValueError: as `filesystem` and `require_plain`.
     """
     require_plain(uri)
-    checks = {"s3": s3_place, "hf": hub_place, "package": package_place, "file": local_path}
-    checks[scheme(uri)](uri)
+    kind = scheme(uri)
+    if kind in OBJECT_STORES:
+        object_place(uri)
+        return
+    checks = {"hf": hub_place, "package": package_place, "file": local_path}
+    checks[kind](uri)
 
 
 def require_plain(uri: str) -> None:
@@ -99,29 +110,60 @@ def require_plain(uri: str) -> None:
         )
 
 
+def on_objects(uri: str) -> bool:
+    """Whether a place is in an object store, where nothing is locked, linked or half written."""
+    return scheme(uri) in OBJECT_STORES
+
+
+class ObjectPlace(NamedTuple):
+    """What the URI of an object names."""
+
+    store: tuple[object, ...]  # equal for two URIs of one bucket at one endpoint
+    key: str
+
+
+def object_place(uri: str) -> ObjectPlace:
+    """Take the URI of an object or a prefix apart.
+
+    Raises:
+        ValueError: it is of no object store, names no bucket, or has other options or keys.
+    """
+    kind = scheme(uri)
+    if kind == "s3":
+        bucket, key, options = s3_place(uri)
+    elif kind == "gs":
+        bucket, key, options = gcs_place(uri)
+    elif kind == "abfs":
+        place = azure_place(uri)
+        bucket, key, options = f"{place.container}@{place.address}", place.key, place.options
+    else:
+        raise ValueError(f"{redacted(uri)!r} is in no object store")
+    return ObjectPlace((kind, bucket, *sorted(options.items())), key)
+
+
 def absolute(uri: str) -> str:
     """The same place, independent of the working directory; other processes need this form."""
     return uri if scheme(uri) != "file" else str(local_path(uri))
 
 
 def join(uri: str, *parts: str) -> str:
-    """Append path parts; the query of an S3 URI stays at the end."""
+    """Append path parts; the query of an object's URI stays at the end."""
     tail = "/".join(part.strip("/") for part in parts)
     if not tail:
         return uri
-    if scheme(uri) != "s3":
+    if not on_objects(uri):
         return f"{uri.rstrip('/') or '/'}/{tail}" if uri != "/" else f"/{tail}"
     pieces = urlsplit(uri)
     return urlunsplit(pieces._replace(path=f"{pieces.path.rstrip('/')}/{tail}"))
 
 
 def sibling(uri: str, name: str) -> str:
-    """What lies under `name` in the same folder; the query of an S3 URI stays at the end.
+    """What lies under `name` in the same folder; the query of an object's URI stays at the end.
 
     Raises:
         ValueError: the URI is a root and has no siblings.
     """
-    if scheme(uri) == "s3":
+    if on_objects(uri):
         pieces = urlsplit(uri)
         parent, separator, _ = pieces.path.rstrip("/").rpartition("/")
         if separator:
@@ -138,12 +180,12 @@ def sibling(uri: str, name: str) -> str:
 
 def member(folder: str, name: str) -> str:
     """URI of a file that `list_files` named: characters that mean something in a URI are quoted."""
-    return join(folder, quote(name) if scheme(folder) == "s3" else name)
+    return join(folder, quote(name) if on_objects(folder) else name)
 
 
 def base_name(uri: str) -> str:
     """The last part of the path: of ``s3://bucket/folder/file.csv?region=x`` it is ``file.csv``."""
-    return Path(urlsplit(uri).path if scheme(uri) == "s3" else uri).name
+    return Path(urlsplit(uri).path if on_objects(uri) else uri).name
 
 
 def suffix(uri: str) -> str:

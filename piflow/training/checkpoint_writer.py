@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from pyarrow import fs
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
@@ -254,14 +253,8 @@ def _upload(folder: Path, uri: str) -> str | None:
     if storage.scheme(uri) == "file":
         return None
 
-    def copy() -> None:
-        system, path = storage.filesystem(uri)  # anew in every try: keys may have been renewed
-        with storage.explained(uri):
-            system.create_dir(path)
-            fs.copy_files(str(folder), path, destination_filesystem=system)
-
     try:
-        _tried(uri, copy)
+        _tried(uri, lambda: storage.upload_folder(uri, folder))
     except OSError as error:
         return f"upload failed {len(_PAUSES) + 1} times: {error}"
     return None
@@ -269,7 +262,7 @@ def _upload(folder: Path, uri: str) -> str | None:
 
 def _tried(uri: str, operation: Callable[[], None]) -> None:
     """Do it, several times if an object store fails: nobody waits for it but the next save."""
-    for pause in _PAUSES if storage.scheme(uri) == "s3" else ():
+    for pause in _PAUSES if storage.on_objects(uri) else ():
         try:
             operation()
         except OSError:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import KEYS, PLANTED, S3Server
+from tests.servers import AZURITE_KEY, KEYS, PLANTED, AzureServer, GcsServer, S3Server
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def s3_keys() -> Iterator[None]:
     """The server's keys and others' secrets, set before Ray starts: its processes inherit them."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**KEYS, **PLANTED}.items():
+        for name, value in {**KEYS, **PLANTED, "AZURE_STORAGE_KEY": AZURITE_KEY}.items():
             patch.setenv(name, value)
         yield
 
@@ -107,3 +107,22 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory, s3_keys: None) -> Iterat
 def bucket(s3_server: S3Server) -> str:
     """URI of an empty folder in a bucket of a server that lives for the session."""
     return s3_server.uri
+
+
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GcsServer]:
+    with GcsServer(tmp_path_factory.mktemp("gcs")).running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory: pytest.TempPathFactory, s3_keys: None) -> Iterator[AzureServer]:
+    with AzureServer(tmp_path_factory.mktemp("azure")).running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["s3", "gcs", "azure"])
+def any_store(request: pytest.FixtureRequest) -> str:
+    """URI of a folder in a bucket of each kind of object store."""
+    server: S3Server | GcsServer | AzureServer = request.getfixturevalue(f"{request.param}_server")
+    return server.uri

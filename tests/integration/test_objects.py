@@ -23,13 +23,14 @@ def proxy(s3_server: S3Server) -> Iterator[S3Proxy]:
         yield proxy
 
 
-def test_a_write_is_refused_if_somebody_was_faster(bucket: str) -> None:
-    uri = storage.join(bucket, "conditional", "object")
+def test_a_write_is_refused_if_somebody_was_faster(any_store: str) -> None:
+    uri = storage.join(any_store, "conditional", "object")
     first = conditional.write_if(uri, b"1", None)
     assert first is not None and conditional.write_if(uri, b"2", None) is None
     second = conditional.write_if(uri, b"3", first)
     assert second is not None and conditional.write_if(uri, b"4", first) is None
-    conditional.delete_if(uri, first)
+    if storage.scheme(uri) != "gs":  # fake-gcs-server heeds no condition of a deletion
+        conditional.delete_if(uri, first)
     assert conditional.read(uri) == (b"3", second), "it has another version by now"
     conditional.delete_if(uri, second)
     assert conditional.read(uri) is None and conditional.write_if(uri, b"5", second) is None
@@ -38,7 +39,7 @@ def test_a_write_is_refused_if_somebody_was_faster(bucket: str) -> None:
 def test_what_a_killed_upload_left_is_dropped(bucket: str) -> None:
     """Its parts are no object; finished checkpoints and other folders stay as they are."""
     run = storage.join(bucket, "killed-upload")
-    store = conditional.client(run)
+    store = s3.client(run)
     for name in (f"{run_key(run)}/checkpoints/step_00000001/__0_0.distcp", "tests/other/x"):
         upload = store.create_multipart_upload(Bucket="piflow", Key=name)["UploadId"]
         store.upload_part(Bucket="piflow", Key=name, UploadId=upload, PartNumber=1, Body=b"1" * 99)
@@ -51,7 +52,7 @@ def test_what_a_killed_upload_left_is_dropped(bucket: str) -> None:
 
 
 def run_key(uri: str) -> str:
-    return storage.s3_place(uri).key
+    return s3.s3_place(uri).key
 
 
 def test_a_big_object_goes_up_in_parts_that_appear_together(
@@ -112,12 +113,12 @@ def test_no_keys_at_all(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", "/nonexistent")
-    conditional.forget_keys()
+    s3.forget_keys()
     with pytest.raises(PermissionError, match="no keys: set the variables AWS_ACCESS_KEY_ID"):
         conditional.read(storage.join(bucket, "x"))
     with pytest.raises(OSError, match="AccessDenied|no keys: set"):
         storage.read_bytes(storage.join(bucket, "x"))
-    conditional.forget_keys()
+    s3.forget_keys()
 
 
 def test_throttling_is_sat_out(proxy: S3Proxy) -> None:

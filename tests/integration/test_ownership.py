@@ -1,4 +1,4 @@
-"""Two drivers want one run's folder: on local disk and on a real S3 server."""
+"""Two drivers want one run's folder: on local disk and on real object stores."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from piflow import storage
 from piflow.runs import lease
 from piflow.runs.lease import Owner, RunTakenError, _Lease, owned, require_owner
 from piflow.storage import conditional
+from tests.servers import Server
 
 pytestmark = pytest.mark.timeout(120)
 REPOSITORY = Path(__file__).parents[2]
@@ -34,11 +35,12 @@ with lease.owned(sys.argv[1]):
 """
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gcs", "azure"])
 def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "run")
-    return storage.join(request.getfixturevalue("bucket"), tmp_path.name)
+    server: Server = request.getfixturevalue(f"{request.param}_server")
+    return storage.join(server.uri, tmp_path.name)
 
 
 @pytest.fixture(autouse=True)
@@ -103,9 +105,9 @@ def test_a_driver_of_another_machine_has_a_lease(
     assert conditional.read(uri) is None, "given back"
 
 
-def test_a_driver_that_was_cut_off_is_told_and_ends(bucket: str, tmp_path: Path) -> None:
+def test_a_driver_that_was_cut_off_is_told_and_ends(any_store: str, tmp_path: Path) -> None:
     """Another driver took over meanwhile; its file stays as it is."""
-    run_dir = storage.join(bucket, tmp_path.name)
+    run_dir = storage.join(any_store, tmp_path.name)
     uri = storage.join(run_dir, lease.OWNER_FILE)
     theirs = Owner("theirs", "another-machine", 1, "2026-01-01 00:00:00 UTC")
     with pytest.raises(RunTakenError, match="belongs to process 1 on another-machine"):
@@ -127,9 +129,9 @@ def test_a_driver_that_was_cut_off_is_told_and_ends(bucket: str, tmp_path: Path)
     conditional.delete_if(uri, found[1])
 
 
-def test_of_many_drivers_at_once_one_remains(bucket: str, tmp_path: Path) -> None:
+def test_of_many_drivers_at_once_one_remains(any_store: str, tmp_path: Path) -> None:
     """At the latest when leases are renewed: a store may let two writes of a moment pass."""
-    uri = storage.join(bucket, tmp_path.name, lease.OWNER_FILE)
+    uri = storage.join(any_store, tmp_path.name, lease.OWNER_FILE)
     start = threading.Barrier(6)
 
     def take(number: int) -> _Lease | None:

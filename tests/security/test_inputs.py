@@ -173,6 +173,19 @@ def test_links_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
         ("s3://b/set", "s3://b/set/a.png", True),
         ("s3://b/set", "s3://b/settle/a.png", False),
         ("s3://b", "s3://b.evil/a.png", False),
+        ("gs://data/set", "gs://data/set/a.png", True),
+        ("gs://data/set", "s3://data/set/a.png", False),
+        ("gs://data", "gs://data/a.png?endpoint_override=evil", False),
+        (
+            "abfs://data@a12.dfs.core.windows.net/set",
+            "abfs://data@a12.dfs.core.windows.net/set/a",
+            True,
+        ),
+        (
+            "abfs://data@a12.dfs.core.windows.net/set",
+            "abfs://data@b12.dfs.core.windows.net/set/a",
+            False,
+        ),
         ("s3://b/set", "s3://b/set/%2e%2e/c.png", False),
         ("s3://b/set", "s3://b/set/a.png?endpoint_override=evil", False),
         ("s3://b/set", "s3://b/set/a.png?region=evil.com%23", False),
@@ -215,7 +228,7 @@ def test_rows_on_s3_name_their_own_bucket(name: str, fine: bool) -> None:
             places.resolve(name)
 
 
-@pytest.mark.parametrize("prefix", ["gs://b", "", "http://h", "s3://b/../c", "s3://"])
+@pytest.mark.parametrize("prefix", ["ftp://b", "", "http://h", "s3://b/../c", "s3://"])
 def test_unusable_allowed_places_are_refused_in_the_recipe(prefix: str) -> None:
     with pytest.raises(ValueError, match="allow_uris"):
         EmbedConfig(prompts="p", store="s", height=8, width=8, allow_uris=[prefix])

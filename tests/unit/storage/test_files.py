@@ -252,7 +252,7 @@ def test_package_files_are_found_and_read_only() -> None:
     for action in (storage.delete_folder, storage.delete_file):
         with pytest.raises(ValueError, match="read-only"):
             action(uri)
-    with pytest.raises(ValueError, match="read-only; write to a local path or s3"):
+    with pytest.raises(ValueError, match="read-only; write to a local path or an object store"):
         storage.write_bytes(storage.join(uri, "x"), b"")
 
 
@@ -265,7 +265,18 @@ def test_a_missing_package_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("gs://bucket/x", "scheme 'gs'; supported: file, s3, package"),
+        ("ftp://bucket/x", "scheme 'ftp'; supported: file, s3, gs, abfs, package"),
+        ("gcs://bucket/x", "misspelt; write gs://bucket/x"),
+        ("gs://x", "names no bucket that could be"),
+        ("gs://key:hidden@bucket/x", "names no bucket that could be"),
+        ("gs://bucket/x?token=hidden", r"option\(s\) token; supported: endpoint_override"),
+        ("gs://bucket/run#1", "has a '#'.*write %23"),
+        ("abfss://data@account.dfs.core.windows.net/x", "misspelt; write abfs://"),
+        ("abfs://data/x", "names no container of an account; expected abfs://CONTAINER@ACCOUNT"),
+        ("abfs://data@account.evil.com/x", "names no container of an account"),
+        ("abfs://data@account.dfs.core.windows.net.evil.com/x", "names no container"),
+        ("abfs://data:hidden@account.dfs.core.windows.net/x", "names no container"),
+        ("abfs://data@account.dfs.core.windows.net/x?sig=hidden", r"option\(s\) sig"),
         ("", "storage URI is empty"),
         ("package:///x", "names no Python package; expected package://name"),
         ("s3:/bucket/x", "misspelt; write s3://bucket/x"),
@@ -305,7 +316,7 @@ def test_bad_uris_are_refused(uri: str, message: str) -> None:
         ("runs/$HOME/a", "holds a variable.*--set"),
         ("s3://bucket/${USER}/a", "holds a variable"),
         ("x" * 5000, "5000 characters; at most 4096"),
-        ("gs://bucket/a", "scheme 'gs'"),
+        ("ftp://bucket/a", "scheme 'ftp'"),
     ],
 )
 def test_what_no_recipe_may_name(uri: str, message: str) -> None:
@@ -315,7 +326,9 @@ def test_what_no_recipe_may_name(uri: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "uri",
-    ["runs/a b", "~/runs", "a:b/c", "file:///a", "s3://b/a%23b/*.csv", "hf://o/n@v1/x", "./s3/a",
+    ["runs/a b", "~/runs", "a:b/c", "file:///a", "s3://b/a%23b/*.csv", "gs://bucket/a",
+     "abfs://data@account.dfs.core.windows.net/a", "abfs://d-1@acc.blob.core.chinacloudapi.cn",
+     "hf://o/n@v1/x", "./s3/a",
      "package://piflow.demo/x", "/", "..", "data/[ab]?.txt", "runs/a$5", "ü/日本"],
 )  # fmt: skip
 def test_what_every_recipe_may_name(uri: str) -> None:
