@@ -114,6 +114,12 @@ class Server:
         finally:
             self.kill()
 
+    def end(self) -> None:
+        """SIGTERM: it keeps what it has."""
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait(20)
+
     def kill(self) -> None:
         """SIGKILL, to it and its children."""
         if self.process is not None:

@@ -33,7 +33,7 @@ _OPTIONS = ("endpoint_override", "scheme")
 
 # an account's key or token must reach nobody else, so the clouds are listed
 _PLACE = re.compile(
-    r"(?P<container>[a-z0-9](?:-?[a-z0-9]){2,62})@(?P<account>[a-z0-9]{3,24})"
+    r"(?P<container>[a-z0-9](?:[a-z0-9]|-(?=[a-z0-9])){2,62})@(?P<account>[a-z0-9]{3,24})"
     r"\.(?:dfs|blob)\.(?P<cloud>core\.windows\.net|core\.chinacloudapi\.cn|core\.usgovcloudapi\.net)"
 )
 
@@ -156,7 +156,7 @@ def refusal(error: BaseException) -> str | None:
     found = _REFUSED.search(str(error))
     if found is None:
         return None
-    return f"{found[1] or 'no credentials that Azure takes'}; check {_CREDENTIALS}"
+    return f"{found[1] or 'no credentials that Azure takes'}. Check {_CREDENTIALS}"
 
 
 def upload(uri: str, content: bytes | memoryview | IO[bytes] | Iterable[bytes]) -> None:
@@ -260,12 +260,15 @@ def _errors(uri: str) -> Iterator[None]:
         ) from error
     try:
         yield
-    except ClientAuthenticationError as error:
-        reason = getattr(error, "error_code", None) or shown(error.message, 300)
-        told = f"{reason}; check {_CREDENTIALS}"
-        raise PermissionError(errno.EACCES, told, redacted(uri)) from error
     except AzureError as error:
-        if getattr(error, "status_code", None) == 403:
-            told = f"{shown(error.message, 300)}; check {_CREDENTIALS}"
+        told = shown(error.message.partition("\n")[0], 300)  # the rest is the answer's XML
+        if isinstance(error, ClientAuthenticationError) or _status(error) == 403:
+            told = f"{told} Check {_CREDENTIALS}"
             raise PermissionError(errno.EACCES, told, redacted(uri)) from error
-        raise OSError(errno.EIO, shown(error, 500), redacted(uri)) from error
+        raise OSError(errno.EIO, told, redacted(uri)) from error
+
+
+def _status(error: BaseException) -> int | None:
+    """Of the answer, if there was one."""
+    status: int | None = getattr(error, "status_code", None)
+    return status

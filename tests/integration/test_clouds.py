@@ -88,7 +88,7 @@ def test_an_outage_is_sat_out(
             lambda: storage.read_bytes(uri),
             lambda: conditional.read(uri),
         ):
-            server.kill()
+            server.end()
             threading.Timer(2.0, server.start).start()
             began = time.monotonic()
             operation()
@@ -109,7 +109,7 @@ def test_a_wrong_key_is_refused_with_what_to_do(
         lambda uri: storage.write_bytes(uri, b"1"),
         conditional.read,
     ):
-        with pytest.raises(PermissionError, match="check AZURE_STORAGE_KEY") as caught:
+        with pytest.raises(PermissionError, match="Check AZURE_STORAGE_KEY") as caught:
             operation(uri)
         assert "refused" in str(caught.value) and wrong not in str(caught.value)
 

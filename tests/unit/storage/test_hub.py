@@ -106,7 +106,7 @@ def test_a_token_opens_a_gated_model(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_hub_is_never_written(hub: Hub) -> None:
-    with pytest.raises(ValueError, match=r"read-only; write to a local path or s3://"):
+    with pytest.raises(ValueError, match=r"read-only; write to a local path or an object store"):
         storage.write_bytes("hf://lab/flux/a", b"")
 
 
