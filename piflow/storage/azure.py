@@ -27,8 +27,6 @@ _Result = TypeVar("_Result")
 
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 60.0  # time limits of a request
 
-_ATTEMPTS = 8
-
 _OPTIONS = ("endpoint_override", "scheme")
 
 # an account's key or token must reach nobody else, so the clouds are listed
@@ -38,6 +36,7 @@ _PLACE = re.compile(
 )
 
 # pyarrow gives code, status and text in one message
+_FINAL = re.compile(r"Azure Error: \[\w*\] 4(?!08|29)\d\d")
 _REFUSED = re.compile(r"Azure Error: \[(\w*)\] 40[13]|AuthenticationException")
 
 _CREDENTIALS = (
@@ -136,7 +135,9 @@ def _filesystem(
 ) -> fs.FileSystem:
     from pyarrow import fs
 
-    return fs.AzureFileSystem(
+    from piflow.storage.patient import PatientFileSystem
+
+    system = fs.AzureFileSystem(
         account,
         blob_storage_authority=host or f".blob.{cloud}",
         dfs_storage_authority=host or f".dfs.{cloud}",
@@ -144,6 +145,13 @@ def _filesystem(
         dfs_storage_scheme=protocol,
         **keys,
     )
+    return fs.PyFileSystem(PatientFileSystem(system, _is_passing))
+
+
+def _is_passing(error: OSError) -> bool:
+    """Whether pyarrow's client met an outage or a store that throttles."""
+    text = str(error)
+    return "Azure Error:" in text and not _FINAL.search(text)
 
 
 @lru_cache(maxsize=32)
@@ -216,7 +224,7 @@ def _client(
 ) -> Any:
     try:
         from azure.identity import DefaultAzureCredential
-        from azure.storage.blob import BlobServiceClient
+        from azure.storage.blob import BlobServiceClient, ExponentialRetry
     except ImportError as error:
         raise ModuleNotFoundError(
             "abfs:// needs Azure's clients: pip install 'piflow[azure]'", name="azure.storage.blob"
@@ -229,7 +237,8 @@ def _client(
         credential=credential or DefaultAzureCredential(),
         connection_timeout=CONNECT_SECONDS,
         read_timeout=REQUEST_SECONDS,
-        retry_total=_ATTEMPTS - 1,
+        # waits of 1, 3, 5, 9 and 17 s
+        retry_policy=ExponentialRetry(initial_backoff=1, increment_base=2, retry_total=5),
     )
 
 
