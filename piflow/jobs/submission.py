@@ -15,6 +15,7 @@ from piflow.config import BUILT_IN, Recipe
 from piflow.jobs.arrival import ARRIVED as ARRIVED
 from piflow.jobs.demand import local_places, require_tracking_elsewhere
 from piflow.jobs.package import ARRIVAL, RECIPE
+from piflow.runtime.exits import ExitCode
 
 Stage = Literal["embed", "pretrain", "distill", "evaluate", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -64,11 +65,17 @@ def run_key(recipe: Recipe) -> str:
 
 
 def command(recipe: Recipe, stages: Sequence[Stage], version: str) -> str:
-    """The shell command of the job, in its package's folder; a failed stage ends it."""
+    """The shell command of the job, in its package's folder; a failed stage ends it.
+
+    SIGTERM reaches the shell and the stage. The shell waits for the stage, which saves, and starts
+    no other: were it gone at once, nobody might reap the stage, and Ray, for which a zombie runs
+    on, would wait for it until the job's grace is over.
+    """
     modules = [part for need in needs(recipe, stages) for part in ("--module", need)]
     first = ["python", ARRIVAL, "--piflow", version, *modules]
     each = [["piflow", stage, RECIPE] for stage in stages]
-    return " && ".join(shlex.join(words) for words in [first, *each])
+    stages_in_turn = " && ".join(shlex.join(words) for words in [first, *each])
+    return f"trap 'exit {ExitCode.TERMINATED:d}' TERM; {stages_in_turn}"
 
 
 def needs(recipe: Recipe, stages: Sequence[Stage]) -> list[str]:

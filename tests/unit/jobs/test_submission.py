@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +51,32 @@ def test_a_runs_jobs_have_one_name_and_other_runs_another() -> None:
 def test_the_command_checks_the_image_first_and_stops_at_a_failure() -> None:
     recipe = recipe_with("run_dir=s3://bucket/run", "training.optimizer.type=adamw8bit")
     assert submission.command(recipe, ("embed", "distill"), "1.2.3") == (
-        "python piflow_arrival.py --piflow 1.2.3 --module 'mlflow=piflow[mlflow]' "
-        "--module 'boto3=piflow[s3]' --module 'torchao=piflow[lowbit]' "
-        "&& piflow embed recipe.yaml && piflow distill recipe.yaml"
+        "trap 'exit 143' TERM; python piflow_arrival.py --piflow 1.2.3 "
+        "--module 'mlflow=piflow[mlflow]' --module 'boto3=piflow[s3]' "
+        "--module 'torchao=piflow[lowbit]' && piflow embed recipe.yaml "
+        "&& piflow distill recipe.yaml"
     )
+
+
+def test_a_stopped_job_waits_for_its_stage_and_starts_no_other(tmp_path: Path) -> None:
+    """SIGTERM reaches all processes of a job, the shell among them."""
+    for name, script in {
+        "python": "exit 0",
+        "piflow": "trap 'sleep 0.5; echo saved; exit 0' TERM; echo $1; sleep 20 & wait",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    job = subprocess.Popen(
+        submission.command(recipe_with(), ("embed", "distill"), "1.2.3"),
+        shell=True,
+        start_new_session=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None and job.stdout.readline() == "embed\n"
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(20) == 143 and job.stdout.read() == "saved\n"
 
 
 def test_an_evaluation_with_networks_needs_their_package_and_places() -> None:
