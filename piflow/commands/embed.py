@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from piflow.config import Recipe
 from piflow.data.manifest import StoreManifest
+
+if TYPE_CHECKING:
+    from piflow.data.reader import EmbeddingStore
 
 
 def main(recipe: Recipe, *, show_progress: bool = True) -> StoreManifest:
@@ -35,6 +41,32 @@ def prepare_online(
     return embed.prepare_online(
         recipe, ray_session, evaluation=evaluation, show_progress=show_progress
     )
+
+
+def prepare_prompt_set(
+    recipe: Recipe, prompts: Sequence[str], folder: str, *, show_progress: bool = True
+) -> EmbeddingStore:
+    """Embed an evaluation's own prompts, all of one size, into a small store; opens it.
+
+    Args:
+        folder: URI of the evaluation's folder.
+
+    Raises:
+        as `piflow.data.embed.embed_prompts`.
+    """
+    from piflow import storage
+    from piflow.data.embed import embed_prompts
+    from piflow.data.prompt_set import set_recipe
+    from piflow.data.prompts import Prompt, PromptSet
+    from piflow.data.reader import EmbeddingStore
+    from piflow.runtime.session import ray_session
+
+    size = recipe.embed.height, recipe.embed.width
+    listed = PromptSet(tuple(Prompt(text, *size) for text in prompts), 0)
+    small, content = set_recipe(recipe, listed, folder, "prompts")
+    storage.write_bytes(small.embed.prompts, content)
+    embed_prompts(small, ray_session, show_progress=show_progress)
+    return EmbeddingStore.open(storage.absolute(small.embed.store))
 
 
 def verify(recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from piflow.config import Recipe
 from piflow.storage.foreign import redacted
 
 if TYPE_CHECKING:
+    from piflow.data.prompt_set import ListedPrompts
     from piflow.data.reader import PromptStore
     from piflow.evaluation.compare import Evaluation
     from piflow.evaluation.drawing import Drawing, Plan
@@ -49,7 +50,6 @@ def main(
     Raises:
         ValueError: no run, checkpoint or store, or they don't fit the recipe.
     """
-    from piflow.commands import embed
     from piflow.evaluation import figures
     from piflow.evaluation.drawing import Drawing, Plan
     from piflow.evaluation.networks import open_instruments
@@ -58,27 +58,24 @@ def main(
     from piflow.runs.tracking import MlflowTracker, place_of
     from piflow.runtime.ray_job import submission_id
     from piflow.training.checkpoint import STATE_FILE, read_state, require_same_run
-    from piflow.training.preflight import preflight
 
     record = run_folder.require_run(recipe)
     uri = place_of(recipe, record)
     checkpoint = checkpoint or run_folder.newest_checkpoint(recipe.run_dir)
-    if recipe.embed.mode == "online":
-        embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
-    found = preflight(recipe, evaluation=True)
+    found, store, listed = _prompts(recipe, show_progress)
     instruments = open_instruments(recipe.evaluation)
-    store = found.store
     state = read_state(checkpoint)
-    require_same_run(state, recipe, store.manifest_hash, checkpoint)
+    require_same_run(state, recipe, found.store.manifest_hash, checkpoint)
     folder = storage.join(recipe.run_dir, FOLDER)
     digest = storage.sha256(storage.join(checkpoint, STATE_FILE))
     cautions = _cautions(recipe, elastic=recipe.policy.type == "gmflow")
     others = _others(recipe)
-    plan = Plan.of(recipe, store, storage.join(folder, PICTURES), digest, others)
+    pictures = storage.join(folder, PICTURES)
+    plan = Plan.of(recipe, store, pictures, digest, others, listed.prompts)
     drawing = Drawing(recipe, plan, store)
     if drawing.num_missing():
-        _draw(recipe, found, plan, drawing, checkpoint, show_progress)
-    result = _measured(recipe, drawing, found, instruments, show_progress)
+        _draw(recipe, found, store, plan, drawing, checkpoint, show_progress)
+    result = _measured(recipe, drawing, found, instruments, listed, show_progress)
     lineage = _lineage(recipe, record.mlflow_run_id, store.manifest_hash, f"step {state.step}")
     measured = _figures(recipe, found, result, f"step {state.step}", digest)
     name = f"{figures.FOLDER}/{run_folder.checkpoint_name(state.step)}.json"
@@ -116,7 +113,6 @@ def of_adapter(
         ValueError: no store, or an adapter of another family or base than the recipe's, or one that
             was trained with other embedded guidance.
     """
-    from piflow.commands import embed
     from piflow.evaluation import figures
     from piflow.evaluation.drawing import Drawing, Plan
     from piflow.evaluation.networks import open_instruments
@@ -124,30 +120,28 @@ def of_adapter(
     from piflow.inference.settings import student_of
     from piflow.progress import progress
     from piflow.roles.merged import read_student, student_sha256
-    from piflow.training.preflight import preflight
 
     place = adapter_place(adapter, subfolder)
     files = adapter_files(place)
     student = read_student(files)
     settings, sampled = _as_the_adapter_has_it(recipe, student, place)
     cautions = _cautions(sampled, elastic=student.config.clock() is None)
-    if recipe.embed.mode == "online":
-        embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
-    found = preflight(recipe, evaluation=True)
+    found, store, listed = _prompts(recipe, show_progress)
     instruments = open_instruments(recipe.evaluation)
     digest = student_sha256(files)
     name = f"{FOLDER}-{storage.base_name(place)}-{digest[:8]}"
     folder = storage.join(recipe.run_dir, name)
     others = _others(recipe)
-    plan = Plan.of(sampled, found.store, storage.join(folder, PICTURES), digest, others)
-    drawing = Drawing(sampled, plan, found.store)
+    pictures = storage.join(folder, PICTURES)
+    plan = Plan.of(sampled, store, pictures, digest, others, listed.prompts)
+    drawing = Drawing(sampled, plan, store)
     if drawing.num_missing():
         with progress(f"{name}: pictures", drawing.total, show=show_progress) as bar:
             _draw_here(
                 drawing, lambda: student_of(student, settings, with_teacher=True), bar.advance
             )
-    result = _measured(recipe, drawing, found, instruments, show_progress)
-    lineage = _lineage(sampled, "none", found.store.manifest_hash, place)
+    result = _measured(recipe, drawing, found, instruments, listed, show_progress)
+    lineage = _lineage(sampled, "none", store.manifest_hash, place)
     measured = _figures(sampled, found, result, redacted(place), digest)
     storage.write_bytes(storage.join(folder, figures.FOLDER, "adapter.json"), measured)
     _write_report(sampled, result, folder, lineage, cautions)
@@ -189,6 +183,29 @@ def _as_the_adapter_has_it(
     parts = {"objective": changed.model_dump(mode="json"), "policy": policy.model_dump(mode="json")}
     tree = {**recipe.model_dump(mode="json"), **parts}
     return settings, Recipe.model_validate(tree)
+
+
+def _prompts(recipe: Recipe, show_progress: bool) -> tuple[Run, PromptStore, ListedPrompts]:
+    """What preflight found, the store of the evaluation's prompts, and those of a set of its own.
+
+    Raises:
+        ValueError, OSError: as `preflight` and `read_prompt_set`.
+    """
+    from piflow.commands import embed
+    from piflow.data.prompt_set import ListedPrompts, read_prompt_set
+    from piflow.training.preflight import preflight
+
+    config = recipe.evaluation
+    if config.prompt_set is None:
+        if recipe.embed.mode == "online":
+            embed.prepare_online(recipe, evaluation=True, show_progress=show_progress)
+        found = preflight(recipe, evaluation=True)
+        return found, found.store, ListedPrompts((), None)
+    listed = read_prompt_set(config.prompt_set, config.prompts)
+    found = preflight(recipe)
+    folder = storage.join(recipe.run_dir, FOLDER)
+    store = embed.prepare_prompt_set(recipe, listed.prompts, folder, show_progress=show_progress)
+    return found, store, listed
 
 
 def _others(recipe: Recipe) -> list[Other]:
@@ -239,13 +256,24 @@ def _draw_here(drawing: Drawing, load: Callable[[], Trio], advance: Callable[[in
 
 
 def _draw(
-    recipe: Recipe, found: Run, plan: Plan, drawing: Drawing, checkpoint: str, show_progress: bool
+    recipe: Recipe,
+    found: Run,
+    store: PromptStore,
+    plan: Plan,
+    drawing: Drawing,
+    checkpoint: str,
+    show_progress: bool,
 ) -> None:
-    """Draw what is missing: on workers, or in this process on a GPU if there is one."""
+    """Draw what is missing: on workers, or in this process on a GPU if there is one.
+
+    Args:
+        store: of the evaluation's prompts.
+    """
     if recipe.evaluation_workers:
         from piflow.runtime.evaluating import draw_on_workers
 
-        draw_on_workers(found, plan, checkpoint, drawing.total, show_progress=show_progress)
+        run = replace(found, store=store)
+        draw_on_workers(run, plan, checkpoint, drawing.total, show_progress=show_progress)
         return
     from piflow.progress import progress
     from piflow.training.export import student_of_checkpoint
@@ -261,7 +289,12 @@ def _draw(
 
 
 def _measured(
-    recipe: Recipe, drawing: Drawing, found: Run, instruments: Instruments, show_progress: bool
+    recipe: Recipe,
+    drawing: Drawing,
+    found: Run,
+    instruments: Instruments,
+    listed: ListedPrompts,
+    show_progress: bool,
 ) -> Evaluation:
     """Everything that the recipe asks for, in this process."""
     from piflow.evaluation.compare import measure
@@ -274,6 +307,7 @@ def _measured(
             recipe.evaluation.measured,
             retrieve=found.retrieval,
             instruments=instruments,
+            categories=listed.categories,
             advance=bar.advance,
         )
 
@@ -297,7 +331,8 @@ def _log_prompts(
     tracker: Tracker, recipe: Recipe, result: Evaluation, store: PromptStore
 ) -> Mapping[str, Any]:
     """The prompts as the run's dataset for evaluation."""
-    place = recipe.evaluation.prompt_list or store.uri
+    own = recipe.evaluation.prompt_set
+    place = own.path if own is not None else recipe.evaluation.prompt_list or store.uri
     digest = hashlib.sha256(json.dumps(result.prompts).encode()).hexdigest()
     profile = {"rows": len(result.prompts), "seeds": recipe.evaluation.seeds}
     name = f"prompts-{storage.base_name(place)}"
@@ -389,6 +424,7 @@ def _write_report(
         figures=result.figures,
         curve=result.curve,
         others=result.others,
+        categories=result.by_category,
         cautions=cautions,
         metrics=result.metrics,
         lineage=lineage,

@@ -18,6 +18,7 @@ from piflow.config.evaluation import (
     NetworkConfig,
     NetworksConfig,
     OtherStudentConfig,
+    PromptSetConfig,
 )
 from piflow.config.family import (
     BUILT_IN,
@@ -71,6 +72,7 @@ __all__ = [
     "NetworkConfig",
     "NetworksConfig",
     "OtherStudentConfig",
+    "PromptSetConfig",
     "OptimizerConfig",
     "ParameterGroupConfig",
     "PiIDConfig",

@@ -123,6 +123,22 @@ class OtherStudentConfig(Section):
         return self
 
 
+class PromptSetConfig(Section):
+    """A set of prompts that the store needn't hold."""
+
+    path: Uri
+    """URI of its file: text, CSV, JSON lines, Parquet, or a JSON list; or COCO's captions."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Of the file, compared before it is read."""
+
+    column: Text = "prompt"
+    """Of the prompts, in files with columns."""
+
+    category_column: Text | None = None
+    """Of what kind each prompt is; the report has figures of each kind."""
+
+
 class EvaluationConfig(Section):
     """What `piflow evaluate` measures."""
 
@@ -130,7 +146,12 @@ class EvaluationConfig(Section):
     """How many prompts."""
 
     prompt_list: Uri | None = None
-    """URI of a text file, taken evenly spaced; default: the smallest prompt ids."""
+    """URI of a text file of prompts that the store holds, taken evenly spaced; default: the
+    smallest prompt ids.
+    """
+
+    prompt_set: PromptSetConfig | None = None
+    """Prompts of elsewhere, taken evenly spaced; they are embedded for the evaluation."""
 
     seeds: Annotated[int, Field(ge=2, le=100_000)] = 4
     """Pictures a prompt; held out."""
@@ -224,6 +245,17 @@ class EvaluationConfig(Section):
                     "students are the run's"
                 )
         return others
+
+    @model_validator(mode="after")
+    def _has_one_list(self) -> EvaluationConfig:
+        if self.prompt_set is not None and self.prompt_list is not None:
+            raise ValueError("prompt_list and prompt_set both name prompts; leave one of them out")
+        if self.prompt_set is not None and self.retrieval:
+            raise ValueError(
+                "retrieval is of emoji, and prompt_set has other prompts; set "
+                "evaluation.retrieval=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_what_metrics_need(self) -> EvaluationConfig:

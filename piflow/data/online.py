@@ -18,7 +18,6 @@ and those of the pictures that are drawn.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from piflow import storage
 from piflow.config import Recipe
 from piflow.data.background import ahead, quiet_context, remote_cause
 from piflow.data.blocks import StreamPlan, with_replaced
@@ -36,6 +34,7 @@ from piflow.data.encode import load_encoder, on_encoders, what_failed
 from piflow.data.layout import Layout, recipe_prompts, store_layout
 from piflow.data.manifest import StoreError, StoreInputs
 from piflow.data.order import PlannedStep, RowGroups, StreamOrder
+from piflow.data.prompt_set import set_recipe
 from piflow.data.prompts import Prompt, PromptSet
 from piflow.data.reader import EmbeddingStore, PromptStore, rows_by_hash, take_rows
 from piflow.data.rows import EmbeddingBatch, decoded, encoded_table
@@ -141,23 +140,7 @@ def small_recipe(recipe: Recipe, prompts: PromptSet, *, evaluation: bool) -> tup
         chosen = [prompts.prompts[row] for row in evaluation_rows(recipe, index)]
     else:
         chosen = sorted(prompts.prompts, key=lambda prompt: prompt.prompt_id)[:SAMPLE_PROMPTS]
-    digest = PromptSet(tuple(chosen), 0).digest[:12]
-    folder = storage.join(recipe.embed.store, f"pictures-{digest}")
-    changes = {
-        "mode": "store",
-        "store": folder,
-        "prompts": storage.join(folder, "prompts.jsonl"),
-        "prompt_column": "prompt",
-        "height_column": "height",
-        "width_column": "width",
-        "buckets": [],
-    }
-    lines = [
-        json.dumps({"prompt": prompt.text, "height": prompt.height, "width": prompt.width})
-        for prompt in chosen
-    ]
-    embed = recipe.embed.model_copy(update=changes)
-    return recipe.model_copy(update={"embed": embed}), ("\n".join(lines) + "\n").encode()
+    return set_recipe(recipe, PromptSet(tuple(chosen), 0), recipe.embed.store, "pictures")
 
 
 class Visit(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from piflow.config.metrics import ALWAYS, COLUMNS
 from piflow.evaluation.curve import CurvePoint, Sampled, curve
 from piflow.evaluation.drawing import Drawing, Drawn, Method
 from piflow.evaluation.intervals import (
+    Columns,
     by_prompt,
     figures_of_other,
     figures_over_other,
@@ -85,6 +86,8 @@ class Evaluation:
         metrics: what decides each metric that was measured, in words.
         columns: ``(P,)`` or ``()`` float64 by method and column.
         figures: the student's, by name.
+        categories: of each prompt; None: they have none.
+        by_category: the student's figures on each category's prompts, of those with two or more.
         curve: student and teacher over the number of network evaluations.
         others: other people's models, whose rows are among the methods'.
         pictures: (prompts, seeds, 3, H, W) in [-1, 1] by method name.
@@ -102,6 +105,8 @@ class Evaluation:
     per_prompt: tuple[PromptResult, ...]
     pictures: Mapping[str, Tensor]
     files: dict[str, tuple[str, ...]]
+    categories: tuple[str, ...] | None = None
+    by_category: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
 
     @property
     def psnr_gain(self) -> Interval:
@@ -120,6 +125,7 @@ def measure(
     *,
     retrieve: Retrieve | None = None,
     instruments: Instruments | None = None,
+    categories: tuple[str, ...] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """All figures of pictures that are drawn.
@@ -128,6 +134,7 @@ def measure(
         metrics: names of those to measure; `ALWAYS` among them.
         retrieve: finds the emoji nearest to each picture, for retrieval@1.
         instruments: networks and references that the metrics need.
+        categories: of each prompt.
         advance: told how many more pictures a network has seen.
 
     Raises:
@@ -170,7 +177,26 @@ def measure(
         ),
         pictures=pictures,
         files={name: item.files for name, item in drawn.items()},
+        categories=categories,
+        by_category={}
+        if categories is None
+        else _by_category([columns[name] for name in names], categories),
     )
+
+
+def _by_category(
+    methods: Sequence[Columns], categories: Sequence[str]
+) -> dict[str, dict[str, Interval]]:
+    found = {}
+    for category in dict.fromkeys(categories):
+        rows = [row for row, each in enumerate(categories) if each == category]
+        if len(rows) > 1:
+            some = [
+                {name: values[rows] for name, values in by_prompt(columns).items()}
+                for columns in methods
+            ]
+            found[category] = own_figures(some)
+    return found
 
 
 def _others(

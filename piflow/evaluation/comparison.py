@@ -182,6 +182,9 @@ def _only(figures: Figures, rows: Sequence[int]) -> Figures:
 
     return figures.model_copy(
         update={
+            "categories": None
+            if figures.categories is None
+            else [figures.categories[row] for row in rows],
             "others": [of_other(other) for other in figures.others],
             "prompts": [figures.prompts[row] for row in rows],
             "noise": [figures.noise[row] for row in rows],

@@ -164,13 +164,22 @@ class Plan:
         folder: str,
         checkpoint: str,
         others: Sequence[Other] = (),
+        prompts: Sequence[str] = (),
     ) -> Plan:
         """The recipe's.
+
+        Args:
+            prompts: those of `evaluation.prompt_set`, which the store holds and no others.
 
         Raises:
             ValueError, OSError: as `evaluation_rows`.
         """
-        rows = tuple(evaluation_rows(recipe, store.index()))
+        if recipe.evaluation.prompt_set is None:
+            rows = tuple(evaluation_rows(recipe, store.index()))
+        else:  # all of its own store, whose rows have another order
+            index = store.index()
+            numbers = dict(zip(index["prompt"].to_pylist(), index["row"].to_pylist(), strict=True))
+            rows = tuple(numbers[prompt] for prompt in prompts)
         told = tuple(other.to_json() for other in others)
         return cls(recipe.hash(), rows, storage.absolute(folder), checkpoint, told)
 

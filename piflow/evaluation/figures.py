@@ -136,6 +136,7 @@ class Figures(Section):
         methods: the reference first, the student last, before it the teacher in as many steps;
             the last one is the student's whatever it says of itself.
         others: other people's models.
+        categories: of each prompt; None: they have none.
     """
 
     format: Literal[1] = 1
@@ -150,12 +151,15 @@ class Figures(Section):
     metrics: dict[Text, Text] = {}
     methods: Annotated[list[MethodFigures], Field(min_length=2)]
     others: list[OtherFigures] = []
+    categories: list[Annotated[str, Field(max_length=200)]] | None = None
 
     @model_validator(mode="after")
     def _has_a_figure_for_every_prompt(self) -> Figures:
         columns: list[Sequence[object]] = [self.noise]
         for method in self.methods:
             columns += method.by_prompt.values()
+        if self.categories is not None:
+            columns.append(self.categories)
         for other in self.others:
             columns += other.by_prompt.values()
         if any(len(column) != len(self.prompts) for column in columns):
@@ -220,6 +224,7 @@ def figures_of(
         metrics=result.metrics,
         methods=[_method(method, result) for method in result.methods if not method.is_other],
         others=[_other(other, result) for other in result.others],
+        categories=None if result.categories is None else list(result.categories),
     )
 
 

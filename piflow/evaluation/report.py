@@ -56,6 +56,7 @@ class EvaluationReport:
     figures: Mapping[str, Interval]  # the student's, by name
     curve: Sequence[CurvePoint]  # over the number of network evaluations
     others: Sequence[OtherResult]  # other people's models
+    categories: Mapping[str, Mapping[str, Interval]]  # the student's figures on each
     cautions: Sequence[str]  # of numbers that the student wasn't trained for
     metrics: Mapping[str, str]  # what decides each metric, in words
     lineage: Lineage
@@ -87,6 +88,7 @@ def render_html(report: EvaluationReport) -> str:
         if len(report.curve) > 1
         else [],
         metrics=[(name, METRICS[name].licence, text) for name, text in report.metrics.items()],
+        category_figures=figure_table(list(report.categories.values())),
         others=[other_row(other) for other in report.others],
         other_figures=figure_table([other.figures for other in report.others]),
         other_differences=figure_table([other.student_over for other in report.others]),

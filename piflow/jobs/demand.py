@@ -175,6 +175,7 @@ def local_places(recipe: Recipe) -> dict[str, str]:
         "embed.store": recipe.embed.store,
         "evaluation.prompt_list": recipe.evaluation.prompt_list,
         "evaluation.references": recipe.evaluation.references,
+        "evaluation.prompt_set.path": getattr(recipe.evaluation.prompt_set, "path", None),
         **recipe.evaluation.network_places,
         **recipe.evaluation.other_places,
     }

@@ -117,6 +117,7 @@ def _beside(recipe: Recipe) -> Iterator[tuple[str, str]]:
     places = {
         "embed.prompts": recipe.embed.prompts,
         "evaluation.prompt_list": recipe.evaluation.prompt_list,
+        "evaluation.prompt_set.path": getattr(recipe.evaluation.prompt_set, "path", None),
     }
     for key, place in places.items():
         if place and "://" not in place and not os.path.isabs(place):

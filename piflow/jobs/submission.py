@@ -22,7 +22,11 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _DISTILLATION: tuple[Stage, ...] = ("embed", "distill", "evaluate", "export")
 _PRETRAINING: tuple[Stage, ...] = ("embed", "pretrain")
-_TAKEN_ALONG = ("embed.prompts", "evaluation.prompt_list")  # by `package`, if they are relative
+_TAKEN_ALONG = (
+    "embed.prompts",
+    "evaluation.prompt_list",
+    "evaluation.prompt_set.path",
+)  # by `package`, if they are relative
 _LONGEST_NAME = 40
 _CLIENTS = {
     "s3": "boto3=piflow[s3]",

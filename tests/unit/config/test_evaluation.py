@@ -98,7 +98,7 @@ def test_the_guide_names_every_metric_with_its_licence() -> None:
 
 def test_the_guides_recipes_are_read() -> None:
     guide = (REPOSITORY / "docs" / "metrics.md").read_text()
-    measured, others, gated = (
+    measured, prompts, others, gated = (
         yaml.safe_load(part) for part in re.findall(r"```yaml\n(.*?)```", guide, re.S)
     )
     evaluation = measured["evaluation"]
@@ -107,4 +107,6 @@ def test_the_guides_recipes_are_read() -> None:
     evaluation["metrics"].append("kd_dinov2_teacher")
     gates = gated["registry"]["gates"]
     assert len(others["evaluation"]["others"]) == 2
-    assert with_evaluation(gates, **evaluation, **others["evaluation"])
+    prompts["evaluation"]["prompt_list"] = None
+    prompts["evaluation"]["prompt_set"]["sha256"] = "cd" * 32
+    assert with_evaluation(gates, **evaluation, **others["evaluation"], **prompts["evaluation"])

@@ -25,6 +25,7 @@ from piflow.evaluation import drawing
 from piflow.evaluation.compare import Evaluation, measure
 from piflow.evaluation.drawing import Drawing, Method, Plan, Sampler, methods_of
 from piflow.evaluation.figures import alone, read_figures
+from piflow.evaluation.intervals import own_figures
 from piflow.evaluation.measures import Retrieve
 from piflow.evaluation.metrics import endpoint_psnr, pairwise_diversity
 from piflow.evaluation.networks import Instruments, open_instruments
@@ -387,6 +388,29 @@ def test_a_curve_is_what_students_of_each_number_draw(
     fewer = result.curve[0].over_trained["psnr_over_champion_db"].value
     difference = result.curve[0].figures["psnr_db"].value - trained.figures["psnr_db"].value
     assert fewer == pytest.approx(difference)
+
+
+def test_prompts_of_a_set_of_their_own_keep_its_order_and_categories(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store's rows lie in another order; a category's figures are those of its prompts."""
+    monkeypatch.setattr(
+        drawing, "sampler_of", lambda method, *_: lambda noise, cond: noise / (1 + method.nfe)
+    )
+    own = {"prompt_set": {"path": "unused.json"}, "retrieval": False}
+    asked = {"prompts": 4, "seeds": 2, "teacher_steps": 6, **own}
+    ours = recipe(store, evaluation=asked)
+    names = ("prompt 7", "prompt 2", "prompt 8", "prompt 0")
+    plan = Plan.of(ours, store, str(tmp_path), "c", prompts=names)
+    subject = Drawing(ours, plan, store)
+    assert subject.prompts == names
+    subject.draw(Mock(), SingleStrategy(CPU))
+    result = measure(subject, categories=("a", "b", "a", ""))
+    assert result.by_category.keys() == {"a"}, "one prompt has no interval"
+    methods = [result.columns[method.name] for method in result.methods]
+    alone = [{name: values[[0, 2]] for name, values in columns.items()} for columns in methods]
+    assert result.by_category["a"] == own_figures(alone)
+    assert measure(subject).by_category == {}
 
 
 def test_of_many_methods_two_are_in_memory() -> None:

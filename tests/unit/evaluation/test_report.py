@@ -88,6 +88,7 @@ def report() -> EvaluationReport:
         },
         curve=(),
         others=(),
+        categories={},
         cautions=(),
         metrics={"psnr": "version 1", "diversity": "version 1"},
         lineage=Lineage("run-1", "recipe-2", "manifest-3", "step 350", {"torch": "2", "ray": "3"}),
