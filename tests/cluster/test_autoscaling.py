@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from piflow import storage
@@ -77,7 +78,16 @@ def start(network: Network, folder: Path, v2: bool) -> Cluster:
 
 def machines(cluster: Cluster) -> int:
     """How many there are beside the head."""
-    return len(cluster.head.processes("raylet/raylet ")) - 1
+    raylets = cluster.head.processes("raylet/raylet ")
+    numbers = {process.pid for process in raylets}  # one that starts a worker is two for a moment
+    return sum(_parent(process) not in numbers for process in raylets) - 1
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return int(process.ppid())
+    except psutil.Error:
+        return None
 
 
 class Stages(JobRun):
