@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 CLUSTER := $(VENV)/.installed-cluster
+BROWSER := $(VENV)/.installed-browser
 CHECKOV := .venv-checkov/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TARGETS := kuberay aws gcp on-premise slurm sky
@@ -14,11 +15,12 @@ FAKETIME := /usr/bin/faketime
 PROMETHEUS := /usr/bin/promtool
 POSTGRESQL := /usr/lib/postgresql
 REDIS := /usr/bin/redis-server
+CHROMIUM := /usr/bin/chromium
 AZURITE := $(VENV)/azurite/node_modules/azurite/dist/src/blob/main.js
 SINCE  := HEAD
 SUDO   := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: install install-dev demo docs test lint quick unit integration test-recipes test-faults test-cluster test-cluster-files render pretrain gpu-evidence clean help
+.PHONY: install install-dev demo docs test lint quick unit integration test-recipes test-faults test-cluster test-browser test-cluster-files render pretrain gpu-evidence clean help
 
 help:
 	@echo "make demo         the whole pipeline on the embedded default (about 15 minutes on 2 cores)"
@@ -28,6 +30,7 @@ help:
 	@echo "make test-recipes every recipe stopped and resumed on a tiny model, slow strategies (an hour)"
 	@echo "make test-faults  killed processes, damaged files, servers that go away, clocks that jump (minutes)"
 	@echo "make test-cluster jobs on a cluster, services of infra/compose.yaml, in their own namespace (minutes; Linux)"
+	@echo "make test-browser the evaluation's report in a browser, with accessibility checks (seconds)"
 	@echo "make test-cluster-files  what cluster/ and infra/ hold, by the tools of each (minutes)"
 	@echo "make docs         the documentation as a site in site/; a broken link is refused"
 	@echo "make render       write cluster/ again from its recipe and values"
@@ -66,6 +69,14 @@ $(CHECKOV):  # it pins versions of its own, of boto3 and others
 $(FONT):
 	$(SUDO) apt-get update -qq
 	$(SUDO) apt-get install -y -qq fonts-noto-color-emoji
+
+$(BROWSER): $(DEV)
+	$(INSTALL) --editable '.[browser]'
+	@touch $@
+
+$(CHROMIUM):
+	$(SUDO) apt-get update -qq
+	$(SUDO) apt-get install -y -qq --no-install-recommends chromium
 
 $(FAKETIME):
 	$(SUDO) apt-get update -qq
@@ -123,6 +134,9 @@ test-faults: install-dev $(FAKETIME)
 
 test-cluster: install-dev $(PROMETHEUS) $(POSTGRESQL) $(REDIS)
 	tests/cluster/isolated $(BIN)/python -m pytest tests/cluster
+
+test-browser: install-dev $(BROWSER) $(CHROMIUM)
+	$(BIN)/python -m pytest tests/browser
 
 test-cluster-files: $(CLUSTER) $(CHECKOV) $(PROMETHEUS)
 	$(BIN)/python -m pytest tests/cluster_files

@@ -21,13 +21,15 @@ from piflow.config import Recipe
 from piflow.storage.foreign import redacted
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from piflow.data.prompt_set import ListedPrompts
     from piflow.data.reader import PromptStore
     from piflow.evaluation.compare import Evaluation
     from piflow.evaluation.drawing import Drawing, Plan
     from piflow.evaluation.networks import Instruments
     from piflow.evaluation.others import Other
-    from piflow.evaluation.report import Lineage
+    from piflow.evaluation.report import Lineage, ShownPrompt
     from piflow.inference.settings import SamplingSettings
     from piflow.roles.adapter import Adapter
     from piflow.roles.trio import Trio
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from piflow.training.preflight import Run
 
 GRID_PROMPTS = 8  # rows of the picture grid
+SHOWN_PROMPTS = 8  # of the worst, and of the best, in the report
+SHOWN_PIXELS = 24e6  # of all pictures in the report, however many
 FOLDER = "evaluation"  # in the run's
 PICTURES = "pictures"  # in that
 
@@ -399,21 +403,23 @@ def _write_report(
     """
     import torch
 
-    from piflow.evaluation.report import EvaluationReport, PictureLinks, render_html
+    from piflow.evaluation.report import EvaluationReport, render_html, worst_and_best
     from piflow.evaluation.sheet import grid, jpeg_bytes
+    from piflow.inference.pixels import to_image
 
-    prompts = result.prompts[:GRID_PROMPTS]
-    shown = [method.name for method in result.methods if method.is_headline]
-    columns = [result.pictures[name][: len(prompts), 0].clone() for name in shown]
-    rows = list(torch.stack(columns, dim=1))
-    sheet = jpeg_bytes(grid(rows, prompts, shown))
-    links = tuple(
-        PictureLinks(
-            prompt,
-            tuple((name, f"{PICTURES}/{files[row]}") for name, files in result.files.items()),
-        )
-        for row, prompt in enumerate(prompts)
-    )
+    rows = worst_and_best(result.per_prompt, SHOWN_PROMPTS)
+    first = range(min(GRID_PROMPTS, len(result.prompts)))
+    names = [method.name for method in result.methods if method.is_headline]
+    kept, pictures = [], {}
+    for method in result.methods:
+        if not (method.is_headline or method.is_student):
+            continue
+        own = result.pictures[method.name]
+        pictures[method.name] = [to_image(own[row, 0]) for row in rows]
+        if method.is_headline:
+            kept.append(own[: len(first), 0].clone())
+    sheet = jpeg_bytes(grid(list(torch.stack(kept, dim=1)), result.prompts[: len(first)], names))
+    shown = _shown(result, rows, pictures)
     report = EvaluationReport(
         title=f"{recipe.name}: few-step student against its teacher",
         created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -428,14 +434,50 @@ def _write_report(
         cautions=cautions,
         metrics=result.metrics,
         lineage=lineage,
-        grid_jpeg=sheet,
-        grid_caption="Every row starts from one noise; seeds were not seen in training.",
-        picture_links=links,
+        shown=shown,
         prompt_results=result.per_prompt,
+        prompt_categories=result.categories,
         recipe_yaml=recipe.to_yaml(),
     )
     html = render_html(report).encode()
     for name, content in {"grid.jpg": sheet, "report.html": html}.items():
         storage.write_bytes(storage.join(folder, name), content)
-    linked = [path for row in links for _, path in row.pictures]
+    linked = [picture.path for row in shown for picture in row.pictures]
     return [*dict.fromkeys(linked), "grid.jpg", "report.html"]
+
+
+def _shown(
+    result: Evaluation, rows: Sequence[int], pictures: Mapping[str, Sequence[Image]]
+) -> tuple[ShownPrompt, ...]:
+    """What the report shows of some prompts.
+
+    Args:
+        rows: the prompts' numbers.
+        pictures: by method, of these prompts.
+    """
+    from piflow.evaluation.report import ShownPicture, ShownPrompt
+    from piflow.evaluation.sheet import page_picture
+
+    each = SHOWN_PIXELS / max(1, len(rows) * len(pictures))
+    found = []
+    for place, row in enumerate(rows):
+        prompt = result.per_prompt[row]
+        shown = [
+            ShownPicture(
+                name,
+                f"{PICTURES}/{result.files[name][row]}",
+                *page_picture(images[place], each),
+            )
+            for name, images in pictures.items()
+        ]
+        found.append(
+            ShownPrompt(
+                prompt.prompt,
+                row,
+                "" if result.categories is None else result.categories[row],
+                prompt.psnr_teacher,
+                prompt.psnr_student,
+                tuple(shown),
+            )
+        )
+    return tuple(found)

@@ -1,18 +1,23 @@
 """The evaluation report: one HTML file that needs nothing beside it.
 
-Style and the sheet of pictures are inline, there is no script and no address is fetched, so the
-file can be mailed, archived with the run or opened from MLflow's artifact view. Links lead to the
-pictures in full size, in the folder beside it. Every value is escaped.
+Style, script and pictures are inline and no address is fetched, so the file can be mailed, archived
+with the run or opened from MLflow's artifact view. Links lead to the pictures in full size, in the
+folder beside it. Every value is escaped, and the page's own policy lets it run this one script and
+load nothing: a prompt that got through would be text still. Without scripts everything is there but
+filter, order and zoom.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from piflow.config.metrics import COLUMNS, FIGURES, METRICS, has_interval
 from piflow.evaluation.chart import Chart, Series, chart
@@ -22,6 +27,8 @@ from piflow.evaluation.metrics import Interval
 from piflow.storage.foreign import redacted
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_PACKAGE, _TEMPLATES = "piflow.evaluation", "templates"
+_SMALL = 256  # pixels
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,56 @@ class Lineage:
 
 
 @dataclass(frozen=True)
-class PictureLinks:
-    """A prompt's pictures in full size: (method, path from the report's folder)."""
+class ShownPicture:
+    """A picture in the page.
+
+    Attributes:
+        path: of its file in full size, from the report's folder.
+        data: URI that holds it.
+        width, height: pixels, as it is in the page.
+    """
+
+    method: str
+    path: str
+    data: str
+    width: int
+    height: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is shown enlarged, and its pixels had better be seen."""
+        return max(self.width, self.height) < _SMALL
+
+
+@dataclass(frozen=True)
+class ShownPrompt:
+    """A prompt with its pictures, one of each method.
+
+    Attributes:
+        number: among the evaluation's.
+        category: "" : it has none.
+    """
 
     prompt: str
-    pictures: tuple[tuple[str, str], ...]
+    number: int
+    category: str
+    psnr_teacher: float
+    psnr_student: float
+    pictures: tuple[ShownPicture, ...]
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt in the table of all."""
+
+    prompt: str
+    category: str
+    psnr_teacher: float
+    psnr_student: float
+
+    @property
+    def gain(self) -> float:
+        return self.psnr_student - self.psnr_teacher
 
 
 @dataclass(frozen=True)
@@ -60,18 +112,23 @@ class EvaluationReport:
     cautions: Sequence[str]  # of numbers that the student wasn't trained for
     metrics: Mapping[str, str]  # what decides each metric, in words
     lineage: Lineage
-    grid_jpeg: bytes
-    grid_caption: str
-    picture_links: tuple[PictureLinks, ...]
+    shown: tuple[ShownPrompt, ...]  # the student's smallest gain first
     prompt_results: tuple[PromptResult, ...]
+    prompt_categories: tuple[str, ...] | None  # of each; None: there are none
     recipe_yaml: str  # the resolved recipe
+
+    @property
+    def columns_shown(self) -> list[MethodResult]:
+        """The methods whose pictures are shown, in the order of a prompt's."""
+        names = [picture.method for picture in self.shown[0].pictures] if self.shown else []
+        return [method for method in self.methods if method.name in names]
 
 
 def render_html(report: EvaluationReport) -> str:
     """The report as one HTML document.
 
     Raises:
-        ValueError: there is no method to show, or ``grid_jpeg`` is no JPEG file.
+        ValueError: there is no method to show.
     """
     if not report.methods:
         raise ValueError("a report needs at least one method, got none; run the samplers first")
@@ -92,8 +149,41 @@ def render_html(report: EvaluationReport) -> str:
         others=[other_row(other) for other in report.others],
         other_figures=figure_table([other.figures for other in report.others]),
         other_differences=figure_table([other.student_over for other in report.others]),
-        picture=inline_jpeg(report.grid_jpeg),
+        columns_shown=report.columns_shown,
+        other_noise=[other.name for other in report.others if not other.same_noise],
+        prompt_rows=_prompt_rows(report),
+        categories=list(dict.fromkeys(report.prompt_categories or ())),
+        script=_source("report.js"),
     )
+
+
+def _prompt_rows(report: EvaluationReport) -> list[PromptRow]:
+    """All prompts, those with the student's smallest gain first."""
+    categories = report.prompt_categories or ("",) * len(report.prompt_results)
+    rows = [
+        PromptRow(each.prompt, category, each.psnr_teacher, each.psnr_student)
+        for each, category in zip(report.prompt_results, categories, strict=True)
+    ]
+    return [rows[number] for number in by_gain(report.prompt_results)]
+
+
+def by_gain(results: Sequence[PromptResult]) -> list[int]:
+    """Numbers of the prompts, the student's smallest gain over the teacher first.
+
+    Where both are perfect there is none, and the prompt counts as 0 dB.
+    """
+
+    def gain(number: int) -> float:
+        found = results[number].psnr_student - results[number].psnr_teacher
+        return 0.0 if math.isnan(found) else found
+
+    return sorted(range(len(results)), key=gain)
+
+
+def worst_and_best(results: Sequence[PromptResult], each: int) -> list[int]:
+    """Numbers of as many prompts from both ends of `by_gain`, in that order."""
+    ordered = by_gain(results)
+    return ordered if len(ordered) <= 2 * each else ordered[:each] + ordered[-each:]
 
 
 def headline(methods: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
@@ -266,14 +356,36 @@ def inline_jpeg(content: bytes) -> str:
 def rendered(template: str, **values: object) -> str:
     """A page of this package's templates, every value escaped."""
     environment = Environment(
-        loader=PackageLoader("piflow.evaluation", "templates"),
+        loader=PackageLoader(_PACKAGE, _TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(db=_decibels, signed_db=_signed_decibels, share=_share, ratio=_ratio)
-    return environment.get_template(template).render(**values)
+    style = _source("style.css")
+    script = values.get("script")
+    policy = content_policy(str(style), None if script is None else str(script))
+    return environment.get_template(template).render(style=style, policy=policy, **values)
+
+
+def content_policy(style: str, script: str | None) -> str:
+    """What a page may load and run: its own style and script, by their hashes, and its pictures."""
+    run = f"script-src {_hash_source(script)}; " if script is not None else ""
+    return (
+        f"default-src 'none'; {run}style-src {_hash_source(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash_source(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _source(name: str) -> Markup:
+    """A file of the templates' folder, which is ours and stands in a page as it is."""
+    return Markup((files(_PACKAGE) / _TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def _decibels(value: float) -> str:

@@ -7,18 +7,21 @@ Pillow, browsers and MLflow take it.
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from piflow.inference.pixels import enlargement, to_image
+from piflow.inference.pixels import enlargement, png_bytes, to_image
 from piflow.storage.foreign import shown
 
 _CELL_SIDE = 512  # pixels, of a picture on a sheet
 _SHEET_PIXELS = 24_000_000
 _JPEG_QUALITY = 92
+_PAGE_QUALITY = 88  # of many pictures in a page
+_EXACT_SIDE = 256  # pixels, up to which a picture in a page is a PNG
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
 _GAP = 4
 _FONT_SIZE = 13
@@ -105,6 +108,28 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     whole = size[0] % image.width == 0 and size[1] % image.height == 0
     resampling = Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
     return image.resize(size, resampling, reducing_gap=None if whole else 3.0)
+
+
+def page_picture(image: Image.Image, pixels: float) -> tuple[str, int, int]:
+    """The image as a page holds it: a data URI, its width and height.
+
+    Args:
+        pixels: at most so many; small images are kept to the bit, others made smaller.
+    """
+    side = max(image.size)
+    if side <= _EXACT_SIDE:
+        return _data_uri("png", png_bytes(image)), image.width, image.height
+    factor = min(1.0, (pixels / (image.width * image.height)) ** 0.5)
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    resampling = Image.Resampling.LANCZOS
+    fitted = image.resize(size, resampling, reducing_gap=3.0) if factor < 1 else image
+    buffer = io.BytesIO()
+    fitted.save(buffer, format="JPEG", quality=_PAGE_QUALITY)
+    return _data_uri("jpeg", buffer.getvalue()), *size
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def jpeg_bytes(image: Image.Image) -> bytes:

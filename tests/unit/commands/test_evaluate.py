@@ -63,10 +63,12 @@ def test_a_report_of_large_pictures_stays_small(recipe: Recipe, tmp_path: Path) 
     assert files[-2:] == ["grid.jpg", "report.html"] and len(files) == 8 * 4 + 2
     folder = tmp_path / "evaluation"
     sizes = storage.file_sizes(str(folder))
-    assert sizes.keys() == {"grid.jpg", "report.html"} and max(sizes.values()) < 24 * 2**20
+    assert sizes.keys() == {"grid.jpg", "report.html"}
+    assert sizes["grid.jpg"] < 24 * 2**20 and sizes["report.html"] < 40 * 2**20
     html = (folder / "report.html").read_text()
     assert "&lt;b&gt;prompt 0" in html and "<b>" not in html
     assert re.findall(r'href="\./([^"]*)"', html) == files[:-2]
+    assert html.count("data:image/jpeg;base64,") == 8 * 4
 
 
 def test_a_full_disk_leaves_the_earlier_report_whole(recipe: Recipe, tmp_path: Path) -> None:

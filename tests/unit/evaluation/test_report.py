@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
+import io
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
-import torch
+from PIL import Image
 
 from piflow.evaluation import sheet
 from piflow.evaluation.chart import ticks
 from piflow.evaluation.compare import MethodResult, PromptResult
 from piflow.evaluation.curve import CurvePoint
 from piflow.evaluation.metrics import Interval
-from piflow.evaluation.report import EvaluationReport, Lineage, PictureLinks, render_html
+from piflow.evaluation.report import (
+    EvaluationReport,
+    Lineage,
+    ShownPicture,
+    ShownPrompt,
+    render_html,
+    worst_and_best,
+)
 
 _VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -69,7 +79,8 @@ def method(
 
 @pytest.fixture
 def report() -> EvaluationReport:
-    picture = sheet.grid([torch.zeros(1, 3, 8, 8)], ["student"], ["red heart"])
+    picture = sheet.page_picture(Image.new("RGB", (8, 8)), 1e6)
+    shown = ShownPicture("student", "pictures/0001-red-1.png", *picture)
     return EvaluationReport(
         title="emoji-flux",
         created="2025-01-02 03:04 UTC",
@@ -92,9 +103,8 @@ def report() -> EvaluationReport:
         cautions=(),
         metrics={"psnr": "version 1", "diversity": "version 1"},
         lineage=Lineage("run-1", "recipe-2", "manifest-3", "step 350", {"torch": "2", "ray": "3"}),
-        grid_jpeg=sheet.jpeg_bytes(picture),
-        grid_caption="every column has one noise",
-        picture_links=(PictureLinks("red heart", (("student", "pictures/0001-red-1.png"),)),),
+        shown=(ShownPrompt("red heart", 0, "", 23.0, 27.0, (shown,)),),
+        prompt_categories=None,
         prompt_results=(PromptResult("red heart", 23.0, 27.0), PromptResult("cat", 24.0, 29.0)),
         recipe_yaml="name: emoji\ntraining:\n  lr: 0.0001\n",
     )
@@ -117,8 +127,8 @@ def test_tables_hold_the_figures(report: EvaluationReport) -> None:
         ["student", "4", "28.25", "0.390", "0.947", "81.2 %", "5.5", "0.25"],
     ]
     assert page.tables["prompts"][1:] == [
-        ["red heart", "23.00", "27.00"],
-        ["cat", "24.00", "29.00"],
+        ["red heart", "23.00", "27.00", "+4.00"],
+        ["cat", "24.00", "29.00", "+5.00"],
     ]
     assert page.tables["lineage"] == [
         ["MLflow run", "run-1"],
@@ -196,17 +206,51 @@ def test_ticks_are_round_and_cover_the_values(
 
 
 def test_nothing_is_fetched(report: EvaluationReport) -> None:
+    """One script and one style, whose hashes are all that the page's own policy allows."""
     html = render_html(report)
     page = _parse(html)
     links = [value for _, name, value in page.attributes if name in ("src", "href", "srcset")]
     assert links[1:] == ["./pictures/0001-red-1.png"], "a link that a reader may follow"
-    kind, data = links[0].split(",", 1)
-    assert kind == "data:image/jpeg;base64"
-    assert base64.b64decode(data) == report.grid_jpeg
-    tags = {tag for tag, _, _ in page.attributes}
-    assert not tags & {"script", "link", "iframe"}
-    for forbidden in ("http://", "https://", "<script", "url(", "@import"):
+    assert links[0].startswith("data:image/png;base64,")
+    tags = [tag for tag, _, _ in page.attributes]
+    assert not {"link", "iframe"} & set(tags)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"]
+    for forbidden in ("http://", "https://", "url(", "@import"):
         assert forbidden not in html
+    (policy,) = [
+        value for tag, name, value in page.attributes if (tag, name) == ("meta", "content")
+        if value.startswith("default-src")
+    ]  # fmt: skip
+    for tag in ("style", "script"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.S)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'; ") and "img-src data:;" in policy
+    assert "unsafe" not in policy
+
+
+@pytest.mark.parametrize(
+    ("gains", "each", "expected"),
+    [
+        ([3.0, 1.0, 2.0], 2, [1, 2, 0]),
+        ([3.0, 1.0, 2.0, 5.0, 4.0], 2, [1, 2, 4, 3]),
+        ([1.0, -math.inf, math.nan, math.inf], 1, [1, 3]),
+        ([], 2, []),
+    ],
+)
+def test_the_worst_prompts_come_first(gains: list[float], each: int, expected: list[int]) -> None:
+    results = [PromptResult(str(number), 0.0, gain) for number, gain in enumerate(gains)]
+    assert worst_and_best(results, each) == expected
+
+
+def test_small_pictures_are_exact_and_large_ones_smaller() -> None:
+    small = Image.effect_noise((200, 100), 50).convert("RGB")
+    data, width, height = sheet.page_picture(small, 10)
+    content = io.BytesIO(base64.b64decode(data.partition(",")[2]))
+    assert (width, height) == (200, 100)
+    assert Image.open(content).convert("RGB").tobytes() == small.tobytes()
+    data, width, height = sheet.page_picture(small.resize((1000, 500)), 20_000)
+    assert data.startswith("data:image/jpeg") and (width, height) == (200, 100)
 
 
 def test_light_and_dark(report: EvaluationReport) -> None:
@@ -215,29 +259,33 @@ def test_light_and_dark(report: EvaluationReport) -> None:
 
 def test_every_value_is_escaped(report: EvaluationReport) -> None:
     evil = "<script>alert('x')</script>\" onload=\"y"
+    picture = report.shown[0].pictures[0]
+    shown = tuple(
+        dataclasses.replace(picture, method=evil, path=path)
+        for path in (evil, "javascript:alert(1)")
+    )
     poisoned = dataclasses.replace(
         report,
         title=evil,
         created=evil,
-        grid_caption=evil,
-        picture_links=(PictureLinks(evil, ((evil, evil), ("x", "javascript:alert(1)"))),),
+        shown=(ShownPrompt(evil, 0, evil, 1.0, 2.0, shown),),
+        prompt_categories=(evil,),
         recipe_yaml=evil,
         methods=(dataclasses.replace(report.methods[0], name=evil),),
         prompt_results=(PromptResult(evil, 1.0, 2.0),),
         lineage=Lineage(evil, evil, evil, 1, {evil: evil}),
     )
     html = render_html(poisoned)
-    assert "<script" not in html
+    assert html.count("<script") == 1
     page = _parse(html)
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert page.tables["prompts"][1][0] == evil
-    assert ("img", "alt", evil) in page.attributes
+    assert ("img", "alt", f"{evil}: {evil}") in page.attributes
+    assert ("option", "value", evil) in page.attributes
     links = [value for _, name, value in page.attributes if name == "href"]
     assert len(links) == 2 and all(link.startswith("./") for link in links)
 
 
-def test_refuses_an_empty_or_broken_report(report: EvaluationReport) -> None:
+def test_refuses_an_empty_report(report: EvaluationReport) -> None:
     with pytest.raises(ValueError, match="at least one method"):
         render_html(dataclasses.replace(report, methods=()))
-    with pytest.raises(ValueError, match="expected a JPEG file's bytes"):
-        render_html(dataclasses.replace(report, grid_jpeg=b"GIF89a"))
