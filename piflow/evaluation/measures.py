@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 from piflow.config.metrics import METRICS, Network
 from piflow.evaluation.distances import frechet_distance, kernel_distance, precision_recall
+from piflow.evaluation.feature_cache import cached_features, keep_features
 from piflow.evaluation.metrics import pairwise_diversity, squared_error
 from piflow.evaluation.networks import FeatureNetwork, Instruments
+from piflow.evaluation.references import References
 from piflow.inference.drawing import choose_device
 from piflow.inference.pixels import to_image
 
@@ -74,7 +76,7 @@ class Material:
         return self._features[kind]
 
     def features_of_references(self, kind: Network) -> Tensor:
-        """Features of the recipe's references, ``(N, D)`` float64; computed once.
+        """Features of the recipe's references, ``(N, D)`` float64; computed once a machine.
 
         Raises:
             ValueError: a picture can't be used.
@@ -83,10 +85,19 @@ class Material:
         if references is None:
             raise ValueError("expected evaluation.references, got none")
         if kind not in self._of_references:
-            self._of_references[kind] = self.network(kind).pictures(
-                references.read(), self._advance
-            )
+            self._of_references[kind] = self._kept_or_computed(kind, references)
         return self._of_references[kind]
+
+    def _kept_or_computed(self, kind: Network, references: References) -> Tensor:
+        stamp, network = references.stamp(), self._instruments.networks[kind].identity
+        kept = cached_features(stamp, network)
+        if kept is not None and len(kept[0]) == len(references):
+            references.found_as(kept[1])
+            self._advance(len(references))
+            return kept[0]
+        features = self.network(kind).pictures(references.read(), self._advance)
+        keep_features(stamp, network, features, references.identity)
+        return features
 
     def identities(self, names: Sequence[str]) -> dict[str, str]:
         """What decided each metric beside the pictures, in words, once they were measured."""

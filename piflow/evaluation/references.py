@@ -46,6 +46,23 @@ class References:
         """Hash of names and contents of all pictures, once they were read."""
         return self._digest
 
+    def stamp(self) -> str:
+        """What changes when somebody changes a file of the folder; no picture is read."""
+        folders = sorted({name.rpartition("/")[0] for name in self._names})
+        stamps = {
+            f"{folder}/{name}".removeprefix("/"): stamp
+            for folder in folders
+            for name, stamp in storage.file_stamps(
+                storage.member(self._uri, folder) if folder else self._uri
+            ).items()
+        }
+        told = "\n".join(f"{name}\0{stamps.get(name)}" for name in self._names)
+        return hashlib.sha256(f"{storage.absolute(self._uri)}\n{told}".encode()).hexdigest()
+
+    def found_as(self, identity: str) -> None:
+        """Take the identity from an earlier reading of the same files."""
+        self._digest = identity
+
     def read(self) -> Iterator[Image.Image]:
         """Every picture, RGB.
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from piflow.config import EvaluationConfig
 from piflow.config.metrics import COLUMNS, FIGURES, METRICS
+from piflow.evaluation import feature_cache
 from piflow.evaluation.intervals import own_figures
 from piflow.evaluation.measures import MEASURES, Material, measured
 from piflow.evaluation.networks import Instruments, open_instruments
@@ -171,3 +173,35 @@ def test_other_weights_and_other_references_are_other_figures(
     for name in names:
         same = torch.equal(found[STUDENT][name], before[STUDENT][name])
         assert same == (ours[name] == theirs[name]) == (name == "fd_dinov2_teacher")
+
+
+def test_features_of_references_are_computed_once_a_machine(
+    config: EvaluationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same to the bit, until a picture or the network changes, or the file is damaged."""
+    monkeypatch.setattr(feature_cache, "default_cache", lambda: tmp_path / "cache")
+    (tmp_path / "world" / "more").mkdir(parents=True)
+    for number in range(4):
+        folder = tmp_path / "world" / ("more" if number % 2 else "")
+        Image.effect_noise((20, 20), 40 + number).convert("RGB").save(folder / f"{number}.png")
+    ours = config.model_copy(update={"references": str(tmp_path / "world")})
+
+    def computed() -> tuple[Tensor, str, bool]:
+        opened = open_instruments(ours)
+        seen: list[int] = []
+        subject = Material(PROMPTS, {}, instruments=opened, advance=seen.append)
+        features = subject.features_of_references("dinov2")
+        assert sum(seen) == 4 and opened.references is not None
+        return features, opened.references.identity, "dinov2" in subject._loaded
+
+    first, identity, loaded = computed()
+    again, same, loaded_again = computed()
+    assert loaded and not loaded_again
+    assert torch.equal(first, again) and identity == same
+    (kept,) = (tmp_path / "cache" / "features").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-8])
+    mended, _, loaded = computed()
+    assert loaded and torch.equal(mended, first)
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(tmp_path / "world" / "more" / "1.png")
+    changed, other, loaded = computed()
+    assert loaded and other != identity and not torch.equal(changed, first)
