@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from piflow.backbones.load import DTYPES, family_class, load_backbone, load_empty_backbone
     from piflow.backbones.qwen_image.backbone import QwenImageBackbone
     from piflow.backbones.sd3.backbone import SD3Backbone
+    from piflow.backbones.z_image.backbone import ZImageBackbone
 
 __all__ = [
     "DTYPES",
@@ -32,6 +33,7 @@ __all__ = [
     "QwenImageBackbone",
     "SD3Backbone",
     "VAECodec",
+    "ZImageBackbone",
     "build_codec",
     "family_class",
     "load_backbone",
@@ -47,6 +49,7 @@ _HOMES = {  # module here -> the names of this package that it holds
     "load": ("DTYPES", "family_class", "load_backbone", "load_empty_backbone"),
     "qwen_image.backbone": ("QwenImageBackbone",),
     "sd3.backbone": ("SD3Backbone",),
+    "z_image.backbone": ("ZImageBackbone",),
 }
 
 

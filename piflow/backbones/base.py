@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from piflow.policies.base import to_device
 from piflow.sharding.weights import StoredTensor
 
-PATCH = 2  # a token is a 2×2 patch
+PATCH = 2  # side of the patch that a token is, where a family doesn't declare another
 TOKEN_STEP = 32  # cut token states are multiples of it: few lengths, and sizes that kernels like
 
 
@@ -170,26 +170,27 @@ class Conditioning:
         )
 
 
-def pack(latents: Tensor) -> Tensor:
-    """`(B, C, H, W)` -> `(B, HW/4, 4C)`: 2×2 patches, row by row, channel-major inside.
+def pack(latents: Tensor, patch: int = PATCH) -> Tensor:
+    """`(B, C, H, W)` -> `(B, HW/p², p²C)`: p×p patches, row by row, channel-major inside.
 
     Raises:
-        ValueError: H or W is odd.
+        ValueError: H or W isn't a multiple of p.
     """
     batch, channels, height, width = latents.shape
-    if height % PATCH or width % PATCH:
-        raise ValueError(f"latent height and width must be even, got {height}×{width}")
-    rows, columns = height // PATCH, width // PATCH
-    patches = latents.reshape(batch, channels, rows, PATCH, columns, PATCH)
+    if height % patch or width % patch:
+        wanted = "even" if patch == PATCH else f"multiples of {patch}"
+        raise ValueError(f"latent height and width must be {wanted}, got {height}×{width}")
+    rows, columns = height // patch, width // patch
+    patches = latents.reshape(batch, channels, rows, patch, columns, patch)
     patches = patches.permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(batch, rows * columns, channels * PATCH * PATCH)
+    return patches.reshape(batch, rows * columns, channels * patch * patch)
 
 
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """`(B, HW/4, 4F)` -> `(B, F, H, W)`, the inverse of `pack`."""
+def unpack(tokens: Tensor, height: int, width: int, patch: int = PATCH) -> Tensor:
+    """`(B, HW/p², p²F)` -> `(B, F, H, W)`, the inverse of `pack`."""
     batch, _, features = tokens.shape
-    rows, columns, channels = height // PATCH, width // PATCH, features // (PATCH * PATCH)
-    patches = tokens.reshape(batch, rows, columns, channels, PATCH, PATCH)
+    rows, columns, channels = height // patch, width // patch, features // (patch * patch)
+    patches = tokens.reshape(batch, rows, columns, channels, patch, patch)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
 
 
@@ -198,16 +199,18 @@ class OutputLayer(nn.Module):
 
     Args:
         norm: `(B, T, d)`, `(B, d)` -> `(B, T, d)`, shifted and scaled by the time embedding.
-        projection: d -> 4C, with or without a bias; rows are channel-major, (C, patch position).
+        projection: d -> p²C, with or without a bias; rows are channel-major, (C, patch position).
+        patch_size: p, side of the patch that a token is.
     """
 
-    def __init__(self, norm: nn.Module, projection: nn.Linear) -> None:
+    def __init__(self, norm: nn.Module, projection: nn.Linear, patch_size: int = PATCH) -> None:
         super().__init__()
         self.norm = norm
         self.projection = projection
+        self.patch_size = patch_size
 
     def forward(self, hidden: Tensor, temb: Tensor) -> Tensor:
-        """`(B, T, d)`, `(B, d)` -> `(B, T, 4C)`."""
+        """`(B, T, d)`, `(B, t)` -> `(B, T, p²C)`."""
         tokens: Tensor = self.projection(self.norm(hidden, temb))
         return tokens
 
@@ -215,7 +218,7 @@ class OutputLayer(nn.Module):
 class Backbone(Protocol):
     """One transformer: pack latents to tokens, call, unpack tokens to latents.
 
-    Latents are `(B, C, H, W)`; a token holds a 2×2 patch, channel-major, whatever the family's own
+    Latents are `(B, C, H, W)`; a token holds a p×p patch, channel-major, whatever the family's own
     layout is. `copy.deepcopy` of a backbone gives an independent one.
 
     Attributes:
@@ -223,6 +226,7 @@ class Backbone(Protocol):
         dtype: the frozen base's dtype.
         width: the transformer's hidden size d.
         latent_channels: C.
+        patch_size: p, 2 in nearly all families.
         class_name: the diffusers class in a model folder's config.json.
         block_classes: modules that are sharded one by one.
         output_names: submodules of `module` that make up its output layer; never adapted.
@@ -235,6 +239,7 @@ class Backbone(Protocol):
     dtype: torch.dtype
     width: int
     latent_channels: int
+    patch_size: int
     class_name: str
     block_classes: tuple[type[nn.Module], ...]
     output_names: tuple[str, ...]
@@ -287,15 +292,18 @@ class Backbone(Protocol):
         ...
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Latents `(B, C, H, W)` at noise levels `(B,)` -> the output layer's `(B, HW/4, F)`."""
+        """Latents `(B, C, H, W)` at noise levels `(B,)` -> the output layer's `(B, HW/p², F)`."""
         ...
 
     def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """`(B, HW/4, 4F)` -> `(B, F, H, W)`."""
+        """`(B, HW/p², p²F)` -> `(B, F, H, W)`."""
         ...
 
     def output_layer(self) -> OutputLayer:
-        """The teacher's last adaptive norm and projection; a ValueError once replaced."""
+        """The teacher's last adaptive norm and projection, whose tokens are the velocity's.
+
+        A ValueError once replaced.
+        """
         ...
 
     def require_stored_output(self) -> None:

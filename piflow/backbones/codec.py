@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from piflow import storage
+from piflow.backbones.load import family_class
 from piflow.config import ModelConfig, find_family
 from piflow.storage.foreign import parse_object, shown
 from piflow.storage.model_folder import LIBRARY_ERRORS, check_model_folder, reason
@@ -90,7 +91,9 @@ def check_channels(model: ModelConfig, codec: Codec) -> None:
         return
     if type(taken) is not int:
         raise ValueError(f"{place} has in_channels {shown(repr(taken))}; expected a whole number")
-    expected = taken // 4 if find_family(model.family).packs_latents else taken
+    expected = taken
+    if find_family(model.family).packs_latents:
+        expected //= family_class(model.family).patch_size ** 2
     if channels != expected:
         source = f"the VAE {vae_uri(model)}" if model.codec == "vae" else "model.codec = pixels"
         raise ValueError(

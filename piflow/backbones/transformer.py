@@ -1,11 +1,12 @@
-"""What the families share: a diffusers transformer over 2×2 patches, and how it is loaded."""
+"""What the families share: a diffusers transformer over patches, and how it is loaded."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,9 @@ SHOWN = 3  # differing tensors that an error names
 class TransformerBackbone(ABC):
     """A `Backbone` whose module ends in `proj_out(norm_out(hidden, temb))`.
 
-    A family sets the class attributes and says how its config is checked and its model called.
+    A family sets the class attributes and says how its config is checked and its model called. Its
+    conventions are declared, and this class alone follows them: `velocity_sign`, `time_of` and
+    `patch_size`.
 
     Args:
         module: an instance of `model_class`.
@@ -50,6 +53,9 @@ class TransformerBackbone(ABC):
     adapter_class_names: tuple[str, str]
     adapter_fields: tuple[str, ...]
     fixed_size: ClassVar[bool] = False  # whether latents have one size alone
+    patch_size: int = PATCH
+    velocity_sign: ClassVar[Literal[1, -1]] = 1
+    """What the model predicts is this times the velocity ε - x0."""
 
     def __init__(self, module: nn.Module, *, embedded_guidance: float | None = None) -> None:
         if not isinstance(module, self.model_class):
@@ -61,7 +67,7 @@ class TransformerBackbone(ABC):
         self.embedded_guidance = embedded_guidance
         self._counted: dict[tuple[int, int, int], int] = {}
         features, self.width = self.output_layer().projection.weight.shape
-        self.latent_channels: int = features // (PATCH * PATCH)
+        self.latent_channels: int = features // self.patch_size**2
 
     @classmethod
     def load(
@@ -155,7 +161,7 @@ class TransformerBackbone(ABC):
             for name, tensor in empty.state_dict().items()
             if name.split(".")[0] not in outputs
         }
-        _check_weights(stored, expected, str(uri))
+        check_weights(stored, expected, str(uri))
         for name in outputs:
             layer = module.get_submodule(name).to_empty(device="cpu")
             for tensor in layer.parameters():
@@ -216,7 +222,7 @@ class TransformerBackbone(ABC):
             ) from error
         cls.check_config(_constructor_arguments(empty.config), embedded_guidance)
         stored = stored_tensors(folder, shown=uri)
-        _check_weights(stored, empty.state_dict(), uri)
+        check_weights(stored, empty.state_dict(), uri)
         return config, stored
 
     @staticmethod
@@ -234,13 +240,39 @@ class TransformerBackbone(ABC):
     def default_lora_targets(self) -> tuple[str, ...]:
         """Name suffixes of the linear layers that the student adapts, each with a gradient."""
 
+    @staticmethod
+    def time_of(sigma: Tensor) -> Tensor:
+        """The time `(B,)` that the model is called with at noise levels sigma `(B,)`, float32.
+
+        sigma itself here, for models that multiply it by 1000 themselves.
+        """
+        return sigma
+
     @abstractmethod
-    def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.
+    def model_tokens(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """One call of the model: what its last layer gives, `(B, HW/p², F)`, channel-major.
+
+        Args:
+            x: latents `(B, C, H, W)`.
+            time: `time_of(sigma)`, `(B,)`.
+            cond: as many prompts.
 
         Raises:
             ValueError: shapes that don't fit the model.
         """
+
+    def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/p², F)`.
+
+        Those of the model's own output layer are the velocity's, whatever its sign.
+
+        Raises:
+            ValueError: shapes that don't fit the model.
+        """
+        self.check_batch(x, sigma, cond)
+        tokens = self.model_tokens(x, self.time_of(sigma.float()), cond)
+        has_own_output = isinstance(self.module.get_submodule("proj_out"), nn.Linear)
+        return -tokens if has_own_output and self.velocity_sign < 0 else tokens
 
     def flops(self, height: int, width: int, text_tokens: int) -> int:
         """Floating-point operations of one sample's forward pass: its matrix products.
@@ -275,10 +307,15 @@ class TransformerBackbone(ABC):
         """
         pooled = self._config.get("pooled_projection_dim")
         return Conditioning(
-            torch.zeros(1, text_tokens, self._config["joint_attention_dim"]),
+            torch.zeros(1, text_tokens, self.text_width),
             torch.full((1,), text_tokens),
             torch.zeros(1, pooled) if pooled else None,
         )
+
+    @property
+    def text_width(self) -> int:
+        """D, of the token states that the model takes; 0: it takes none."""
+        return int(self._config.get("joint_attention_dim") or 0)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -299,11 +336,11 @@ class TransformerBackbone(ABC):
         return self(x, sigma, cond)
 
     def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """`(B, HW/4, 4F)` -> `(B, F, H, W)`."""
-        return unpack(tokens, height, width)
+        """`(B, HW/p², p²F)` -> `(B, F, H, W)`."""
+        return unpack(tokens, height, width, self.patch_size)
 
     def output_layer(self) -> OutputLayer:
-        """The teacher's `norm_out` and `proj_out`.
+        """The teacher's `norm_out` and `proj_out`; a negative copy if the model's sign is.
 
         Raises:
             ValueError: they were replaced already.
@@ -314,7 +351,9 @@ class TransformerBackbone(ABC):
                 "this backbone's output layer was already replaced: load a fresh backbone for "
                 "each trio"
             )
-        return OutputLayer(self.module.get_submodule("norm_out"), projection)
+        if self.velocity_sign < 0:
+            projection = _negative(projection)
+        return OutputLayer(self.module.get_submodule("norm_out"), projection, self.patch_size)
 
     def require_stored_output(self) -> None:
         """Lets the output layer be changed by what was made for the diffusers model.
@@ -329,7 +368,7 @@ class TransformerBackbone(ABC):
             )
 
     def install_output(self, output: nn.Module) -> None:
-        """Makes `output(hidden, temb)` the model's last layer.
+        """Makes `output(hidden, temb)` the model's last layer; its sign stays as it is.
 
         It takes `norm_out`'s place, which is called with both arguments, and `proj_out` becomes
         the identity: the forward pass stays the model's own, tensors in, tensor out, so sharding
@@ -369,12 +408,12 @@ class TransformerBackbone(ABC):
             )
 
     def check_tokens(self, cond: Conditioning) -> None:
-        """Refuses token states of another width than `joint_attention_dim`.
+        """Refuses token states of another width than `text_width`.
 
         Raises:
             ValueError: they have another.
         """
-        expected = self._config["joint_attention_dim"]
+        expected = self.text_width
         if cond.tokens.shape[2] != expected:
             raise ValueError(
                 f"this model takes token states of width {expected}, got {cond.tokens.shape[2]}: "
@@ -430,6 +469,15 @@ def channel_major(projection: nn.Linear) -> nn.Linear:
     return reordered(projection, rows.reshape(PATCH * PATCH, -1).T.flatten())
 
 
+def _negative(layer: nn.Linear) -> nn.Linear:
+    """A copy of `layer` whose output has the other sign."""
+    copied = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.neg_()
+    return copied
+
+
 def reordered(layer: nn.Linear, rows: Tensor) -> nn.Linear:
     """A copy of `layer` with its output features in another order."""
     weight, bias = layer.weight.detach(), layer.bias.detach()
@@ -475,8 +523,8 @@ def check_no_guidance(class_name: str, embedded_guidance: float | None) -> None:
         )
 
 
-def _kept_in_float32(module: nn.Module) -> set[str]:
-    """Names of the parameters that diffusers loads in float32 whatever dtype is asked for."""
+def kept_in_float32(module: nn.Module) -> set[str]:
+    """Names of a diffusers model's parameters that are float32 whatever dtype is asked for."""
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())  # of every ModelMixin
     names = (name for name, _ in module.named_parameters())
     return {name for name in names if not kept.isdisjoint(name.split("."))}
@@ -484,14 +532,14 @@ def _kept_in_float32(module: nn.Module) -> set[str]:
 
 def _keep_in_float32(module: nn.Module) -> None:
     """Gives an empty model those parameters as diffusers' own loading would."""
-    for name in _kept_in_float32(module):
+    for name in kept_in_float32(module):
         parameter = module.get_parameter(name)
         parameter.data = parameter.data.float()
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype of what isn't kept in float32, which is that of the model's inputs."""
-    kept = _kept_in_float32(module)
+    kept = kept_in_float32(module)
     named = list(module.named_parameters())
     dtypes = [parameter.dtype for name, parameter in named if name not in kept]
     return dtypes[0] if dtypes else named[0][1].dtype
@@ -525,12 +573,15 @@ def read_model_config(folder: str, class_name: str, uri: str) -> dict[str, Any]:
     return config
 
 
-def _check_weights(
+def check_weights(
     stored: Mapping[str, StoredTensor], expected: Mapping[str, Tensor], uri: str
 ) -> None:
     """Refuses weights whose names or shapes aren't the model's.
 
     diffusers alone would go on with random values for what is missing.
+
+    Raises:
+        ValueError: they aren't.
     """
     missing = [name for name in expected if name not in stored]
     unknown = [name for name in stored if name not in expected]

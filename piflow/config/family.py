@@ -31,8 +31,10 @@ from piflow.config.encoder import EncoderConfig
 BUILT_IN = {  # name -> the module that holds its FAMILY
     "flux": "piflow.backbones.flux",
     "flux2": "piflow.backbones.flux2",
+    "flux2_klein": "piflow.backbones.flux2_klein",
     "qwen_image": "piflow.backbones.qwen_image",
     "sd3": "piflow.backbones.sd3",
+    "z_image": "piflow.backbones.z_image",
     "dit": "piflow.backbones.dit",
 }
 GROUP = "piflow.families"
@@ -73,6 +75,8 @@ class Family:
         masks_text: whether its model keeps the text's padding out of attention, so that a batch may
             come without what none of its prompts fills.
         splits_tokens: whether its diffusers class has a plan for context parallelism.
+        unguided_scale: the `guidance_scale` at which its diffusers pipeline guides nothing: 1, or 0
+            where the scale is that of what is added, one less than a recipe's `guidance.scale`.
         tiny: dotted name of a module that is a `piflow.backbones.tiny.TinyModel`, for
             `piflow smoke`; None: it can't be tried so.
         pipeline: "module:class" of its `piflow.inference.base.FewStepPipeline`; None: its students
@@ -90,6 +94,7 @@ class Family:
     packs_latents: bool = True
     masks_text: bool = False
     splits_tokens: bool = False
+    unguided_scale: float = 1.0
     tiny: str | None = None
     pipeline: str | None = None
     lora_files: str | None = None

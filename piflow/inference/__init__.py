@@ -10,15 +10,19 @@ May import the data and what stands below it.
 from piflow.inference.dit import PiDiTPipeline
 from piflow.inference.flux import PiFluxPipeline
 from piflow.inference.flux2 import PiFlux2Pipeline
+from piflow.inference.flux2_klein import PiFlux2KleinPipeline
 from piflow.inference.qwen_image import PiQwenImagePipeline
 from piflow.inference.registered import load
 from piflow.inference.sd3 import PiSD3Pipeline
+from piflow.inference.z_image import PiZImagePipeline
 
 __all__ = [
     "PiDiTPipeline",
+    "PiFlux2KleinPipeline",
     "PiFlux2Pipeline",
     "PiFluxPipeline",
     "PiQwenImagePipeline",
     "PiSD3Pipeline",
+    "PiZImagePipeline",
     "load",
 ]

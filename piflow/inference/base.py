@@ -239,7 +239,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
 
     @contextmanager
     def _exact_inputs(self) -> Iterator[None]:
-        """Hands the transformer sigma in float32, as in training, and latents in its own dtype.
+        """Hands the transformer its time of float32, as in training, and latents in its own dtype.
 
         The loops of FLUX and Qwen-Image round the timestep to the latents' dtype and divide it by
         1000: in bfloat16 the network would see sigma = 0.888 at 0.8889 where it saw 0.892 in
@@ -254,8 +254,9 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             sigma = scheduler.sigmas[scheduler.step_index].expand_as(named["timestep"])
+            time = self.backbone_class.time_of(sigma)
             latents = named["hidden_states"].to(module.dtype)
-            return positional, {**named, "timestep": sigma, "hidden_states": latents}
+            return positional, {**named, "timestep": time, "hidden_states": latents}
 
         hook = module.register_forward_pre_hook(exact, with_kwargs=True)
         try:

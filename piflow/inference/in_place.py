@@ -146,7 +146,7 @@ class PipelineStudent:
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Samples are packed, as in FLUX and Qwen-Image: (B, HW/4, 4C), channel-major.
+    """Samples are packed, as in FLUX and Qwen-Image: (B, HW/p², p²C), channel-major.
 
     Attributes:
         head: the student's.
@@ -162,20 +162,21 @@ class PackedTokens:
         cls, head: PolicyHead, height: int, width: int, vae_scale_factor: int
     ) -> PackedTokens:
         """For a picture's pixels, rounded down to whole patches as the families do."""
-        patch = 2 * vae_scale_factor
-        return cls(head, 2 * (height // patch), 2 * (width // patch))
+        side = head.patch_size
+        patch = side * vae_scale_factor
+        return cls(head, side * (height // patch), side * (width // patch))
 
     def latents(self, sample: Tensor) -> Tensor:
-        """(B, HW/4, 4C) -> (B, C, H, W)."""
-        return unpack(sample, self.height, self.width)
+        """(B, HW/p², p²C) -> (B, C, H, W)."""
+        return unpack(sample, self.height, self.width, self.head.patch_size)
 
     def sample(self, latents: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, HW/4, 4C)."""
-        return pack(latents)
+        """(B, C, H, W) -> (B, HW/p², p²C)."""
+        return pack(latents, self.head.patch_size)
 
     def policy(self, tokens: Tensor, latents: Tensor, sigma: Tensor) -> GMFlowPolicy | DXPolicy:
         """From the student's tokens at (latents, sigma (B,))."""
-        return self.head.policy(tokens, unpack, latents, sigma)
+        return _policy(self.head, tokens, latents, sigma)
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,16 @@ class PlainLatents:
 
     def policy(self, tokens: Tensor, latents: Tensor, sigma: Tensor) -> GMFlowPolicy | DXPolicy:
         """From the student's tokens at (latents, sigma (B,))."""
-        return self.head.policy(tokens, unpack, latents, sigma)
+        return _policy(self.head, tokens, latents, sigma)
+
+
+def _policy(
+    head: PolicyHead, tokens: Tensor, latents: Tensor, sigma: Tensor
+) -> GMFlowPolicy | DXPolicy:
+    def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+        return unpack(tokens, height, width, head.patch_size)
+
+    return head.policy(tokens, unpacked, latents, sigma)
 
 
 def _teacher_lora(

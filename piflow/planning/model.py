@@ -195,8 +195,7 @@ def model_of(recipe: Recipe, backbone: TransformerBackbone, source: str) -> Mode
         output = Unit("teacher head", tuple(_output_weights(backbone)))
         units = tuple(_units(backbone, "base", ranks, skip=backbone.output_names, coded=coded))
         teacher, student, ema = ((*units, head) for head in (output, *heads))
-    blank = backbone.config
-    pooled = blank.get("pooled_projection_dim") or 0
+    pooled = backbone.config.get("pooled_projection_dim") or 0
     return Model(
         source=source,
         parameters=count,
@@ -204,7 +203,7 @@ def model_of(recipe: Recipe, backbone: TransformerBackbone, source: str) -> Mode
         teacher=teacher,
         ema=ema,
         shared=bool(teacher) and recipe.lora is not None,
-        text_width=int(blank.get("joint_attention_dim") or 0),
+        text_width=backbone.text_width,
         pooled_width=int(pooled),
         latent_channels=backbone.latent_channels,
         width=backbone.width,

@@ -26,7 +26,7 @@ from piflow.backbones.base import Backbone
 from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
 from piflow.config.identity import VERSION_KEY
 from piflow.policies.dx import Mode
-from piflow.roles.heads import PATCH_POSITIONS, PolicyClock
+from piflow.roles.heads import PolicyClock
 from piflow.roles.lora import published_name, ranks_of, with_scale_one
 from piflow.sharding.written import Entry, serialised
 from piflow.storage.foreign import ForeignDataError, parse_object, shown
@@ -40,12 +40,9 @@ SETTINGS_KEY = "piflow_settings"  # there as well: what `piflow.inference` notes
 FORMAT_KEY = "piflow_format"  # there too, of students that aren't adapters (`piflow.roles.merged`)
 GM_PREFIX = "GM"  # of a GM student's class name; a DX student has the base's own class
 
-GM_FIXED = {
-    "constant_logstd": None,
-    "gm_num_logstd_layers": 2,
-    "logweights_channels": PATCH_POSITIONS,
-}
-GM_OWN = ("num_gaussians", "logstd_inner_dim", *GM_FIXED)
+GM_FIXED = {"constant_logstd": None, "gm_num_logstd_layers": 2}
+POSITIONS = "logweights_channels"  # of a GM student: latent pixels of a token's patch
+GM_OWN = ("num_gaussians", "logstd_inner_dim", *GM_FIXED, POSITIONS)
 DX_OWN = ("segment_size", "shift", "mode")  # in the metadata
 DX_PREFIX = "DX"  # of a DX student's class name in other exporters' files
 DX_DEFAULTS = {"segment_size": 1.0, "mode": "grid"}  # where the published exporters leave them out
@@ -98,11 +95,12 @@ class AdapterConfig:
                 "num_gaussians": policy.num_gaussians,
                 "logstd_inner_dim": policy.logstd_inner_dim,
                 **GM_FIXED,
+                POSITIONS: backbone.patch_size**2,
             }
             return cls(gm_class, {**own, **base, "out_channels": features}, {"type": "GMFlow"})
         if clock is None:
             raise ValueError("a DX student needs its segment_size and shift: pass its PolicyClock")
-        patch = math.isqrt(PATCH_POSITIONS * backbone.latent_channels // features)
+        patch = math.isqrt(backbone.patch_size**2 * backbone.latent_channels // features)
         outputs = {"patch_size": patch, "out_channels": policy.num_points * features}
         described = {"type": "DX", **asdict(clock), "mode": policy.mode}
         return cls(dx_class, {**base, **outputs}, described)
@@ -200,8 +198,9 @@ class Adapter:
                 f"{backbone.class_name}, got {shown(repr(config.class_name))}: load the "
                 "base model that the adapter was made from"
             )
-        left_out = [field for field in LATER_FIELDS if field not in config.fields]
-        base = [field for field in expected.fields if field not in (*GM_OWN, *left_out)]
+        left_out = [field for field in (*LATER_FIELDS, POSITIONS) if field not in config.fields]
+        own = [field for field in GM_OWN if field != POSITIONS]
+        base = [field for field in expected.fields if field not in (*own, *left_out)]
         missing = [field for field in base if field not in config.fields]
         if missing:
             raise ValueError(f"the adapter's config lacks {', '.join(missing)}: export it again")
@@ -371,6 +370,12 @@ def _check_outputs(fields: Mapping[str, Any], is_gm: bool, where: str) -> None:
             raise ValueError(
                 f"{where}: {field} {shown(repr(fields[field]))} isn't supported, only {value!r}"
             )
+    positions = fields.get(POSITIONS, 1)
+    if is_gm and (type(positions) is not int or positions < 1):
+        raise ValueError(
+            f"{where}: expected {POSITIONS} to be a patch's latent pixels, such as 4, got "
+            f"{shown(repr(positions))}: export it again"
+        )
     features, outputs = fields["in_channels"], fields["out_channels"]
     if not is_gm and (not outputs or outputs % features):
         raise ValueError(
@@ -408,7 +413,7 @@ def _check_values(tensors: Mapping[str, Tensor], policy: PolicyConfig, backbone:
     """Refuses a projection of another shape than policy and base ask for."""
     values = policy.num_points if isinstance(policy, DXPolicyConfig) else policy.num_gaussians
     name = f"{HEAD_LAYERS[policy.type][0]}.weight"
-    expected = (values * PATCH_POSITIONS * backbone.latent_channels, backbone.width)
+    expected = (values * backbone.patch_size**2 * backbone.latent_channels, backbone.width)
     if tuple(tensors[name].shape) != expected:
         raise ValueError(
             f"{name}: expected {expected} from the config, got {tuple(tensors[name].shape)}"

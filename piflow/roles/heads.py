@@ -15,17 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from piflow.backbones.base import OutputLayer
+from piflow.backbones.base import PATCH, OutputLayer
 from piflow.config.objective import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
 from piflow.policies import DXPolicy, GMFlowPolicy
 from piflow.schedule import FewStep
 
-PATCH_POSITIONS = 4  # a token is a 2×2 patch
 INITIAL_STD = 0.05  # of the mixture components at the start
 BIAS_NOISE = 0.05  # std of the noise that makes the K equal components differ
 
 Unpack = Callable[[Tensor, int, int], Tensor]
-"""(tokens (B, T, 4F), height, width) -> (B, F, H, W), such as a backbone's `unpack`."""
+"""(tokens (B, T, p²F), height, width) -> (B, F, H, W), such as a backbone's `unpack`."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,13 @@ class GMHead(nn.Module):
     ) -> None:
         super().__init__()
         features, width = output.projection.weight.shape
-        components, channels = policy.num_gaussians, features // PATCH_POSITIONS
+        positions = output.patch_size**2
+        components, channels = policy.num_gaussians, features // positions
         self.num_gaussians = components
+        self.patch_size = output.patch_size
         self.norm_out = _trainable_copy(output.norm)
         self.proj_out_means = nn.Linear(width, components * features)
-        self.proj_out_logweights = nn.Linear(width, components * PATCH_POSITIONS)
+        self.proj_out_logweights = nn.Linear(width, components * positions)
         inner = nn.Linear(time_width(output), policy.logstd_inner_dim)
         last = nn.Linear(policy.logstd_inner_dim, 1)
         self.proj_out_logstds = nn.Sequential(nn.SiLU(), inner, nn.SiLU(), last)
@@ -102,9 +103,7 @@ class GMHead(nn.Module):
         weight, bias = _float_parameters(output.projection)
         with torch.no_grad():
             self.proj_out_means.weight.copy_(weight.repeat(components, 1))
-            self.proj_out_means.bias.copy_(
-                (bias.reshape(1, channels, PATCH_POSITIONS) + noise).flatten()
-            )
+            self.proj_out_means.bias.copy_((bias.reshape(1, channels, positions) + noise).flatten())
         nn.init.zeros_(self.proj_out_logweights.weight)
         nn.init.zeros_(self.proj_out_logweights.bias)
         nn.init.xavier_uniform_(inner.weight, generator=generator)
@@ -114,7 +113,7 @@ class GMHead(nn.Module):
         self.to(output.projection.weight.device)
 
     def forward(self, hidden: Tensor, temb: Tensor) -> Tensor:
-        """`(B, T, d)`, `(B, t)` -> `(B, T, 4KC + 4K + 1)`: means, log-weights, log-std.
+        """`(B, T, d)`, `(B, t)` -> `(B, T, p²KC + p²K + 1)`: means, log-weights, log-std.
 
         The log-std sees the time embedding detached: its gradient would otherwise reach, and
         destabilise, the embedding through a single scalar.
@@ -130,7 +129,7 @@ class GMHead(nn.Module):
     def policy(self, tokens: Tensor, unpack: Unpack, x: Tensor, sigma: Tensor) -> GMFlowPolicy:
         """The mixture that `forward`'s tokens stand for, from `x` `(B, C, H, W)`, sigma `(B,)`."""
         height, width = x.shape[-2:]
-        means, logweights, logstds = split_gm(tokens.float(), self.num_gaussians)
+        means, logweights, logstds = split_gm(tokens.float(), self.num_gaussians, self.patch_size)
         return GMFlowPolicy(
             means=unpack(means, height, width).unflatten(1, (self.num_gaussians, -1)),
             logstds=logstds[:, None, None, None, None],
@@ -150,9 +149,15 @@ def time_width(output: OutputLayer) -> int:
     return layer.in_features
 
 
-def split_gm(tokens: Tensor, num_gaussians: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`(B, T, 4KC + 4K + 1)` -> means `(B, T, 4KC)`, log-weights `(B, T, 4K)`, log-std `(B,)`."""
-    weights = num_gaussians * PATCH_POSITIONS
+def split_gm(
+    tokens: Tensor, num_gaussians: int, patch_size: int = PATCH
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(B, T, p²KC + p²K + 1)` -> means `(B, T, p²KC)`, log-weights `(B, T, p²K)`, log-std `(B,)`.
+
+    Args:
+        patch_size: p.
+    """
+    weights = num_gaussians * patch_size**2
     means, logweights, logstds = tokens.split([tokens.shape[-1] - weights - 1, weights, 1], dim=-1)
     return means, logweights, logstds[:, 0, 0]
 
@@ -176,6 +181,7 @@ class DXHead(nn.Module):
         features, width = output.projection.weight.shape
         points = policy.num_points
         self.num_points = points
+        self.patch_size = output.patch_size
         self.mode = policy.mode
         self.clock = clock
         self.norm_out = _trainable_copy(output.norm)
@@ -191,7 +197,7 @@ class DXHead(nn.Module):
         self.to(output.projection.weight.device)
 
     def forward(self, hidden: Tensor, temb: Tensor) -> Tensor:
-        """`(B, T, d)`, `(B, d)` -> `(B, T, 4 N_g C)`: the values, velocity space."""
+        """`(B, T, d)`, `(B, t)` -> `(B, T, p² N_g C)`: the values, velocity space."""
         dtype = self.proj_out.weight.dtype
         values: Tensor = self.proj_out(self.norm_out(hidden.to(dtype), temb.to(dtype)))
         return values

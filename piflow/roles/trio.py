@@ -255,9 +255,9 @@ class Trio:
             ValueError: a LoRA target without a match, a teacher's LoRA that doesn't fit, a DX
                 policy without a clock, or a backbone that was taken over before.
         """
-        output = backbone.output_layer()
         if teacher_lora is not None:
             teachers.merge(backbone, teacher_lora, outputs_alone=lora is not None)
+        output = backbone.output_layer()  # of other conventions a copy, so after the merge
         if lora is not None:
             _inject_lora(backbone, lora, generator)
             if teacher_lora is not None:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from piflow.backbones import Backbone, Conditioning, OutputLayer
 from piflow.backbones.base import pack
+from piflow.backbones.transformer import TransformerBackbone
 from piflow.roles import lora
 from piflow.roles.heads import time_width
 from piflow.sharding import FSDPStrategy
@@ -154,10 +155,12 @@ def channel_major_tokens(make: Make) -> None:
     """`unpack` inverts the packing, and the velocity is the unpacked tokens."""
     case = Case(make)
     latents = torch.randn(2, 5, case.height, case.width)
-    again = case.backbone.unpack(pack(latents), case.height, case.width)
+    patch = case.backbone.patch_size
+    again = case.backbone.unpack(pack(latents, patch), case.height, case.width)
     require(torch.equal(again, latents), "unpack doesn't invert channel-major packing")
     tokens = case.backbone.output_tokens(case.x, case.sigma, case.cond)
-    expected = (case.batch, case.height * case.width // 4, 4 * case.backbone.latent_channels)
+    area = patch**2
+    expected = (case.batch, case.height * case.width // area, area * case.backbone.latent_channels)
     require(tokens.shape == expected, f"tokens are {tuple(tokens.shape)}, not {expected}")
     unpacked = case.backbone.unpack(tokens.detach(), case.height, case.width)
     require(torch.equal(unpacked, case.velocity()), "the velocity isn't the unpacked tokens")
@@ -203,6 +206,23 @@ def sigma_of_any_dtype(make: Make) -> None:
         require_close(velocity, expected, _LOOSE, f"sigma of {dtype}")
 
 
+def declared_time(make: Make) -> None:
+    """`time_of` alone says what noise level the model sees, and keeps float32."""
+    case = Case(make)
+    backbone = case.backbone
+    if not isinstance(backbone, TransformerBackbone):
+        return
+    time = backbone.time_of(case.sigma)
+    require(time.shape == case.sigma.shape, f"time_of gives {tuple(time.shape)}")
+    require(time.dtype == torch.float32, f"time_of gives {time.dtype} of float32")
+    expected = case.velocity()
+    declared = backbone.time_of
+    changed: Any = backbone
+    changed.time_of = lambda sigma: declared(0.9 * sigma)
+    moved = case.backbone.teacher_velocity(case.x, case.sigma / 0.9, case.cond)
+    require_close(moved, expected, _LOOSE, "sigma reaches the model past time_of")
+
+
 def counted_operations(make: Make) -> None:
     """`flops` is what PyTorch counts, with all of the text, and half of it on half a picture."""
     case = Case(make)
@@ -243,7 +263,7 @@ def output_layer(make: Make) -> None:
     spy = Spy(case.backbone.output_layer())
     case.backbone.install_output(spy)
     require(torch.equal(case.velocity(), expected), "the output layer's tokens aren't the model's")
-    tokens = case.height * case.width // 4
+    tokens = case.height * case.width // case.backbone.patch_size**2
     hidden, temb = tuple(spy.hidden.shape), tuple(spy.temb.shape)
     require(hidden == (case.batch, tokens, case.backbone.width), f"hidden states are {hidden}")
     require(temb == (case.batch, time_width(spy.output)), f"the time embedding is {temb}")
@@ -252,16 +272,17 @@ def output_layer(make: Make) -> None:
 
 
 def channel_major_projection(make: Make) -> None:
-    """Four rows of the projection are one channel's prediction."""
+    """As many rows of the projection as a patch has pixels are one channel's prediction."""
     case = Case(make)
     expected = case.velocity()
     whole = case.backbone.output_layer()
     channel = case.backbone.latent_channels - 1
-    rows = slice(4 * channel, 4 * channel + 4)
+    area = whole.patch_size**2
+    rows = slice(area * channel, area * channel + area)
     parameters = {name: value[rows] for name, value in whole.projection.named_parameters()}
-    part = nn.Linear(case.backbone.width, 4, bias="bias" in parameters)
+    part = nn.Linear(case.backbone.width, area, bias="bias" in parameters)
     part.load_state_dict(parameters)
-    case.backbone.install_output(OutputLayer(whole.norm, part))
+    case.backbone.install_output(OutputLayer(whole.norm, part, whole.patch_size))
     require_close(case.velocity(), expected[:, channel, None], _LOOSE, "the last channel's rows")
 
 
@@ -347,6 +368,7 @@ CHECKS: tuple[Check, ...] = (
     every_input_counts,
     batch_independence,
     sigma_of_any_dtype,
+    declared_time,
     counted_operations,
     no_noise_in_training,
     output_layer,

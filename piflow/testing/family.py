@@ -190,6 +190,23 @@ def empty_and_filled(family: TinyFamily) -> None:
         require(same, f"{dtype}: another velocity")
 
 
+def declared_sign(family: TinyFamily) -> None:
+    """`velocity_sign` alone says which sign the model has; the output layer follows it."""
+    kind: Any = family_class(family.name)
+    if not issubclass(kind, TransformerBackbone):
+        raise Skipped(f"{kind.__name__} declares no sign: no TransformerBackbone")
+    require(kind.velocity_sign in (1, -1), f"velocity_sign is {kind.velocity_sign}, not 1 or -1")
+    turned: Any = type(kind.__name__, (kind,), {"velocity_sign": -kind.velocity_sign})
+    other = turned.load(family.model.path, embedded_guidance=family.embedded_guidance)
+    x, sigma, cond = family.inputs()
+    expected = -family.backbone().teacher_velocity(x, sigma, cond)
+    velocity = other.teacher_velocity(x, sigma, cond)
+    require(torch.equal(velocity, expected), "the other sign doesn't give minus the velocity")
+    other.install_output(other.output_layer())
+    velocity = other.teacher_velocity(x, sigma, cond)
+    require(torch.equal(velocity, expected), "the output layer's tokens have the model's sign")
+
+
 def both_heads(family: TinyFamily) -> None:
     """GM and DX students begin as the teacher, learn, and come back from an adapter's files."""
     x, sigma, cond = family.inputs()
@@ -277,6 +294,7 @@ def own_reference(family: TinyFamily) -> None:
 FAMILY_CHECKS: tuple[FamilyCheck, ...] = (
     loaded_dtype,
     empty_and_filled,
+    declared_sign,
     both_heads,
     published_size,
     same_picture_as_the_pipeline,
@@ -313,7 +331,7 @@ def _drawn(pipe: Any, family: TinyFamily, prompt: str) -> Tensor:
         "true_cfg_scale": 1.0,
     }
     if scale is not None or "true_cfg_scale" not in known:
-        wanted["guidance_scale"] = 1.0 if scale is None else scale
+        wanted["guidance_scale"] = family.record.unguided_scale if scale is None else scale
     given = {name: value for name, value in wanted.items() if name in known}
     given |= {"prompt": prompt} if "prompt" in known else {"class_labels": [int(prompt)]}
     generator = torch.Generator().manual_seed(5)
@@ -338,8 +356,11 @@ def _first_input(transformer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _latents_of(positional: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
-    latents: Tensor = named["hidden_states"] if "hidden_states" in named else positional[0]
-    return latents
+    latents: Any = named["hidden_states"] if "hidden_states" in named else positional[0]
+    if isinstance(latents, list):  # of samples, with an axis of frames
+        latents = torch.stack(latents).squeeze(2)
+    found: Tensor = latents
+    return found
 
 
 def _unpacked(

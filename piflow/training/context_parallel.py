@@ -67,18 +67,21 @@ def split_tokens(
         apply_context_parallel(module, split, model._cp_plan)
 
 
-def check_pictures(codec: Codec, sizes: Iterable[Sequence[int]], size: int) -> None:
+def check_pictures(
+    codec: Codec, sizes: Iterable[Sequence[int]], size: int, patch_size: int = PATCH
+) -> None:
     """Refuses picture sizes whose tokens `size` ranks can't share evenly.
 
     Args:
         sizes: height and width of each, in pixels.
+        patch_size: the family's.
 
     Raises:
         ValueError: one of them.
     """
     for height, width in sizes:
         _, rows, columns = codec.latent_shape(height, width)
-        tokens = rows * columns // PATCH**2
+        tokens = rows * columns // patch_size**2
         if tokens % size:
             raise ValueError(
                 f"runtime.context_parallel = {size} deals out each picture's tokens evenly, and "

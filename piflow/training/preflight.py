@@ -104,7 +104,8 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
         store.require_latents(latents)
     sizes = [(bucket.height, bucket.width) for bucket in store.layout.buckets]
     sizes.append((recipe.embed.height, recipe.embed.width))  # of samples
-    check_pictures(codec, sizes, recipe.runtime.context_parallel)
+    patch_size = family_class(recipe.model.family).patch_size
+    check_pictures(codec, sizes, recipe.runtime.context_parallel, patch_size)
     run_folder.require_same_store(recipe, record, store.manifest_hash)
     base = base_fingerprint(recipe)
     files = known_hashes(recipe.model.path) if base is not None else None

@@ -22,7 +22,9 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
+from torch import Tensor
 
 from piflow.backbones import (
     Backbone,
@@ -32,7 +34,10 @@ from piflow.backbones import (
     FluxBackbone,
     QwenImageBackbone,
     SD3Backbone,
+    ZImageBackbone,
 )
+from piflow.backbones.base import pack
+from piflow.backbones.flux.backbone import image_ids
 
 Case = tuple[Backbone, Conditioning, tuple[int, int]]
 
@@ -51,6 +56,32 @@ def flux() -> Case:
     )
     cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), torch.randn(3, 5))
     return FluxBackbone(model.eval()), cond, (4, 8)
+
+
+class OnePixelFlux(FluxBackbone):
+    """A FLUX whose tokens are single latent pixels: another patch size, declared."""
+
+    patch_size = 1
+
+    def model_tokens(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        tokens: Tensor = self.module(
+            hidden_states=pack(x, self.patch_size),
+            timestep=time,
+            encoder_hidden_states=cond.tokens,
+            pooled_projections=self.pooled(cond),
+            img_ids=image_ids(2 * x.shape[2], 2 * x.shape[3], x.device),
+            txt_ids=torch.zeros(cond.tokens.shape[1], 3),
+            return_dict=False,
+        )[0]
+        return tokens
+
+    def flops(self, height: int, width: int, text_tokens: int) -> int:
+        return super().flops(2 * height, 2 * width, text_tokens)
+
+
+def one_pixel() -> Case:
+    backbone, cond, (height, width) = flux()
+    return OnePixelFlux(backbone.module), cond, (height // 2, width // 2)
 
 
 def flux2() -> Case:
@@ -104,6 +135,23 @@ def sd3() -> Case:
     return SD3Backbone(model.eval()), cond, (4, 8)
 
 
+def z_image() -> Case:
+    torch.manual_seed(0)
+    model = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=6,
+        axes_dims=[2, 2, 4],
+        axes_lens=[64, 16, 16],
+    )
+    cond = Conditioning(torch.randn(3, 5, 6), torch.tensor([5, 1, 3]))
+    return ZImageBackbone(model.eval()), cond, (4, 8)
+
+
 def dit() -> Case:
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
@@ -130,7 +178,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "make" not in metafunc.fixturenames:
         return
     named = metafunc.config.getoption("--backbone")
-    cases = [_import(named)] if named else [flux, flux2, qwen_image, sd3, dit, documented]
+    cases = (
+        [_import(named)] if named else [flux, one_pixel, flux2, qwen_image, sd3, dit, documented]
+    )
     metafunc.parametrize("make", cases, ids=[case.__name__ for case in cases])
 
 

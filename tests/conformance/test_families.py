@@ -14,11 +14,13 @@ from piflow.backbones import Backbone, Conditioning
 from piflow.commands import check_family
 from piflow.testing.family import FAMILY_CHECKS, FamilyCheck, Skipped, TinyFamily, checks
 
-FAMILIES = ["flux", "flux2", "qwen_image", "sd3", "dit", "bria_family"]
+FAMILIES = [
+    "flux", "flux2", "flux2_klein", "qwen_image", "sd3", "z_image", "dit", "bria_family"
+]  # fmt: skip
 
 COMPARED = {
-    "published_size": {"flux", "flux2", "qwen_image", "sd3"},
-    "same_picture_as_the_pipeline": {"flux", "flux2", "qwen_image", "sd3", "bria_family"},
+    "published_size": set(FAMILIES) - {"dit", "bria_family"},
+    "same_picture_as_the_pipeline": set(FAMILIES) - {"dit"},
     "own_reference": set(),
 }
 """Families for which a check must find what it compares with; all, where none are named."""
@@ -41,6 +43,8 @@ def test_it_holds(family: TinyFamily, check: FamilyCheck) -> None:
     ("name", "found_by", "told"),
     [
         ("SIGN", "same_picture_as_the_pipeline", "pipeline's picture"),
+        ("SIGN_BY_HAND", "declared_sign", "minus the velocity"),
+        ("TIME_BY_HAND", "declared_time", "past time_of"),
         ("TIME", "same_picture_as_the_pipeline", "pipeline's picture"),
         ("PATCHES", "same_picture_as_the_pipeline", "pipeline's picture"),
         ("DTYPE", "loaded_dtype", "dtype says torch.float32"),

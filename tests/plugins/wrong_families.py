@@ -16,26 +16,42 @@ from piflow.config import Family
 
 
 class OtherSign(BriaBackbone):
-    """Predicts x0 - noise."""
+    """Declares that the model predicts x0 - noise."""
+
+    velocity_sign = -1
+
+
+class SignByHand(BriaBackbone):
+    """Has the other sign in the model's tokens, its declared sign to match, but not in heads."""
+
+    velocity_sign = -1
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        return -super().output_tokens(x, sigma, cond)
+        return self.model_tokens(x, self.time_of(sigma), cond)
 
 
 class OtherTime(BriaBackbone):
     """Takes sigma where the model was trained with 1000 sigma."""
 
+    @staticmethod
+    def time_of(sigma: Tensor) -> Tensor:
+        return sigma
+
+
+class TimeByHand(BriaBackbone):
+    """Gives the model its time past `time_of`."""
+
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        return super().output_tokens(x, sigma / 1000, cond)
+        return self.model_tokens(x, 1000 * sigma, cond)
 
 
 class OtherPatches(BriaBackbone):
     """Packs position by position, consistently."""
 
-    def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    def model_tokens(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         tokens: Tensor = self.module(
             hidden_states=pack(x).unflatten(2, (-1, 4)).mT.flatten(2),
-            timestep=sigma * 1000,
+            timestep=time,
             encoder_hidden_states=cond.tokens,
             img_ids=image_ids(x.shape[2], x.shape[3], x.device),
             txt_ids=torch.zeros(cond.tokens.shape[1], 3),
@@ -69,9 +85,9 @@ class OtherFields(BriaBackbone):
 class DropsText(BriaBackbone):
     """Ignores the prompt."""
 
-    def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    def model_tokens(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         blank = Conditioning(torch.zeros_like(cond.tokens), cond.num_tokens)
-        return super().output_tokens(x, sigma, blank)
+        return super().model_tokens(x, time, blank)
 
 
 def _record(backbone: type[BriaBackbone]) -> Family:
@@ -81,4 +97,4 @@ def _record(backbone: type[BriaBackbone]) -> Family:
 
 SIGN, TIME, PATCHES = _record(OtherSign), _record(OtherTime), _record(OtherPatches)
 DTYPE, STORED, FIELDS = _record(OtherDtype), _record(OtherStoredNames), _record(OtherFields)
-TEXT = _record(DropsText)
+TEXT, SIGN_BY_HAND, TIME_BY_HAND = _record(DropsText), _record(SignByHand), _record(TimeByHand)

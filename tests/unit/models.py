@@ -12,6 +12,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 
 from piflow.backbones import (
@@ -22,6 +23,7 @@ from piflow.backbones import (
     FluxBackbone,
     QwenImageBackbone,
     SD3Backbone,
+    ZImageBackbone,
 )
 
 HEADS = {"attention_head_dim": 8, "num_attention_heads": 2, "num_layers": 2}
@@ -62,11 +64,30 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"in_channels": 4, "sample_size": 8, "num_embeds_ada_norm": 10, **HEADS},
     ),
 }
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {  # most of whose code others of MODELS share
+    "flux2_klein": MODELS["flux2"],
+    "z_image": (
+        ZImageTransformer2DModel,
+        {
+            "in_channels": 4,
+            "dim": 16,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 6,
+            "axes_dims": [2, 2, 4],
+            "axes_lens": [64, 16, 16],
+        },
+    ),
+}
 BACKBONES: dict[str, Callable[[Any], Backbone]] = {
     "flux": FluxBackbone,
     "flux2": Flux2Backbone,
+    "flux2_klein": Flux2Backbone,
     "qwen_image": QwenImageBackbone,
     "sd3": SD3Backbone,
+    "z_image": ZImageBackbone,
     "dit": DiTBackbone,
 }
 
@@ -78,7 +99,7 @@ def case(family: str) -> tuple[Any, tuple[torch.Tensor, torch.Tensor, Conditioni
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model_class, config = MODELS[family]
+        model_class, config = {**MODELS, **OTHERS}[family]
         backbone = BACKBONES[family](model_class(**config).eval())
         size = (8, 8) if family == "dit" else (4, 8)
         x = torch.randn(3, backbone.latent_channels, *size)
@@ -89,7 +110,7 @@ def _conditioning(family: str) -> Conditioning:
     if family == "dit":
         classes = torch.tensor([[0.0], [7.0], [10.0]])  # 10 is the null class
         return Conditioning(torch.zeros(3, 1, 1), torch.ones(3, dtype=torch.long), classes)
-    if family == "qwen_image":
+    if family in ("qwen_image", "z_image"):
         return Conditioning(torch.randn(3, 5, 6), torch.tensor([5, 1, 3]))
-    pooled = None if family == "flux2" else torch.randn(3, 5)
+    pooled = None if family.startswith("flux2") else torch.randn(3, 5)
     return Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), pooled)

@@ -138,15 +138,19 @@ class DiTBackbone(TransformerBackbone):
         one = torch.ones(1, dtype=torch.long)
         return Conditioning(torch.zeros(1, 1, 1), one, torch.zeros(1, 1))
 
-    def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Latents `(B, C, S, S)` at noise levels sigma `(B,)` in [0, 1] -> `(B, SS/4, F)`.
+    @staticmethod
+    def time_of(sigma: Tensor) -> Tensor:
+        """1000 sigma, which the model doesn't multiply itself."""
+        return sigma * TIME_SCALE
+
+    def model_tokens(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """Latents `(B, C, S, S)` at time `(B,)` -> `(B, SS/4, F)`.
 
         Raises:
             ValueError: latents of another size than the model's, or class numbers that it doesn't
                 have. Numbers on an accelerator aren't read, since that would wait for it: the
                 embedding's own range check stops the program there.
         """
-        self.check_batch(x, sigma, cond)
         size = self._config["sample_size"]
         if x.shape[2:] != (size, size):
             raise ValueError(
@@ -154,7 +158,7 @@ class DiTBackbone(TransformerBackbone):
                 "its positions are fixed; embed the prompts at that size"
             )
         tokens: Tensor = self.module(
-            x.to(self.dtype), sigma * TIME_SCALE, _labels(cond, self._config["num_embeds_ada_norm"])
+            x.to(self.dtype), time, _labels(cond, self._config["num_embeds_ada_norm"])
         )
         return tokens
 

@@ -94,21 +94,20 @@ class FluxBackbone(TransformerBackbone):
         weights += single * (12 * d * d * joined + 3 * d * d)
         return 2 * weights + (double + single) * flops.attention(d, joined)
 
-    def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.
+    def model_tokens(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """Latents `(B, C, H, W)` at time `(B,)` -> `(B, HW/4, F)`.
 
         Raises:
             ValueError: shapes that don't fit the model, or a pooled vector that is missing.
         """
-        self.check_batch(x, sigma, cond)
         self.check_tokens(cond)
         pooled = self.pooled(cond)
         guidance = None
         if self.embedded_guidance is not None:
-            guidance = torch.full_like(sigma, self.embedded_guidance)
+            guidance = torch.full_like(time, self.embedded_guidance)
         tokens: Tensor = self.module(
             hidden_states=pack(x).to(self.dtype),
-            timestep=sigma,  # the model multiplies by 1000
+            timestep=time,  # the model multiplies by 1000
             guidance=guidance,
             encoder_hidden_states=cond.tokens.to(self.dtype),
             pooled_projections=pooled.to(self.dtype),

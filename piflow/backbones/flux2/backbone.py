@@ -91,22 +91,21 @@ class Flux2Backbone(TransformerBackbone):
         weights += blocks * (4 * d * d + 3 * d * inner) * joined
         return 2 * weights + blocks * flops.attention(d, joined)
 
-    def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.
+    def model_tokens(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """Latents `(B, C, H, W)` at time `(B,)` -> `(B, HW/4, F)`.
 
         Raises:
             ValueError: shapes that don't fit the model.
         """
-        self.check_batch(x, sigma, cond)
         self.check_tokens(cond)
         guidance = None
         if self.embedded_guidance is not None:
-            guidance = torch.full_like(sigma, self.embedded_guidance)
+            guidance = torch.full_like(time, self.embedded_guidance)
         places = image_ids(x.shape[2], x.shape[3], x.device)  # (0, row, column)
         numbers = torch.arange(cond.tokens.shape[1], device=x.device, dtype=places.dtype)
         tokens: Tensor = self.module(
             hidden_states=pack(x).to(self.dtype),
-            timestep=sigma,  # the model multiplies by 1000, and the guidance too
+            timestep=time,  # the model multiplies by 1000, and the guidance too
             guidance=guidance,
             encoder_hidden_states=cond.tokens.to(self.dtype),
             img_ids=nn.functional.pad(places, (0, 1))[None],

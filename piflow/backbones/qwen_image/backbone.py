@@ -95,13 +95,12 @@ class QwenImageBackbone(TransformerBackbone):
         weights += blocks * 12 * d * d * (joined + 1)
         return 2 * weights + blocks * flops.attention(d, joined)
 
-    def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.
+    def model_tokens(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """Latents `(B, C, H, W)` at time `(B,)` -> `(B, HW/4, F)`.
 
         Raises:
             ValueError: shapes that don't fit the model.
         """
-        self.check_batch(x, sigma, cond)
         self.check_tokens(cond)
         mask = None
         if not cond.full:  # attention without a mask has faster kernels
@@ -110,7 +109,7 @@ class QwenImageBackbone(TransformerBackbone):
         shape = (1, x.shape[2] // PATCH, x.shape[3] // PATCH)  # frames, rows, columns
         tokens: Tensor = self.module(
             hidden_states=pack(x).to(self.dtype),
-            timestep=sigma,  # the model multiplies by 1000
+            timestep=time,  # the model multiplies by 1000
             encoder_hidden_states=cond.tokens.to(self.dtype),
             encoder_hidden_states_mask=mask,
             img_shapes=[[shape]] * x.shape[0],

@@ -124,13 +124,17 @@ class SD3Backbone(TransformerBackbone):
         attention = blocks * flops.attention(d, joined) + twice * flops.attention(d, picture)
         return 2 * weights + attention
 
-    def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Latents `(B, C, H, W)` at noise levels sigma `(B,)` in [0, 1] -> `(B, HW/4, F)`.
+    @staticmethod
+    def time_of(sigma: Tensor) -> Tensor:
+        """1000 sigma, which the model doesn't multiply itself."""
+        return sigma * TIME_SCALE
+
+    def model_tokens(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """Latents `(B, C, H, W)` at time `(B,)` -> `(B, HW/4, F)`.
 
         Raises:
             ValueError: shapes that don't fit the model, or a pooled vector that is missing.
         """
-        self.check_batch(x, sigma, cond)
         self.check_tokens(cond)
         pooled = self.pooled(cond)
         limit = PATCH * self._config["pos_embed_max_size"]
@@ -141,7 +145,7 @@ class SD3Backbone(TransformerBackbone):
                 f"{height}×{width}"
             )
         tokens: Tensor = self.module(
-            x.to(self.dtype), sigma * TIME_SCALE, cond.tokens.to(self.dtype), pooled.to(self.dtype)
+            x.to(self.dtype), time, cond.tokens.to(self.dtype), pooled.to(self.dtype)
         )
         return tokens
 

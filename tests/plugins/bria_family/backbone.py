@@ -49,12 +49,15 @@ class BriaBackbone(TransformerBackbone):
             raise ValueError("expected packed 2×2 patches and no guidance input")
         check_no_guidance("BriaTransformer2DModel", embedded_guidance)
 
-    def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        self.check_batch(x, sigma, cond)
+    @staticmethod
+    def time_of(sigma: Tensor) -> Tensor:
+        return 1000 * sigma
+
+    def model_tokens(self, x: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         self.check_tokens(cond)
         tokens: Tensor = self.module(
             hidden_states=pack(x).to(self.dtype),
-            timestep=sigma * 1000,
+            timestep=time,
             encoder_hidden_states=cond.tokens.to(self.dtype),
             img_ids=image_ids(x.shape[2], x.shape[3], x.device),
             txt_ids=torch.zeros(cond.tokens.shape[1], 3, device=x.device),

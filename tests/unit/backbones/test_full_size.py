@@ -14,6 +14,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -39,6 +40,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any], float | None, int, int]] = {
     "flux2": (Flux2Transformer2DModel, {}, 4.0, 32_223_281_152, 8 + 48),
     "qwen_image": (QwenImageTransformer2DModel, {}, None, 20_430_401_088, 60),
     "sd3": (SD3Transformer2DModel, SD35_LARGE, None, 8_056_627_520, 38),
+    "z_image": (ZImageTransformer2DModel, {}, None, 6_154_908_736, 30 + 2 + 2),
 }
 
 

@@ -20,6 +20,7 @@ from piflow.config.family import require_known, resolve
 from piflow.inference.settings import SETTINGS_KEY, settings_of
 
 REPOSITORY = Path(__file__).parents[3]
+OURS = "flux, flux2, flux2_klein, qwen_image, sd3, z_image, dit"
 LIGHT = """
 import sys
 from piflow.config import BUILT_IN, find_family, load_recipe
@@ -114,11 +115,11 @@ def test_an_entry_point_brings_a_family(tmp_path: Path, monkeypatch: pytest.Monk
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody\nVersion: 1.0\n")
     text = "[piflow.families]\nbria = bria_family\nflux = bria_family\n"
     (information / "entry_points.txt").write_text(text)
-    assert "expected one of flux, flux2, qwen_image, sd3, dit, or " in refusal("bria")
+    assert f"expected one of {OURS}, or " in refusal("bria")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert find_family("bria") is BRIA
     assert find_family("flux") is not BRIA, "ours can't be replaced"
-    assert "flux, flux2, qwen_image, sd3, dit, bria, or " in refusal("wrong")
+    assert f"{OURS}, bria, or " in refusal("wrong")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_an_entry_point_brings_a_family(tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_a_wrong_name_tells_which_there_are_and_how_others_are_named(name: str, why: str) -> None:
     message = refusal(name)
-    assert "model.family: expected one of flux, flux2, qwen_image, sd3, dit, or a family" in message
+    assert f"model.family: expected one of {OURS}, or a family" in message
     assert "by its module or module:attribute and importable here and on all workers" in message
     assert repr(name) in message and why in message
 
@@ -155,7 +156,9 @@ def test_mistakes_in_anothers_encoder_name_its_own_keys_and_kinds() -> None:
 
 def test_tokens_of_a_family_without_a_plan_are_not_split() -> None:
     message = refusal("bria_family", runtime={"num_workers": 2, "context_parallel": 2})
-    assert "model.family = bria_family has none (flux, flux2, qwen_image do)" in message
+    assert (
+        "model.family = bria_family has none (flux, flux2, flux2_klein, qwen_image do)" in message
+    )
 
 
 # ----------------------------------------------------------------------------------------- defaults

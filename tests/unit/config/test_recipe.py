@@ -382,8 +382,8 @@ def test_an_unknown_variant_names_the_known_ones() -> None:
     assert expected in refusal(policy={"type": "gm"})
     message = refusal(encoder={"type": "t5", "path": "x"})
     assert (
-        "encoder.type: expected one of 'flux', 'bert', 'flux2', 'qwen_image', 'sd3', 'class_label'"
-        in message
+        "encoder.type: expected one of 'flux', 'bert', 'flux2', 'flux2_klein', 'qwen_image', "
+        "'sd3', 'z_image', 'class_label'" in message
     )
     assert "policy: " in refusal(policy=3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,8 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     def build(
         backbone_class: Any, base: Path, policy: Any, full: bool = False, noted: bool = True
     ) -> Path:
-        guided = GUIDANCE if "Flux" in backbone_class.class_name else None
+        config = json.loads((base / "transformer" / "config.json").read_text())
+        guided = GUIDANCE if config.get("guidance_embeds") else None
         backbone = backbone_class.load(base / "transformer", embedded_guidance=guided)
         lora = None if full else LoRAConfig(rank=2, dropout=0.0)
         clock = PolicyClock(1 / (NFE - 0.5), SHIFT)
@@ -205,6 +207,22 @@ def flux2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from piflow.backbones.flux2 import Flux2EncoderConfig
 
     return _tiny("flux2", Flux2EncoderConfig, tmp_path_factory.mktemp("flux2_base"))
+
+
+@pytest.fixture(scope="session")
+def klein_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.2-klein's kind: classifier-free guidance, Qwen3."""
+    from piflow.backbones.flux2_klein import Flux2KleinEncoderConfig
+
+    return _tiny("flux2_klein", Flux2KleinEncoderConfig, tmp_path_factory.mktemp("klein_base"))
+
+
+@pytest.fixture(scope="session")
+def z_image_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Z-Image's kind: another sign and time, lists of samples, Qwen3."""
+    from piflow.backbones.z_image import ZImageEncoderConfig
+
+    return _tiny("z_image", ZImageEncoderConfig, tmp_path_factory.mktemp("z_image_base"))
 
 
 def _tiny(family: Any, encoder_config: Any, folder: Path) -> Path:

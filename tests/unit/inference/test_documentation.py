@@ -15,6 +15,7 @@ from piflow.backbones import (
     FluxBackbone,
     QwenImageBackbone,
     SD3Backbone,
+    ZImageBackbone,
 )
 from piflow.config import GMFlowPolicyConfig
 
@@ -27,6 +28,7 @@ def test_the_examples_run(
     flux2_base: Path,
     qwen_base: Path,
     sd3_base: Path,
+    z_image_base: Path,
     dit_base: Path,
     make_adapter: Callable[..., Path],
     tmp_path: Path,
@@ -38,6 +40,7 @@ def test_the_examples_run(
         "flux2": (Flux2Backbone, flux2_base, "FLUX.2-dev"),
         "qwen": (QwenImageBackbone, qwen_base, "Qwen-Image"),
         "sd3": (SD3Backbone, sd3_base, "stable-diffusion-3.5-large"),
+        "z-image": (ZImageBackbone, z_image_base, "Z-Image"),
         "dit": (DiTBackbone, dit_base, "DiT"),
     }
     for name, (backbone, base, published) in bases.items():
@@ -45,7 +48,7 @@ def test_the_examples_run(
         (tmp_path / f"{name}-student").symlink_to(make_adapter(backbone, base, policy))
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     values: dict[str, Any] = {}
     for block in blocks:
         for published, small in SMALLER.items():

@@ -15,13 +15,16 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     Flux2Pipeline,
     FluxPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
 )
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from piflow.backbones import (
     Conditioning,
@@ -30,15 +33,18 @@ from piflow.backbones import (
     FluxBackbone,
     QwenImageBackbone,
     SD3Backbone,
+    ZImageBackbone,
 )
 from piflow.backbones.base import unpack
 from piflow.config import DXPolicyConfig, GMFlowPolicyConfig, PolicyConfig
 from piflow.inference import (
     PiDiTPipeline,
+    PiFlux2KleinPipeline,
     PiFlux2Pipeline,
     PiFluxPipeline,
     PiQwenImagePipeline,
     PiSD3Pipeline,
+    PiZImagePipeline,
 )
 from piflow.inference.settings import (
     SETTINGS_KEY,
@@ -75,7 +81,13 @@ class Family:
     def latents(self, pipe: Any, **options: Any) -> Tensor:
         """The call's latents (2, 4, h, w), before the autoencoder."""
         options = {"generator": torch.Generator().manual_seed(5), **self.call, **options}
-        if self.name == "sd3":
+        if isinstance(options.get("prompt"), list):  # which Z-Image's own call writes into
+            options["prompt"] = list(options["prompt"])
+        if self.name == "klein":  # whose latents come as the autoencoder takes them
+            pipe.vae.register_to_config(batch_norm_eps=0.0)
+            pipe.vae.bn.running_mean.zero_()
+            pipe.vae.bn.running_var.fill_(1.0)
+        if self.name in ("sd3", "z_image", "klein"):
             return pipe(output_type="latent", **options).images
         if self.name != "dit":
             return unpack(pipe(output_type="latent", **options).images, *self.size)
@@ -114,6 +126,14 @@ def sd3_condition(pipe: Any) -> Conditioning:
     return Conditioning(tokens, torch.full((2,), tokens.shape[1]), pooled)
 
 
+def z_image_condition(pipe: Any) -> Conditioning:
+    states, _ = pipe.encode_prompt(
+        list(PROMPTS), do_classifier_free_guidance=False, max_sequence_length=32
+    )
+    counts = torch.tensor([len(prompt) for prompt in states])
+    return Conditioning(pad_sequence(states, batch_first=True), counts)
+
+
 def dit_condition(pipe: Any) -> Conditioning:
     return Conditioning(torch.zeros(2, 1, 1), torch.ones(2), torch.tensor([[3.0], [7.0]]))
 
@@ -121,6 +141,10 @@ def dit_condition(pipe: Any) -> Conditioning:
 ENCODED = {  # arguments of the families' `encode_prompt`, as the conditions above pass them
     "flux": {"prompt": PROMPTS, "prompt_2": PROMPTS, "max_sequence_length": 32},
     "flux2": {"prompt": PROMPTS, "max_sequence_length": 32},
+    "klein": {"prompt": PROMPTS, "max_sequence_length": 32},
+    "z_image": {
+        "prompt": list(PROMPTS), "do_classifier_free_guidance": False, "max_sequence_length": 32,
+    },
     "qwen": {"prompt": PROMPTS},
     "sd3": {
         "prompt": PROMPTS, "prompt_2": None, "prompt_3": None,
@@ -144,12 +168,23 @@ SD3 = Family(
     "sd3", PiSD3Pipeline, StableDiffusion3Pipeline, SD3Backbone,
     {**PICTURE, "max_sequence_length": 32}, (8, 12), sd3_condition,
 )  # fmt: skip
+KLEIN = Family(
+    "klein", PiFlux2KleinPipeline, Flux2KleinPipeline, Flux2Backbone,
+    {**PICTURE, "max_sequence_length": 32}, (8, 12), flux2_condition,
+)  # fmt: skip
+Z_IMAGE = Family(
+    "z_image", PiZImagePipeline, ZImagePipeline, ZImageBackbone,
+    {**PICTURE, "max_sequence_length": 32}, (8, 12), z_image_condition,
+)  # fmt: skip
 DIT = Family(
     "dit", PiDiTPipeline, DiTPipeline, DiTBackbone,
     {"class_labels": [3, 7]}, (8, 8), dit_condition,
 )  # fmt: skip
 FAMILIES = pytest.mark.parametrize(
     "family", [FLUX, FLUX2, QWEN, SD3, DIT], ids=lambda family: family.name
+)
+ALL = pytest.mark.parametrize(
+    "family", [FLUX, FLUX2, QWEN, SD3, DIT, KLEIN, Z_IMAGE], ids=lambda family: family.name
 )
 Load = Callable[..., Any]
 
@@ -202,7 +237,9 @@ def sampled(
     trio = Trio.from_adapter(backbone, adapter, lora)
     cond, generator = family.condition(pipe), torch.Generator().manual_seed(5)
     height, width = family.size
-    if family is FLUX2:  # draws patches
+    if family is Z_IMAGE:
+        dtype = torch.float32  # of its loop, always
+    if family in (FLUX2, KLEIN):  # draws patches
         patches = torch.randn(2, 16, height // 2, width // 2, generator=generator, dtype=dtype)
         noise = torch.nn.functional.pixel_shuffle(patches, 2)
     else:
@@ -243,6 +280,14 @@ def test_equals_the_sampler(
     assert_same(found, sampled(pipe, family, base_of(family), NFE, h))
 
 
+@pytest.mark.parametrize("family", [KLEIN, Z_IMAGE], ids=lambda family: family.name)
+@pytest.mark.parametrize(("student", "h"), [("gm", 0.7), ("grid-full", 0.0)])
+def test_families_that_share_most_of_their_code_equal_the_sampler(
+    family: Family, student: str, h: float, load: Load, base_of: Any
+) -> None:
+    test_equals_the_sampler(family, *STUDENTS[student], h, load, base_of)
+
+
 @FAMILIES
 def test_gm_students_run_at_more_steps(family: Family, load: Load, base_of: Any) -> None:
     pipe = load(family)
@@ -251,7 +296,7 @@ def test_gm_students_run_at_more_steps(family: Family, load: Load, base_of: Any)
     assert not torch.allclose(found, family.latents(pipe), atol=1e-2)
 
 
-@FAMILIES
+@ALL
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_saved_pipeline_draws_the_same(
     family: Family, full: bool, load: Load, base_of: Any, tmp_path: Path
@@ -269,7 +314,7 @@ def test_a_saved_pipeline_draws_the_same(
     assert (tmp_path / weights).read_bytes() == (base_of(family) / weights).read_bytes()
 
 
-@FAMILIES
+@ALL
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_the_teachers_pipeline_stays_as_it_is(
     family: Family, full: bool, load: Load, base_of: Any, make_adapter: Any
@@ -277,7 +322,8 @@ def test_the_teachers_pipeline_stays_as_it_is(
     """Several pipelines share one transformer: the teacher's, and two students'."""
     teacher = quiet(family.parent.from_pretrained(base_of(family)))
     steps = {"num_inference_steps": 2}
-    steps |= {"guidance_scale": 1.0} if family in (SD3, DIT) else {}
+    steps |= {"guidance_scale": 1.0} if family in (SD3, DIT, KLEIN) else {}
+    steps |= {"guidance_scale": 0.0} if family is Z_IMAGE else {}
     before = family.latents(teacher, **steps)
     alone = load(family, full=full)
     first = quiet(family.pipeline.from_pipe(teacher, adapter=str(alone.made)))
@@ -292,7 +338,7 @@ def test_the_teachers_pipeline_stays_as_it_is(
         assert torch.equal(family.latents(teacher, **steps), before)
 
 
-@FAMILIES
+@ALL
 def test_pictures_come_out_of_the_families_call(family: Family, load: Load) -> None:
     pipe = load(family)
     images = pipe(**family.call).images
@@ -301,7 +347,7 @@ def test_pictures_come_out_of_the_families_call(family: Family, load: Load) -> N
     assert len(pipe(**family.call, return_dict=False)[0]) == 2
 
 
-@FAMILIES
+@ALL
 def test_the_signature_is_the_familys(family: Family) -> None:
     theirs = inspect.signature(family.parent.__call__).parameters
     ours = inspect.signature(family.pipeline.__call__).parameters
@@ -311,8 +357,10 @@ def test_the_signature_is_the_familys(family: Family) -> None:
     expected = {"num_inference_steps": None}
     if family in (FLUX, FLUX2):
         expected["guidance_scale"] = None
-    elif family in (SD3, DIT):
+    elif family in (SD3, DIT, KLEIN):
         expected["guidance_scale"] = 1.0
+    elif family is Z_IMAGE:
+        expected["guidance_scale"] = 0.0
     assert changed == expected
     assert family.parent.__name__ in family.pipeline.__call__.__doc__
     with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
@@ -392,7 +440,7 @@ def test_half_precision(family: Family, full: bool, load: Load, base_of: Any) ->
     assert error < 0.02 * found.float().norm()  # Qwen's encoder rounds its positions in `to`
 
 
-@FAMILIES
+@ALL
 @pytest.mark.parametrize("policy", [GM, GRID], ids=["gm", "grid"])
 def test_half_precision_rounds_nothing_but_the_network(
     family: Family, policy: PolicyConfig, load: Load, base_of: Any, monkeypatch: pytest.MonkeyPatch
@@ -423,7 +471,7 @@ def test_half_precision_rounds_nothing_but_the_network(
         error = (found.float() - expected).norm() / expected.norm()
         assert error < 2**-8, f"{error}"
     else:
-        assert torch.equal(found, expected.to(torch.bfloat16))
+        assert torch.equal(found, expected.to(found.dtype))
 
 
 @pytest.mark.parametrize(("policy", "nfe"), [(GM, 4), (GRID, NFE)], ids=["gm", "dx"])
@@ -495,6 +543,14 @@ def test_guidance_that_a_student_does_not_take(load: Load) -> None:
     with pytest.raises(ValueError, match="joint_attention_kwargs: .* takes prompts alone"):
         sd3(**SD3.call, joint_attention_kwargs={})
     assert torch.equal(QWEN.latents(qwen, true_cfg_scale=7.0), QWEN.latents(qwen))
+    with pytest.raises(ValueError, match="guidance_scale = 4: the student has learnt"):
+        load(KLEIN)(**KLEIN.call, guidance_scale=4.0)
+    z_image = load(Z_IMAGE)
+    with pytest.raises(ValueError, match=r"guidance_scale = 0\.5: the student has learnt"):
+        z_image(**Z_IMAGE.call, guidance_scale=0.5)
+    with pytest.raises(ValueError, match="joint_attention_kwargs: .* takes prompts alone"):
+        z_image(**Z_IMAGE.call, joint_attention_kwargs={})
+    assert Z_IMAGE.call["prompt"] == ["a red heart", "two blue stars on a hill"]
 
 
 def test_adapters_that_do_not_fit(

@@ -52,7 +52,12 @@ def machines(memory_gib: float = 80, nodes: int = 1, each: int = 2, **changed: A
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("flux1-dev-gm-4nfe", 11_901_408_320), ("qwen-image-gm-4nfe", 20_430_401_088)],
+    [
+        ("flux1-dev-gm-4nfe", 11_901_408_320),
+        ("qwen-image-gm-4nfe", 20_430_401_088),
+        ("z-image-gm-4nfe", 6_154_908_736),
+        ("flux2-klein-base-4b-gm-4nfe", 3_875_544_576),
+    ],
 )
 def test_parameters_of_the_published_models(name: str, parameters: int) -> None:
     wanted = load_recipe(RECIPES / f"{name}.yaml")

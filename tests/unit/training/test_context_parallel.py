@@ -64,7 +64,7 @@ def changed(**sections: Any) -> dict[str, Any]:
         ({"encoder": {"max_tokens": 33}}, r"max_tokens \(33\) must be a multiple of .* \(2\)"),
         (
             {"model": {"family": "sd3"}, "encoder": {"type": "bert"}},
-            r"model.family = sd3 has none \(flux, flux2, qwen_image do\)",
+            r"model.family = sd3 has none \(flux, flux2, flux2_klein, qwen_image do\)",
         ),
         ({"runtime": {"num_workers": 10}}, "use at most 8 workers"),
     ],
