@@ -186,6 +186,37 @@ def check_family(
 
 
 @app.command(
+    epilog="Example: `piflow convert mine.safetensors models/mine/transformer --family flux`, then "
+    "`model.path: models/mine/transformer` beside the family's VAE and text encoders."
+)
+def convert(
+    file: Annotated[
+        str, typer.Argument(help="the safetensors file: a path or URI (hf://owner/name/file)")
+    ],
+    folder: Annotated[str, typer.Argument(help="URI of an empty folder for config and weights")],
+    family: Annotated[str, typer.Option(help="as a recipe's model.family")],
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="folder of a diffusers transformer of the same size, for its config.json; "
+            "default: of the family's best known model",
+            metavar="URI",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="of the weights that are written")
+    ] = "bfloat16",
+) -> None:
+    """Write a teacher in one file, in its authors' or ComfyUI's layout, as a diffusers folder.
+
+    8-bit weights with a scale are multiplied by it. Nothing but the file's numbers is used.
+    """
+    from piflow.commands import convert as pipeline
+
+    pipeline.main(file, folder, family, config=config, dtype=dtype)
+
+
+@app.command(
     epilog=f"Example: `piflow preflight {DEFAULT_RECIPE}`; on a cluster, set RAY_ADDRESS. Floors "
     "are the recipe's runtime.preflight. Exit code 0: everything passed; 1: something failed; 69: "
     "no room for the workers."

@@ -46,7 +46,7 @@ DTYPES = {  # by `ITEM_BYTES`' names
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".weight_scale", ".scale_weight")  # endings of the names of fp8 weights' scales
 
 
@@ -107,7 +107,7 @@ def stored_tensors(folder: str, *, shown: str | None = None) -> dict[str, Stored
             raise ValueError(
                 f"{place} has no {name}: the folder needs the model's weights as safetensors, whole"
             )
-        for tensor, stored in _tensors_of(uri).items():
+        for tensor, stored in tensors_of_file(uri).items():
             if tensor in found:
                 raise ValueError(
                     f"{place}: {found[tensor].uri} and {uri} both hold {escaped(tensor)}: copy the "
@@ -133,7 +133,7 @@ def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
             continue
         layer = name[: -len(next(end for end in SCALES if name.endswith(end)))]
         weight = found.get(f"{layer}.weight")
-        if weight is None or weight.dtype not in _FP8 or weight.scale is not None:
+        if weight is None or weight.dtype not in FP8 or weight.scale is not None:
             raise ValueError(f"{tensor.uri}: {escaped(name)} is the scale of no fp8 weight")
         value = read_tensor(tensor).float() if math.prod(tensor.shape) == 1 else torch.zeros(1)
         if not value.isfinite() or value <= 0:
@@ -142,7 +142,7 @@ def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
                 f"{tensor.shape}: weights with a scale a row or block aren't read"
             )
         found[f"{layer}.weight"] = replace(weight, scale=value.item())
-    bare = [name for name, tensor in found.items() if tensor.dtype in _FP8 and not tensor.scale]
+    bare = [name for name, tensor in found.items() if tensor.dtype in FP8 and not tensor.scale]
     if bare:
         raise ValueError(f"{found[bare[0]].uri}: the fp8 weight {escaped(bare[0])} has no scale")
     return found
@@ -308,8 +308,12 @@ def _read_whole(file: NativeFile, view: memoryview, uri: str) -> None:
         view = view[got:]
 
 
-def _tensors_of(uri: str) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file."""
+def tensors_of_file(uri: str) -> dict[str, StoredTensor]:
+    """Name -> place of every tensor in one safetensors file; only its header is read.
+
+    Raises:
+        ValueError, OSError: as `piflow.storage.tensor_file.read_header`.
+    """
     return {
         name: StoredTensor(uri, tensor.start, tensor.shape, DTYPES[tensor.code])
         for name, tensor in read_header(uri).tensors.items()
