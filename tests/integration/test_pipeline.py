@@ -452,8 +452,9 @@ def test_report_is_one_file_that_needs_nothing_else(
     client, run_id = interrupted.tracked.client, interrupted.first_run_id
     folder = Path(client.download_artifacts(run_id, "evaluation"))
     html = (folder / "report.html").read_text()
-    assert "student, 2 NFE" in html and "red heart" in html and "data:image/jpeg;base64," in html
-    for outside in ("http://", "https://", "<script", "<link", 'src="/', "@import"):
+    assert "student, 2 NFE" in html and "red heart" in html and "data:image/png;base64," in html
+    assert html.count("<script") == 1 and "default-src 'none'; script-src 'sha256-" in html
+    for outside in ("http://", "https://", "<link", 'src="/', "@import"):
         assert outside not in html.replace("http://www.w3.org", ""), outside
     assert run_id in html
     with Image.open(folder / "grid.jpg") as grid:
