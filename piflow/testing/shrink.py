@@ -69,7 +69,10 @@ def shrink(
     tree["evaluation"] |= {
         "prompts": 2,
         "prompt_list": None,
+        "prompt_set": None,
         "seeds": SEEDS,
+        "nfe": [],
+        "others": [],
         "teacher_steps": objective.nfe + 1,
         "batch_size": 4,
         "workers": _small_evaluation_workers(recipe, tree["runtime"]["num_workers"]),

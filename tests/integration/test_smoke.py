@@ -84,10 +84,19 @@ def test_columns_and_buckets_stay_in_use(tmp_path: Path) -> None:
 def test_networks_of_an_evaluation_are_left_out(tmp_path: Path) -> None:
     tree = load_recipe(RECIPES["qwen-image-gm-4nfe"]).model_dump(mode="json")
     network = {"path": "s3://bucket/clip", "sha256": "ab" * 32, "licence": "MIT"}
-    tree["evaluation"] |= {"metrics": ["clip_score"], "networks": {"clip": network}}
+    tree["evaluation"] |= {
+        "metrics": ["clip_score"],
+        "networks": {"clip": network},
+        "nfe": [1, 8],
+        "others": [{"name": "another", "base": "s3://bucket/another", "steps": 4}],
+        "prompt_set": {"path": "s3://bucket/prompts.json"},
+        "prompt_list": None,
+        "retrieval": False,
+    }
     tree["registry"] = {"gates": ["clip_score > 20"]}
     small = shrink.shrink(parse_recipe(tree), tmp_path, gpus=0)
     assert small.evaluation.measured == ["psnr", "diversity"] and not small.registry.gates
+    assert not (small.evaluation.nfe or small.evaluation.others or small.evaluation.prompt_set)
 
 
 @pytest.mark.parametrize("name", RECIPES)
