@@ -159,7 +159,7 @@ def test_rights(
 def test_what_never_goes(run: Path, writable: Hub, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a run's folder"):
         push.main(str(run), "hf://lab/new")
-    with pytest.raises(ValueError, match="expected hf://owner/name or s3://"):
+    with pytest.raises(ValueError, match="expected hf://owner/name, s3://"):
         push.main(str(run / "adapter"), str(tmp_path / "somewhere"))
     with pytest.raises(ValueError, match="data sets and revisions aren't written"):
         push.main(str(run / "adapter"), "hf://lab/new@main")

@@ -150,7 +150,7 @@ def test_a_value_is_what_it_is_written_as(key: str) -> None:
         ({"embed.encoders": [4, 1]}, r"at least 4 and at most 1 actors"),
         ({"evaluation.teacher_steps": 4}, "must exceed the student's objective.nfe = 4"),
         ({"tracking.model_name": "a/b"}, "without '/' and ':'"),
-        ({"run_dir": "gs://bucket/x"}, "scheme 'gs'; supported"),
+        ({"run_dir": "ftp://bucket/x"}, "scheme 'ftp'; supported"),
         ({"run_dir": "$HOME/x"}, "recipes expand none"),
         ({"runtime.use_gpu": "yes"}, "write true or false"),
         ({"training.steps": 10**30}, "training.steps: .*less than or equal to"),
