@@ -94,8 +94,6 @@ def _sharded(recipe: Recipe, model: Model, placement: Placement) -> list[Collect
         head = _gathered([unit for unit in model.teacher if unit.part == "teacher head"], shard)
         if whole:  # blocks stay so from the student's pass on, heads from their first
             teacher = calls * rest + head
-        else:  # FSDP fetches ahead what came before the module's end in its last forward pass
-            backward += head
     found = [
         Collective("all-gather", phase, rounds * nbytes, shard)
         for phase, nbytes in (("student", student), ("teacher", teacher), ("backward", backward))

@@ -4,6 +4,8 @@
     rank 1 ─┼─ all-gather block i ──┤  and again for its backward
     rank 2 ─┘                       └─ reduce-scatter: each rank keeps its part's mean gradient
 
+While a block computes, the next one's weights are gathered, in the order of the module's lists.
+
 With a `shard_size` (HSDP) the ranks form groups, each of which holds all parameters between its
 members; gathering stays within a group, and the groups all-reduce their gradient shards:
 
@@ -17,6 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -86,6 +90,7 @@ class FSDPStrategy(InPlaceStrategy):
         )
         if not isinstance(module, FSDPModule):
             raise TypeError(f"fully_shard left a {type(module).__name__}")
+        _order_gathering(module)
         self._modules.append(module)
 
     @property
@@ -110,6 +115,42 @@ class FSDPStrategy(InPlaceStrategy):
         finally:
             for module in self._modules:
                 module.set_requires_gradient_sync(True)
+
+
+def _order_gathering(module: FSDPModule) -> None:
+    """While a block computes, the next one is gathered; in the backward pass the one before it.
+
+    Left to itself, FSDP follows the order of the last forward pass, whichever role made it, and so
+    gathers the teacher's head for the student's backward pass. Blocks with units inside (weights
+    that an fp8 teacher leaves out) keep FSDP's own order: their own units come first.
+    """
+    chain = _chain(module)
+    if not chain:
+        return
+    module.set_modules_to_backward_prefetch([chain[-1]])
+    parts = (part for block in chain for part in cast(nn.Module, block).modules())
+    if sum(isinstance(part, FSDPModule) for part in parts) > len(chain):
+        return
+    module.set_modules_to_forward_prefetch([chain[0]])
+    for block, following in pairwise(chain):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+
+
+def _chain(module: FSDPModule) -> list[FSDPModule]:
+    """Sharded entries of the module's lists, in the order in which models call them.
+
+    Lists within an entry are its own affair.
+    """
+    chain: list[FSDPModule] = []
+    inside: set[nn.Module] = set()
+    for stack in cast(nn.Module, module).modules():
+        if isinstance(stack, nn.ModuleList) and stack not in inside:
+            for block in stack:
+                if isinstance(block, FSDPModule):
+                    chain.append(block)
+                    inside.update(block.modules())
+    return chain
 
 
 def _mesh(device: torch.device, world_size: int, shard_size: int | None) -> DeviceMesh:
