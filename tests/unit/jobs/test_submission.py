@@ -62,7 +62,7 @@ def test_a_stopped_job_waits_for_its_stage_and_starts_no_other(tmp_path: Path) -
     """SIGTERM reaches all processes of a job, the shell among them."""
     for name, script in {
         "python": "exit 0",
-        "piflow": "trap 'sleep 0.5; echo saved; exit 0' TERM; echo $1; sleep 20 & wait",
+        "piflow": "trap 'sleep 0.5; echo saved; exit 0' TERM; sleep 20 >/dev/null & echo $1; wait",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)

@@ -412,7 +412,7 @@ def test_an_object_store_that_fails_is_tried_again(
         write_bytes(str(tmp_path / uri.removeprefix("s3://")), content)
 
     copy_files, local, write_bytes = fs.copy_files, storage.filesystem, storage.write_bytes
-    monkeypatch.setattr(checkpoint_writer.fs, "copy_files", copy)
+    monkeypatch.setattr(fs, "copy_files", copy)
     monkeypatch.setattr(checkpoint_writer, "_PAUSES", (0.0, 0.0))
     monkeypatch.setattr(storage, "write_bytes", write)
     for module in (storage, files):
