@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from piflow.backbones.base import Conditioning
 from piflow.config import Recipe, find_family
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from piflow.policies.base import to_device
+from piflow.sharding.side_stream import Mark, SideStream
 
 
 class Embedded(Protocol):
@@ -37,11 +36,14 @@ class Embedded(Protocol):
 def conditioning(
     batch: Embedded, device: torch.device, *, shared_by: int | None = None
 ) -> Conditioning:
-    """The prompts' text conditioning on the device.
+    """The prompts' text conditioning on the device; that of `on_device`, if it is this one.
 
     Args:
         shared_by: as `cut_for` says; without it, padding stays.
     """
+    there = batch.there if isinstance(batch, MicroBatch) else None
+    if there is not None and (there.device, there.shared_by) == (device, shared_by):
+        return there.take().cond
     cond = Conditioning(batch.tokens, batch.num_tokens, batch.pooled)
     return (cond if shared_by is None else cond.cut(shared_by)).to(device)
 
@@ -58,7 +60,7 @@ class MicroBatch:
 
     ``index`` counts within the step, over all ranks; pooled is ``(m, P)``, or None for encoders
     without one; sizes are pixels. Latents of the pictures are ``(m, C, h, w)`` float32, or None if
-    the stream wasn't asked for them.
+    the stream wasn't asked for them. ``there`` is what of it is on a device already.
     """
 
     index: int
@@ -70,6 +72,30 @@ class MicroBatch:
     height: int
     width: int
     latents: Tensor | None = None
+    there: OnDevice | None = None
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A micro-batch's tensors, on their way to a device or there.
+
+    Attributes:
+        shared_by: what the conditioning was cut for.
+        mark: behind the copies, in the stream that makes them.
+    """
+
+    cond: Conditioning
+    latents: Tensor | None
+    device: torch.device
+    shared_by: int | None
+    mark: Mark
+
+    def take(self) -> OnDevice:
+        """Itself; what the current stream is given from now on comes after the copies."""
+        cond = self.cond
+        tensors = (cond.tokens, cond.num_tokens, cond.pooled, self.latents)
+        self.mark.wait_here(tensor for tensor in tensors if tensor is not None)
+        return self
 
 
 @dataclass(frozen=True)
@@ -79,3 +105,23 @@ class StreamBatch:
     step: int
     micro_batches: list[MicroBatch]
     replaced: dict[str, int]
+
+
+def on_device(batch: StreamBatch, stream: SideStream, shared_by: int | None) -> StreamBatch:
+    """The batch, its tensors on their way to the stream's device.
+
+    Called beside the step before: the copies don't wait for its kernels, nor its kernels for them.
+
+    Args:
+        shared_by: as for `conditioning`.
+    """
+    micro_batches = []
+    for batch_of_a_pass in batch.micro_batches:
+        latents = batch_of_a_pass.latents
+        with stream.queue():
+            cond = conditioning(batch_of_a_pass, stream.device, shared_by=shared_by)
+            if latents is not None:
+                latents = to_device(latents, stream.device)
+        there = OnDevice(cond, latents, stream.device, shared_by, stream.mark())
+        micro_batches.append(replace(batch_of_a_pass, there=there))
+    return replace(batch, micro_batches=micro_batches)

@@ -10,7 +10,7 @@
     working         the most that passes, or the optimiser's step, hold for a moment beyond that
     gathered        weights that are whole while a unit computes (FSDP, ZeRO stage 3)
     fp8             the teacher's weight that is being quantised, and codes that are kept
-    buffers         of collectives
+    buffers         of collectives, and the prompts of this step and the next
     context         CUDA's context and NCCL's channels: assumed
 
 A replica holds all of it. Sharded workers hold a part of the weights, averages and states; what is
@@ -27,6 +27,7 @@ from typing import Literal
 from piflow.config import DeepSpeedConfig, PiIDConfig, Recipe
 from piflow.planning.model import Model, Unit, Weight
 from piflow.planning.passes import Passes
+from piflow.planning.sizes import latent_size
 
 SAFE_SHARE = 0.85  # of the free memory: the rest is for kernels' workspaces and fragmentation
 GIB = 2**30
@@ -160,7 +161,7 @@ def memory_of(
         working=max(passes.working // cut, update - held),
         gathered=gathered,
         fp8=_fp8(recipe, model, parts),
-        buffers=_buffers(recipe, placement),
+        buffers=_buffers(recipe, placement) + _prompts(recipe, model, placement.world),
         context=context,
     )
     return _offloaded(recipe, memory, placement)
@@ -261,6 +262,16 @@ def _buffers(recipe: Recipe, placement: Placement) -> int:
         options = recipe.runtime.deepspeed or DeepSpeedConfig()
         return 2 * _FLOAT * options.bucket_values
     return 0
+
+
+def _prompts(recipe: Recipe, model: Model, world: int) -> int:
+    """What a worker's batch brings, twice: the next one comes while a step computes."""
+    values = recipe.encoder.text_tokens * model.text_width + model.pooled_width
+    if recipe.objective.pictures == "store":
+        height, width = latent_size(recipe)
+        values += model.latent_channels * height * width
+    samples = micro_batches(recipe, world) * recipe.training.micro_batch_size
+    return 2 * samples * _FLOAT * values
 
 
 def _offloaded(recipe: Recipe, memory: Memory, placement: Placement) -> Memory:

@@ -29,6 +29,7 @@ from piflow.runtime.stopping import Stops
 from piflow.runtime.watchdog import Watchdog
 from piflow.runtime.worker_metrics import WorkerMetrics
 from piflow.sharding.everyone import everyone
+from piflow.training.ahead import Ahead
 from piflow.training.build import Assembly
 from piflow.training.checkpoint import CheckpointError, RunState, require_same_run
 from piflow.training.checkpoint_writer import CheckpointSaver, restore_newest
@@ -110,11 +111,14 @@ class TrainLoop:
             self._leave(StopReason.NONE, start)
             return
         self.start = start
-        batches = iter(stream.batches())
+        with Ahead(stream.batches(), self.assembly.bring) as batches:
+            self._steps(start, stream, batches)
+
+    def _steps(self, start: int, stream: TrainStream, batches: Iterator[StreamBatch]) -> None:
         for step in range(start, self.training.steps):
             began = time.perf_counter()
             self.metrics.begin()
-            batch: StreamBatch = next(batches)
+            batch = next(batches)
             waited = time.perf_counter() - began
             self.metrics.lap("data")
             self._count_replaced(step, batch)

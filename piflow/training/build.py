@@ -20,7 +20,7 @@ from piflow.backbones import (
 from piflow.backbones.flux.fresh import average_of, fresh_backbone
 from piflow.backbones.transformer import TransformerBackbone
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
-from piflow.data.batch import MicroBatch, conditioning, cut_for
+from piflow.data.batch import MicroBatch, StreamBatch, conditioning, cut_for, on_device
 from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import PromptStore
 from piflow.flow import draw_noise
@@ -35,6 +35,7 @@ from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FewStep, FlowSchedule
 from piflow.sharding import FSDPStrategy
 from piflow.sharding.base import Strategy
+from piflow.sharding.side_stream import SideStream
 from piflow.sharding.weights import StoredTensor, fill, missing
 from piflow.training.attention import use_attention
 from piflow.training.blocks import prepare_blocks
@@ -78,6 +79,7 @@ class Assembly:
         draw_samples: pictures by the EMA, of the same prompts and noise all along a run.
         flops: operations of training on one sample of a micro-batch's sizes.
         attention: the kernel of the models' attention and why.
+        bring: starts to copy a step's batch to the device; another thread may call it.
         teacher_error: `PiIDObjective.teacher_error`, if the teacher computes in fp8.
     """
 
@@ -86,6 +88,7 @@ class Assembly:
     draw_samples: Callable[[], Samples]
     flops: Callable[[MicroBatch], int]
     attention: str
+    bring: Callable[[StreamBatch], StreamBatch]
     teacher_error: Callable[[MicroBatch, int], float] | None = None
 
 
@@ -123,7 +126,9 @@ def assemble(
     if recipe.model.fp8_teacher is not None and isinstance(objective, PiIDObjective):
         teacher_error = objective.teacher_error
     draw_samples = partial(_draw_samples, recipe, store, codec, draw, device)
-    return Assembly(trainer, draw, draw_samples, flops, attention, teacher_error)
+    shared_by = cut_for(recipe) if isinstance(recipe.objective, PiIDConfig) else None
+    bring = partial(on_device, stream=SideStream(device), shared_by=shared_by)
+    return Assembly(trainer, draw, draw_samples, flops, attention, bring, teacher_error)
 
 
 def allow_tf32(device: torch.device) -> None:

@@ -40,7 +40,8 @@ from piflow.training.checkpoint_layout import (
     LayoutWriter,
     read_layout,
 )
-from piflow.training.optimizer_state import allocate_state, saved_state
+from piflow.training.optimizer_state import allocate_state
+from piflow.training.snapshot import saved_tensors
 from piflow.training.step import Trainer
 
 STATE_FILE = "state.json"
@@ -83,27 +84,6 @@ class FileRecord:
 
     size: int  # bytes
     sha256: str  # hex
-
-
-def snapshot(trainer: Trainer) -> dict[str, Tensor]:
-    """A copy in host memory of everything that is saved: this worker's share, by flat name.
-
-    Of what torch shards that is this worker's shards. What is split otherwise comes together whole,
-    one tensor after the other, each on one worker, so that all have about as many bytes. Training
-    may go on as soon as it returns. A collective.
-    """
-    copied: dict[str, Tensor] = {}
-    held = [0] * trainer.strategy.world_size  # bytes, by worker
-    for name, tensor in _tree(trainer).items():
-        if isinstance(tensor, Tensor):
-            copied[name] = tensor.to("cpu", copy=True)
-            continue
-        owner = held.index(min(held))
-        held[owner] += tensor.shape.numel() * tensor.dtype.itemsize
-        whole = tensor.whole()
-        if owner == trainer.strategy.rank:
-            copied[name] = whole.to("cpu", copy=True)
-    return copied
 
 
 def write_shards(
@@ -270,7 +250,7 @@ def load_checkpoint(
     state, stored = _verified_by_all(folder)
     require(state)
     _allocate_optimizer_state(trainer, stored)
-    tree = _without_fresh_state(_tree(trainer), stored)
+    tree = _without_fresh_state(saved_tensors(trainer), stored)
     _require_fit(folder, tree, stored)
     no_dist = not dist.is_initialized()
     in_place = {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}
@@ -446,20 +426,6 @@ def _damaged(folder: Path, reason: str) -> DamagedCheckpointError:
     return DamagedCheckpointError(
         f"checkpoint {folder} is damaged ({reason}); use another checkpoint"
     )
-
-
-def _tree(trainer: Trainer) -> dict[str, Tensor | SplitTensor]:
-    """Flat names -> the trainer's own tensors (sharded where it is sharded)."""
-    tree: dict[str, Tensor | SplitTensor] = {}
-    strategy = trainer.strategy
-    for name, parameter in trainer.parameters.items():
-        tree[f"trainable.{name}"] = strategy.saved_parameter(parameter)
-        state = saved_state(strategy, trainer.optimizer_of(parameter), parameter)
-        for key, value in state.items():
-            tree[f"optimizer.{name}.{key}"] = value
-    for name, tensor in trainer.ema_parameters.items():
-        tree[f"ema.{name}"] = strategy.saved_parameter(tensor)
-    return tree
 
 
 def _allocate_optimizer_state(trainer: Trainer, stored: Layout) -> None:

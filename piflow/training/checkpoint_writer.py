@@ -1,9 +1,9 @@
 """Saving a run's checkpoints behind its training steps, and finding one to go on from.
 
 train thread                               writer thread, one save at a time
-step s: wait for the save before,
-        copy own shards to host memory --> write own shards, upload them, tell everyone their sha256
-step s+1, ...                              rank 0: state.json, then delete what isn't kept
+step s: wait for the save before   --> copy own shards to host memory; step s+1's update waits
+step s+1, ...                          write own shards, upload them, tell everyone their sha256
+                                       rank 0: state.json, then delete what isn't kept
 step s+n: take_finished() <--------------- seconds
 
 The writers of all workers agree through a group of their own: collectives of two threads on one
@@ -44,10 +44,10 @@ from piflow.training.checkpoint import (
     gather_files,
     load_checkpoint,
     require_step,
-    snapshot,
     state_file,
     write_shards,
 )
+from piflow.training.snapshot import Snapshot
 from piflow.training.step import Trainer
 
 _PAUSES = (1.0, 5.0, 20.0)  # seconds before an object store is tried again
@@ -89,7 +89,9 @@ class CheckpointSaver:
         self._saves: list[Future[Saved]] = []  # not yet taken; the last may be running
 
     def save(self, trainer: Trainer, state: RunState) -> Future[Saved]:
-        """Copy the trainer's state to host memory and start to write it.
+        """Start to copy the trainer's state to host memory, and to write it.
+
+        The trainer's next update waits for the copies, its forward and backward passes don't.
 
         Returns:
             What is set when the checkpoint is complete on all workers, or to a CheckpointError.
@@ -99,13 +101,13 @@ class CheckpointSaver:
         """
         began = time.perf_counter()
         self.wait()
-        tensors = snapshot(trainer)
+        snapshot = Snapshot(trainer)
         stall = time.perf_counter() - began
         future: Future[Saved] = Future()
         self._saves.append(future)
         threading.Thread(
             target=self._run,
-            args=(future, tensors, state, stall),
+            args=(future, snapshot, state, stall),
             name=f"checkpoint-{state.step}",
             daemon=True,  # a worker that fails must be able to exit
         ).start()
@@ -131,19 +133,20 @@ class CheckpointSaver:
         return [future.result() for future in finished]
 
     def _run(
-        self, future: Future[Saved], tensors: Mapping[str, Tensor], state: RunState, stall: float
+        self, future: Future[Saved], snapshot: Snapshot, state: RunState, stall: float
     ) -> None:
         began = time.perf_counter()
         uri = run_folder.checkpoint_uri(self.run_dir, state.step)
         try:
-            kept = self._write(uri, tensors, state)
+            kept = self._write(uri, snapshot.copy(), state)
         except CheckpointException as error:  # not an `Exception`: nobody else would catch it
             cause, _ = next(iter(error.failures.values()))
             future.set_exception(_save_error(uri, cause))
         except Exception as error:  # whatever it is, the train thread shall raise it
             future.set_exception(_save_error(uri, error))
         else:
-            future.set_result(Saved(state.step, stall, time.perf_counter() - began, kept))
+            took = time.perf_counter() - began
+            future.set_result(Saved(state.step, stall + snapshot.waited, took, kept))
 
     def _write(self, uri: str, tensors: Mapping[str, Tensor], state: RunState) -> tuple[int, ...]:
         """All workers' shards, then `state.json`, then retention; returns which steps are kept."""

@@ -225,9 +225,10 @@ def stored_latents(batch: MicroBatch, generator: torch.Generator) -> Tensor:
     Raises:
         ValueError: the micro-batch brings none.
     """
-    if batch.latents is None:
+    latents = batch.latents if batch.there is None else batch.there.take().latents
+    if latents is None:
         raise ValueError(
             "the training stream brought no latents, which objective.pictures = store trains on; "
             "open it with them"
         )
-    return batch.latents
+    return latents

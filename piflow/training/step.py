@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -161,6 +161,7 @@ class Trainer:
         self.training = training
         self.seed = seed
         self.context_parallel = context_parallel
+        self._before_update: list[Callable[[], None]] = []
         self.groups = strategy.world_size // context_parallel
         self.optimizers = build_optimizers(parameters, training.optimizer)
         self._owners = {
@@ -188,6 +189,8 @@ class Trainer:
         max_norm = config.clip_norm if step >= config.warmup_steps else math.inf
         lr = learning_rate(step, self.training.steps, config)
         set_learning_rate(self.optimizers, lr)
+        while self._before_update:
+            self._before_update.pop()()
         # a loss that isn't finite has no finite gradient: then nothing moves
         grad_norm = self.strategy.update(list(self.parameters.values()), self.optimizers, max_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -196,6 +199,10 @@ class Trainer:
             raise NonFiniteError(_what_is_not_finite(step, loss, grad_norm, suspects), _ADVICE)
         self._update_ema(step)
         return StepMetrics(step, loss, grad_norm, lr, time.perf_counter() - began)
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        """Has the next update of the weights wait until `call` returns; it is called once."""
+        self._before_update.append(call)
 
     def optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
         """The optimiser that moves a parameter."""

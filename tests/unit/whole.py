@@ -15,10 +15,10 @@ from piflow.training.checkpoint import (
     STATE_FILE,
     RunState,
     gather_files,
-    snapshot,
     state_file,
     write_shards,
 )
+from piflow.training.snapshot import Snapshot
 from piflow.training.step import Trainer
 
 
@@ -42,7 +42,7 @@ def gather_saved(tensors: Mapping[str, Tensor | SplitTensor]) -> dict[str, Tenso
 
 def save_checkpoint(folder: Path, trainer: Trainer, state: RunState) -> None:
     """Write a checkpoint and wait for it; every worker calls it with one shared folder."""
-    files = gather_files(write_shards(folder, snapshot(trainer)), None)
+    files = gather_files(write_shards(folder, Snapshot(trainer).copy()), None)
     if rank() == 0:
         (folder / STATE_FILE).write_bytes(state_file(state, files))
 

@@ -52,7 +52,10 @@ def _loop(
     )  # fmt: skip
     tracker = MagicMock()
     assembly: Any = SimpleNamespace(
-        trainer=SimpleNamespace(step=step), flops=lambda batch: 1, teacher_error=None
+        trainer=SimpleNamespace(step=step),
+        flops=lambda batch: 1,
+        teacher_error=None,
+        bring=lambda batch: batch,
     )
     config = {
         "written": recipe.model_dump(mode="json"),

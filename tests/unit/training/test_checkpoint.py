@@ -30,10 +30,10 @@ from piflow.training.checkpoint import (
     load_state,
     load_tensors,
     require_same_run,
-    snapshot,
     verify_checkpoint,
 )
 from piflow.training.preflight import require_newest_of
+from piflow.training.snapshot import Snapshot
 from piflow.training.step import Trainer
 from tests.unit.whole import save_checkpoint
 
@@ -330,11 +330,11 @@ def test_a_state_that_was_changed(old: str, new: str, saved: Path) -> None:
 def test_a_snapshot_is_a_copy(saved: Path) -> None:
     trainer = make()
     load_checkpoint(saved, trainer)
-    tensors = snapshot(trainer)
+    tensors = Snapshot(trainer).copy()
     held = {name: tensor.clone() for name, tensor in tensors.items()}
     train(trainer, range(3, 5))
     assert all(torch.equal(tensors[name], held[name]) for name in held)
-    changed = snapshot(trainer)
+    changed = Snapshot(trainer).copy()
     assert not any(torch.equal(tensors[name], changed[name]) for name in held)
 
 

@@ -34,6 +34,7 @@ from piflow.training.checkpoint import (
     write_shards,
 )
 from piflow.training.checkpoint_writer import CheckpointSaver, restore_newest
+from piflow.training.snapshot import Snapshot
 from piflow.training.step import Trainer
 
 SCRIPT = Path(__file__).with_name("saving_workers.py")
@@ -138,6 +139,36 @@ def test_a_checkpoint_holds_the_step_it_was_started_at(
     saves.wait()
     found, tensors, told = restore(tmp_path)
     assert found == state(2) and told == []
+    assert same(tensors, before) and not same(copied(ours), before)
+
+
+def test_the_next_update_waits_for_the_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward passes don't; what is saved is what was there before."""
+    go, copying = threading.Event(), Snapshot.copy
+
+    def held_back(snapshot: Snapshot) -> dict[str, Tensor]:
+        assert go.wait(20)
+        return copying(snapshot)
+
+    monkeypatch.setattr(Snapshot, "copy", held_back)
+    ours, saves = trainer(), saves_into(tmp_path)
+    train(ours, 0, 1)
+    before, computed = copied(ours), threading.Event()
+    weights = [parameter.detach().clone() for parameter in ours.parameters.values()]
+    waiting = threading.Thread(target=train, args=(ours, 1, 2))
+    saves.save(ours, state(1))
+    ours.before_update(computed.set)  # asked before the snapshot's own wait
+    waiting.start()
+    assert computed.wait(20), "the losses and gradients are there"
+    assert all(map(torch.equal, ours.parameters.values(), weights))
+    go.set()
+    waiting.join(20)
+    saves.wait()
+    (saved,) = saves.take_finished()
+    assert saved.stall_seconds > 0
+    _, tensors, _ = restore(tmp_path)
     assert same(tensors, before) and not same(copied(ours), before)
 
 

@@ -42,6 +42,7 @@ class Prompts:
     prompts: tuple[str, ...] = ("a", "b", "c")
     prompt_ids: tuple[str, ...] = ("1", "2", "3")
     latents: Tensor | None = None
+    there: None = None
 
 
 @pytest.fixture
