@@ -12,7 +12,9 @@ from typing import Any
 
 from piflow.config import Recipe, RecipeError, parse_recipe
 from piflow.jobs.submission import Stage
-from piflow.planning.memory import GIB, SAFE_SHARE, Placement, memory_of
+from piflow.planning.choices import SAVINGS
+from piflow.planning.memory import GIB, SAFE_SHARE
+from piflow.planning.plan import placed
 from piflow.runtime.job_server import Node
 from piflow.training.placement import measure
 
@@ -117,16 +119,7 @@ def changes(recipe: Recipe) -> Iterator[dict[str, Any]]:
             yield {"embed.gpus_per_encoder": share}
     for count in range(fewest - 1, 0, -1):
         yield {"runtime.num_workers": count}
-    savings: list[dict[str, Any]] = [
-        {"runtime.activation_checkpointing": "selective"},
-        {"runtime.activation_checkpointing": "full"},
-        {"runtime.activation_checkpointing": "full", "runtime.strategy": "fsdp"},
-        {
-            "runtime.activation_checkpointing": "full",
-            "runtime.strategy": "fsdp",
-            "runtime.offload": "cpu",
-        },
-    ]
+    savings = [{f"runtime.{key}": value for key, value in keys.items()} for keys in SAVINGS]
     yield from savings
     for count in range(most + 1, 4 * most + 1):
         yield {"runtime.num_workers": count}
@@ -177,15 +170,13 @@ class Estimate:
 
     def __call__(self, recipe: Recipe) -> float:
         """With as many workers as the recipe has at least."""
-        runtime, workers = recipe.runtime, recipe.runtime.worker_range[0]
-        kind = runtime.activation_checkpointing
+        kind = recipe.runtime.activation_checkpointing
         if kind not in self._counted:
             self._counted[kind] = measure(recipe)
-        placement = Placement("fsdp", workers, runtime.shard_size or workers)
-        if workers == 1 or runtime.strategy in ("single", "ddp"):
-            placement = Placement("ddp" if workers > 1 else "single", workers, 1)
         model, passes = self._counted[kind]
-        return memory_of(recipe, model, passes, placement).total / GIB
+        workers = recipe.runtime.worker_range[0]
+        _, memory, _ = placed(recipe, model, passes, workers, free=0)  # auto: at least shards fit
+        return memory.total / GIB
 
 
 def _told(bundles: Sequence[Bundle]) -> str:

@@ -13,11 +13,22 @@ from piflow.planning.passes import CHECKPOINTING
 from piflow.planning.plan import Plan, Planner, on_machines
 from piflow.planning.speed import Machines
 
-_STRATEGIES: tuple[dict[str, Any], ...] = (
-    {"strategy": "ddp", "shard_size": None, "offload": "none", "reshard_after_forward": True},
-    {"strategy": "fsdp", "shard_size": None, "offload": "none"},
-    {"strategy": "fsdp", "shard_size": None, "offload": "cpu"},
+_DDP: dict[str, Any] = {
+    "strategy": "ddp",
+    "shard_size": None,
+    "offload": "none",
+    "reshard_after_forward": True,
+}
+_FSDP = {**_DDP, "strategy": "fsdp"}
+_WHOLE = {**_FSDP, "reshard_after_forward": False}
+_OFFLOADED = {**_FSDP, "offload": "cpu"}
+SAVINGS: tuple[dict[str, Any], ...] = (
+    {"activation_checkpointing": "selective"},
+    {"activation_checkpointing": "full"},
+    {"activation_checkpointing": "full", "strategy": "fsdp"},
+    {"activation_checkpointing": "full", "strategy": "fsdp", "offload": "cpu"},
 )
+"""Runtime keys that take less of a GPU's memory, those that cost the least time first."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +122,11 @@ def _same_machines(planner: Planner, machines: Machines, usd: float | None) -> I
 
 def _runtimes(recipe: Recipe, machines: Machines) -> Iterator[dict[str, Any]]:
     """Runtime keys for every pair of a placement and a kind of activation checkpointing."""
-    strategies = list(_STRATEGIES)
+    strategies = [_DDP, _WHOLE, _FSDP, _OFFLOADED]
     if machines.nodes > 1:
-        strategies.insert(1, {**_STRATEGIES[1], "shard_size": machines.gpus_per_node})
+        strategies.insert(1, {**_FSDP, "shard_size": machines.gpus_per_node})
     if machines.world == 1:
-        strategies = [{"strategy": "auto", "offload": "none", "shard_size": None}, _STRATEGIES[2]]
+        strategies = [{**_FSDP, "strategy": "auto"}, _OFFLOADED]
     kinds = [kind for kind in CHECKPOINTING if kind != "selective" or not recipe.runtime.compile]
     for strategy, kind in product(strategies, kinds):
         yield {**strategy, "deepspeed": None, "activation_checkpointing": kind}

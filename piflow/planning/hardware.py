@@ -89,6 +89,9 @@ class Table(Section):
     """All of it."""
 
     gpus: dict[str, Gpu]
+    devices: dict[str, Text | PositiveFloat]
+    """What a device's name in CUDA holds -> a name in `gpus`, or its bfloat16 peak, TFLOP/s."""
+
     efficiency: Efficiency
     prices: list[Price]
 
@@ -108,6 +111,18 @@ class Table(Section):
             "--peak and --bandwidth, or in a file with --table"
         )
 
+    def peak_of_device(self, device: str) -> float | None:
+        """Dense bfloat16 TFLOP/s of a GPU by its name in CUDA.
+
+        None: it isn't known, or only a slice of it is used (MIG).
+        """
+        words = device.replace("-", " ").split()
+        if "MIG" in words:
+            return None
+        plain = f" {' '.join(words)} "
+        found = next((v for name, v in self.devices.items() if f" {name} " in plain), None)
+        return self.gpus[found].peaks["bfloat16"] if isinstance(found, str) else found
+
     def price(self, gpu: str) -> Price | None:
         """The first of this GPU; None: there is none."""
         return next((price for price in self.prices if price.gpu == gpu), None)
@@ -117,7 +132,7 @@ def load_table(path: str | Path | None = None) -> Table:
     """The table that ships with piflow, with a file's entries in place of those of their name.
 
     Args:
-        path: YAML with any of gpus, efficiency and prices; its prices come first.
+        path: YAML with any of gpus, devices, efficiency and prices; its prices come first.
 
     Raises:
         PlanError: the file isn't there, or has other keys or values.
@@ -126,7 +141,7 @@ def load_table(path: str | Path | None = None) -> Table:
     tree = plain_yaml.load_mapping(content, where="piflow's own table")
     if path is not None:
         own = _read(Path(path))
-        for section in ("gpus", "efficiency"):
+        for section in ("gpus", "devices", "efficiency"):
             tree[section] = {**tree[section], **(own.pop(section, None) or {})}
         tree["prices"] = [*(own.pop("prices", None) or []), *tree["prices"]]
         tree.update(own)  # unknown keys are refused below

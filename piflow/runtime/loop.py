@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,7 +30,7 @@ from piflow.runtime.stopping import Stops
 from piflow.runtime.watchdog import Watchdog
 from piflow.runtime.worker_metrics import WorkerMetrics
 from piflow.sharding.everyone import everyone
-from piflow.training.ahead import Ahead
+from piflow.training.ahead import one_ahead
 from piflow.training.build import Assembly
 from piflow.training.checkpoint import CheckpointError, RunState, require_same_run
 from piflow.training.checkpoint_writer import CheckpointSaver, restore_newest
@@ -111,10 +112,8 @@ class TrainLoop:
             self._leave(StopReason.NONE, start)
             return
         self.start = start
-        with Ahead(stream.batches(), self.assembly.bring) as batches:
-            self._steps(start, stream, batches)
-
-    def _steps(self, start: int, stream: TrainStream, batches: Iterator[StreamBatch]) -> None:
+        planned = islice(stream.batches(), self.training.steps - start)
+        batches = one_ahead(planned, self.assembly.bring)
         for step in range(start, self.training.steps):
             began = time.perf_counter()
             self.metrics.begin()

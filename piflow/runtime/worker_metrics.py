@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from piflow.planning.hardware import load_table
 from piflow.runtime.metrics import RANK_0_METRICS, WORKER_METRICS, Metrics
 from piflow.training.checkpoint_writer import Saved
 from piflow.training.step import StepMetrics
@@ -15,31 +16,6 @@ from piflow.training.step import StepMetrics
 _KIB = 1024
 
 Part = Literal["data", "gradients", "update", "pictures", "checkpoint", "other"]
-
-# dense bfloat16 by NVIDIA's data sheets, in TFLOP/s; the first that a device's name holds counts
-_PEAK_TFLOPS = {
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-    "GH200": 989.0,
-    "H100 NVL": 835.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "A10G": 70.0,
-    "L4": 121.0,
-}
-
-
-def peak_tflops(device: str) -> float | None:
-    """Of a GPU by its name in CUDA; None: it isn't known, or only a slice of it is used (MIG)."""
-    words = device.replace("-", " ").split()
-    if "MIG" in words:
-        return None
-    plain = f" {' '.join(words)} "
-    return next((value for name, value in _PEAK_TFLOPS.items() if f" {name} " in plain), None)
 
 
 class WorkerMetrics:
@@ -61,7 +37,7 @@ class WorkerMetrics:
             if self._device is not None:
                 properties = torch.cuda.get_device_properties(self._device)
                 self._metrics.set("piflow_gpu_memory_total_bytes", properties.total_memory)
-                peak = peak or peak_tflops(properties.name)
+                peak = peak or load_table().peak_of_device(properties.name)
             if peak is not None:
                 self._metrics.set("piflow_peak_flops", 1e12 * peak)
 

@@ -79,7 +79,7 @@ class Assembly:
         draw_samples: pictures by the EMA, of the same prompts and noise all along a run.
         flops: operations of training on one sample of a micro-batch's sizes.
         attention: the kernel of the models' attention and why.
-        bring: starts to copy a step's batch to the device; another thread may call it.
+        bring: starts to copy a step's batch to the device, beside the step that computes.
         teacher_error: `PiIDObjective.teacher_error`, if the teacher computes in fp8.
     """
 

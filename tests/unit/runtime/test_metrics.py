@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from piflow.planning.hardware import load_table
 from piflow.runtime import metrics as module
 from piflow.runtime.mailbox import Mailbox
 from piflow.runtime.metrics import (
@@ -20,7 +21,7 @@ from piflow.runtime.metrics import (
     WORKER_METRICS,
     RunMetrics,
 )
-from piflow.runtime.worker_metrics import WorkerMetrics, peak_tflops
+from piflow.runtime.worker_metrics import WorkerMetrics
 from piflow.training.checkpoint_writer import Saved
 from piflow.training.step import StepMetrics
 
@@ -265,4 +266,4 @@ def test_a_gpus_memory_is_read_from_the_allocators_books(
     ],
 )
 def test_the_peak_of_a_gpu_by_its_name(name: str, expected: float | None) -> None:
-    assert peak_tflops(name) == expected
+    assert load_table().peak_of_device(name) == expected
