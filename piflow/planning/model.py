@@ -23,6 +23,7 @@ from piflow.planning.stacks import token_linears
 from piflow.roles import lora as adapters
 from piflow.roles.fp8 import takes_fp8
 from piflow.roles.heads import PolicyClock
+from piflow.roles.teacher_lora import read_teacher_lora
 from piflow.schedule import FewStep
 
 Owner = Literal["base", "student", "ema"]
@@ -191,9 +192,10 @@ def model_of(recipe: Recipe, backbone: TransformerBackbone, source: str) -> Mode
         student = (*_units(backbone, "student", None, skip=backbone.output_names), heads[0])
         ema = (*_units(backbone, "ema", None, skip=backbone.output_names), heads[1])
     else:
-        ranks = ranks_of(recipe, backbone)
+        ranks, own = ranks_of(recipe, backbone), teacher_ranks(recipe, backbone)
         output = Unit("teacher head", tuple(_output_weights(backbone)))
-        units = tuple(_units(backbone, "base", ranks, skip=backbone.output_names, coded=coded))
+        skip = backbone.output_names
+        units = tuple(_units(backbone, "base", ranks, skip=skip, coded=coded, teacher=own))
         teacher, student, ema = ((*units, head) for head in (output, *heads))
     pooled = backbone.config.get("pooled_projection_dim") or 0
     return Model(
@@ -220,6 +222,25 @@ def coded_layers(recipe: Recipe, backbone: TransformerBackbone) -> frozenset[str
     return frozenset(n for n in names if takes_fp8(blank.module.get_submodule(n)))
 
 
+def teacher_ranks(recipe: Recipe, backbone: TransformerBackbone) -> dict[str, int]:
+    """Layer -> rank of the teacher's LoRA, where it lies on the base as an adapter.
+
+    None where the recipe has none, merges it (full training), or where its file can't be read here
+    without a download.
+
+    Raises:
+        ValueError: as `read_teacher_lora`.
+    """
+    lora = recipe.model.lora
+    if lora is None or recipe.lora is None or lora.path.startswith("hf://"):
+        return {}
+    try:
+        found = read_teacher_lora(recipe.model)
+    except OSError:
+        return {}
+    return {} if found is None else found.without(backbone.output_names).ranks
+
+
 def _units(
     backbone: TransformerBackbone,
     owner: Owner,
@@ -227,6 +248,7 @@ def _units(
     *,
     skip: tuple[str, ...] = (),
     coded: frozenset[str] = frozenset(),
+    teacher: dict[str, int] | None = None,
 ) -> Iterator[Unit]:
     """A module's blocks and the rest of it, adapters included; not what lies under `skip`."""
     module = backbone.module
@@ -235,14 +257,20 @@ def _units(
         if isinstance(part, backbone.block_classes):
             names = [f"{name}.{inner}" for inner, _ in part.named_parameters()]
             taken.update(names)
-            yield Unit("block", tuple(_weights(module, names, owner, ranks, f"{name}.", coded)))
+            weights = _weights(module, names, owner, ranks, f"{name}.", coded)
+            lora = _teachers(module, teacher or {}, f"{name}.")
+            yield Unit("block", (*weights, *lora))
     left = [
         name
         for name, _ in module.named_parameters()
         if name not in taken and not name.startswith(tuple(f"{entry}." for entry in skip))
     ]
-    own = {name: rank for name, rank in (ranks or {}).items() if not _in_blocks(name, taken)}
-    yield Unit("rest", tuple(_weights(module, left, owner, own, "")))
+    own, lora_left = (
+        {name: rank for name, rank in (found or {}).items() if not _in_blocks(name, taken)}
+        for found in (ranks, teacher)
+    )
+    weights = _weights(module, left, owner, own, "")
+    yield Unit("rest", (*weights, *_teachers(module, lora_left, "")))
 
 
 def _in_blocks(layer: str, taken: set[str]) -> bool:
@@ -262,13 +290,26 @@ def _weights(
         size = parameter.itemsize if owner == "base" else _FLOAT
         layer, _, kind = name.rpartition(".")
         yield Weight(tuple(parameter.shape), size, owner, kind == "weight" and layer in coded)
-    for name, rank in (ranks or {}).items():
+    adapter: tuple[Owner, Owner] = ("student", "ema")
+    for _, shapes in _factors(module, ranks or {}, under):
+        yield from (Weight(shape, _FLOAT, role) for role in adapter for shape in shapes)
+
+
+def _teachers(module: nn.Module, ranks: dict[str, int], under: str) -> Iterator[Weight]:
+    """The teacher's LoRA below a name, which is kept in its layers' dtype."""
+    for layer, shapes in _factors(module, ranks, under):
+        yield from (Weight(shape, layer.itemsize, "base") for shape in shapes)
+
+
+def _factors(
+    module: nn.Module, ranks: dict[str, int], under: str
+) -> Iterator[tuple[nn.Parameter, tuple[tuple[int, int], tuple[int, int]]]]:
+    """The weight of each adapted layer below a name, and the shapes of its adapter's matrices."""
+    for name, rank in ranks.items():
         if name.startswith(under):
-            out, into = module.get_parameter(f"{name}.weight").shape
-            adapter: tuple[Owner, Owner] = ("student", "ema")
-            for role in adapter:
-                yield Weight((rank, into), _FLOAT, role)
-                yield Weight((out, rank), _FLOAT, role)
+            weight = module.get_parameter(f"{name}.weight")
+            out, into = weight.shape
+            yield weight, ((rank, into), (out, rank))
 
 
 def ranks_of(recipe: Recipe, backbone: TransformerBackbone) -> dict[str, int]:

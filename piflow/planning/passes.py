@@ -23,16 +23,17 @@ from torch import Tensor, nn
 
 from piflow.backbones import Conditioning
 from piflow.backbones.transformer import TransformerBackbone
-from piflow.config import GMFlowPolicyConfig, PiIDConfig, Recipe
+from piflow.config import GMFlowPolicyConfig, LoRAConfig, PiIDConfig, Recipe
 from piflow.imitation import ImitationSettings, run_data_free
 from piflow.planning.counting import Counts, Operation, Watch, fused_attention
-from piflow.planning.model import clock_of, ranks_of
+from piflow.planning.model import clock_of, ranks_of, teacher_ranks
 from piflow.planning.sizes import latent_size
 from piflow.planning.stacks import block_stacks, form_of, set_blocks
 from piflow.policies.base import Policy
 from piflow.roles import lora as adapters
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.heads import build_head
+from piflow.roles.teacher_lora import TEACHER as TEACHER_LORA
 from piflow.roles.trio import SharedBackbone, Trio
 from piflow.schedule import FewStep
 
@@ -275,12 +276,27 @@ def _trio(recipe: Recipe, backbone: TransformerBackbone) -> Trio | None:
             dropout=recipe.lora.dropout,
             compute_dtype=recipe.lora.compute_dtype,
         )
+        _add_teachers_lora(recipe, recipe.lora, backbone)
         output = backbone.output_layer()
         head = build_head(output, recipe.policy, clock_of(recipe), generator=generator)
         trio = Trio(SharedBackbone(backbone, {STUDENT: head}))
     for module in trio.modules:
         nn.Module.to(module, "meta")  # diffusers' own warns of dtypes
     return trio.train(True)
+
+
+def _add_teachers_lora(recipe: Recipe, lora: LoRAConfig, backbone: TransformerBackbone) -> None:
+    """In the base's dtype, on those of its layers that the shortened model has."""
+    module = backbone.module
+    layers = {name.replace(".base_layer", "") for name, _ in module.named_modules()}
+    ranks = {n: rank for n, rank in teacher_ranks(recipe, backbone).items() if n in layers}
+    if not ranks:
+        return
+    compute = lora.compute_dtype
+    adapters.add_layers(module, TEACHER_LORA, ranks, dropout=0.0, compute_dtype=compute)
+    for name in ranks:
+        for kind in ("lora_A", "lora_B"):
+            module.get_submodule(f"{name}.{kind}.{TEACHER_LORA}").to(backbone.dtype)
 
 
 @dataclass(frozen=True)

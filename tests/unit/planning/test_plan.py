@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from piflow.commands.plan import Wanted, main
 from piflow.config import Fp8TeacherConfig, load_recipe
+from piflow.config.model import TeacherLoRAConfig
 from piflow.planning.choices import Fit, fitting, sweep
 from piflow.planning.hardware import Gpu, PlanError, gpu_by_hand, load_table
 from piflow.planning.memory import (
@@ -208,6 +211,29 @@ def test_8_bit_weights_are_kept_where_they_fit(tmp_path: Path) -> None:
     replicas = on_machines(ours.recipe, 1, 2, strategy="ddp")
     small = ours.plan(machines(anew.memory.total / GIB, **able), recipe=replicas)
     assert not small.fits and small.memory == anew.memory
+
+
+def test_a_teachers_lora_is_counted(tmp_path: Path) -> None:
+    """Its weights in the base's dtype, and its products; that of the output layer is merged."""
+    plain = recipe(tmp_path, "flux", model={"dtype": "bfloat16"})
+    path = tmp_path / "lora.safetensors"
+    backbone, _ = backbone_of(plain)
+    tensors, values = {}, 0
+    for name, layer in backbone.module.named_modules():
+        if name.endswith((".to_q", "proj_mlp")) or name == "proj_out":
+            out, into = layer.get_parameter("weight").shape
+            tensors[f"transformer.{name}.lora_A.weight"] = torch.zeros(3, into)
+            tensors[f"transformer.{name}.lora_B.weight"] = torch.zeros(out, 3)
+            values += 0 if name == "proj_out" else 3 * (into + out)
+    save_file(tensors, path)
+    lora = TeacherLoRAConfig(path=str(path))
+    wanted = plain.model_copy(update={"model": plain.model.model_copy(update={"lora": lora})})
+    with_it, without = (Planner(r, TABLE) for r in (wanted, plain))
+    assert with_it.model.base_bytes - without.model.base_bytes == 2 * values > 0
+    assert with_it.model.trained == without.model.trained
+    more, less = (sum(p.passes(p.recipe).flops("teacher").values()) for p in (with_it, without))
+    tokens = (32 // 4) ** 2  # of the picture, which all of these layers see
+    assert more - less >= 2 * plain.training.micro_batch_size * tokens * values
 
 
 def test_a_table_of_ones_own(tmp_path: Path) -> None:
