@@ -70,8 +70,7 @@ def check_nfe(nfe: int, trained: int, *, elastic: bool) -> str:
         elastic: whether its policy is a GM; else DX.
 
     Returns:
-        A caution for whoever asked; empty for the trained number, and for more of a GM student,
-        which only come closer to its flow.
+        A caution for whoever asked; empty for the trained number.
 
     Raises:
         ValueError: fewer than trained without `elastic`.
@@ -82,7 +81,7 @@ def check_nfe(nfe: int, trained: int, *, elastic: bool) -> str:
             f"more, since its policy (DX) ends after one of {trained} segments, got {nfe}; distil "
             f"another for {nfe}"
         )
-    if nfe == trained or (nfe > trained and elastic):
+    if nfe == trained:
         return ""
     asked = f"this student was trained for {trained} network evaluations and runs at {nfe}"
     if nfe < trained:
