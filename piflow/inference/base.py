@@ -346,6 +346,19 @@ def refuse_sigmas(arguments: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_pictures(arguments: Mapping[str, Any]) -> None:
+    """A student was distilled from prompts alone.
+
+    Raises:
+        ValueError: the caller gave pictures to edit.
+    """
+    if arguments["image"] is not None:
+        raise ValueError(
+            "image: the student makes pictures of prompts and was not trained to edit; leave "
+            "image out"
+        )
+
+
 def refuse_guidance(arguments: Mapping[str, Any], scale: str, negative: Sequence[str]) -> None:
     """A student has learnt its teacher's guidance, and gives no velocity to guide.
 

@@ -11,7 +11,12 @@ from transformers import AutoProcessor, Mistral3ForConditionalGeneration
 
 from piflow.backbones.flux2 import FAMILY
 from piflow.backbones.flux2.backbone import Flux2Backbone
-from piflow.inference.base import FewStepPipeline, few_step_call, refuse_sigmas
+from piflow.inference.base import (
+    FewStepPipeline,
+    few_step_call,
+    refuse_pictures,
+    refuse_sigmas,
+)
 from piflow.inference.in_place import PackedTokens
 
 
@@ -48,10 +53,6 @@ class PiFlux2Pipeline(FewStepPipeline, Flux2Pipeline):
 
     def _reader(self, arguments: dict[str, Any]) -> PackedTokens:
         refuse_sigmas(arguments)
-        if arguments["image"] is not None:
-            raise ValueError(
-                "image: the student makes pictures of prompts and was not trained to edit; leave "
-                "image out"
-            )
+        refuse_pictures(arguments)
         self._fill_in_guidance(arguments, FAMILY)
         return self._packed_tokens(arguments)

@@ -10,7 +10,13 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
 from piflow.backbones.flux2.backbone import Flux2Backbone
-from piflow.inference.base import FewStepPipeline, few_step_call, refuse_guidance, refuse_sigmas
+from piflow.inference.base import (
+    FewStepPipeline,
+    few_step_call,
+    refuse_guidance,
+    refuse_pictures,
+    refuse_sigmas,
+)
 from piflow.inference.in_place import PackedTokens
 
 
@@ -49,9 +55,5 @@ class PiFlux2KleinPipeline(FewStepPipeline, Flux2KleinPipeline):
     def _reader(self, arguments: dict[str, Any]) -> PackedTokens:
         refuse_guidance(arguments, "guidance_scale", ())
         refuse_sigmas(arguments)
-        if arguments["image"] is not None:
-            raise ValueError(
-                "image: the student makes pictures of prompts and was not trained to edit; leave "
-                "image out"
-            )
+        refuse_pictures(arguments)
         return self._packed_tokens(arguments)

@@ -17,7 +17,6 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _LONGEST_NAME = 47  # of a RayJob: Kubernetes' services of its cluster append to it
 _GPU_GROUP, _CPU_GROUP = "gpu", "cpu"
-_URI = re.compile(r"^(s3|gs|abfs|hf|package)://")
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,9 @@ def local_places(recipe: Recipe) -> dict[str, str]:
         **recipe.evaluation.network_places,
         **recipe.evaluation.other_places,
     }
-    return {key: place for key, place in places.items() if place and not _URI.match(place)}
+    return {
+        key: place for key, place in places.items() if place and storage.scheme(place) == "file"
+    }
 
 
 def require_tracking_elsewhere(recipe: Recipe) -> None:
