@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 INFRA = REPOSITORY / "infra"
 DOCKERFILE = INFRA / "Dockerfile"
 HADOLINT = Path(sys.executable).with_name("hadolint")
+AUDIT = REPOSITORY / ".venv-audit" / "bin"
 BUCKET = "example-piflow"
 
 
@@ -125,7 +126,7 @@ def test_an_environment_is_listed_offline_as_the_image_is(tmp_path: Path) -> Non
     words = command.split()
     words[words.index("/opt/piflow/bin/python")] = sys.executable
     words[words.index("/opt/piflow/sbom.cdx.json")] = str(listed)
-    offline = ["unshare", "--net", Path(sys.executable).with_name("cyclonedx-py"), *words]
+    offline = ["unshare", "--net", AUDIT / "cyclonedx-py", *words]
     subprocess.run(offline, check=True, capture_output=True, timeout=300)
     tree = json.loads(listed.read_text())
     found = {part["name"]: part["version"] for part in tree["components"]}

@@ -20,7 +20,7 @@ from piflow.jobs.machines import AwsValues, GcpValues
 REPOSITORY = Path(__file__).parents[2]
 TERRAFORM = REPOSITORY / "infra" / "terraform"
 FOLDERS = ("aws", "gcp")
-CHECKOV = REPOSITORY / ".venv-checkov" / "bin" / "checkov"
+CHECKOV = REPOSITORY / ".venv-audit" / "bin" / "checkov"
 NAMES = {
     "bucket": "example-piflow",
     "region": "eu-west-1",
