@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from piflow import storage
+from piflow.backbones.base import PATCH
 from piflow.backbones.load import family_class
 from piflow.config import ModelConfig, find_family
+from piflow.config.picture_sizes import PIXEL_FACTOR, check_size, vae_factor
 from piflow.storage.foreign import parse_object, shown
 from piflow.storage.model_folder import LIBRARY_ERRORS, check_model_folder, reason
 
@@ -30,7 +33,7 @@ class Codec(Protocol):
         ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of a picture's latents; the backbones' 2×2 patches need h and w even.
+        """(C, h, w) of a picture's latents, of which h and w are multiples of the patch's side.
 
         Raises:
             ValueError: height or width, in pixels, doesn't divide.
@@ -62,10 +65,11 @@ def build_codec(model: ModelConfig) -> Codec:
         ValueError: its folder holds something else, or another family's VAE. FLUX.1's and
             Qwen-Image's have as many channels, so shapes alone wouldn't tell.
     """
+    family = find_family(model.family)
     if model.codec == "pixels":
-        return PixelCodec()
-    codec = VAECodec(vae_uri(model))
-    expected = find_family(model.family).vaes
+        return PixelCodec(family.patch_size)
+    codec = VAECodec(vae_uri(model), family.patch_size)
+    expected = family.vaes
     if codec.name not in expected:
         raise ValueError(
             f"model.family = {model.family} goes with a VAE of class {' or '.join(expected)}, "
@@ -119,25 +123,32 @@ def absolute_paths(model: ModelConfig) -> ModelConfig:
 
 
 class PixelCodec:
-    """RGB itself, space-to-depth by 2: 12 latent channels, lossless, no weights."""
+    """RGB itself, space-to-depth by 2: 12 latent channels, lossless, no weights.
+
+    Args:
+        patch_size: side, in latent pixels, of the patch that a token is.
+    """
 
     name = "pixels"
     channels = 12
-    factor = 2
+    factor = PIXEL_FACTOR
+
+    def __init__(self, patch_size: int = PATCH) -> None:
+        self._patch_size = patch_size
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(12, H/2, W/2).
 
         Raises:
-            ValueError: height or width isn't a positive multiple of 4 pixels.
+            ValueError: height or width isn't a positive multiple of a token's pixels.
         """
-        return _latent_shape(self.channels, self.factor, height, width)
+        return _latent_shape(self.channels, self.factor, self._patch_size, height, width)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """`(B, 3, H, W)` -> `(B, 12, H/2, W/2)`.
 
         Raises:
-            ValueError: not RGB, or a height or width that isn't a multiple of 4.
+            ValueError: not RGB, or a height or width that isn't a multiple of a token's pixels.
         """
         _check_pictures(pictures)
         self.latent_shape(pictures.shape[2], pictures.shape[3])
@@ -182,13 +193,14 @@ class VAECodec:
 
     Args:
         uri: the VAE's folder (config.json and safetensors); only config.json is read at once.
+        patch_size: as of `PixelCodec`.
 
     Raises:
         FileNotFoundError: there is no config.json.
         ValueError: it isn't one of these three classes' VAE of RGB pictures.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, patch_size: int = PATCH) -> None:
         self._uri = uri
         config = _read_config(uri)
         self._class_name = str(config.get("_class_name"))
@@ -205,6 +217,7 @@ class VAECodec:
                 f"config.json of VAE {uri} lacks what {self._class_name} needs: {reason(error)}"
             ) from error
         self._patch = 2 if self._space.shift is None else 1  # of what is normalised
+        self._step = math.lcm(patch_size, self._patch)
         self._vae: Any = None
 
     @property
@@ -221,9 +234,10 @@ class VAECodec:
         """(C, H/factor, W/factor); from config.json alone.
 
         Raises:
-            ValueError: height or width isn't a positive multiple of 2·factor pixels.
+            ValueError: height or width isn't a positive multiple of a token's pixels.
         """
-        return _latent_shape(self._space.channels, self._space.factor, height, width)
+        space = self._space
+        return _latent_shape(space.channels, space.factor, self._step, height, width)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
@@ -304,7 +318,7 @@ def _space_of_kl(config: dict[str, Any]) -> _LatentSpace:
     _require_rgb(config.get("in_channels", 3))
     return _LatentSpace(
         channels=int(config["latent_channels"]),
-        factor=2 ** (len(config["block_out_channels"]) - 1),
+        factor=vae_factor(config),
         shift=(float(config.get("shift_factor") or 0.0),),
         scale=(float(config.get("scaling_factor", _SCALING_FACTOR)),),
         has_frames=False,
@@ -322,7 +336,7 @@ def _space_of_qwen_image(config: dict[str, Any]) -> _LatentSpace:
     std = torch.tensor(config["latents_std"], dtype=torch.float32)
     return _LatentSpace(
         channels=int(config["z_dim"]),
-        factor=2 ** len(config["temperal_downsample"]),
+        factor=vae_factor(config),
         shift=tuple(float(value) for value in config["latents_mean"]),
         scale=tuple((1.0 / std).tolist()),  # in float32, as the pipeline inverts it
         has_frames=True,
@@ -347,12 +361,10 @@ def _read_config(uri: str) -> dict[str, Any]:
     return parse_object(content, where=f"config.json of VAE {uri}")
 
 
-def _latent_shape(channels: int, factor: int, height: int, width: int) -> tuple[int, int, int]:
-    step = 2 * factor
-    if height <= 0 or width <= 0 or height % step or width % step:
-        raise ValueError(
-            f"picture sizes must be positive multiples of {step} pixels, got {height}×{width}"
-        )
+def _latent_shape(
+    channels: int, factor: int, patch: int, height: int, width: int
+) -> tuple[int, int, int]:
+    check_size(height, width, patch * factor)
     return channels, height // factor, width // factor
 
 

@@ -32,6 +32,7 @@ from piflow.config import find_family
 from piflow.sharding.weights import (
     FP8,
     SCALES,
+    WEIGHTS_FILE,
     Packed,
     StoredTensor,
     read_tensor,
@@ -50,6 +51,8 @@ _INPUT_SCALES = (".input_scale", ".scale_input")  # for products in 8 bits
 _QUANTISED = ".comfy_quant"
 _MAX_NOTE_BYTES = 4096
 _SHOWN = 3
+_CONFIG = "config.json"
+_UNFINISHED = "unfinished.txt"  # in the folder that is being written
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,13 @@ def convert(
 ) -> Converted:
     """Writes a teacher in one file as its diffusers folder, config.json last.
 
-    Values are read as they are written: memory holds a shard of the folder.
+    Values are read as they are written: memory holds a shard of the folder. A folder in which an
+    earlier call was stopped has no config.json, so nothing takes it for a model; this one begins
+    anew in it.
 
     Args:
         uri: of the safetensors file: local, s3:// or hf://.
-        folder: URI of an empty folder.
+        folder: URI of an empty folder, or one of a call that was stopped.
         family: as a recipe's `model.family`.
         config: URI of the folder of a diffusers transformer of this size, for its config.json;
             None: of the family's best known model.
@@ -94,9 +99,7 @@ def convert(
         ValueError: as `single_file_tensors`; a folder that isn't empty, a family whose models
             aren't converted, or a config that isn't its model's.
     """
-    found = storage.list_files(folder)
-    if found:
-        raise ValueError(f"{folder} isn't empty ({found[0]}): give a new folder")
+    _require_own(folder)
     kind: Any = family_class(family)
     if not issubclass(kind, TransformerBackbone):
         raise ValueError(f"models of the family {family} aren't converted: no TransformerBackbone")
@@ -120,6 +123,7 @@ def convert(
         name: Entry(tensor.shape, torch.float32 if name in exact else DTYPES[dtype])
         for name, tensor in stored.items()
     }
+    _begin(folder)
     files = write_weights(
         folder, entries, {"format": "pt"}, lambda name: read_tensor(stored[name]),
         max_shard_bytes=max_shard_bytes,
@@ -127,9 +131,37 @@ def convert(
     own = {"_class_name": kind.class_name, "_diffusers_version": diffusers_version}
     tree = {name: value for name, value in model.config.items() if not name.startswith("_")}
     text = json.dumps({**own, **tree}, indent=2) + "\n"
-    storage.write_bytes(storage.join(folder, "config.json"), text.encode())
+    storage.write_bytes(storage.join(folder, _CONFIG), text.encode())
+    storage.delete_file(storage.join(folder, _UNFINISHED))
     scaled = sum(tensor.scale is not None for tensor in stored.values())
     return Converted(len(entries), sum(e.bytes for e in entries.values()), scaled, files)
+
+
+def _require_own(folder: str) -> None:
+    """Refuses to write among files that no stopped call wrote.
+
+    Raises:
+        ValueError: there are some.
+    """
+    found = storage.list_files(folder)
+    if _UNFINISHED in found:
+        found = [name for name in found if not _is_own(name)]
+    if found:
+        raise ValueError(f"{folder} isn't empty ({found[0]}): give a new folder")
+
+
+def _is_own(name: str) -> bool:
+    stem = WEIGHTS_FILE.removesuffix(".safetensors")
+    return name in (_CONFIG, _UNFINISHED) or ("/" not in name and name.startswith(stem))
+
+
+def _begin(folder: str) -> None:
+    """Marks the folder as unfinished, and deletes what a stopped call left; config.json first."""
+    storage.write_bytes(storage.join(folder, _UNFINISHED), b"piflow convert\n")
+    storage.delete_left_over(folder)
+    for name in sorted(storage.list_files(folder), key=lambda name: name != _CONFIG):
+        if name != _UNFINISHED:
+            storage.delete_file(storage.join(folder, name))
 
 
 def _arguments(kind: type[TransformerBackbone], family: str, config: str | None) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Family:
             AutoencoderKL, AutoencoderKLFlux2 and AutoencoderKLQwenImage.
         packs_latents: whether config.json's `in_channels` counts the features of a packed 2×2
             patch, or the latents' channels.
+        patch_size: side of the patch that a token is, in latent pixels; its backbone's.
         masks_text: whether its model keeps the text's padding out of attention, so that a batch may
             come without what none of its prompts fills.
         splits_tokens: whether its diffusers class has a plan for context parallelism.
@@ -85,6 +86,7 @@ class Family:
             trainers name the family's LoRA; None: only diffusers' own layout is read.
         published: its best known model, for `piflow plan` without the recipe's folder, and for
             adapters that don't say what they were made from.
+        others: further known models of it, of other sizes, which such adapters are compared with.
         defaults: recipe keys, nested as in a recipe, for what a recipe of this family leaves out.
     """
 
@@ -92,6 +94,7 @@ class Family:
     encoders: tuple[type[EncoderConfig], ...]
     vaes: tuple[str, ...] = ("AutoencoderKL",)
     packs_latents: bool = True
+    patch_size: int = 2
     masks_text: bool = False
     splits_tokens: bool = False
     unguided_scale: float = 1.0
@@ -99,6 +102,7 @@ class Family:
     pipeline: str | None = None
     lora_files: str | None = None
     published: Published | None = None
+    others: tuple[Published, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property

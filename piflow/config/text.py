@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from piflow.config import identity, plain_yaml
 from piflow.config.family import encoder_kind, find_family
 from piflow.config.model import ModelConfig
+from piflow.config.picture_sizes import check_sizes
 from piflow.config.recipe import Recipe
 from piflow.config.section import RecipeError, Section
 from piflow.storage.foreign import redacted, shown
@@ -31,7 +32,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         overrides: dotted keys with YAML values, e.g. ``training.optimizer.lr=1e-4``.
 
     Raises:
-        RecipeError: the file is missing or isn't a YAML mapping, or a key or value is wrong.
+        RecipeError: the file is missing or isn't a YAML mapping, a key or value is wrong, or the
+            model takes no pictures of a size.
     """
     path = Path(path)
     where = redacted(path)
@@ -43,7 +45,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         tree = plain_yaml.load_mapping(file.read(plain_yaml.MAX_BYTES + 1), where=where)
     for override in overrides or []:
         _apply_override(tree, override)
-    return parse_recipe(tree, where)
+    recipe = parse_recipe(tree, where)
+    check_sizes(recipe)
+    return recipe
 
 
 def parse_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:

@@ -1,25 +1,31 @@
 """What is taken of an adapter that doesn't say how it is sampled, such as the published ones.
 
-Its class name tells the family, and the family's best known model is the base. A DX policy's file
-holds its shift and the length of a segment; the number of evaluations otherwise stands in the
+Its class name and sizes tell the family and which of its known models is the base. A DX policy's
+file holds its shift and the length of a segment; the number of evaluations otherwise stands in the
 folder's name alone (``gmqwen_k8_piid_8step``), and is four where it doesn't.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 from dataclasses import replace
+from typing import Any
 
 from piflow import storage
-from piflow.config import Family, ModelConfig, find_family
+from piflow.backbones import Backbone
+from piflow.backbones.transformer import TransformerBackbone
+from piflow.config import Family, ModelConfig, Published, find_family
 from piflow.config.encoder import EncoderConfig, TextEncoderConfig
 from piflow.config.family import known_families, resolve
-from piflow.roles.adapter import Adapter
+from piflow.roles.adapter import Adapter, AdapterConfig
 from piflow.schedule import FewStep
 from piflow.storage.foreign import shown
 
 USUAL = FewStep(nfe=4, final_step_size_scale=0.5, shift=3.2, total_substeps=128)
 MAX_NFE = 64  # as recipes have it
+_OF_THE_HEAD = ("out_channels", "patch_size")  # in a student's config, where the base has its own
 _STEPS = re.compile(r"(?<![a-z0-9])(\d{1,3})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
 
 
@@ -70,35 +76,74 @@ def steps_in_name(name: str) -> int | None:
     return found.pop()
 
 
-def family_of(class_name: str, where: str) -> str:
-    """The family whose students have this `_class_name`.
+def base_of(config: AdapterConfig, where: str) -> tuple[str, Published | None]:
+    """The family of a student that notes none, and which of its known models it goes onto.
+
+    Several families may share one class: then the sizes in the student's config tell them apart.
+    Of one family alone, a student of another size is taken for its best known model's, to which
+    the user may name another base.
 
     Raises:
-        ValueError: no family of piflow's or of an installed package has.
+        ValueError: no family of piflow's or of an installed package has students of this class, or
+            several have and none of their known models, or models of several, has these sizes.
     """
-    for name in known_families():
-        if class_name in resolve(find_family(name).backbone).adapter_class_names:
-            return name
+    kinds = {name: resolve(find_family(name).backbone) for name in known_families()}
+    kinds = {n: kind for n, kind in kinds.items() if config.class_name in kind.adapter_class_names}
+    if not kinds:
+        raise ValueError(
+            f"{where}: _class_name {shown(config.class_name)} is a student's of no family that is "
+            f"known here ({', '.join(known_families())}): install the package that brings it"
+        )
+    models = [(name, model) for name in kinds for model in _models(find_family(name))]
+    found = [(name, model) for name, model in models if _goes_onto(config, kinds[name], model)]
+    if len({name for name, _ in found}) == 1:
+        return found[0]
+    if len(kinds) == 1:
+        only = next(iter(kinds))
+        return only, find_family(only).published
+    known = ", ".join(f"{model.name} ({name})" for name, model in models)
     raise ValueError(
-        f"{where}: _class_name {shown(class_name)} is a student's of no family that is known here "
-        f"({', '.join(known_families())}): install the package that brings it"
+        f"{where} doesn't say what it was made from, and by its _class_name "
+        f"{shown(config.class_name)} it may be of {' or '.join(kinds)}: its sizes are those of "
+        f"{'several' if found else 'none'} of {known}. Export it with `piflow export`, which notes "
+        "the family"
     )
 
 
-def embedded_guidance_of(adapter: Adapter, family: Family) -> float | None:
+def _models(family: Family) -> tuple[Published, ...]:
+    return () if family.published is None else (family.published, *family.others)
+
+
+def _goes_onto(config: AdapterConfig, kind: type[Backbone], model: Published) -> bool:
+    """Whether a student's config repeats this model's."""
+    base = {**_defaults_of(kind), **model.config}
+    repeated = (name for name in kind.adapter_fields if name not in _OF_THE_HEAD)
+    told = json.loads(json.dumps({name: base[name] for name in repeated if name in base}))
+    return all(config.fields[name] == told[name] for name in told if name in config.fields)
+
+
+def _defaults_of(kind: type[Backbone]) -> dict[str, Any]:
+    """Constructor arguments of a family's diffusers class that have a default."""
+    if not issubclass(kind, TransformerBackbone):
+        return {}
+    parameters = inspect.signature(kind.model_class.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def embedded_guidance_of(adapter: Adapter, published: Published | None) -> float | None:
     """That of the family's students, if the adapter's base takes one."""
-    if family.published is None or not adapter.config.fields.get("guidance_embeds", True):
+    if published is None or not adapter.config.fields.get("guidance_embeds", True):
         return None
-    return family.published.embedded_guidance
+    return published.embedded_guidance
 
 
-def model_of(name: str, family: Family, where: str, base: str | None) -> ModelConfig:
-    """The family's best known model with its VAE; its place is `base`'s to say otherwise.
+def model_of(name: str, published: Published | None, where: str, base: str | None) -> ModelConfig:
+    """A known model with its VAE; its place is `base`'s to say otherwise.
 
     Raises:
-        ValueError: the family has no model on the hub, and no base is given.
+        ValueError: it isn't on the hub, and no base is given.
     """
-    repository = None if family.published is None else family.published.repository
+    repository = None if published is None else published.repository
     if repository is None and base is None:
         raise ValueError(
             f"{where} doesn't say which base it goes onto, and no model of the family {name} is on "
@@ -108,10 +153,10 @@ def model_of(name: str, family: Family, where: str, base: str | None) -> ModelCo
     return ModelConfig(family=name, path=str(path), codec="vae", dtype="bfloat16")
 
 
-def encoder_of(family: Family, base: str | None) -> EncoderConfig:
-    """The family's own text encoder, of its best known model or the given base."""
+def encoder_of(family: Family, published: Published | None, base: str | None) -> EncoderConfig:
+    """The family's own text encoder, of the known model or the given base."""
     kind = family.encoders[0]
     if not issubclass(kind, TextEncoderConfig):
         return kind.model_validate({})
-    repository = None if family.published is None else family.published.repository
+    repository = None if published is None else published.repository
     return kind.model_validate({"path": base if repository is None else f"hf://{repository}"})

@@ -40,9 +40,9 @@ from piflow.inference.places import (
 )
 from piflow.inference.published import (
     MAX_NFE,
+    base_of,
     embedded_guidance_of,
     encoder_of,
-    family_of,
     few_step_of,
     model_of,
 )
@@ -188,16 +188,15 @@ def settings_of(adapter: Adapter, where: str, base: str | None = None) -> Sampli
 
 def _published_settings(adapter: Adapter, where: str, base: str | None) -> SamplingSettings:
     """Those of an adapter that notes nothing."""
-    name = family_of(adapter.config.class_name, where)
-    family = find_family(name)
-    size = 1024 if family.published is None else family.published.size
+    name, published = base_of(adapter.config, where)
+    size = 1024 if published is None else published.size
     return SamplingSettings(
-        model=model_of(name, family, where, base),
-        encoder=encoder_of(family, base),
+        model=model_of(name, published, where, base),
+        encoder=encoder_of(find_family(name), published, base),
         height=size,
         width=size,
         few_step=few_step_of(adapter, where),
-        embedded_guidance=embedded_guidance_of(adapter, family),
+        embedded_guidance=embedded_guidance_of(adapter, published),
     )
 
 

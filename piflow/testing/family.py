@@ -190,6 +190,12 @@ def empty_and_filled(family: TinyFamily) -> None:
         require(same, f"{dtype}: another velocity")
 
 
+def declared_patch(family: TinyFamily) -> None:
+    """The record, by which picture sizes are refused, and the backbone name one patch."""
+    named, own = family.record.patch_size, family.backbone().patch_size
+    require(named == own, f"the record's patch_size is {named}, the backbone's {own}")
+
+
 def declared_sign(family: TinyFamily) -> None:
     """`velocity_sign` alone says which sign the model has; the output layer follows it."""
     kind: Any = family_class(family.name)
@@ -294,6 +300,7 @@ def own_reference(family: TinyFamily) -> None:
 FAMILY_CHECKS: tuple[FamilyCheck, ...] = (
     loaded_dtype,
     empty_and_filled,
+    declared_patch,
     declared_sign,
     both_heads,
     published_size,

@@ -46,4 +46,17 @@ FAMILY = Family(
         },
         repository="black-forest-labs/FLUX.2-klein-base-4B",
     ),
+    others=(
+        Published(
+            "FLUX.2-klein-base-9B",
+            {
+                "num_layers": 8,
+                "num_single_layers": 24,
+                "num_attention_heads": 32,
+                "joint_attention_dim": 12288,
+                "guidance_embeds": False,
+            },
+            repository="black-forest-labs/FLUX.2-klein-base-9B",
+        ),
+    ),
 )

@@ -43,6 +43,12 @@ def test_sizes_that_do_not_fit(height: int, width: int) -> None:
         PixelCodec().latent_shape(height, width)
 
 
+def test_sizes_follow_the_familys_patch() -> None:
+    assert PixelCodec(patch_size=1).latent_shape(6, 8) == (12, 3, 4)
+    with pytest.raises(ValueError, match="multiples of 8 pixels, got 12×8"):
+        PixelCodec(patch_size=4).latent_shape(12, 8)
+
+
 def test_wrong_channels() -> None:
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(1, 4, 8, 8\)"):
         PixelCodec().encode(torch.zeros(1, 4, 8, 8))

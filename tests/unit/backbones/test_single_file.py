@@ -12,7 +12,7 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors.torch import save_file
 from torch import Tensor
 
-from piflow.backbones import FluxBackbone, ZImageBackbone
+from piflow.backbones import FluxBackbone, ZImageBackbone, single_file
 from piflow.backbones.single_file import convert, in_diffusers_layout, single_file_tensors
 from piflow.sharding.weights import read_tensor, tensors_of_file
 from tests.unit.models import case
@@ -214,3 +214,36 @@ def test_what_to_do_is_said(z_image: tuple[Any, Path, Path], tmp_path: Path) -> 
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(ValueError, match="isn't safetensors"):
         convert(str(tmp_path / "text.safetensors"), str(tmp_path / "new"), "z_image")
+
+
+def test_a_stopped_conversion_is_no_model_and_is_begun_anew(
+    z_image: tuple[Any, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, other, file = z_image
+    folder, read = tmp_path / "new", single_file.read_tensor
+    wanted = {"config": str(other), "dtype": "float32", "max_shard_bytes": 20_000}
+
+    def stopped(stored: Any) -> Tensor:
+        if len(list(folder.glob("*.safetensors"))) > 1:
+            raise KeyboardInterrupt
+        return read(stored)
+
+    monkeypatch.setattr(single_file, "read_tensor", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(file), str(folder), "z_image", **wanted)
+    monkeypatch.undo()
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    with pytest.raises(ValueError, match="has no config.json"):
+        ZImageBackbone.load(folder)
+    (folder / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"isn't empty \(mine.txt\)"):
+        convert(str(file), str(folder), "z_image", **wanted)
+    (folder / "mine.txt").unlink()
+    made = convert(str(file), str(folder), "z_image", config=str(other), dtype="float32")
+    assert {path.name for path in folder.iterdir()} == {*made.files, "config.json"}
+    expected = convert(
+        str(file), str(tmp_path / "at_once"), "z_image", config=str(other), dtype="float32"
+    )
+    assert made == expected
+    with pytest.raises(ValueError, match="isn't empty .config.json."):
+        convert(str(file), str(folder), "z_image", config=str(other))

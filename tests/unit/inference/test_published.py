@@ -22,10 +22,16 @@ from piflow.config import DXPolicyConfig, GMFlowPolicyConfig
 from piflow.inference import PiFluxPipeline, PiQwenImagePipeline
 from piflow.inference.extra_lora import ExtraLora, with_extra_lora
 from piflow.inference.places import adapter_place
-from piflow.inference.published import steps_in_name
+from piflow.inference.published import base_of, steps_in_name
 from piflow.inference.settings import load_student, read_adapter
 from piflow.policies import DXPolicy
-from piflow.roles.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter
+from piflow.roles.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    AdapterConfig,
+    load_adapter,
+)
 from piflow.roles.trio import Trio
 from piflow.sampling import sample_few_step
 from piflow.schedule import FewStep, FlowSchedule
@@ -154,6 +160,34 @@ def test_settings_of_a_published_adapter(repository: Path) -> None:
         choices,
     )  # fmt: skip
     assert settled.few_step == FewStep(4, 1.0, 2.0, 32) and settled.embedded_guidance == 2.0
+
+
+FLUX2 = {
+    "in_channels": 128, "attention_head_dim": 128, "mlp_ratio": 3.0, "rope_theta": 2000,
+    "axes_dims_rope": [32, 32, 32, 32],
+}  # fmt: skip
+SIZES = ("num_layers", "num_single_layers", "num_attention_heads", "joint_attention_dim")
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "sizes", "guided"),
+    [
+        ("flux2", "FLUX.2-dev", (8, 48, 48, 15360), True),
+        ("flux2_klein", "FLUX.2-klein-base-4B", (5, 20, 24, 7680), False),
+        ("flux2_klein", "FLUX.2-klein-base-9B", (8, 24, 32, 12288), False),
+    ],
+)
+def test_families_of_one_class_are_told_apart_by_sizes(
+    family: str, name: str, sizes: tuple[int, ...], guided: bool
+) -> None:
+    fields = {**FLUX2, **dict(zip(SIZES, sizes, strict=True)), "out_channels": 1280}
+    config = AdapterConfig("Flux2Transformer2DModel", {**fields, "patch_size": 1}, {"type": "DX"})
+    for told in ({"guidance_embeds": guided}, {}):  # which configs of earlier versions lack
+        found, model = base_of(replace(config, fields={**config.fields, **told}), "student")
+        assert found == family and model is not None and model.name == name
+    wrong = replace(config, fields={**config.fields, "guidance_embeds": not guided})
+    with pytest.raises(ValueError, match=r"may be of flux2 or flux2_klein: its sizes .* of none"):
+        base_of(wrong, "student")
 
 
 def test_mistakes_in_names_and_settings(
