@@ -59,6 +59,7 @@ def main(
     from piflow.evaluation.networks import open_instruments
     from piflow.runs import folder as run_folder
     from piflow.runs.origin import NOTE, description
+    from piflow.runs.predicted import kept_table
     from piflow.runs.tracking import MlflowTracker, place_of
     from piflow.runtime.ray_job import submission_id
     from piflow.training.checkpoint import STATE_FILE, read_state, require_same_run
@@ -88,7 +89,8 @@ def main(
     tracker = MlflowTracker(uri, record.mlflow_run_id, recipe.run_dir)
     tracker.log_checkpoint(state.step, {"piflow.recipe_hash": recipe.hash()})
     tracker.log_summary(summary(result), state.step, _log_prompts(tracker, recipe, result, store))
-    note = description(recipe, store.manifest_hash, submission_id(), _told(result, state.step))
+    told, ran = _told(result, state.step), kept_table(recipe.run_dir)
+    note = description(recipe, store.manifest_hash, submission_id(), told, ran)
     tracker.set_tags({NOTE: note})
     for name in files:
         tracker.log_artifact(f"{FOLDER}/{name}")

@@ -55,6 +55,23 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a step takes, whatever computes it.
+
+    Attributes:
+        flops: phase -> (kind, dtype) -> operations of a step, over all workers.
+    """
+
+    recipe: Recipe
+    model: Model
+    placement: Placement
+    passes: Passes
+    memory: Memory
+    flops: Mapping[str, Mapping[tuple[str, str], int]]
+    traffic: tuple[Collective, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run comes to; all of it is predicted.
 
@@ -176,9 +193,8 @@ class Planner:
         free = machines.gpu.memory - context
         passes = self.passes(recipe)
         placement, memory, why = placed(recipe, self.model, passes, machines.world, free, context)
-        recipe, memory = _with_codes(recipe, self.model, passes, placement, memory, free)
-        collectives = traffic(recipe, self.model, placement)
-        speed = speed_of(recipe, self.model, passes, placement, collectives, machines, efficiency)
+        recipe, _ = _with_codes(recipe, self.model, passes, placement, memory, free)
+        work = self.work(recipe, placement, context=context)
         return Plan(
             recipe=recipe,
             model=self.model,
@@ -186,14 +202,48 @@ class Planner:
             placement=placement,
             why=why,
             passes=passes,
-            memory=memory,
+            memory=work.memory,
             free=free,
-            flops=_flops(recipe, passes),
-            traffic=tuple(collectives),
-            speed=speed,
+            flops=work.flops,
+            traffic=work.traffic,
+            speed=self.speed(work, machines),
             stored=_stored(recipe, self.model),
             start_hours=_start_hours(self.model, efficiency),
             usd_per_gpu_hour=usd,
+        )
+
+    def work(self, recipe: Recipe, placement: Placement, *, context: int = 0) -> Work:
+        """A step of the recipe, which leaves nothing open, on workers that are placed so.
+
+        Args:
+            recipe: as for `plan`.
+            context: bytes of a device that aren't PyTorch's.
+        """
+        passes = self.passes(recipe)
+        return Work(
+            recipe=recipe,
+            model=self.model,
+            placement=placement,
+            passes=passes,
+            memory=memory_of(recipe, self.model, passes, placement, context=context),
+            flops=_flops(recipe, passes),
+            traffic=tuple(traffic(recipe, self.model, placement)),
+        )
+
+    def speed(self, work: Work, machines: Machines) -> Speed:
+        """How long that step takes on machines.
+
+        Raises:
+            PlanError: as `speed_of`.
+        """
+        return speed_of(
+            work.recipe,
+            work.model,
+            work.passes,
+            work.placement,
+            work.traffic,
+            machines,
+            self.table.efficiency,
         )
 
     def passes(self, recipe: Recipe) -> Passes:

@@ -138,7 +138,7 @@ class Delivery:
         return 1
 
     def _content(self, data: dict[str, Any]) -> bytes:
-        """A file's bytes, which lie in the run's folder; up to version 0.1.0 in the entry."""
+        """A file's bytes, which lie in the run's folder; a small text's in the entry."""
         if "content" in data:
             return _from_text(data["content"])
         name = relative_name(data["path"], where="an entry")

@@ -80,14 +80,19 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def description(
-    recipe: Recipe, manifest_hash: str, job: str | None = None, figures: Mapping[str, str] = {}
+    recipe: Recipe,
+    manifest_hash: str,
+    job: str | None = None,
+    figures: Mapping[str, str] = {},
+    plan: str = "",
 ) -> str:
-    """Markdown of what was made from what, and how well it does.
+    """Markdown of what was made from what, how well it does and how it ran.
 
     Args:
         manifest_hash: of the embedding store.
         job: id of the Ray job that the run belongs to.
         figures: what was measured -> the figure, as it shall be read; none: not evaluated yet.
+        plan: what was predicted and measured of the training, in Markdown; empty: nothing is known.
     """
     objective = recipe.objective
     if isinstance(objective, PiIDConfig):
@@ -111,6 +116,8 @@ def description(
         lines += ["", "| measured | |", "|---|---|"]
         lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in figures.items()]
         lines += ["", "Report: artifact `evaluation/report.html`."]
+    if plan:
+        lines += ["", plan, "", "More of it: artifact `plan/plan.md`."]
     return "\n".join(lines)
 
 

@@ -114,6 +114,9 @@ class Tracker(Protocol):
     def log_artifact(self, name: str) -> None:
         """A file of the run's folder, by its path in there, which is the artifact's path too."""
 
+    def log_text(self, name: str, text: str) -> None:
+        """A small text as an artifact of this path, which the next one of its name replaces."""
+
     def event(self, name: str, text: str) -> None:
         """Something that happened once: a restart, a resize, a refused batch."""
 
@@ -161,6 +164,9 @@ class NullTracker:
         pass
 
     def log_artifact(self, name: str) -> None:
+        pass
+
+    def log_text(self, name: str, text: str) -> None:
         pass
 
     def event(self, name: str, text: str) -> None:
@@ -243,6 +249,10 @@ class MlflowTracker:
         if not storage.exists(place):
             raise ValueError(f"nothing to log at {place}: no such file")
         self._outbox.put(_entry("file", {"path": name, "sha256": storage.sha256(place)}))
+
+    def log_text(self, name: str, text: str) -> None:
+        content = _to_text(text.encode())
+        self._outbox.put(_entry("file", {"path": name, "content": content}))
 
     def event(self, name: str, text: str) -> None:
         """All events are kept as text files ``events/<time>-<name>.txt``; a tag shows the last."""

@@ -15,6 +15,7 @@ from piflow.config import RuntimeConfig
 from piflow.data.cluster import ResourcesError
 from piflow.roles.fp8 import TeacherPrecisionError
 from piflow.runs import folder as run_folder
+from piflow.runs.predicted import Measured, Workers
 from piflow.runs.tracking import Tracker
 from piflow.runtime.exits import RayLostError, WorkersLostError
 from piflow.runtime.mailbox import Departure, StopReason
@@ -48,6 +49,7 @@ class Work:
         total: when they have done so much they are done, by what they tell the mailbox.
         kept: says of so much done that it is saved ("step 7 is saved").
         require: raises once this driver may do no more.
+        figures: is told of workers that have started, and of what they measure.
     """
 
     function: Callable[[dict[str, Any]], None]
@@ -56,6 +58,7 @@ class Work:
     total: int
     kept: Callable[[int], str]
     require: Callable[[], None] = lambda: None
+    figures: Callable[[Workers | Measured], None] = lambda _: None
 
 
 def done_by_attempts(work: Work, mailbox: Any, signals: Signals, tracker: Tracker) -> int:
@@ -83,7 +86,9 @@ def done_by_attempts(work: Work, mailbox: Any, signals: Signals, tracker: Tracke
         # Ray would handle Ctrl-C in the main thread, and leave the steps since the last checkpoint
         threading.Thread(target=_fit, args=arguments, name="fit", daemon=True).start()
         try:
-            _watch(attempt, mailbox, signals, tracker, work.require, ray_watch)
+            _watch(attempt, mailbox, signals, tracker, work, ray_watch)
+            for told in ray_watch.answer(mailbox.take_figures.remote()):  # the last ones
+                work.figures(told)
             left: Departure = ray_watch.answer(mailbox.departure.remote())
         except RayLostError as lost:
             attempts.require_no_signal(str(lost))
@@ -168,10 +173,10 @@ def _watch(
     mailbox: Any,
     signals: Signals,
     tracker: Tracker,
-    require: Callable[[], None],
+    work: Work,
     ray_watch: RayWatch,
 ) -> None:
-    """Until the workers have ended: signals go to them, and their events to MLflow.
+    """Until the workers have ended: signals go to them, and their events and figures to MLflow.
 
     Raises:
         RunTakenError: another driver owns the run by now; its workers can't seal a checkpoint.
@@ -186,7 +191,7 @@ def _watch(
 
     while not attempt.done():
         wait([attempt], timeout=_POLL_SECONDS)
-        require()
+        work.require()
         ray_watch.require()
         if ray_watch.answer(mailbox.is_machine_leaving.remote()):
             signals.machine_leaves()
@@ -195,6 +200,8 @@ def _watch(
             tracker.event(name, text)
         for step, values in ray_watch.answer(mailbox.take_machines.remote()):
             tracker.log_metrics(values, step=step)
+        for told in ray_watch.answer(mailbox.take_figures.remote()):
+            work.figures(told)
 
 
 def _fit(attempt: Future[Any], work: Work, mailbox: Any) -> None:

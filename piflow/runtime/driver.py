@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from piflow import storage
@@ -15,6 +16,7 @@ from piflow.runs.folder import RunRecord
 from piflow.runs.lease import PROCESS, Ownership, RunTakenError, owned
 from piflow.runs.tracking import MlflowTracker, RunStatus, Tracker, deliver_kept, finish
 from piflow.runtime.attempts import Work, done_by_attempts
+from piflow.runtime.predicting import predicting
 from piflow.runtime.progress import mailbox_with_bar
 from piflow.runtime.ray_job import grace_told, submission_id
 from piflow.runtime.signals import Signals, StoppedError
@@ -64,7 +66,8 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> int:
             Signals().handled() as signals,
         ):
             work = _training(run, record, ownership)
-            return done_by_attempts(work, mailbox, signals, tracker)
+            with predicting(run.absolute.run_dir, tracker, partial(_note, run)) as figures:
+                return done_by_attempts(replace(work, figures=figures), mailbox, signals, tracker)
 
 
 def _training(run: Run, record: RunRecord, ownership: Ownership) -> Work:
@@ -91,6 +94,11 @@ def _training(run: Run, record: RunRecord, ownership: Ownership) -> Work:
         lambda step: f"step {step} is saved",
         ownership.require,
     )
+
+
+def _note(run: Run, plan: str = "") -> str:
+    """The MLflow run's description, before an evaluation."""
+    return origin.description(run.recipe, run.store.manifest_hash, submission_id(), plan=plan)
 
 
 def _end_dead_run(uri: str, run_id: str, run_dir: str) -> None:
@@ -160,8 +168,7 @@ def _recorded(run: Run) -> RunRecord:
     tags = {"piflow.recipe_hash": recipe.hash(), "piflow.run_dir": run_dir}
     readable = origin.readable(recipe)
     if record is None:
-        note = origin.description(recipe, run.store.manifest_hash, submission_id())
-        tags |= {**origin.origin(), origin.NOTE: note}
+        tags |= {**origin.origin(), origin.NOTE: _note(run)}
         experiment = recipe.tracking.experiment
         run_id = tracking.start(uri, experiment, recipe.name, params, tags, readable)
     else:  # an address that has worked may be away, as in mid-run

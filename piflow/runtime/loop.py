@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import ray.train.torch
@@ -24,6 +24,7 @@ from piflow.evaluation.sheet import grid
 from piflow.roles.fp8 import check_error
 from piflow.runs import folder as run_folder
 from piflow.runs.lease import require_owner
+from piflow.runs.predicted import GIB, Measured
 from piflow.runs.tracking import SystemMetrics, Tracker
 from piflow.runtime.mailbox import Failure, StopReason
 from piflow.runtime.stopping import Stops
@@ -76,6 +77,7 @@ class TrainLoop:
         self.waits: list[float] = []  # of each step since the last metric point
         self.seconds: list[float] = []
         self.step_seconds = 0.0  # of the last step
+        self.timed: list[float] = []  # seconds of all steps of this process but its first
         self.losses: list[float] = []  # of each step since the last checkpoint
         self.replaced: Counter[str] = Counter()  # this rank's rows, by damaged row group
         self.told: set[str] = set()  # damaged row groups of which MLflow knows
@@ -132,6 +134,8 @@ class TrainLoop:
                 self.waits.append(waited)
                 self.seconds.append(seconds)
                 self.step_seconds = seconds
+                if step > start:
+                    self.timed.append(seconds)
                 self.losses.append(metrics.loss)
                 flops = self.assembly.flops(batch.micro_batches[0])
                 self.metrics.stepped(metrics, self._images(batch), flops)
@@ -145,6 +149,7 @@ class TrainLoop:
             reason = self.stops.agreed()
             last = done == self.training.steps or reason is not StopReason.NONE
             if done % self.training.checkpoint_every == 0 or last:
+                self._tell_measured()
                 self._save(done)
                 self.metrics.lap("checkpoint")
             self._log_saves()
@@ -239,8 +244,19 @@ class TrainLoop:
             "data_wait_share": sum(self.waits) / sum(self.seconds),
             "skipped_steps": float(self.skipped.count(metrics.step)),
         }
+        peak = self.metrics.peak_memory()
+        if peak is not None:
+            values["peak_memory_gib"] = peak / GIB
         self.waits, self.seconds = [], []
         self.tracker.log_metrics(values, step=done)
+
+    def _tell_measured(self) -> None:
+        """To the driver, which has predicted it."""
+        if self.rank or not self.timed:
+            return
+        seconds, peak = median(self.timed), self.metrics.peak_memory()
+        trained = self.assembly.trainer.trained
+        self.mailbox.figures.remote(Measured(len(self.timed), seconds, trained, peak))
 
     def _log_pictures(self, step: int) -> None:
         """All ranks draw (a sharded forward is collective), rank 0 logs."""

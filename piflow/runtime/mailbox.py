@@ -2,6 +2,7 @@
 
     rank 0 -- joined, did, left --> Mailbox <-- ask_to_stop -- driver (signals), controller (resize)
     rank 0 <------- requested ------         --- take_events --> driver --> MLflow
+    rank 0 -- figures --> Mailbox            --- take_figures --> driver: prediction beside it
 
 Failures travel this way as well, and only this way: a worker that finds out that no further try can
 help says so here before it does anything else. The mailbox lives on the driver's machine, which no
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from piflow.runs.predicted import Measured, Workers
 from piflow.runtime.draining import is_draining
 from piflow.runtime.metrics import RunMetrics
 
@@ -76,6 +78,7 @@ class Mailbox:
         self._events: list[tuple[str, str]] = []
         self._logs: list[str] = []
         self._machines: list[tuple[int, dict[str, float]]] = []
+        self._figures: list[Workers | Measured] = []
         self._save_seconds: float | None = None
 
     def join(self, world_size: int) -> int:
@@ -180,6 +183,15 @@ class Mailbox:
         """(step, values) of the machines since the last call."""
         machines, self._machines = self._machines, []
         return machines
+
+    def figures(self, told: Workers | Measured) -> None:
+        """Workers have started, or have measured what such a start comes to."""
+        self._figures.append(told)
+
+    def take_figures(self) -> list[Workers | Measured]:
+        """What was told of starts since the last call, in order."""
+        figures, self._figures = self._figures, []
+        return figures
 
 
 def start_mailbox(run: str | None = None, steps: int = 0) -> Any:

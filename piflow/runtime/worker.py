@@ -35,8 +35,8 @@ from piflow.sharding import Strategy
 from piflow.sharding.everyone import everyone
 from piflow.training.build import Assembly, assemble
 from piflow.training.checkpoint import ForeignCheckpointError
-from piflow.training.placement import strategy_for
-from piflow.training.prediction import predicted
+from piflow.training.placement import placement_of, strategy_for
+from piflow.training.prediction import workers_of
 from piflow.training.step import NonFiniteError
 
 _KINDS: dict[type[Exception], Literal["recipe", "non-finite", "fp8-teacher"]] = {
@@ -78,13 +78,14 @@ def train_worker(config: dict[str, Any]) -> None:
         if assembly is None:
             return
         tracker.event("attention", assembly.attention)
-        local = context.get_local_world_size()
-        if rank == 0 and (metrics := predicted(recipe, device, world_size, local)):
-            tracker.log_summary(metrics, step=0)
         exported = WorkerMetrics(recipe.name, rank, recipe.runtime.peak_tflops, device)
         loop = TrainLoop(recipe, config, assembly, tracker, exported, stops, watchdog)
         try:
             start = loop.resume()
+            if rank == 0:
+                local, placement = context.get_local_world_size(), placement_of(recipe, strategy)
+                workers = workers_of(recipe, device, placement, local, start)
+                config["mailbox"].figures.remote(workers)
             tracker.log_start(start, world_size, reason)
             loop.run(start, _stream(recipe, store, config["store"], start))
         except tuple(_KINDS) as error:  # every rank, in the same step

@@ -87,6 +87,10 @@ class WorkerMetrics:
         self._metrics.set("piflow_fp8_teacher_error", error)
         self._metrics.set("piflow_fp8_teacher_error_limit", limit)
 
+    def peak_memory(self) -> int | None:
+        """Bytes that PyTorch has had allocated on the GPU at most; None: there is none."""
+        return None if self._device is None else torch.cuda.max_memory_allocated(self._device)
+
     def _read_memory(self) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._metrics.set("piflow_host_memory_peak_bytes", peak * _KIB)

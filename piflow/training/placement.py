@@ -16,6 +16,7 @@ from piflow.config import DeepSpeedConfig, Recipe
 from piflow.planning.memory import (
     GIB,
     SAFE_SHARE,
+    SHARDED,
     Memory,
     Placement,
     StrategyName,
@@ -117,15 +118,13 @@ def keeps_fp8_weights(recipe: Recipe, strategy: Strategy) -> bool:
     Before the model is on its device. A collective where the recipe leaves it open: rank 0 decides,
     by the worker with the least free memory.
     """
-    world, fp8 = strategy.world_size, recipe.model.fp8_teacher
-    name = _placed_as(strategy)
-    if fp8 is None or not may_keep_codes(recipe, name):
+    placement, fp8 = placement_of(recipe, strategy), recipe.model.fp8_teacher
+    if fp8 is None or not may_keep_codes(recipe, placement.strategy):
         return fp8 is not None and bool(fp8.keep_weights)
-    free = _least_free(strategy.device, world)
+    free = _least_free(strategy.device, placement.world)
     chosen: bool | None = None
     if rank() == 0:
-        shard = (recipe.runtime.shard_size or world) if name == "fsdp" else 1
-        chosen = _codes_fit(keeping_codes(recipe, True), Placement(name, world, shard), free)
+        chosen = _codes_fit(keeping_codes(recipe, True), placement, free)
     return bool(of_rank_0(chosen))
 
 
@@ -137,14 +136,16 @@ def _codes_fit(kept: Recipe, placement: Placement, free: int) -> bool:
     return fits(memory_of(kept, model, passes, placement), free)
 
 
-def _placed_as(strategy: Strategy) -> StrategyName:
-    """What the planner calls a strategy."""
+def placement_of(recipe: Recipe, strategy: Strategy) -> Placement:
+    """How the planner describes a recipe's strategy."""
+    world = strategy.world_size
     if isinstance(strategy, DeepSpeedStrategy):
         stages: dict[int, StrategyName] = {1: "zero1", 2: "zero2", 3: "zero3"}
-        return stages[strategy.config.stage]
+        name = stages[strategy.config.stage]
+        return Placement(name, world, world if name in SHARDED else 1)
     if isinstance(strategy, FSDPStrategy):
-        return "fsdp"
-    return "ddp" if strategy.world_size > 1 else "single"
+        return Placement("fsdp", world, recipe.runtime.shard_size or world)
+    return Placement("ddp" if world > 1 else "single", world, 1)
 
 
 def _least_free(device: torch.device, world_size: int) -> int:

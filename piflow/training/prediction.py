@@ -1,57 +1,98 @@
-"""What `piflow plan` predicts for the GPUs that a run has got, to lie beside what is measured."""
+"""What `piflow plan` predicts for a run's workers, to lie beside what is measured."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from piflow.config import Recipe
-from piflow.planning.hardware import Table, load_table
-from piflow.planning.memory import GIB
-from piflow.planning.plan import Planner
+from piflow.planning.hardware import PlanError, Table, load_table
+from piflow.planning.memory import GIB, Placement
+from piflow.planning.plan import Planner, Work
 from piflow.planning.speed import Machines
+from piflow.runs.predicted import Prediction, Workers
 
 _NEAR = 0.05  # share by which a GPU's memory may differ from the table's
 
 
-def predicted(
-    recipe: Recipe, device: torch.device, world_size: int, on_this_machine: int
-) -> dict[str, float]:
-    """MLflow metrics; none on a CPU, on GPUs that the table lacks, or on uneven machines.
+def workers_of(
+    recipe: Recipe, device: torch.device, placement: Placement, here: int, start: int
+) -> Workers:
+    """As rank 0 knows them; arguments as of `Workers`."""
+    name, memory = None, 0
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+    tree = recipe.model_dump(mode="json")
+    strategy, world, shard = placement.strategy, placement.world, placement.shard
+    return Workers(name, memory, world, here, shard, strategy, start, tree)
 
-    Args:
-        on_this_machine: workers there.
+
+def predict(workers: Workers) -> Prediction:
+    """Figures for these workers; time only for a GPU that the table has, on even machines.
+
+    It takes the time of `piflow plan`: seconds for a small model, a minute of a processor for a
+    large one with activation checkpointing.
+
+    Raises:
+        ValueError: a model that can't be counted.
+        OSError: its config.json can't be read.
     """
-    if device.type != "cuda":
-        return {}
-    properties = torch.cuda.get_device_properties(device)
-    return predicted_on(
-        recipe, properties.name, properties.total_memory, world_size, on_this_machine
+    recipe, table = Recipe.model_validate(workers.recipe), load_table()
+    placement = Placement(workers.strategy, workers.world, workers.shard)
+    planner = Planner(recipe, table, published=False)
+    work = planner.work(recipe, placement)
+    seconds, why = _time(workers, planner, work, table)
+    return Prediction(
+        device=workers.device or "CPU",
+        workers=workers.world,
+        strategy=str(placement),
+        start=workers.start,
+        parameters=work.model.parameters,
+        trained=work.model.trained,
+        memory=work.memory.parts(),
+        host=work.memory.host,
+        operations={phase: sum(kinds.values()) for phase, kinds in work.flops.items()},
+        sent=_sent(work),
+        batch=recipe.training.batch_size,
+        step_seconds=seconds,
+        no_time=why,
     )
 
 
-def predicted_on(
-    recipe: Recipe, gpu: str, memory: int, world_size: int, on_this_machine: int
-) -> dict[str, float]:
-    """The same for a GPU that calls itself `gpu` and has `memory` bytes."""
-    table = load_table()
-    kind = kind_of(gpu, memory, table)
-    if kind is None or world_size % on_this_machine:
-        return {}
-    machines = Machines(kind, table.gpus[kind], world_size // on_this_machine, on_this_machine)
+def _time(
+    workers: Workers, planner: Planner, work: Work, table: Table
+) -> tuple[float | None, str | None]:
+    """Seconds of a step, or why they aren't known."""
+    if workers.device is None:
+        return None, "the planner knows GPUs, and the workers compute on CPUs"
+    kind = kind_of(workers.device, workers.device_memory, table)
+    if kind is None:
+        gib = workers.device_memory / GIB
+        return None, f"the planner's table has no {workers.device} of {gib:.1f} GiB"
+    if workers.world % workers.here:
+        return None, f"{workers.world} workers, {workers.here} of them on one machine: not evenly"
+    nodes = workers.world // workers.here
     try:
-        plan = Planner(recipe, table, published=False).plan(machines)
-    except ValueError:  # what is wrong with it, loading the model says better
-        return {}
-    return {
-        "predicted_step_seconds": plan.speed.step,
-        "predicted_samples_per_second": plan.images_per_second,
-        "predicted_memory_gib": plan.memory.total / GIB,
-    }
+        speed = planner.speed(work, Machines(kind, table.gpus[kind], nodes, workers.here))
+    except PlanError as error:
+        return None, str(error)
+    return speed.step, None
+
+
+def _sent(work: Work) -> dict[str, int]:
+    """Kind and phase -> bytes."""
+    sent: dict[str, int] = {}
+    for collective in work.traffic:
+        name = f"{collective.kind}, {collective.phase}"
+        sent[name] = sent.get(name, 0) + collective.sent
+    return sent
 
 
 def kind_of(gpu: str, memory: int, table: Table) -> str | None:
     """The table's name of a GPU: h100-80gb of "NVIDIA H100 80GB HBM3"; None: it has none."""
-    words = gpu.lower().replace("-", " ").split()
+    words: Sequence[str] = gpu.lower().replace("-", " ").split()
     for name, entry in table.gpus.items():
         model, *rest = name.split("-")
         near = abs(memory - entry.memory) <= _NEAR * entry.memory

@@ -173,6 +173,12 @@ class Trainer:
         strategy.adopt(self.optimizers)  # may put others in the groups' place
         self.num_micro_batches = training.batch_size // training.micro_batch_size
 
+    @property
+    def trained(self) -> int:
+        """Values that the optimiser moves, over all workers."""
+        parts = map(self.strategy.part, self.parameters.values())
+        return sum(math.prod(part.shape) for part in parts)
+
     def step(self, step: int, micro_batches: Sequence[MicroBatch]) -> StepMetrics:
         """Run optimiser step `step` (counted from 0) on this worker's micro-batches.
 

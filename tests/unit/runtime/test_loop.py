@@ -52,7 +52,7 @@ def _loop(
     )  # fmt: skip
     tracker = MagicMock()
     assembly: Any = SimpleNamespace(
-        trainer=SimpleNamespace(step=step),
+        trainer=SimpleNamespace(step=step, trained=7),
         flops=lambda batch: 1,
         teacher_error=None,
         bring=lambda batch: batch,
@@ -92,6 +92,19 @@ def test_an_fp8_teacher_is_measured_at_the_start_and_every_so_often() -> None:
 def _stream() -> Any:
     batch = SimpleNamespace(micro_batches=[None], replaced={})
     return SimpleNamespace(batches=lambda: iter([batch] * 6), epoch_of=float)
+
+
+def test_what_is_measured_is_told_at_every_checkpoint() -> None:
+    """The first step of a process, which compiles and allocates, isn't timed."""
+    saved: list[int] = []
+    loop, _ = _loop({2}, 1, saved)
+    loop.run(0, _stream())
+    told = [call.args[0] for call in loop.mailbox.figures.remote.call_args_list]
+    assert [(item.steps, item.trained, item.peak_memory) for item in told] == [
+        (1, 7, None),
+        (4, 7, None),
+    ]
+    assert saved == [3, 6] and all(item.step_seconds > 0 for item in told)
 
 
 def test_skipped_steps_are_told_and_checkpoints_are_still_due() -> None:
