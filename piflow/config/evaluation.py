@@ -56,6 +56,13 @@ class NetworksConfig(Section):
     clip: NetworkConfig | None = None
     """A CLIP of transformers, such as openai/clip-vit-large-patch14."""
 
+    pick_score: NetworkConfig | None = None
+    """PickScore as a CLIP of transformers with its tokenizer, such as yuvalkirstain/PickScore_v1.
+    """
+
+    hps_v2: NetworkConfig | None = None
+    """HPSv2 or HPSv2.1, converted to a CLIP of transformers with its tokenizer."""
+
     dinov2: NetworkConfig | None = None
     """A DINOv2 of transformers; published distances are of facebook/dinov2-large."""
 

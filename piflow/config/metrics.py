@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-Network = Literal["clip", "dinov2"]
+Network = Literal["clip", "pick_score", "hps_v2", "dinov2"]
 """What turns pictures, or prompts, into features."""
 
 Kind = Literal["error", "ratio", "mean", "whole"]
@@ -77,6 +77,28 @@ class Metric:
     references: bool = False
     least_pictures: int = 2
     package: tuple[str, str] | None = None
+
+
+def _score(name: str, heading: str, meaning: str, network: Network) -> Metric:
+    """How well a picture fits its prompt: a mean over prompts, and differences of it."""
+    return Metric(
+        version=1,
+        licence="Apache-2.0",
+        columns={name: Column("mean", name, heading, "number", meaning)},
+        figures={
+            name: Figure(name, f"the student's {heading}"),
+            f"{name}_gain": Figure(
+                name, f"its {heading} minus that of the teacher in as many steps", "few_steps"
+            ),
+            f"{name}_to_reference": Figure(
+                name, f"its {heading} minus the reference's", "reference"
+            ),
+            f"{name}_over_champion": Figure(
+                name, f"its {heading} minus that of the version that has the alias", "champion"
+            ),
+        },
+        network=network,
+    )
 
 
 _TORCHMETRICS = ("torchmetrics", "metrics")
@@ -192,35 +214,25 @@ METRICS = {
             )
         },
     ),
-    "clip_score": Metric(
-        version=1,
-        licence="Apache-2.0",
-        columns={
-            "clip_score": Column(
-                "mean",
-                "clip_score",
-                "CLIP score",
-                "number",
-                "100 times the cosine of picture and prompt in CLIP's space, 0 where it is less",
-            )
-        },
-        figures={
-            "clip_score": Figure("clip_score", "the student's CLIP score"),
-            "clip_score_gain": Figure(
-                "clip_score",
-                "its CLIP score minus that of the teacher in as many steps",
-                "few_steps",
-            ),
-            "clip_score_to_reference": Figure(
-                "clip_score", "its CLIP score minus the reference's", over="reference"
-            ),
-            "clip_score_over_champion": Figure(
-                "clip_score",
-                "its CLIP score minus that of the version that has the alias",
-                "champion",
-            ),
-        },
-        network="clip",
+    "clip_score": _score(
+        "clip_score",
+        "CLIP score",
+        "100 times the cosine of picture and prompt in CLIP's space, 0 where it is less",
+        "clip",
+    ),
+    "pick_score": _score(
+        "pick_score",
+        "PickScore",
+        "the scaled cosine of picture and prompt in the space of a CLIP that was trained on "
+        "people's choices between two pictures of a prompt",
+        "pick_score",
+    ),
+    "hps_v2": _score(
+        "hps_v2",
+        "HPSv2",
+        "100 times the cosine of picture and prompt in the space of a CLIP that was trained on "
+        "people's rankings of a prompt's pictures",
+        "hps_v2",
     ),
     "dinov2_diversity": Metric(
         version=1,
@@ -243,6 +255,37 @@ METRICS = {
             ),
             "dinov2_diversity_over_champion": Figure(
                 "dinov2_diversity", "its DINOv2 diversity over that version's", over="champion"
+            ),
+        },
+        network="dinov2",
+    ),
+    "dinov2_distance_teacher": Metric(
+        version=1,
+        licence="Apache-2.0",
+        columns={
+            "dinov2_distance_teacher": Column(
+                "mean",
+                "dinov2_distance_teacher",
+                "DINOv2 distance",
+                "number",
+                "mean of 1 minus the cosine of DINOv2's features between a picture and the "
+                "reference's of the same prompt and noise",
+            )
+        },
+        figures={
+            "dinov2_distance_teacher": Figure(
+                "dinov2_distance_teacher", "the student's DINOv2 distance to the reference"
+            ),
+            "dinov2_distance_teacher_to_few_steps": Figure(
+                "dinov2_distance_teacher",
+                "its DINOv2 distance minus that of the teacher in as many steps; below 0 the "
+                "student is nearer",
+                over="few_steps",
+            ),
+            "dinov2_distance_teacher_over_champion": Figure(
+                "dinov2_distance_teacher",
+                "its DINOv2 distance minus that of the version that has the alias",
+                over="champion",
             ),
         },
         network="dinov2",

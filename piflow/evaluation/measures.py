@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -170,17 +171,44 @@ def _retrieval(material: Material) -> dict[str, dict[str, Tensor]]:
     return {"retrieval": dict(zip(pictures, shares, strict=True))}
 
 
+def _cosines(
+    material: Material, kind: Literal["clip", "pick_score", "hps_v2"]
+) -> dict[str, Tensor]:
+    """Of each method's pictures with their prompts, ``(P, S)``."""
+    prompts = F.normalize(material.network(kind).prompts(material.prompts), dim=-1)
+    return {
+        method: (F.normalize(features, dim=-1) * prompts[:, None]).sum(-1)
+        for method, features in material.features(kind).items()
+    }
+
+
 def _clip_score(material: Material) -> dict[str, dict[str, Tensor]]:
     """Mean of max(0, 100 cos) over each prompt's pictures.
 
     Hessel et al. 2021 (arXiv:2104.08718), with torchmetrics' factor of 100.
     """
-    prompts = F.normalize(material.network("clip").prompts(material.prompts), dim=-1)
-    scores = {}
-    for method, features in material.features("clip").items():
-        cosines = (F.normalize(features, dim=-1) * prompts[:, None]).sum(-1)
-        scores[method] = (100 * cosines).clamp(min=0).mean(1)
-    return {"clip_score": scores}
+    cosines = _cosines(material, "clip")
+    return {
+        "clip_score": {name: (100 * each).clamp(min=0).mean(1) for name, each in cosines.items()}
+    }
+
+
+def _pick_score(material: Material) -> dict[str, dict[str, Tensor]]:
+    """Mean of exp(logit_scale) cos over each prompt's pictures.
+
+    Kirstain et al. 2023 (arXiv:2305.01569), section 4; the scale is the network's own.
+    """
+    cosines, scale = _cosines(material, "pick_score"), material.network("pick_score").scale
+    return {"pick_score": {name: (scale * each).mean(1) for name, each in cosines.items()}}
+
+
+def _hps_v2(material: Material) -> dict[str, dict[str, Tensor]]:
+    """Mean of 100 cos over each prompt's pictures.
+
+    Wu et al. 2023 (arXiv:2306.09341), whose tables have this factor.
+    """
+    cosines = _cosines(material, "hps_v2")
+    return {"hps_v2": {name: (100 * each).mean(1) for name, each in cosines.items()}}
 
 
 def _dinov2_diversity(material: Material) -> dict[str, dict[str, Tensor]]:
@@ -191,6 +219,21 @@ def _dinov2_diversity(material: Material) -> dict[str, dict[str, Tensor]]:
         cosines = (unit.sum(1).square().sum(-1) - seeds) / (seeds * (seeds - 1))
         diversity[method] = (1 - cosines).clamp(min=0)
     return {"dinov2_diversity": diversity}
+
+
+def _dinov2_distance_teacher(material: Material) -> dict[str, dict[str, Tensor]]:
+    """Mean of 1 - cos between a picture and the reference's of the same prompt and noise.
+
+    The reference has none to itself, and pictures from other noise have no counterpart.
+    """
+    (_, reference), *methods = material.features("dinov2").items()
+    unit = F.normalize(reference, dim=-1)
+    distances = {
+        name: (1 - (F.normalize(features, dim=-1) * unit).sum(-1)).clamp(min=0).mean(1)
+        for name, features in methods
+        if name not in material.other_noise
+    }
+    return {"dinov2_distance_teacher": distances}
 
 
 def _distance(
@@ -230,7 +273,10 @@ MEASURES: dict[str, Measure] = {
     "diversity": _diversity,
     "retrieval_at_1": _retrieval,
     "clip_score": _clip_score,
+    "pick_score": _pick_score,
+    "hps_v2": _hps_v2,
     "dinov2_diversity": _dinov2_diversity,
+    "dinov2_distance_teacher": _dinov2_distance_teacher,
     "fd_dinov2_teacher": _FD[0],
     "fd_dinov2": _FD[1],
     "kd_dinov2_teacher": _KD[0],

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from piflow.storage.fingerprint import files_sha256
 from piflow.storage.foreign import redacted, shown
 
 WEIGHTS = "model.safetensors"
-_MODEL_TYPES = {"clip": "clip", "dinov2": "dinov2"}  # of config.json
 _AT_ONCE = 32  # pictures or prompts; a constant, since batches of other sizes round differently
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,7 +35,17 @@ _DINOV2_SIDE = 224  # pixels; its positions are interpolated from those of 518
 
 
 class FeatureNetwork(ABC):
-    """A network on a device."""
+    """A network on a device.
+
+    Attributes:
+        model_type: of its folder's config.json.
+        has_text: whether it has a text model, and its folder a tokenizer.
+        scale: factor of cosines between pictures and prompts, as it was trained with.
+    """
+
+    model_type: ClassVar[str]
+    has_text: ClassVar[bool]
+    scale = 1.0
 
     @abstractmethod
     def prepare(self, image: Image.Image) -> Tensor:
@@ -70,16 +79,19 @@ class FeatureNetwork(ABC):
 class Clip(FeatureNetwork):
     """CLIP's projected features: pictures with their shorter side resized, cut to a square."""
 
+    model_type, has_text = "clip", True
+
     def __init__(self, folder: Path, uri: str, device: torch.device) -> None:
         from transformers import CLIPModel, CLIPTokenizer
 
         self._tokenizer = text.load_tokenizer(CLIPTokenizer, folder, uri)
         self._model = _loaded(CLIPModel, folder, uri, device)
         self._device = device
+        self.side: int = self._model.config.vision_config.image_size  # pixels
+        self.scale = float(self._model.logit_scale.exp())
 
     def prepare(self, image: Image.Image) -> Tensor:
-        side = self._model.config.vision_config.image_size
-        short = min(image.size)
+        side, short = self.side, min(image.size)
         width, height = (int(side * length / short) for length in image.size)
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - side) // 2, (height - side) // 2
@@ -101,8 +113,25 @@ class Clip(FeatureNetwork):
         return torch.cat(parts)
 
 
+class HpsV2(Clip):
+    """HPSv2's own CLIP: whole pictures, their longer side resized, padded with black to a square.
+
+    So does the package hpsv2 1.2.0, which the score is published with.
+    """
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        scale = self.side / max(image.size)
+        width, height = (max(1, round(length * scale)) for length in image.size)
+        square = Image.new("RGB", (self.side, self.side))
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        square.paste(resized, ((self.side - width) // 2, (self.side - height) // 2))
+        return _normalised(square, _CLIP_MEAN, _CLIP_STD)
+
+
 class Dinov2(FeatureNetwork):
     """DINOv2's class token after the last norm: whole pictures, resized to 224 a side."""
+
+    model_type, has_text = "dinov2", False
 
     def __init__(self, folder: Path, uri: str, device: torch.device) -> None:
         from transformers import Dinov2Model
@@ -118,7 +147,12 @@ class Dinov2(FeatureNetwork):
         return self._model(pixel_values=pixels.to(self._device)).pooler_output
 
 
-NETWORKS: dict[Network, type[Clip] | type[Dinov2]] = {"clip": Clip, "dinov2": Dinov2}
+NETWORKS: dict[Network, type[Clip] | type[Dinov2]] = {
+    "clip": Clip,
+    "pick_score": Clip,
+    "hps_v2": HpsV2,
+    "dinov2": Dinov2,
+}
 
 
 @dataclass(frozen=True)
@@ -192,10 +226,11 @@ def open_network(kind: Network, config: NetworkConfig) -> OpenedNetwork:
     key = f"evaluation.networks.{kind}"
     folder = storage.local_folder(config.path)
     read = text.read_config(folder, uri, f"{key},")
-    if read.get("model_type") != _MODEL_TYPES[kind]:
+    network = NETWORKS[kind]
+    if read.get("model_type") != network.model_type:
         raise ValueError(
             f"{key}: {uri}/config.json has model_type {shown(repr(read.get('model_type')))}, "
-            f"expected {_MODEL_TYPES[kind]!r}"
+            f"expected {network.model_type!r}"
         )
     if not (folder / WEIGHTS).is_file():
         raise ValueError(
@@ -210,7 +245,7 @@ def open_network(kind: Network, config: NetworkConfig) -> OpenedNetwork:
             "weights than the recipe means; copy the file again, or write the hash of the weights "
             "that you trust"
         )
-    identity = files_sha256({uri: folder}, {uri: folder} if kind == "clip" else {})
+    identity = files_sha256({uri: folder}, {uri: folder} if network.has_text else {})
     return OpenedNetwork(kind, uri, folder, identity)
 
 

@@ -28,7 +28,7 @@ def with_evaluation(gates: list[str] | None = None, **keys: Any) -> Any:
     ("keys", "message"),
     [
         ({"metrics": ["clip_scores"]}, "unknown metric clip_scores, known: .*mean clip_score"),
-        ({"metrics": ["fid"]}, "unknown metric fid, known: clip_score, dinov2_diversity, fd_"),
+        ({"metrics": ["fid"]}, "unknown metric fid, known: clip_score, pick_score, hps_v2, dino"),
         ({"metrics": ["psnr"]}, "psnr is measured always; leave it out"),
         ({"metrics": ["retrieval_at_1"]}, "asked for by evaluation.retrieval; leave it out"),
         ({"metrics": ["clip_score"]}, "clip_score needs evaluation.networks.clip: set its path,"),

@@ -137,7 +137,8 @@ def test_figures_of_networks_are_kept_and_compared() -> None:
     paired = over(second, first)["clip_score_over_champion"]
     assert (paired.low, paired.value, paired.high) == pytest.approx((1.5, 1.5, 1.5))
     absent = not_over(second, first)
-    assert absent.keys() == {"dinov2_diversity_over_champion"}
+    others = ("pick_score", "hps_v2", "dinov2_diversity", "dinov2_distance_teacher")
+    assert absent.keys() == {f"{name}_over_champion" for name in others}
     assert "dinov2_diversity wasn't measured of tiny (step 2) and tiny" in str(absent)
 
 

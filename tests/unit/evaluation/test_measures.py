@@ -43,7 +43,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
     folder = tmp_path_factory.mktemp("metrics")
     settings: dict[str, Any] = {
         "metrics": NAMES,
-        "networks": {"clip": save_clip(folder / "c"), "dinov2": save_dinov2(folder / "d")},
+        "networks": {
+            "clip": save_clip(folder / "c"),
+            "pick_score": save_clip(folder / "p", 2),
+            "hps_v2": save_clip(folder / "h", 3),
+            "dinov2": save_dinov2(folder / "d"),
+        },
         "references": save_pictures(folder / "world", 7),
     }
     return EvaluationConfig(**settings)
@@ -64,7 +69,7 @@ def material(instruments: Instruments) -> Material:
 def columns(material: Material, config: EvaluationConfig) -> dict[str, dict[str, Tensor]]:
     assert config.measured == ["psnr", "diversity", "retrieval_at_1", *NAMES]
     found = measured(config.measured, material)
-    assert sum(SEEN) == open_instruments(config).pictures_to_see(3 * 9) == 2 * 27 + 7
+    assert sum(SEEN) == open_instruments(config).pictures_to_see(3 * 9) == 4 * 27 + 7
     return found
 
 
@@ -106,6 +111,48 @@ def test_scores_of_each_prompt_are_those_by_hand(
         found = float(columns[STUDENT]["dinov2_diversity"][row])
         assert found == pytest.approx(sum(apart) / 3, abs=1e-5)
     assert columns[STUDENT]["clip_score"].max() > 0
+
+
+@pytest.mark.parametrize(("name", "scale"), [("pick_score", None), ("hps_v2", 100.0)])
+def test_preferences_are_the_librarys_own_logits(
+    name: Any, scale: float | None, material: Material, columns: dict[str, dict[str, Tensor]]
+) -> None:
+    """Of CLIPModel itself: scaled as the network says (PickScore), or by 100 (HPSv2)."""
+    network: Any = material.network(name)
+    for row, prompt in enumerate(PROMPTS):
+        images = [to_image(picture) for picture in material.pictures[STUDENT][row]]
+        words = network._tokenizer([prompt], return_tensors="pt")
+        with torch.no_grad():
+            pixels = torch.stack([network.prepare(image) for image in images])
+            logits = network._model(pixel_values=pixels, **words).logits_per_image.mean()
+        own = float(network._model.logit_scale.exp())
+        expected = float(logits) * (1 if scale is None else scale / own)
+        assert float(columns[STUDENT][name][row]) == pytest.approx(expected, rel=1e-4)
+        assert own != pytest.approx(100, rel=0.01), "the two would be the same"
+
+
+def test_the_distance_to_the_teacher_is_of_pairs(
+    material: Material, columns: dict[str, dict[str, Tensor]], instruments: Instruments
+) -> None:
+    """Of the same prompt and noise; a model from other noise has none."""
+    dinov2 = material.network("dinov2")
+    ours, theirs = (material.pictures[name] for name in (STUDENT, REFERENCE))
+    for row in range(3):
+        pairs = [
+            [dinov2.pictures([to_image(picture)])[0] for picture in pair]
+            for pair in zip(ours[row], theirs[row], strict=True)
+        ]
+        expected = sum(float(1 - cosine_similarity(*pair, 0)) for pair in pairs) / 3
+        found = float(columns[STUDENT]["dinov2_distance_teacher"][row])
+        assert found == pytest.approx(expected, abs=1e-5) and found > 1e-4
+    drawn = {REFERENCE: theirs, "other": ours, FEW: material.pictures[FEW], STUDENT: theirs}
+    apart = Material(PROMPTS, drawn, instruments=instruments, other_noise=["other"])
+    same = measured(["dinov2_distance_teacher"], apart)
+    assert same["other"] == same[REFERENCE] == {}
+    assert same[STUDENT]["dinov2_distance_teacher"].max() < 1e-6
+    figures = own_figures([same[name] for name in drawn])
+    nearer = figures["dinov2_distance_teacher_to_few_steps"]
+    assert nearer.low <= nearer.value <= nearer.high < 0
 
 
 class _Pixels(nn.Module):
@@ -162,7 +209,10 @@ def test_other_weights_and_other_references_are_other_figures(
     other = EvaluationConfig(
         **{
             **config.model_dump(),
-            "networks": {"clip": save_clip(tmp_path / "c", 1), "dinov2": config.networks.dinov2},
+            "networks": {
+                **dict(config.networks),
+                "clip": save_clip(tmp_path / "c", 1),
+            },
             "references": save_pictures(tmp_path / "world", 7, seed=9),
         }
     )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from piflow.config import EvaluationConfig, NetworkConfig
 from piflow.evaluation import networks
-from piflow.evaluation.networks import Clip, Dinov2, open_instruments, open_network
+from piflow.evaluation.networks import Clip, Dinov2, HpsV2, open_instruments, open_network
 from piflow.evaluation.references import References
 from tests.unit.evaluation.tiny_networks import SIDE, save_clip, save_dinov2, save_pictures
 
@@ -129,6 +129,24 @@ def test_only_the_weights_that_the_recipe_names_are_opened(
         file.unlink()
     with pytest.raises(ValueError, match="holds no tokenizer"):
         open_network("clip", bare)
+
+
+def test_hpsv2_sees_whole_pictures_on_black(
+    clip: dict[str, str], images: list[Image.Image]
+) -> None:
+    """The longer side is resized; a strip above and below, or on both sides, stays black."""
+    network = HpsV2(Path(clip["path"]), "it", CPU)
+    black = Image.new("RGB", (SIDE, SIDE))
+    (square, tall, wide), nothing = map(network.prepare, images), network.prepare(black)
+    expected = images[0].resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    assert torch.equal(square, network.prepare(expected))
+    inside = images[1].resize((15, SIDE), Image.Resampling.BICUBIC)  # of 33 x 61
+    black.paste(inside, (6, 0))
+    assert torch.equal(tall, network.prepare(black))
+    assert torch.equal(tall[:, :, :6], nothing[:, :, :6])
+    assert torch.equal(tall[:, :, 21:], nothing[:, :, 21:])
+    assert torch.equal(wide[:, :11], nothing[:, :11])  # of 90 x 20: 6 high
+    assert not torch.equal(wide[:, 11:17], nothing[:, 11:17])
 
 
 def test_a_package_that_is_missing_is_told_before_anything_is_drawn(
