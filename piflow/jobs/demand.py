@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import posixpath
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from piflow import storage
@@ -79,13 +80,33 @@ def demand(recipe: Recipe, values: Values, stage: Stage) -> Demand:
 
 
 def _evaluation(recipe: Recipe, values: Values) -> Demand:
+    """Encoders of `evaluation.prompt_set` come first, and have ended when pictures are drawn.
+
+    A driver that draws by itself has its GPU from the start, beside theirs.
+    """
     workers, runtime = recipe.evaluation_workers, recipe.runtime
+    encoders = (0, 0) if recipe.evaluation.prompt_set is None else recipe.embed.encoders
+    share = recipe.embed.gpus_per_encoder
+    gpus = [math.ceil(count * share) for count in encoders]
+    driver = int(runtime.use_gpu and not workers)
     if runtime.use_gpu:
-        gpus = max(workers, 1)
-        groups = _gpu_group(values, gpus, gpus), _cpu_group(values)
-        return Demand("evaluate", groups, driver_gpus=0 if workers else 1)
-    each = runtime.cpus_per_worker
-    return Demand("evaluate", (_cpu_group(values, workers, workers, each, "evaluation.workers"),))
+        gpus = [max(workers, driver + count) for count in gpus]
+    cpus = []
+    if encoders[1] and not share:
+        cpus.append(_cpu_group(values, encoders[0], encoders[1], 1.0, "embed.encoders"))
+    if workers and not runtime.use_gpu:
+        each = runtime.cpus_per_worker
+        cpus.append(_cpu_group(values, workers, workers, each, "evaluation.workers"))
+    groups = [_larger(cpus) if cpus else _cpu_group(values)]
+    if gpus[1]:
+        groups.insert(0, _gpu_group(values, gpus[0], gpus[1]))
+    return Demand("evaluate", tuple(groups), driver_gpus=driver)
+
+
+def _larger(groups: Sequence[Group]) -> Group:
+    """As many machines as each of these groups of one kind needs."""
+    fewest, most = (max(getattr(group, end) for group in groups) for end in ("fewest", "most"))
+    return replace(groups[0], fewest=fewest, most=most)
 
 
 def _training_groups(recipe: Recipe, values: Values) -> tuple[Group, ...]:

@@ -75,11 +75,10 @@ def misfit(
 ) -> str | None:
     """Why a recipe has no room; None: it has."""
     for stage in stages:
-        ask = _ask(recipe, stage)
-        if ask is not None and not _placed(ask.bundles, nodes):
-            return (
-                f"{ask.who} need {_told(ask.bundles)} ({ask.keys}); the cluster has {there(nodes)}"
-            )
+        for ask in _asks(recipe, stage):
+            if not _placed(ask.bundles, nodes):
+                told = _told(ask.bundles)
+                return f"{ask.who} need {told} ({ask.keys}); the cluster has {there(nodes)}"
     training = any(stage in ("distill", "pretrain") for stage in stages)
     if worker_gib is None or not training or not recipe.runtime.use_gpu:
         return None
@@ -128,24 +127,29 @@ def changes(recipe: Recipe) -> Iterator[dict[str, Any]]:
             yield {"runtime.num_workers": count, **saving}
 
 
-def _ask(recipe: Recipe, stage: Stage) -> Ask | None:
-    """What the stage's own code waits for before it starts (`piflow.data.cluster`)."""
+def _asks(recipe: Recipe, stage: Stage) -> Iterator[Ask]:
+    """What the stage's own code waits for, one after the other (`piflow.data.cluster`)."""
     embed, runtime = recipe.embed, recipe.runtime
     encoder = {"CPU": 1.0, "GPU": embed.gpus_per_encoder}
-    if stage == "embed":
-        return Ask("embed's encoders", "embed.gpus_per_encoder", (encoder,))
     worker = {"CPU": runtime.cpus_per_worker, "GPU": 1.0 if runtime.use_gpu else 0.0}
-    if stage in ("distill", "pretrain"):
+    if stage == "embed":
+        yield Ask("embed's encoders", "embed.gpus_per_encoder", (encoder,))
+    elif stage in ("distill", "pretrain"):
         bundles = (worker,) * runtime.worker_range[0]
         keys = "runtime.num_workers, use_gpu, cpus_per_worker"
         if embed.mode == "online":
             bundles += (encoder,) * embed.encoders[0]
-            return Ask("workers and encoders", f"{keys}, embed.encoders, gpus_per_encoder", bundles)
-        return Ask("the workers", keys, bundles)
-    if stage == "evaluate" and recipe.evaluation_workers:
-        keys = "evaluation.workers, runtime.use_gpu, cpus_per_worker"
-        return Ask("an evaluation's workers", keys, (worker,) * recipe.evaluation_workers)
-    return None
+            keys = f"{keys}, embed.encoders, gpus_per_encoder"
+            yield Ask("workers and encoders", keys, bundles)
+        else:
+            yield Ask("the workers", keys, bundles)
+    elif stage == "evaluate":
+        if recipe.evaluation.prompt_set is not None:
+            keys = "evaluation.prompt_set, embed.gpus_per_encoder"
+            yield Ask("the encoders of an evaluation's prompts", keys, (encoder,))
+        if recipe.evaluation_workers:
+            keys = "evaluation.workers, runtime.use_gpu, cpus_per_worker"
+            yield Ask("an evaluation's workers", keys, (worker,) * recipe.evaluation_workers)
 
 
 def _placed(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> bool:

@@ -299,6 +299,23 @@ def test_mlflow_has_the_store_and_a_model_for_every_checkpoint_kept(
     assert "distilled by π-ID" in run.data.tags["mlflow.note.content"]
 
 
+def test_the_plan_lies_beside_what_was_measured(straight: Recipe, tmp_path: Path) -> None:
+    """On CPUs: weights, memory, work and what is sent are predicted, and no time."""
+    tracked = Tracked("straight")
+    run, client = tracked.run, tracked.client
+    path = client.download_artifacts(run.info.run_id, "plan/plan.json", str(tmp_path))
+    plan = json.loads(Path(path).read_text())
+    told, measured = plan["predicted"], plan["measured"]
+    assert told["workers"] == 2 and told["device"] == "CPU" and told["step_seconds"] is None
+    assert told["trained"] == measured["trained"] > 0 and measured["steps"] == STEPS - 1
+    assert tracked.points("plan/peak_memory_gib") == [(0, sum(told["memory"].values()) / 2**30)]
+    assert "plan/step_seconds" not in run.data.metrics
+    assert (
+        f"| trained parameters | {told['trained']:,} | {told['trained']:,} | 1.00 |"
+        in (run.data.tags["mlflow.note.content"])
+    )
+
+
 def test_a_finished_run_is_not_run_again(
     straight: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:

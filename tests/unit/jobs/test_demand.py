@@ -82,6 +82,45 @@ def test_evaluation_on_cpu_workers_gets_their_machines() -> None:
         )
 
 
+PROMPT_SET = ["evaluation.prompt_set={path: s3://b/prompts.txt}", "evaluation.retrieval=false"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "cpus", "driver"),
+    [
+        # encoders have ended when the workers draw
+        (["embed.encoders=[1, 2]", "evaluation.workers=4"], (4, 1, 1), None, 0),
+        (["embed.encoders=[2, 8]", "evaluation.workers=2"], (8, 1, 1), None, 0),
+        (["embed.encoders=[1, 6]", "embed.gpus_per_encoder=0.5", "evaluation.workers=2"],
+         (3, 1, 1), None, 0),
+        # the driver keeps its own GPU beside theirs
+        (["embed.encoders=[1, 3]", "evaluation.workers=0"], (4, 1, 1), None, 1),
+        # without GPUs for encoders they run on CPUs
+        (["embed.encoders=[1, 40]", "embed.gpus_per_encoder=0", "evaluation.workers=2"],
+         (2, 1, 1), (1, 3), 0),
+        (["runtime.use_gpu=false", "runtime.num_workers=2", "embed.gpus_per_encoder=0",
+          "embed.encoders=[1, 40]", "evaluation.workers=4", "runtime.cpus_per_worker=7.5"],
+         None, (2, 3), 0),
+        (["runtime.use_gpu=false", "runtime.num_workers=2", "embed.encoders=[1, 2]",
+          "evaluation.workers=4", "runtime.cpus_per_worker=3"], (2, 1, 1), (1, 1), 0),
+    ],
+)  # fmt: skip
+def test_an_evaluations_own_prompts_need_encoders(
+    overrides: list[str],
+    gpus: tuple[int, int, int] | None,
+    cpus: tuple[int, int] | None,
+    driver: int,
+) -> None:
+    """GPUs of a machine with fewest and most machines; and those without GPUs."""
+    needed = demand(recipe(*PROMPT_SET, *overrides), VALUES, "evaluate")
+    assert needed.driver_gpus == driver and needed.has_gpus == (gpus is not None)
+    if gpus is not None:
+        first = needed.groups[0]
+        assert (first.gpus, first.fewest, first.most) == gpus
+    if cpus is not None:
+        assert (needed.groups[-1].fewest, needed.groups[-1].most) == cpus
+
+
 def test_workers_without_gpus_share_cpu_machines() -> None:
     cpu = recipe("runtime.use_gpu=false", "runtime.num_workers=4", "runtime.cpus_per_worker=5")
     assert demand(cpu, VALUES, "distill").groups == (Group("cpu", 2, 2, 0, 15, 56),)

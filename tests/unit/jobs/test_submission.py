@@ -197,6 +197,22 @@ def test_an_evaluations_workers_are_counted() -> None:
     assert told is not None and "an evaluation's workers need 3 x {CPU: 8, GPU: 1}" in told
 
 
+def test_encoders_of_an_evaluations_own_prompts_are_counted() -> None:
+    """They come first: drawing's GPUs are enough for them, but there must be one."""
+    recipe = recipe_with(
+        "evaluation.prompt_set={path: s3://b/prompts.txt}",
+        "evaluation.retrieval=false",
+        "evaluation.workers=0",
+        "embed.gpus_per_encoder=0.5",
+    )
+    assert fit.misfit(recipe, ("evaluate",), [gpu_node(1)], None) is None
+    told = fit.misfit(recipe, ("evaluate",), [gpu_node(0)], None)
+    assert (
+        told is not None
+        and "encoders of an evaluation's prompts need 1 x {CPU: 1, GPU: 0.5}" in (told)
+    )
+
+
 def test_no_change_of_another_kind_is_proposed() -> None:
     """Whatever is proposed leaves the run what it is."""
     recipe = recipe_with(*EIGHT)
