@@ -10,7 +10,7 @@ from rich.table import Table
 from piflow import storage
 from piflow.config import Recipe
 from piflow.data.reader import EmbeddingStore
-from piflow.planning.memory import GIB
+from piflow.planning.memory import GIB, base_bytes
 from piflow.progress import PlainConsole
 from piflow.runs import folder as run_folder
 from piflow.storage.whole import whole_hashes
@@ -64,12 +64,11 @@ def _about_model(run: Run) -> Iterator[tuple[str, str]]:
     workers = recipe.runtime.max_workers
     model, whole, part = replica_and_shard(run.absolute, workers)
     yield "model", f"{recipe.model.family}, {recipe.model.path}, codec {recipe.model.codec}"
-    yield (
-        "weights",
-        f"frozen {model.base_bytes / GIB:.2f} GiB, trained {model.trained:,} parameters",
-    )
+    kind = recipe.model.base_weights
+    frozen = f"{base_bytes(recipe, model) / GIB:.2f} GiB{'' if kind is None else f' in {kind}'}"
+    yield "weights", f"frozen {frozen}, trained {model.trained:,} parameters"
     yield "a replica takes", str(whole)
-    if workers > 1:
+    if workers > 1 and kind is None:
         yield f"a shard of {workers} takes", str(part)
 
 

@@ -27,6 +27,7 @@ VERSION_KEY = "schema_version"
 SINCE_SCHEMA_0 = frozenset(
     {
         "lora.init",
+        "model.base_weights",
         "model.lora",
         "objective.substep_rounding",
         "training.init_from",

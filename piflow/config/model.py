@@ -20,6 +20,7 @@ from piflow.config.section import (
 
 ComputeDtype = Literal["base", "float32"]
 LoRAInit = Literal["kaiming", "gaussian"]
+BaseWeights = Literal["int8", "nf4"]
 GgufType = Literal["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 """Ways to pack a weight in GGUF that its library writes and diffusers reads: bits a value."""
 
@@ -93,6 +94,13 @@ class ModelConfig(Section):
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The frozen base's dtype."""
+
+    base_weights: BaseWeights | None = None
+    """What the weights of the frozen base's linear layers, those of its blocks, are kept in, for
+    teacher and student alike, and whole for one product at a time (needs torchao). int8: a byte a
+    value, with a scale a row; nf4: half a byte, with a scale for 64 values; null: in `dtype`, what
+    products are computed in anyway.
+    """
 
     fp8_teacher: Fp8TeacherConfig | None = None
     """{} or its options: the teacher's velocity in fp8 (needs torchao, and a GPU of compute

@@ -137,6 +137,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _distils_what_it_names(self) -> Recipe:
         named = {
+            "model.base_weights is about a distillation's frozen base": self.model.base_weights,
             "model.fp8_teacher is about a distillation's teacher": self.model.fp8_teacher,
             "model.lora is about a distillation's teacher": self.model.lora,
             "training.init_from is about a distillation's student": self.training.init_from,
@@ -172,6 +173,36 @@ class Recipe(Section):
                 "model.fp8_teacher.keep_weights needs weights that are whole or FSDP's shards, and "
                 "DeepSpeed's stage 3 gathers them layer by layer in model.dtype whoever asks; use "
                 "runtime.strategy fsdp, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _base_can_be_in_codes(self) -> Recipe:
+        kind, runtime = self.model.base_weights, self.runtime
+        if kind is None:
+            return self
+        if self.lora is None:
+            raise ValueError(
+                f"model.base_weights = {kind} is about a base that stays frozen, and lora = null "
+                "trains a copy of all its weights; leave one of them out"
+            )
+        if self.model.fp8_teacher is not None:
+            raise ValueError(
+                f"model.fp8_teacher quantises the base's own weights, and model.base_weights = "
+                f"{kind} keeps none of them; leave out one of them"
+            )
+        if runtime.compile:
+            raise ValueError(
+                f"runtime.compile can't trace how weights in {kind} are made whole; leave it or "
+                "model.base_weights out"
+            )
+        splits = runtime.shard_size is not None or runtime.offload != "none"
+        splits = splits or not runtime.reshard_after_forward
+        if runtime.strategy in ("fsdp", "deepspeed") or splits:
+            raise ValueError(
+                f"model.base_weights = {kind} has every worker hold the whole base, as codes that "
+                "FSDP and DeepSpeed don't split; use runtime.strategy ddp, single or auto without "
+                "options of sharding, or leave it out"
             )
         return self
 

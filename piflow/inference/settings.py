@@ -286,7 +286,10 @@ def student_of(adapter: Adapter, settings: SamplingSettings, *, with_teacher: bo
     teacher_lora = teacher_lora_of(adapter, settings)
     backbone = load_backbone(settings.model, embedded_guidance=settings.embedded_guidance)
     if adapter.body is None:
-        return Trio.from_adapter(backbone, adapter, teacher_lora)
+        trio = Trio.from_adapter(backbone, adapter, teacher_lora)
+        if settings.model.base_weights is not None:
+            trio.code_base(settings.model.base_weights)
+        return trio
     if teacher_lora is not None:
         merge(backbone, teacher_lora)
     return Trio.from_adapter(_merged(adapter, settings), adapter, teacher=backbone)

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from piflow.config import Recipe, parse_recipe
+from piflow.config.model import BaseWeights
 from piflow.planning.hardware import Gpu, PlanError, Table, load_table
 from piflow.planning.passes import CHECKPOINTING
 from piflow.planning.plan import Plan, Planner, on_machines
@@ -127,6 +128,8 @@ def _runtimes(recipe: Recipe, machines: Machines) -> Iterator[dict[str, Any]]:
         strategies.insert(1, {**_FSDP, "shard_size": machines.gpus_per_node})
     if machines.world == 1:
         strategies = [{**_FSDP, "strategy": "auto"}, _OFFLOADED]
+    if recipe.model.base_weights is not None:  # which isn't split
+        strategies = [keys for keys in strategies if keys["strategy"] != "fsdp"]
     kinds = [kind for kind in CHECKPOINTING if kind != "selective" or not recipe.runtime.compile]
     for strategy, kind in product(strategies, kinds):
         yield {**strategy, "deepspeed": None, "activation_checkpointing": kind}
@@ -161,16 +164,23 @@ def _plain(value: Any) -> str:
 
 
 def _smaller(planner: Planner, machines: Machines, usd: float | None) -> Iterator[Change]:
-    """Half the micro-batch, and a smaller optimiser: both change results."""
+    """One sample at a time, a smaller optimiser, the base in codes: all change results."""
     tree = planner.recipe.model_dump(mode="json")
     sizes = {planner.recipe.training.micro_batch_size, 1}
     kinds = {planner.recipe.training.optimizer.type, "adamw8bit"}
-    for size, kind in product(sorted(sizes), sorted(kinds)):
+    bases = _bases(planner.recipe)
+    for size, kind, base in product(sorted(sizes), sorted(kinds), bases):
         training = tree["training"]
         optimizer = {**training["optimizer"], "type": kind}
         changed = {**training, "micro_batch_size": size, "optimizer": optimizer}
-        recipe = parse_recipe({**tree, "training": changed})
+        changed_tree = {**tree, "training": changed}
+        if base != planner.recipe.model.base_weights:
+            changed_tree["model"] = {**tree["model"], "base_weights": base}
+            changed_tree["runtime"] = {**tree["runtime"], **_DDP, "deepspeed": None}
+        recipe = parse_recipe(changed_tree)
         extra = []
+        if base != planner.recipe.model.base_weights:
+            extra.append(f"model.base_weights={base}")
         if size != planner.recipe.training.micro_batch_size:
             extra.append(f"training.micro_batch_size={size}")
         if kind != planner.recipe.training.optimizer.type:
@@ -178,6 +188,15 @@ def _smaller(planner: Planner, machines: Machines, usd: float | None) -> Iterato
         if extra:
             for runtime in _runtimes(recipe, machines):
                 yield from _changed(planner, machines, usd, recipe, runtime, extra)
+
+
+def _bases(recipe: Recipe) -> list[BaseWeights | None]:
+    """What the base may be kept in: as it is, or smaller where the recipe's other keys allow it."""
+    model = recipe.model
+    if recipe.lora is None or model.fp8_teacher is not None or recipe.runtime.compile:
+        return [model.base_weights]
+    smaller: dict[BaseWeights | None, list[BaseWeights]] = {None: ["int8", "nf4"], "int8": ["nf4"]}
+    return [model.base_weights, *smaller.get(model.base_weights, [])]
 
 
 def _other_machines(planner: Planner, machines: Machines) -> Iterator[Change]:

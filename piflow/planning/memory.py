@@ -1,6 +1,6 @@
 """What a worker's memory holds, part by part, for a way to spread the model over the workers.
 
-    weights         the frozen base, in its own dtype
+    weights         the frozen base, in its own dtype or in codes
     lora, heads     the student's trained weights, float32; without adapters all of its weights
     ema             their averages, float32
     gradients       float32, of all trained weights
@@ -8,7 +8,8 @@
     activations     what the student's forward pass keeps for its backward pass
     policy          what the policy's rollouts and the losses keep besides
     working         the most that passes, or the optimiser's step, hold for a moment beyond that
-    gathered        weights that are whole while a unit computes (FSDP, ZeRO stage 3)
+    gathered        weights that are whole while a unit computes (FSDP, ZeRO stage 3), or while a
+                    product does, of a base in codes
     fp8             the teacher's weight that is being quantised, and codes that are kept
     buffers         of collectives, and the prompts of this step and the next
     context         CUDA's context and NCCL's channels: assumed
@@ -25,9 +26,11 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from piflow.config import DeepSpeedConfig, PiIDConfig, Recipe
+from piflow.config.model import BaseWeights
 from piflow.planning.model import Model, Unit, Weight
 from piflow.planning.passes import Passes
 from piflow.planning.sizes import latent_size
+from piflow.roles.base_weights import can_be_coded, coded_bytes
 
 SAFE_SHARE = 0.85  # of the free memory: the rest is for kernels' workspaces and fragmentation
 GIB = 2**30
@@ -38,6 +41,10 @@ SHARDED: tuple[StrategyName, ...] = ("fsdp", "zero3")
 _FLOAT = 4
 _OPTIMIZER: Mapping[str, int] = {"adamw": 8, "adamw8bit": 2, "muon": 8}  # bytes a value, at most
 _FP8_WORKSPACE = 1 + 4 + 4  # bytes a value of a weight: code, float32 copy, that over its scale
+_WHOLE_WORKSPACE: Mapping[BaseWeights, tuple[int, int]] = {
+    "int8": (8, 1),  # bytes a value, and values of the weight's dtype: two in float32; the weight
+    "nf4": (8, 3),  # indices in 64 bits; three copies of all values
+}
 _DDP_BUCKET = 2 * 64 * 2**20  # gradients laid end to end, and the quotient
 
 
@@ -150,7 +157,7 @@ def memory_of(
     lora = _FLOAT * (model.trained - model.head)
     held = activations + policy + gathered  # not by then
     memory = Memory(
-        weights=-(-model.base_bytes // parts),
+        weights=-(-base_bytes(recipe, model) // parts),
         lora=-(-lora // parts),
         heads=-(-_FLOAT * model.head // parts),
         ema=-(-trained // parts),
@@ -165,6 +172,42 @@ def memory_of(
         context=context,
     )
     return _offloaded(recipe, memory, placement)
+
+
+def base_bytes(recipe: Recipe, model: Model) -> int:
+    """Of the frozen base: as it is, or as `model.base_weights` has it."""
+    kind = recipe.model.base_weights
+    if kind is None:
+        return model.base_bytes
+    return model.base_bytes - sum(
+        weight.nbytes - coded_bytes(weight.shape, weight.itemsize, kind)
+        for weight in weights_in_codes(recipe, model)
+    )
+
+
+def weights_in_codes(recipe: Recipe, model: Model) -> list[Weight]:
+    """The base's weights that `model.base_weights` puts into codes."""
+    kind = recipe.model.base_weights
+    if kind is None:
+        return []
+    return [
+        weight
+        for unit in model.student
+        for weight in unit.weights
+        if weight.linear and can_be_coded(weight.shape, kind)
+    ]
+
+
+def _made_whole(recipe: Recipe, model: Model) -> int:
+    """The largest weight in codes while it is made whole, and what torchao keeps meanwhile."""
+    kind = recipe.model.base_weights
+    if kind is None:
+        return 0
+    fixed, values = _WHOLE_WORKSPACE[kind]
+    return max(
+        (w.numel * (fixed + values * w.itemsize) for w in weights_in_codes(recipe, model)),
+        default=0,
+    )
 
 
 def keeps_codes(recipe: Recipe) -> bool:
@@ -227,7 +270,7 @@ def _gathered(recipe: Recipe, model: Model, placement: Placement) -> int:
     The next block comes meanwhile, first as the workers' parts end to end, then as its weights.
     """
     if placement.parts == 1:
-        return 0
+        return _made_whole(recipe, model)
     passes = [units for units in (model.student, model.teacher) if units]
     blocks = max(
         (_at_once(recipe, unit) for units in passes for unit in units if _is_block(unit)), default=0

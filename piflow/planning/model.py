@@ -39,12 +39,14 @@ class Weight:
     Attributes:
         itemsize: bytes a value.
         coded: whether an fp8 teacher multiplies by its codes, where the recipe has one.
+        linear: whether it is the base's and of a linear layer in a block, which may be in codes.
     """
 
     shape: tuple[int, ...]
     itemsize: int
     owner: Owner
     coded: bool = False
+    linear: bool = False
 
     @property
     def numel(self) -> int:
@@ -289,7 +291,12 @@ def _weights(
         parameter = module.get_parameter(name)
         size = parameter.itemsize if owner == "base" else _FLOAT
         layer, _, kind = name.rpartition(".")
-        yield Weight(tuple(parameter.shape), size, owner, kind == "weight" and layer in coded)
+        is_weight = kind == "weight"
+        linear = is_weight and bool(under) and type(module.get_submodule(layer)) is nn.Linear
+        yield Weight(
+            tuple(parameter.shape), size, owner, is_weight and layer in coded,
+            linear and owner == "base",
+        )  # fmt: skip
     adapter: tuple[Owner, Owner] = ("student", "ema")
     for _, shapes in _factors(module, ranks or {}, under):
         yield from (Weight(shape, _FLOAT, role) for role in adapter for shape in shapes)

@@ -178,7 +178,7 @@ class Planner:
     def plan(
         self, machines: Machines, *, usd: float | None = None, recipe: Recipe | None = None
     ) -> Plan:
-        """The recipe, or one that differs from it in runtime, batch or optimiser, on machines.
+        """The recipe, or one of another runtime, batch, optimiser or `base_weights`, on machines.
 
         Args:
             machines: with as many GPUs as the recipe has workers, see `on_machines`.
@@ -279,6 +279,8 @@ def placed(
         name: StrategyName = "fsdp" if runtime.strategy == "fsdp" else "ddp"
         return *estimate(name), "runtime.strategy says so"
     whole = estimate("ddp")
+    if recipe.model.base_weights is not None:
+        return *whole, f"a base in {recipe.model.base_weights} isn't split"
     if fits(whole[1], free):
         return *whole, f"a whole replica fits in {SAFE_SHARE:.0%} of a GPU"
     return *estimate("fsdp"), f"a whole replica doesn't fit in {SAFE_SHARE:.0%} of a GPU"

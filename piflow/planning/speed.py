@@ -14,9 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from piflow.config import Recipe
+from piflow.config.model import BaseWeights
 from piflow.planning.counting import Operation
 from piflow.planning.hardware import Efficiency, Gpu, PlanError
-from piflow.planning.memory import GIB, Placement, keeps_codes, micro_batches, segments
+from piflow.planning.memory import (
+    GIB,
+    Placement,
+    keeps_codes,
+    micro_batches,
+    segments,
+    weights_in_codes,
+)
 from piflow.planning.model import Model
 from piflow.planning.passes import BACKWARD, LOSSES, PHASES, STUDENT, TEACHER, Passes
 from piflow.planning.traffic import Collective, teacher_calls
@@ -26,6 +34,8 @@ _TOKEN_ROWS = 64  # operations a byte from which a product is one of tokens and 
 _FP8_TRAFFIC = (
     19  # bytes a value: abs, maximum, division, clamping and cast are passes of their own
 )
+_WHOLE_TRAFFIC: Mapping[BaseWeights, int] = {"int8": 19, "nf4": 33}
+"""Bytes a bfloat16 value that torchao's steps from codes to a weight read and write, as coded."""
 _UPDATE = 36  # bytes a value: weight, gradient, two moments and average, read and written
 _TERA, _GIGA = 1e12, 1e9
 
@@ -101,6 +111,8 @@ def speed_of(
         counts: Mapping[Operation, int] = passes.operations.get(name, {})
         if name == TEACHER and recipe.model.fp8_teacher is not None:
             counts = _in_fp8(counts, recipe, model, machines)
+        if recipe.model.base_weights is not None and name != LOSSES:
+            counts = _from_codes(counts, recipe, model, backward=name == BACKWARD)
         compute = times[name] * kernels.seconds(counts) / cut
         beside = [c for c in collectives if c.phase == name and c.kind != "all-to-all"]
         alone = [c for c in collectives if c.phase == name and c.kind == "all-to-all"]
@@ -152,6 +164,23 @@ def _in_fp8(
     values = 0 if keeps_codes(recipe) else sum(weight.numel for weight in model.coded)
     changed[Operation("other", "float8", 0, values * _FP8_TRAFFIC)] = 1
     return changed
+
+
+def _from_codes(
+    counts: Mapping[Operation, int], recipe: Recipe, model: Model, *, backward: bool
+) -> Mapping[Operation, int]:
+    """The same with each weight of a base in codes made whole, once more to compute blocks again.
+
+    Args:
+        backward: whether it is the phase in which blocks are computed again.
+    """
+    kind = recipe.model.base_weights
+    if kind is None:
+        return counts
+    again = backward and recipe.runtime.activation_checkpointing != "none"
+    moved = [weight.numel * _WHOLE_TRAFFIC[kind] for weight in weights_in_codes(recipe, model)]
+    passes = Operation("other", kind, 0, sum(moved))
+    return {**counts, passes: 2 if again else 1}
 
 
 def _seconds(

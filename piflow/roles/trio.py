@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from piflow.backbones import Backbone, Conditioning, OutputLayer
-from piflow.config.model import LoRAConfig
+from piflow.config.model import BaseWeights, LoRAConfig
 from piflow.config.objective import PolicyConfig
 from piflow.ema import ema_update
 from piflow.policies import DXPolicy, GMFlowPolicy
 from piflow.roles import lora as adapters
 from piflow.roles import teacher_lora as teachers
+from piflow.roles.base_weights import Coded, code_base
 from piflow.roles.fp8 import Fp8Linears
 from piflow.roles.heads import (
     BIAS_NOISE,
@@ -43,6 +44,7 @@ from piflow.roles.heads import (
     build_head,
 )
 from piflow.roles.merged import for_backbone
+from piflow.sharding.weights import StoredTensor, read_tensor
 
 if TYPE_CHECKING:
     from piflow.roles.adapter import Adapter
@@ -217,11 +219,15 @@ class Trio:
 
     `x` is `(B, C, H, W)`, `sigma` `(B,)`, `cond` a `Conditioning` of B prompts. Make one with
     `build_trio` (training) or `Trio.from_adapter` (sampling).
+
+    Attributes:
+        coded: what the frozen base became in `code_base`; None: it is as it was loaded.
     """
 
     def __init__(self, roles: Roles) -> None:
         self._roles = roles
         self._fp8: Fp8Linears | None = None
+        self.coded: Coded | None = None
         for module in roles.modules:
             module.requires_grad_(False)
         for parameter in self.trainable_parameters().values():
@@ -418,6 +424,33 @@ class Trio:
         """
         self._fp8 = self._roles.use_fp8_teacher(keep)
         return self._fp8
+
+    def code_base(
+        self,
+        kind: BaseWeights,
+        *,
+        stored: Mapping[str, StoredTensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Puts the frozen base into codes (`piflow.roles.base_weights`); with LoRA, unsharded.
+
+        Args:
+            stored: where the weights lie that have no storage, by their names in the module.
+            device: where codes are made and stay.
+
+        Raises:
+            ValueError: full training, no torchao, or no layer that can be in codes.
+        """
+        if len(self.modules) != 1:
+            raise ValueError("model.base_weights: full training has no frozen base of its own")
+
+        def read(name: str, parameter: Tensor) -> Tensor:
+            if not parameter.is_meta:
+                return parameter
+            return read_tensor((stored or {})[name])
+
+        backbone = self.backbone
+        self.coded = code_base(backbone.module, backbone.block_classes, kind, read, device=device)
 
     def exact_teacher(self) -> AbstractContextManager[None]:
         """Inside, `teacher_velocity` is that of the base's own precision."""

@@ -78,6 +78,8 @@ def train_worker(config: dict[str, Any]) -> None:
         if assembly is None:
             return
         tracker.event("attention", assembly.attention)
+        if assembly.coded is not None:
+            tracker.event("base_weights", str(assembly.coded))
         exported = WorkerMetrics(recipe.name, rank, recipe.runtime.peak_tflops, device)
         loop = TrainLoop(recipe, config, assembly, tracker, exported, stops, watchdog)
         try:

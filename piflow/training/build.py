@@ -20,12 +20,14 @@ from piflow.backbones import (
 from piflow.backbones.flux.fresh import average_of, fresh_backbone
 from piflow.backbones.transformer import TransformerBackbone
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
+from piflow.config.model import BaseWeights
 from piflow.data.batch import MicroBatch, StreamBatch, conditioning, cut_for, on_device
 from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import PromptStore
 from piflow.flow import draw_noise
 from piflow.planning.model import coded_layers
 from piflow.roles.adapter import Adapter
+from piflow.roles.base_weights import Coded
 from piflow.roles.fp8 import Fp8Linears, check_device
 from piflow.roles.guided import GuidedTeacher
 from piflow.roles.heads import PolicyClock
@@ -81,6 +83,7 @@ class Assembly:
         attention: the kernel of the models' attention and why.
         bring: starts to copy a step's batch to the device, beside the step that computes.
         teacher_error: `PiIDObjective.teacher_error`, if the teacher computes in fp8.
+        coded: what a base in codes became.
     """
 
     trainer: Trainer
@@ -90,6 +93,7 @@ class Assembly:
     attention: str
     bring: Callable[[StreamBatch], StreamBatch]
     teacher_error: Callable[[MicroBatch, int], float] | None = None
+    coded: Coded | None = None
 
 
 _Parts = tuple[Trainer, Callable[[Conditioning, Tensor], Tensor], tuple[nn.Module, ...], Backbone]
@@ -123,12 +127,13 @@ def assemble(
 
     objective = trainer.objective
     teacher_error = None
+    coded = objective.trio.coded if isinstance(objective, PiIDObjective) else None
     if recipe.model.fp8_teacher is not None and isinstance(objective, PiIDObjective):
         teacher_error = objective.teacher_error
     draw_samples = partial(_draw_samples, recipe, store, codec, draw, device)
     shared_by = cut_for(recipe) if isinstance(recipe.objective, PiIDConfig) else None
     bring = partial(on_device, stream=SideStream(device), shared_by=shared_by)
-    return Assembly(trainer, draw, draw_samples, flops, attention, bring, teacher_error)
+    return Assembly(trainer, draw, draw_samples, flops, attention, bring, teacher_error, coded)
 
 
 def allow_tf32(device: torch.device) -> None:
@@ -181,7 +186,8 @@ def prepared_trio(recipe: Recipe, strategy: Strategy, *, start: Adapter | None =
     A base that is frozen and sharded is never whole anywhere: each worker reads what it keeps, once
     the empty module is sharded. A worker's host memory then peaks at its shards, the unsharded
     adapters and heads, and a buffer (under DeepSpeed also one tensor). Full training copies the
-    base and replicas keep all of it, so there every worker loads it whole.
+    base and replicas keep all of it, so there every worker loads it whole; or, where the recipe
+    has it in codes, layer by layer.
 
     Args:
         start: what student and EMA begin as, in place of the teacher.
@@ -190,7 +196,9 @@ def prepared_trio(recipe: Recipe, strategy: Strategy, *, start: Adapter | None =
         ValueError: as `build_trio`; or `start` doesn't fit.
     """
     stored: dict[str, StoredTensor] = {}
-    if recipe.lora is not None and strategy.splits_frozen:
+    if recipe.model.base_weights is not None:
+        trio = _coded_trio(recipe, recipe.model.base_weights, start, strategy.device)
+    elif recipe.lora is not None and strategy.splits_frozen:
         trio, stored = build_empty_trio(recipe, start=start)
     else:
         trio = build_trio(recipe, start=start)
@@ -205,6 +213,18 @@ def prepared_trio(recipe: Recipe, strategy: Strategy, *, start: Adapter | None =
         fill(trio.backbone.module, stored, device=device, part=strategy.part)
     if fp8 is not None and fp8.apart and isinstance(strategy, FSDPStrategy):
         fp8.find_shards(strategy.sharers, strategy.device)
+    return trio
+
+
+def _coded_trio(
+    recipe: Recipe, kind: BaseWeights, start: Adapter | None, device: torch.device
+) -> Trio:
+    """A replica whose base was never whole: each weight is read, put into codes and forgotten."""
+    trio, stored = build_empty_trio(recipe, start=start)
+    trio.code_base(kind, stored=stored, device=device)
+    module = trio.backbone.module
+    left = {name for name, _ in module.named_parameters()} & stored.keys()
+    fill(module, {name: stored[name] for name in sorted(left)}, device=device)
     return trio
 
 
@@ -313,7 +333,10 @@ def build_trio(
     backbone = load_backbone(
         recipe.model, device=device, embedded_guidance=recipe.guidance.embedded
     )
-    return _trio_of(recipe, objective, backbone, start)
+    trio = _trio_of(recipe, objective, backbone, start)
+    if recipe.model.base_weights is not None:
+        trio.code_base(recipe.model.base_weights, device=device)
+    return trio
 
 
 def build_empty_trio(
@@ -322,7 +345,7 @@ def build_empty_trio(
     """`build_trio` for a base that doesn't fit whole: LoRA and heads are real, the base is empty.
 
     Adapters and heads have the same values as in `build_trio`, on the CPU. Shard the trio's one
-    module, then `piflow.sharding.weights.fill` it.
+    module, then `piflow.sharding.weights.fill` it. Nothing is in codes yet.
 
     Returns:
         The trio, and where each of the base's parameters without storage lies, by module name.

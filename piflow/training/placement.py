@@ -49,7 +49,10 @@ def strategy_for(recipe: Recipe, world_size: int, device: torch.device) -> tuple
     if world_size == 1 and not (name == "fsdp" and runtime.offload == "cpu"):
         return build_strategy("single", 1, device), "single: there is one worker"
     reason = f"{name}: runtime.strategy says so"
-    if name == "auto":
+    if name == "auto" and recipe.model.base_weights is not None:
+        kind = recipe.model.base_weights
+        name, reason = "ddp", f"ddp: a base in {kind} isn't split (model.base_weights)"
+    elif name == "auto":
         name, reason = _decide_together(recipe, world_size, device)
     if name != "fsdp":
         return build_strategy(name, world_size, device), reason

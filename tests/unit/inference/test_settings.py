@@ -15,11 +15,12 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from piflow.backbones import Conditioning
+from piflow.backbones import Conditioning, FluxBackbone
 from piflow.backbones.flux import FluxEncoderConfig
 from piflow.config import (
     BertEncoderConfig,
     EMAConfig,
+    GMFlowPolicyConfig,
     ModelConfig,
     OptimizerConfig,
     Recipe,
@@ -545,3 +546,25 @@ def test_an_adapter_names_its_bases_commit_and_weights(
     base = f"hf://lab/flux@{COMMIT}/transformer"
     assert settings_of(adapter, out).model.path == base
     student_of(adapter, settings_of(adapter, out))
+
+
+def test_a_student_is_sampled_on_a_base_in_the_codes_that_it_was_trained_on(
+    make_adapter: Callable[..., Path], flux_base: Path
+) -> None:
+    """As the adapter notes it; the same velocity as of the recipe's own trio."""
+    folder = str(make_adapter(FluxBackbone, flux_base, GMFlowPolicyConfig(num_gaussians=2)))
+    adapter, settings = read_adapter(folder, str(flux_base), dtype="float32")
+    assert settings.model.base_weights is None
+    model = settings.model.model_copy(update={"base_weights": "int8"})
+    noted = settings.model_copy(update={"model": model})
+    again = SamplingSettings.model_validate_json(noted.model_dump_json())
+    assert again.model.base_weights == "int8"
+    exact, ours = student_of(adapter, settings), student_of(adapter, again)
+    assert exact.coded is None and ours.coded is not None and ours.coded.kind == "int8"
+    generator = torch.Generator().manual_seed(0)
+    backbone: Any = ours.backbone
+    x, sigma = torch.randn(1, backbone.latent_channels, 4, 4, generator=generator), torch.ones(1)
+    cond = backbone.blank_conditioning(4)
+    whole = exact.teacher_velocity(x, sigma, cond)
+    off = (ours.teacher_velocity(x, sigma, cond) - whole).norm() / whole.norm()
+    assert 1e-5 < off < 0.05

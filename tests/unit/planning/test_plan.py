@@ -14,20 +14,23 @@ from safetensors.torch import save_file
 
 from piflow.commands.plan import Wanted, main
 from piflow.config import Fp8TeacherConfig, load_recipe
-from piflow.config.model import TeacherLoRAConfig
-from piflow.planning.choices import Fit, fitting, sweep
+from piflow.config.model import BaseWeights, TeacherLoRAConfig
+from piflow.planning.choices import Fit, _runtimes, _smaller, fitting, sweep
 from piflow.planning.hardware import Gpu, PlanError, gpu_by_hand, load_table
 from piflow.planning.memory import (
     GIB,
     Placement,
+    base_bytes,
     fits,
     keeping_codes,
     memory_of,
+    weights_in_codes,
 )
 from piflow.planning.model import backbone_of, model_of
 from piflow.planning.plan import Planner, on_machines
 from piflow.planning.report import best, page
 from piflow.planning.speed import Machines
+from piflow.roles.base_weights import code_base
 from tests.unit.planning.cases import recipe
 
 ROOT = Path(__file__).parents[3]
@@ -234,6 +237,40 @@ def test_a_teachers_lora_is_counted(tmp_path: Path) -> None:
     more, less = (sum(p.passes(p.recipe).flops("teacher").values()) for p in (with_it, without))
     tokens = (32 // 4) ** 2  # of the picture, which all of these layers see
     assert more - less >= 2 * plain.training.micro_batch_size * tokens * values
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_base_in_codes_is_counted(kind: BaseWeights, tmp_path: Path) -> None:
+    """To the byte what a model has saved that is put into codes."""
+    plain = recipe(tmp_path, "flux", model={"dtype": "bfloat16"})
+    changed = plain.model.model_copy(update={"base_weights": kind})
+    wanted = plain.model_copy(update={"model": changed})
+    backbone, source = backbone_of(plain)
+    model = model_of(wanted, backbone, source)
+    module = backbone.model_class.from_config(backbone.config).bfloat16()
+    coded = code_base(
+        module, backbone.block_classes, kind, lambda _, parameter: parameter, device="cpu"
+    )
+    assert len(weights_in_codes(wanted, model)) == coded.layers
+    saved = base_bytes(plain, model) - base_bytes(wanted, model)
+    assert saved == coded.before - coded.bytes > 0
+
+
+def test_a_base_in_codes_is_offered(planner: Planner) -> None:
+    """As a change of results, without shards; not where the recipe's other keys refuse it."""
+    alone = machines(each=1)
+    found = {change.keys: change for change in _smaller(planner, alone, None)}
+    plain = next(c for keys, c in found.items() if keys == ("training.micro_batch_size=1",))
+    for kind in ("int8", "nf4"):
+        keys = (f"model.base_weights={kind}", "training.micro_batch_size=1")
+        change = found[keys]
+        assert not change.same_results and change.plan.placement.strategy == "single"
+        plan = change.plan
+        assert plan.memory.weights < plain.plan.memory.weights
+        assert plan.memory.gathered > plain.plan.memory.gathered == 0
+        assert plan.speed.step > plain.plan.speed.step
+    replicas = _runtimes(plan.recipe, machines(each=2))
+    assert {runtime["strategy"] for runtime in replicas} == {"ddp"}
 
 
 def test_a_table_of_ones_own(tmp_path: Path) -> None:
