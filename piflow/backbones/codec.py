@@ -40,11 +40,14 @@ class Codec(Protocol):
         """
         ...
 
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """`(B, 3, H, W)` -> `(B, C, h, w)`, without gradients for a VAE.
 
+        Args:
+            noise: `(B, C, h, w)` standard normal, to draw from a VAE's posterior; None: its mean.
+
         Raises:
-            ValueError: not RGB, or sizes that don't divide.
+            ValueError: not RGB, sizes that don't divide, or noise for what has no posterior.
         """
         ...
 
@@ -144,12 +147,15 @@ class PixelCodec:
         """
         return _latent_shape(self.channels, self.factor, self._patch_size, height, width)
 
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """`(B, 3, H, W)` -> `(B, 12, H/2, W/2)`.
 
         Raises:
-            ValueError: not RGB, or a height or width that isn't a multiple of a token's pixels.
+            ValueError: not RGB, a height or width that isn't a multiple of a token's pixels, or
+                noise.
         """
+        if noise is not None:
+            raise ValueError("pixels have no posterior to draw from: leave the noise out")
         _check_pictures(pictures)
         self.latent_shape(pictures.shape[2], pictures.shape[3])
         return F.pixel_unshuffle(pictures, self.factor)
@@ -184,7 +190,7 @@ class _LatentSpace:
 
 
 class VAECodec:
-    """A diffusers VAE in float32: the posterior's mean, normalised as the pipelines do.
+    """A diffusers VAE in float32: the posterior's mean or a draw, normalised as the pipelines do.
 
     `AutoencoderKL` (FLUX.1, Stable Diffusion, DiT): `(z - shift_factor) · scaling_factor`.
     `AutoencoderKLQwenImage`: `(z - latents_mean) / latents_std` by channel. `AutoencoderKLFlux2`:
@@ -240,20 +246,30 @@ class VAECodec:
         return _latent_shape(space.channels, space.factor, self._step, height, width)
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """`(B, 3, H, W)` -> `(B, C, h, w)`, on the pictures' device.
 
+        Args:
+            noise: as of `Codec.encode`.
+
         Raises:
-            ValueError: not RGB, sizes that don't divide, or weights that don't load.
+            ValueError: not RGB, sizes that don't divide, noise of another shape, or weights that
+                don't load.
         """
         _check_pictures(pictures)
-        self.latent_shape(pictures.shape[2], pictures.shape[3])
+        shape = (len(pictures), *self.latent_shape(pictures.shape[2], pictures.shape[3]))
+        if noise is not None and noise.shape != shape:
+            raise ValueError(f"expected noise of shape {shape}, got {tuple(noise.shape)}")
         pictures = pictures.float()
         vae = self._on(pictures.device)
         inputs = pictures.unsqueeze(2) if self._space.has_frames else pictures
-        z = vae.encode(inputs).latent_dist.mode()
+        posterior = vae.encode(inputs).latent_dist
+        mean, std = posterior.mode(), posterior.std
+        z, spread = (mean[:, :, 0], std[:, :, 0]) if self._space.has_frames else (mean, std)
+        if noise is not None:
+            z = z + spread * noise.to(z)
         shift, scale = self._normalisation(vae, pictures.device)
-        z = F.pixel_unshuffle(z[:, :, 0] if self._space.has_frames else z, self._patch)
+        z = F.pixel_unshuffle(z, self._patch)
         return F.pixel_shuffle((z - shift) * scale, self._patch)
 
     @torch.no_grad()

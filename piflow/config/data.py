@@ -58,6 +58,11 @@ class EmbedConfig(Section):
     latent_dtype: Literal["bf16", "fp32"] = "bf16"
     """Latents on disk."""
 
+    latent_values: Literal["mean", "sample"] = "mean"
+    """What a VAE's latents of a picture are: its posterior's mean, or, as in the published recipes,
+    a draw from it, by `seed` and the prompt's row alone.
+    """
+
     bad_pictures: Operational[Literal["stop", "skip"]] = "stop"
     """Unreadable pictures, and those smaller than their size: stop, or leave the prompt out and
     list it in the manifest.
@@ -74,7 +79,7 @@ class EmbedConfig(Section):
     """
 
     seed: Seed = 0
-    """The seed of the choice among buckets, with the prompt's text."""
+    """The seed of the choice among buckets, with the prompt's text, and of latents' draws."""
 
     store: Operational[Uri]
     """URI of the embedding store's folder; in online mode, of the folder for the few embeddings

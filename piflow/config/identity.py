@@ -26,6 +26,7 @@ SCHEMA = 3
 VERSION_KEY = "schema_version"
 SINCE_SCHEMA_0 = frozenset(
     {
+        "embed.latent_values",
         "lora.init",
         "model.base_weights",
         "model.lora",

@@ -135,6 +135,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _latents_have_a_posterior(self) -> Recipe:
+        if self.embed.latent_values == "sample" and self.model.codec == "pixels":
+            raise ValueError(
+                "embed.latent_values = sample draws from a VAE's posterior, and model.codec = "
+                "pixels has none; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _distils_what_it_names(self) -> Recipe:
         named = {
             "model.base_weights is about a distillation's frozen base": self.model.base_weights,
@@ -316,7 +325,7 @@ class Recipe(Section):
     def _as_it_counts(self, tree: dict[str, Any]) -> dict[str, Any]:
         """What decides results, by its fields, less and more what other keys make of it."""
         if self.embed.image_column is None:  # how pictures are stored then decides nothing
-            for key in ("image_column", "latent_dtype"):
+            for key in ("image_column", "latent_dtype", "latent_values"):
                 tree["embed"].pop(key, None)
         if self.training.optimizer.decay_fraction:  # the learning rate then depends on the length
             tree["training"]["steps"] = self.training.steps

@@ -243,7 +243,7 @@ def verify(recipe: Recipe) -> None:
     store.require_encoder(encoder_identity(recipe.encoder))
     store.require_negative_prompt(recipe.guidance.negative_prompt)
     if recipe.embed.image_column is not None:
-        store.require_latents(codec_identity(recipe.model))
+        store.require_latents(codec_identity(recipe.model, recipe.embed))
     store.verify()
     manifest = store.manifest
     pictures = "" if manifest.inputs.latents is None else " with latents of their pictures"
@@ -302,7 +302,9 @@ def _with_latents(recipe: Recipe, layout: Layout) -> Layout:
     codec = build_codec(recipe.model)
     with suppress(FileNotFoundError):  # encoder and VAE may be all that this machine has
         check_channels(recipe.model, codec)
-    latents = LatentInputs(codec=codec_identity(recipe.model), dtype=recipe.embed.latent_dtype)
+    latents = LatentInputs(
+        codec=codec_identity(recipe.model, recipe.embed), dtype=recipe.embed.latent_dtype
+    )
     update = {"schema_version": SCHEMA_VERSION_WITH_LATENTS, "latents": latents}
     shapes = [codec.latent_shape(bucket.height, bucket.width) for bucket in layout.buckets]
     buckets = tuple(
@@ -517,7 +519,7 @@ class EncodeShard:
         self._batch_size = recipe.embed.batch_size
         self._latents: LatentEncoder | None = None
         if inputs.latents is not None:
-            if codec_identity(recipe.model) != inputs.latents.codec:
+            if codec_identity(recipe.model, recipe.embed) != inputs.latents.codec:
                 raise ValueError(
                     f"the recipe's VAE is another on this node than {inputs.latents.codec} on the "
                     "driver's; put the same files on all nodes"

@@ -5,8 +5,8 @@
     threads: read the file --> decode, turn by EXIF, scale, crop     a few pictures ahead
     caller:                                     --> the recipe's codec, one picture at a time
 
-Latents are a function of the image file, the size and the codec alone: a VAE gives its posterior's
-mean, so nothing is drawn, and what else is in the job doesn't matter.
+Latents are a function of the image file, the size and the codec alone, and, where they are drawn
+from a VAE's posterior, of the seed and the row: what else is in the job doesn't matter.
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ _READ_AHEAD = 16  # pictures, decoded and fitted
 _LARGE_PIXELS = 16 * 2**20  # one that has more is decoded while no other such is
 
 
-def codec_identity(model: ModelConfig) -> CodecIdentity:
+def codec_identity(model: ModelConfig, embed: EmbedConfig | None = None) -> CodecIdentity:
     """What the recipe's codec is; a VAE's files are read once for their hash.
+
+    Args:
+        embed: says what of the posterior is taken; None: its mean.
 
     Raises:
         FileNotFoundError: there is no VAE.
@@ -59,9 +62,24 @@ def codec_identity(model: ModelConfig) -> CodecIdentity:
         name = "pixels, unshuffled by 2"
         return CodecIdentity(name=name, weights_sha256=hashlib.sha256(name.encode()).hexdigest())
     uri = vae_uri(model)
-    name = f"{build_codec(model).name}, posterior mean"
+    drawn = embed is not None and embed.latent_values == "sample"
+    taken = f"sample, seed {embed.seed}" if embed is not None and drawn else "mean"
+    name = f"{build_codec(model).name}, posterior {taken}"
     digest = files_sha256({uri: storage.local_folder(uri)}, {})
     return CodecIdentity(name=name, weights_sha256=digest)
+
+
+def posterior_noise(prompt: Prompt, seed: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise of a prompt's row, the same in any job and on any machine.
+
+    Args:
+        shape: of the picture's latents.
+    """
+    picture = "" if prompt.picture is None else prompt.picture.key
+    key = f"{seed}\0{prompt.prompt_id}\0{picture}"
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    generator = torch.Generator().manual_seed(number >> 1)
+    return torch.randn(tuple(shape), generator=generator)
 
 
 def fit_picture(
@@ -106,6 +124,7 @@ class LatentEncoder:
     def __init__(self, model: ModelConfig, embed: EmbedConfig, device: str) -> None:
         self._codec = build_codec(model)
         self._dtype = torch.bfloat16 if embed.latent_dtype == "bf16" else torch.float32
+        self._seed = embed.seed if embed.latent_values == "sample" else None
         self._skip = embed.bad_pictures == "skip"
         self._device = device
         self._max_pixels = embed.max_picture_pixels
@@ -127,10 +146,16 @@ class LatentEncoder:
                 yield self._skipped(prompt, picture)
             else:
                 begin = time.perf_counter()
-                latent = self._codec.encode(picture[None].to(self._device))[0]
-                latent = latent.to("cpu", self._dtype)
+                latent = self._latent(picture, prompt).to("cpu", self._dtype)
                 self.busy += time.perf_counter() - begin
                 yield latent
+
+    def _latent(self, picture: Tensor, prompt: Prompt) -> Tensor:
+        noise = None
+        if self._seed is not None:
+            shape = self._codec.latent_shape(*picture.shape[1:])
+            noise = posterior_noise(prompt, self._seed, shape)[None].to(self._device)
+        return self._codec.encode(picture[None].to(self._device), noise)[0]
 
     def _read(self, prompt: Prompt) -> Tensor | BadPictureError:
         """Only a picture's own fault comes back: an outage would leave out all prompts."""

@@ -100,7 +100,7 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     store.require_negative_prompt(recipe.guidance.negative_prompt)
     latents = None
     if recipe.objective.pictures == "store":
-        latents = codec_identity(recipe.model)
+        latents = codec_identity(recipe.model, recipe.embed)
         store.require_latents(latents)
     sizes = [(bucket.height, bucket.width) for bucket in store.layout.buckets]
     sizes.append((recipe.embed.height, recipe.embed.width))  # of samples

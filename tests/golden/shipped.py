@@ -14,7 +14,12 @@ def values_of_then(name: str) -> list[str]:
         return values
     values.append("training.optimizer.warmup_start=null")
     if name.startswith("imagenet"):
-        return [*values, "training.optimizer.warmup_steps=100"]
+        values += ["training.optimizer.warmup_steps=100", "training.optimizer.type=adamw"]
+        if name == "imagenet-dit-gm-2nfe":
+            path = "models/DiT-flow-256/transformer"
+            values += [f"model.path={path}", "guidance.scale=2.7", "guidance.interval=[0.0, 0.6]"]
+        return values
     if name.startswith("qwen-image"):
         values.append('guidance.negative_prompt=" "')
-    return [*values, "lora.init=kaiming", "training.batch_size=256"]
+    values += ["lora.init=kaiming", "training.batch_size=256"]
+    return values if name.endswith("-datafree") else [*values, "embed.latent_values=mean"]

@@ -53,6 +53,11 @@ def test_recipes_of_one_model_share_a_store(path: Path) -> None:
         ("imagenet-dit-gm-1nfe", {"num_gaussians": 32, "nfe": 1, "f": 1, "shift": 1, "J": 2,
             "window": 0, "dropout": 0.05, "decay": 0, "cfg": 2.7, "scale": 3, "lr": 5e-5,
             "batch": 4096, "steps": 140_000, "ema": 400}),
+        ("imagenet-dit-gm-2nfe", {"num_gaussians": 32, "nfe": 2, "f": 1, "shift": 1, "J": 2,
+            "window": 0, "dropout": 0.05, "decay": 0, "cfg": 2.8, "scale": 3, "lr": 5e-5,
+            "batch": 4096, "steps": 24_000, "ema": 400}),
+        ("imagenet-dit-repa-gm-1nfe", {"num_gaussians": 32, "nfe": 1, "cfg": 3.2, "lr": 5e-5,
+            "batch": 4096, "ema": 400}),
         ("flux1-dev-gm-4nfe", {"num_gaussians": 8, "nfe": 4, "f": 0.5, "shift": 3.2, "J": 4,
             "window": 3, "dropout": 0.1, "decay": 2000, "cfg": 1, "scale": 30, "lr": 1e-4,
             "batch": 256, "steps": 3000, "ema": 100}),
@@ -86,9 +91,13 @@ def test_published_hyper_parameters(name: str, expected: dict[str, float | str])
     assert {key: found[key] for key in expected} == expected
     assert training.optimizer.betas == (0.9, 0.95) and training.optimizer.clip_norm == 50
     if recipe.model.family == "dit":
-        assert recipe.lora is None and recipe.guidance.interval == (0, 0.6)
+        widest = 0.6 if name == "imagenet-dit-gm-1nfe" else 0.7
+        assert recipe.lora is None and recipe.guidance.interval == (0, widest)
+        assert training.optimizer.type == "adamw8bit"
         assert (training.optimizer.warmup_steps, training.optimizer.warmup_start) == (400, 0.001)
     else:
+        pictures = objective.pictures == "store"
+        assert recipe.embed.latent_values == ("sample" if pictures else "mean")
         assert recipe.lora is not None and (recipe.lora.rank, recipe.lora.dropout) == (256, 0.05)
         assert recipe.lora.init == "gaussian" and training.optimizer.warmup_start == 0.001
         assert recipe.guidance.negative_prompt == "" and training.optimizer.warmup_steps == 100
@@ -116,6 +125,7 @@ def test_datafree_variants_differ_in_nothing_but_data(name: str) -> None:
     changed = {line.partition(":")[0] for line in differences(one.deciding(), other.deciding())}
     assert changed == {
         "name", "objective.data", "objective.pictures", "embed.image_column", "embed.latent_dtype",
+        "embed.latent_values",
         "training.batch_size",
     }  # fmt: skip
 

@@ -196,8 +196,19 @@ def test_dit_latents_are_scaled_only(flux_vae: tuple[Any, Path], tmp_path: Path)
     (copy / "vae" / "config.json").write_text(json.dumps(config))
     codec, pictures = _codec("dit", copy), _pictures(1, 16, 16)
     latents = codec.encode(pictures)
-    mode = vae.encode(pictures).latent_dist.mode()
+    posterior = vae.encode(pictures).latent_dist
+    mode = posterior.mode()
+    noise = torch.randn(latents.shape)
+    drawn = codec.encode(pictures, noise)
+    zeros = torch.zeros_like(noise)
+    assert torch.equal(codec.encode(pictures, zeros), latents) and not torch.equal(drawn, latents)
+    with pytest.raises(ValueError, match="expected noise of shape"):
+        codec.encode(pictures, noise[:1, :1])
+    with pytest.raises(ValueError, match="pixels have no posterior"):
+        PixelCodec().encode(pictures, noise)
     torch.testing.assert_close(latents, mode * 0.18215, rtol=1e-6, atol=1e-6)
+    expected = (mode + posterior.std * noise) * 0.18215
+    torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-6)
     decoded = vae.decode(1 / 0.18215 * latents).sample
     torch.testing.assert_close(codec.decode(latents), decoded, rtol=0, atol=1e-5)
 

@@ -35,7 +35,7 @@ from piflow.data.manifest import (
     StoreManifest,
     write_manifest,
 )
-from piflow.data.pictures import LatentEncoder, codec_identity, fit_picture
+from piflow.data.pictures import LatentEncoder, codec_identity, fit_picture, posterior_noise
 from piflow.data.prompts import PictureSource, Prompt, read_prompts
 from piflow.data.reader import EmbeddingStore
 from piflow.data.stream import TrainStream
@@ -313,6 +313,36 @@ def test_pictures_inside_parquet(tmp_path: Path, wrapped: bool) -> None:
         assert torch.equal(latent, PixelCodec().encode(fit_picture(item, 8, 8)[None])[0])
 
 
+def _require_draws_of_rows(model: ModelConfig, folder: Path) -> None:
+    """A latent is mean + std · noise, of which the noise is of seed and row, whatever the order."""
+    rows = []
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(content(noise(16, 16, 7)))  # equal pictures
+        rows.append({"prompt": f"p{number // 2}", "image": f"{number}.png"})
+    path = folder / "drawn.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    prompts = list(read_prompts(str(path), height=16, width=16, image_column="image").prompts)
+
+    def latents(order: list[int], **keys: Any) -> dict[int, torch.Tensor]:
+        embed = embed_config(folder, latent_dtype="fp32", **keys)
+        found = LatentEncoder(model, embed, "cpu").encode([prompts[row] for row in order])
+        return {row: item for row, item in zip(order, found, strict=True)}  # type: ignore[misc]
+
+    mean = latents([0])[0]
+    drawn = latents([0, 1, 2, 3], latent_values="sample")
+    again = latents([3, 1], latent_values="sample")
+    other = latents([1], latent_values="sample", seed=1)
+    assert torch.equal(drawn[1], again[1]) and torch.equal(drawn[3], again[3])
+    different = [*drawn.values(), other[1], mean]
+    for number, one in enumerate(different):
+        assert not any(torch.equal(one, latent) for latent in different[number + 1 :])
+    shape = tuple(mean.shape)
+    draws = {row: posterior_noise(prompts[row], 0, shape) for row in (0, 1)}
+    spread = [(drawn[row] - mean) / draws[row] for row in (0, 1)]  # the same posterior's
+    torch.testing.assert_close(spread[0], spread[1], atol=1e-3, rtol=1e-2)
+    assert (spread[0] > 0).all()
+
+
 def test_the_codecs_identity_follows_the_weights_and_not_the_place(tmp_path: Path) -> None:
     from piflow.config import parse_recipe
 
@@ -327,6 +357,9 @@ def test_the_codecs_identity_follows_the_weights_and_not_the_place(tmp_path: Pat
     )
     one = codec_identity(model)
     assert one.name == "AutoencoderKL, posterior mean"
+    drawn = embed_config(tmp_path, latent_values="sample", seed=3)
+    assert codec_identity(model, drawn).name == "AutoencoderKL, posterior sample, seed 3"
+    _require_draws_of_rows(model, tmp_path)
     moved = model.model_copy(update={"vae": str((tmp_path / "a" / "vae").rename(tmp_path / "v"))})
     assert codec_identity(moved) == one
     weights = tmp_path / "v" / "diffusion_pytorch_model.safetensors"
