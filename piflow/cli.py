@@ -468,6 +468,18 @@ def sample(
         str | None,
         typer.Option(help="prompts, in the formats that `piflow embed` reads", metavar="URI"),
     ] = None,
+    edit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="picture to be edited, for students that edit: one for all prompts, or repeated "
+            "for each",
+            metavar="URI",
+        ),
+    ] = None,
+    edit_column: Annotated[
+        str | None,
+        typer.Option(help="column of the prompts' file that holds the pictures to be edited"),
+    ] = None,
     out: Annotated[str, typer.Option(help="folder for the pictures", metavar="URI")] = "samples",
     count: Annotated[
         int | None,
@@ -557,7 +569,14 @@ def sample(
     from piflow.commands import sample as pipeline
 
     prompts = [*(prompt or [])]
-    if prompts_file is not None:
+    edits = pipeline.named_edits(edit or ())
+    if edit_column is not None:
+        if prompts_file is None or edits or prompts:
+            raise typer.BadParameter(
+                "expected --edit-column with --prompts-file, and without --prompt or --edit"
+            )
+        prompts, edits = pipeline.edits_of_file(prompts_file, edit_column)
+    elif prompts_file is not None:
         prompts += pipeline.prompts_of_file(prompts_file)
     seeds = seed or [0]
     if len(seeds) > 1 and count is not None:
@@ -565,6 +584,7 @@ def sample(
     pipeline.main(
         adapter,
         prompts,
+        edits=edits,
         out=out,
         seeds=seeds if len(seeds) > 1 else range(seeds[0], seeds[0] + (count or 4)),
         choices=pipeline.Choices(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from piflow.backbones.dit.backbone import DiTBackbone
     from piflow.backbones.flux.backbone import FluxBackbone
     from piflow.backbones.flux2.backbone import Flux2Backbone
+    from piflow.backbones.flux_kontext.backbone import FluxKontextBackbone
     from piflow.backbones.load import DTYPES, family_class, load_backbone, load_empty_backbone
     from piflow.backbones.qwen_image.backbone import QwenImageBackbone
     from piflow.backbones.sd3.backbone import SD3Backbone
@@ -28,6 +29,7 @@ __all__ = [
     "DiTBackbone",
     "Flux2Backbone",
     "FluxBackbone",
+    "FluxKontextBackbone",
     "OutputLayer",
     "PixelCodec",
     "QwenImageBackbone",
@@ -46,6 +48,7 @@ _HOMES = {  # module here -> the names of this package that it holds
     "dit.backbone": ("DiTBackbone",),
     "flux.backbone": ("FluxBackbone",),
     "flux2.backbone": ("Flux2Backbone",),
+    "flux_kontext.backbone": ("FluxKontextBackbone",),
     "load": ("DTYPES", "family_class", "load_backbone", "load_empty_backbone"),
     "qwen_image.backbone": ("QwenImageBackbone",),
     "sd3.backbone": ("SD3Backbone",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -32,12 +32,15 @@ class Conditioning:
             class number, `(B, 1)` float32.
         full: every prompt is known to have L tokens, so that no mask is needed. To find that out
             from `num_tokens` would make the host wait for the device.
+        condition: `(B, C, h, w)` latents of the pictures to be edited, of any size that the model
+            takes; None: there are none, and the model makes pictures of prompts alone.
     """
 
     tokens: Tensor
     num_tokens: Tensor
     pooled: Tensor | None = None
     full: bool = False
+    condition: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3:
@@ -56,19 +59,30 @@ class Conditioning:
                 f"pooled must be ({batch}, P) to go with tokens {tuple(self.tokens.shape)}, "
                 f"got {tuple(self.pooled.shape)}"
             )
+        shown = self.condition
+        if shown is not None and (shown.ndim != 4 or shown.shape[0] != batch):
+            raise ValueError(
+                f"condition must be ({batch}, C, h, w) to go with tokens "
+                f"{tuple(self.tokens.shape)}, got {tuple(shown.shape)}"
+            )
 
     @property
     def batch_size(self) -> int:
         return self.tokens.shape[0]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Moves all three to `device`; `dtype` applies to tokens and pooled only."""
+        """Moves all to `device`; `dtype` applies to tokens and pooled only."""
         return Conditioning(
             to_device(self.tokens, device, dtype),
             to_device(self.num_tokens, device),
             None if self.pooled is None else to_device(self.pooled, device, dtype),
             self.full,
+            None if self.condition is None else to_device(self.condition, device),
         )
+
+    def editing(self, condition: Tensor | None) -> Conditioning:
+        """The same prompts, each with its picture to be edited, `(B, C, h, w)`."""
+        return replace(self, condition=condition)
 
     def cut(self, parts: int = 1) -> Conditioning:
         """Without the positions that no prompt fills, for a model that masks them.
@@ -86,7 +100,7 @@ class Conditioning:
         step = math.lcm(TOKEN_STEP, parts)
         kept = longest if equal else min(length, step * max(1, math.ceil(longest / step)))
         full = bool(counts) and min(counts) == kept
-        return Conditioning(self.tokens[:, :kept], self.num_tokens, self.pooled, full)
+        return replace(self, tokens=self.tokens[:, :kept], full=full)
 
     def select(self, rows: Tensor) -> Conditioning:
         """The prompts of these indices, in their order; one may come several times."""
@@ -96,15 +110,18 @@ class Conditioning:
             self.num_tokens[rows],
             None if self.pooled is None else self.pooled[rows],
             self.full,
+            None if self.condition is None else self.condition[rows],
         )
 
     def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
         """This conditioning where `keep` `(B,)` is true, `other` (of size one or B) elsewhere.
 
+        The pictures to be edited stay this one's.
+
         Raises:
             ValueError: the two don't have the same widths, or only one has a pooled vector.
         """
-        other = other.expand(self.batch_size)
+        other = other.expand(self.batch_size).editing(self.condition)
         both = Conditioning.cat([self, other])  # checks that they fit, and pads the shorter one
         mine, others = both.tokens.chunk(2)
         pooled = None
@@ -115,6 +132,7 @@ class Conditioning:
             torch.where(keep, self.num_tokens, other.num_tokens),
             pooled,
             both.full,
+            self.condition,
         )
 
     def expand(self, batch: int) -> Conditioning:
@@ -135,6 +153,7 @@ class Conditioning:
             self.num_tokens.expand(batch),
             None if self.pooled is None else self.pooled.expand(batch, -1),
             self.full,
+            None if self.condition is None else self.condition.expand(batch, -1, -1, -1),
         )
 
     @staticmethod
@@ -142,8 +161,8 @@ class Conditioning:
         """Joins along the batch; shorter parts are padded to the longest.
 
         Raises:
-            ValueError: nothing to join, token widths that differ, or only some parts have a pooled
-                vector.
+            ValueError: nothing to join, token widths or pictures' shapes that differ, or only some
+                parts have a pooled vector or a picture to be edited.
         """
         if not parts:
             raise ValueError("Conditioning.cat needs at least one part, got none")
@@ -159,6 +178,13 @@ class Conditioning:
             raise ValueError(
                 f"{len(pooled)} of {len(parts)} parts have a pooled vector: give all of them one"
             )
+        shown = [part.condition for part in parts if part.condition is not None]
+        shapes = {tuple(condition.shape[1:]) for condition in shown}
+        if shown and (len(shown) < len(parts) or len(shapes) > 1):
+            raise ValueError(
+                f"{len(shown)} of {len(parts)} parts have pictures to be edited, with latents of "
+                f"shapes {sorted(shapes)}: give all of them some of one shape"
+            )
         longest = max(lengths)
         return Conditioning(
             torch.cat(
@@ -167,6 +193,7 @@ class Conditioning:
             torch.cat([part.num_tokens for part in parts]),
             torch.cat(pooled) if pooled else None,
             len(set(lengths)) == 1 and all(part.full for part in parts),
+            torch.cat(shown) if shown else None,
         )
 
 
@@ -289,6 +316,12 @@ class Backbone(Protocol):
 
     def flops(self, height: int, width: int, text_tokens: int) -> int:
         """Floating-point operations of one sample's forward pass at a latent size."""
+        ...
+
+    def editing_flops(
+        self, height: int, width: int, text_tokens: int, condition_tokens: int
+    ) -> int:
+        """The same of a sample that edits a picture of so many tokens; for families that do."""
         ...
 
     def output_tokens(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:

@@ -11,7 +11,10 @@ on the picture's stream, 2 w once where it sees the time embedding alone; attent
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from piflow.backbones.base import Backbone, Conditioning
 
 TIME_FEATURES = 256  # sinusoids of the time, in all families but FLUX.2, whose config says
 
@@ -43,3 +46,17 @@ def patch_ends(config: Mapping[str, Any], d: int, picture: int) -> int:
     """The same of models that cut patches themselves, without text."""
     patch: int = config["patch_size"] ** 2 * config["in_channels"]
     return 2 * patch * d * picture + 2 * d * d
+
+
+def sample_flops(backbone: Backbone, height: int, width: int, cond: Conditioning) -> int:
+    """Operations of one sample of a conditioning, the picture that it edits included.
+
+    Args:
+        height, width: of the latents.
+    """
+    text_tokens = cond.tokens.shape[1]
+    if cond.condition is None:
+        return backbone.flops(height, width, text_tokens)
+    pixels = cond.condition.shape[2] * cond.condition.shape[3]
+    shown = pixels // backbone.patch_size**2
+    return backbone.editing_flops(height, width, text_tokens, shown)

@@ -357,10 +357,12 @@ def require_clip_fits(tokenizer: Any, clip: Any, uri: str) -> None:
 class EncodedPrompt(NamedTuple):
     """One encoded prompt: tokens ``(n, D)``, pooled ``(P,)`` or None, float32 on the CPU.
 
-    Its picture's latents are ``(C, h, w)`` on the CPU, in float32 or as they will be stored.
+    Its picture's latents are ``(C, h, w)`` on the CPU, in float32 or as they will be stored; so are
+    those of the picture that it edits.
     """
 
     tokens: Tensor
     pooled: Tensor | None
     truncated: bool
     latent: Tensor | None = None
+    condition: Tensor | None = None

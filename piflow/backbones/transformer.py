@@ -53,6 +53,7 @@ class TransformerBackbone(ABC):
     adapter_class_names: tuple[str, str]
     adapter_fields: tuple[str, ...]
     fixed_size: ClassVar[bool] = False  # whether latents have one size alone
+    takes_condition: ClassVar[bool] = False  # whether it edits pictures, which come with each call
     patch_size: int = PATCH
     velocity_sign: ClassVar[Literal[1, -1]] = 1
     """What the model predicts is this times the velocity ε - x0."""
@@ -65,7 +66,7 @@ class TransformerBackbone(ABC):
         self.module: nn.Module = self.adapt(module)
         self.dtype: torch.dtype = _dtype_of(module)
         self.embedded_guidance = embedded_guidance
-        self._counted: dict[tuple[int, int, int], int] = {}
+        self._counted: dict[tuple[int, int, int, int], int] = {}
         features, self.width = self.output_layer().projection.weight.shape
         self.latent_channels: int = features // self.patch_size**2
 
@@ -284,19 +285,32 @@ class TransformerBackbone(ABC):
             height, width: of the latents.
             text_tokens: L, padding included.
         """
-        size = (height, width, text_tokens)
+        return self.editing_flops(height, width, text_tokens, 0)
+
+    def editing_flops(
+        self, height: int, width: int, text_tokens: int, condition_tokens: int
+    ) -> int:
+        """The same of a sample that edits a picture of so many tokens.
+
+        Of a family that edits none, `flops` is asked alone, and this with 0.
+        """
+        size = (height, width, text_tokens, condition_tokens)
         if size not in self._counted:
-            self._counted[size] = self._count_flops(height, width, text_tokens)
+            self._counted[size] = self._count_flops(*size)
         return self._counted[size]
 
-    def _count_flops(self, height: int, width: int, text_tokens: int) -> int:
+    def _count_flops(self, height: int, width: int, text_tokens: int, condition_tokens: int) -> int:
         with torch.device("meta"):
             module = self.model_class.from_config(self._config).eval()
             empty = type(self)(module, embedded_guidance=self.embedded_guidance)
             x = torch.empty(1, self.latent_channels, height, width)
+            patch = self.patch_size
+            cond = empty.blank_conditioning(text_tokens).editing(
+                empty.blank_condition(patch, patch * condition_tokens)
+            )
             counter = FlopCounterMode(display=False)
             with torch.no_grad(), counter:
-                empty.output_tokens(x, torch.empty(1), empty.blank_conditioning(text_tokens))
+                empty.output_tokens(x, torch.empty(1), cond)
         return int(counter.get_total_flops())
 
     def blank_conditioning(self, text_tokens: int) -> Conditioning:
@@ -311,6 +325,12 @@ class TransformerBackbone(ABC):
             torch.full((1,), text_tokens),
             torch.zeros(1, pooled) if pooled else None,
         )
+
+    def blank_condition(self, height: int, width: int) -> Tensor | None:
+        """Latents of zeros of a picture to be edited; None for a model that edits none."""
+        if not self.takes_condition:
+            return None
+        return torch.zeros(1, self.latent_channels, height, width)
 
     @property
     def text_width(self) -> int:
@@ -405,6 +425,31 @@ class TransformerBackbone(ABC):
             raise ValueError(
                 f"one sigma and one prompt a sample: latents hold {x.shape[0]}, sigma is "
                 f"{tuple(sigma.shape)}, the conditioning holds {cond.batch_size}"
+            )
+        self.check_condition(cond)
+
+    def check_condition(self, cond: Conditioning) -> None:
+        """Refuses prompts without the pictures that the model edits, or with some that it doesn't.
+
+        Raises:
+            ValueError: either, or latents of another number of channels.
+        """
+        if cond.condition is None:
+            if self.takes_condition:
+                raise ValueError(
+                    "this model edits a picture, and the conditioning brings none: give latents "
+                    "of one for each prompt"
+                )
+            return
+        if not self.takes_condition:
+            raise ValueError(
+                "this model makes pictures of prompts alone, and the conditioning brings pictures "
+                "to be edited: leave them out, or use a family that edits"
+            )
+        if cond.condition.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"latents of pictures to be edited must be (B, {self.latent_channels}, h, w) for "
+                f"this model, got {tuple(cond.condition.shape)}"
             )
 
     def check_tokens(self, cond: Conditioning) -> None:

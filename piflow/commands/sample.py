@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from piflow.config import find_family
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from piflow.inference.editing import Edit
     from piflow.inference.gallery import Gallery, Request
     from piflow.inference.settings import SamplingSettings
     from piflow.roles.adapter import Adapter
@@ -78,6 +81,7 @@ def main(
     prompts: Sequence[str],
     *,
     out: str,
+    edits: Sequence[Edit] = (),
     seeds: Sequence[int] = range(4),
     choices: Choices | None = None,
     family: str | None = None,
@@ -90,6 +94,7 @@ def main(
     again.
 
     Args:
+        edits: the pictures to be edited, of a student that edits: each prompt's, or one for all.
         out: URI of a folder; other pictures in it stay.
 
     Returns:
@@ -97,12 +102,13 @@ def main(
 
     Raises:
         ValueError: an empty prompt, no seeds, a size that doesn't divide, a GPU that isn't there,
-            numbers of steps that the student doesn't run at, or an adapter that doesn't load.
+            numbers of steps that the student doesn't run at, an adapter that doesn't load, pictures
+            to edit for a student that doesn't, or none for one that does.
     """
     choices = choices or Choices()
     if family is not None:
         find_family(family)  # the user's own word: adapters can't have modules imported
-    requests = _requests(prompts, seeds)
+    requests = _requests(prompts, seeds, edits)
     from transformers.utils import logging as transformers_logging
 
     from piflow.inference.drawing import choose_device
@@ -120,6 +126,7 @@ def main(
         encoder=choices.encoder,
         allowed=choices.allowed,
     )
+    _require_edits(settings, edits)
     _tell_of_notes(student, settings, choices)
     settings = _settled(student, settings, choices)
     student, extra = _with_loras(student, settings, choices)
@@ -128,7 +135,7 @@ def main(
     missing = gallery.missing(requests)
     if missing:
         try:
-            _draw(student, settings, missing, gallery, choices, device, show_progress)
+            _draw(student, settings, missing, edits, gallery, choices, device, show_progress)
         finally:
             gallery.close()
     sheet = _write_sheet(gallery, requests, out)
@@ -151,8 +158,69 @@ def prompts_of_file(uri: str) -> list[str]:
     return [prompt.text for prompt in read_prompts(uri, height=1, width=1).prompts]
 
 
-def _requests(prompts: Sequence[str], seeds: Sequence[int]) -> list[Request]:
-    """Every prompt with every seed, each once."""
+def edits_of_file(uri: str, column: str) -> tuple[list[str], list[Edit]]:
+    """The prompts of a file, and the picture that each edits.
+
+    Rows may name pictures in the file's own folder or, on an object store, its bucket.
+
+    Args:
+        column: of the pictures.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it isn't a prompts file, or a row names no picture, one in another place, or one
+            that can't be read.
+    """
+    from piflow.data.prompts import read_prompts
+    from piflow.inference.editing import Edit
+    from piflow.storage.foreign import shown
+
+    found = read_prompts(uri, height=1, width=1, condition_column=column).prompts
+    edits = []
+    for prompt in found:
+        source = prompt.condition
+        if source is None or not source.key or source.row is not None:
+            raise ValueError(
+                f"{uri}: the row of prompt {shown(repr(prompt.text))} names no picture's file in "
+                f"column {shown(repr(column))}; give one, or leave the row out"
+            )
+        edits.append(Edit.of(source.key, source.uri, source.folders))
+    return [prompt.text for prompt in found], edits
+
+
+def named_edits(uris: Sequence[str]) -> list[Edit]:
+    """Pictures that the user names.
+
+    Raises:
+        BadPictureError: one isn't there.
+        OSError: the storage refused.
+    """
+    from piflow.inference.editing import Edit
+
+    return [Edit.of(uri, uri) for uri in uris]
+
+
+def _require_edits(settings: SamplingSettings, edits: Sequence[Edit]) -> None:
+    """Refuses pictures for a student that makes its own, and none for one that edits.
+
+    Raises:
+        ValueError: either.
+    """
+    name = settings.model.family
+    if edits and settings.edits is None:
+        raise ValueError(
+            f"this student of the family {name} makes pictures of prompts alone: leave --edit and "
+            "--edit-column out"
+        )
+    if settings.edits is not None and not edits:
+        raise ValueError(
+            f"this student of the family {name} edits pictures: name them with --edit, or a column "
+            "of the prompts' file with --edit-column"
+        )
+
+
+def _requests(prompts: Sequence[str], seeds: Sequence[int], edits: Sequence[Edit]) -> list[Request]:
+    """Every prompt with its picture to edit and every seed, each once."""
     from piflow.inference.gallery import Request
 
     if not prompts:
@@ -167,9 +235,18 @@ def _requests(prompts: Sequence[str], seeds: Sequence[int]) -> list[Request]:
     wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
     if wrong or not seeds:
         raise ValueError(f"expected seeds from 0 to 2^63 - 1, got {wrong[0] if wrong else 'none'}")
+    if edits and len(edits) not in (1, len(prompts)):
+        raise ValueError(
+            f"expected one picture to edit for all prompts or one for each, got {len(edits)} for "
+            f"{len(prompts)} prompts"
+        )
+    told = [edit.sha256 for edit in edits] or [""]
+    shown = told * len(prompts) if len(told) == 1 else told
     return [
-        Request(number, prompt, seed)
-        for number, prompt in enumerate(dict.fromkeys(prompts), 1)
+        Request(number, prompt, seed, edits=picture)
+        for number, (prompt, picture) in enumerate(
+            dict.fromkeys(zip(prompts, shown, strict=True)), 1
+        )
         for seed in dict.fromkeys(seeds)
     ]
 
@@ -257,6 +334,7 @@ def _draw(
     student: Adapter,
     settings: SamplingSettings,
     missing: Sequence[Request],
+    edits: Sequence[Edit],
     gallery: Gallery,
     choices: Choices,
     device: Any,
@@ -268,6 +346,7 @@ def _draw(
     from piflow.backbones import build_codec
     from piflow.backbones.offload import place
     from piflow.inference.drawing import draw_pictures
+    from piflow.inference.editing import condition_latents
     from piflow.inference.pixels import enlarged, png_bytes, to_image
     from piflow.inference.settings import encode_prompts, student_of
     from piflow.progress import progress
@@ -275,7 +354,7 @@ def _draw(
     codec = build_codec(settings.model)
     masked = find_family(settings.model.family).masks_text
     size = (settings.height, settings.width)
-    trio = None
+    trio, by_content = None, {edit.sha256: edit for edit in edits}
     with progress("sample: pictures", len(missing), show=show_progress) as bar:
         for block in _blocks(missing):
             prompts = list(dict.fromkeys(request.prompt for request in block))
@@ -284,10 +363,15 @@ def _draw(
                 trio = student_of(student, settings)
                 for module in trio.modules:
                     place(module, device, f"base {settings.model.path}", choices.offload)
-            for start in range(0, len(block), choices.batch_size):
-                batch = block[start : start + choices.batch_size]
+            latents: Mapping[str, Tensor] = {}
+            if settings.edits is not None:
+                shown = [by_content[key] for key in dict.fromkeys(item.edits for item in block)]
+                latents = condition_latents(codec, settings.edits, shown, device)
+            for batch in _batches(block, latents, choices.batch_size):
                 rows = torch.tensor([prompts.index(request.prompt) for request in batch])
                 chosen = cond.select(rows)
+                if latents:
+                    chosen = chosen.editing(torch.stack([latents[item.edits] for item in batch]))
                 chosen = (chosen.cut() if masked else chosen).to(device)
                 drawn = draw_pictures(
                     trio, codec, settings.few_step, chosen, [item.seed for item in batch], size
@@ -295,6 +379,19 @@ def _draw(
                 for request, picture in zip(batch, drawn, strict=True):
                     gallery.add(request, png_bytes(enlarged(to_image(picture))))
                 bar.advance(len(batch))
+
+
+def _batches(
+    block: Sequence[Request], latents: Mapping[str, Tensor], size: int
+) -> Iterator[list[Request]]:
+    """What is drawn at once: neighbours whose pictures to edit, if any, have one shape."""
+    alike: dict[tuple[int, ...], list[Request]] = {}
+    for request in block:
+        shape = tuple(latents[request.edits].shape) if request.edits else ()
+        alike.setdefault(shape, []).append(request)
+    for requests in alike.values():
+        for start in range(0, len(requests), size):
+            yield requests[start : start + size]
 
 
 def _blocks(missing: Sequence[Request]) -> Iterator[list[Request]]:
@@ -316,7 +413,7 @@ def _write_sheet(gallery: Gallery, requests: Sequence[Request], out: str) -> str
     files = (gallery.file(item) for item in shown)
     images = [open_picture(storage.read_bytes(file, max_bytes=MAX_PICTURE_BYTES)) for file in files]
     rows = [images[start : start + len(seeds)] for start in range(0, len(images), len(seeds))]
-    prompts = list(dict.fromkeys(request.prompt for request in shown))
+    prompts = [request.prompt for request in shown if request.seed == seeds[0]]
     place = storage.join(out, SHEET)
     sheet = image_grid(rows, prompts, [f"seed {seed}" for seed in seeds])
     storage.write_bytes(place, jpeg_bytes(sheet))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from piflow.config import Recipe, find_family
 from piflow.config.family import resolve
@@ -27,6 +27,9 @@ from piflow.testing.shrink import (
     STEPS,
     shrink,
 )
+
+if TYPE_CHECKING:
+    from piflow.inference.editing import Edit
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,17 @@ def write_inputs(recipe: Recipe, folder: Path) -> None:
     if embed.height_column is not None and embed.width_column is not None:
         sizes = {embed.height_column: embed.height, embed.width_column: embed.width}
     rows: list[dict[str, Any]] = [{embed.prompt_column: prompt, **sizes} for prompt in prompts]
-    if embed.image_column is not None:
-        for number, row in enumerate(rows):
-            row[embed.image_column] = _write_picture(folder, number)
+    for kind, column in enumerate((embed.image_column, embed.condition_column)):
+        for number, row in enumerate(rows if column is not None else ()):
+            row[str(column)] = _write_picture(folder, kind * NUM_PROMPTS + number)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_picture(folder: Path, number: int) -> str:
-    """Random pixels, more of them than a recipe made small asks for; the file's name."""
+    """Random pixels, more of them than a recipe made small asks for; the file's name.
+
+    Every picture has the same size, so that those to be edited make batches of one shape.
+    """
     import numpy as np
     from PIL import Image
 
@@ -141,6 +147,7 @@ def _parts(
         "sample": lambda: sample.main(
             adapter,
             _some_prompts(small),
+            edits=_some_edits(small, folder),
             out=pictures,
             seeds=range(SEEDS),
             choices=sample.Choices(allowed=places_of(small)),
@@ -176,8 +183,21 @@ def _some_prompts(recipe: Recipe) -> list[str]:
     return [str(prompt) for prompt in index["prompt"].to_pylist()[:2]]
 
 
+def _some_edits(recipe: Recipe, folder: Path) -> list[Edit]:
+    """A picture to be edited, of a recipe that has some."""
+    from piflow.commands import sample
+
+    return sample.named_edits([_edited(folder)] if recipe.condition_sizes is not None else [])
+
+
+def _edited(folder: Path) -> str:
+    return str(folder / f"picture-{NUM_PROMPTS}.png")
+
+
 def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     """Load the adapter as its users do, and draw one picture with it."""
+    from PIL import Image
+
     from piflow.inference.settings import load_student, places_of
 
     pipeline = find_family(recipe.model.family).pipeline
@@ -187,7 +207,11 @@ def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     pipe = resolve(pipeline).from_pretrained(base, adapter=adapter)
     pipe.set_progress_bar_config(disable=True)
     prompt = _some_prompts(recipe)[0]
-    pipe(**pipe.call_arguments(prompt, recipe.embed.height, recipe.embed.width))
+    arguments = pipe.call_arguments(prompt, recipe.embed.height, recipe.embed.width)
+    if recipe.condition_sizes is not None:
+        arguments["image"] = Image.open(_edited(base.parent)).resize((SIDE, SIDE))
+        arguments["_auto_resize"] = False
+    pipe(**arguments)
 
 
 def _quiet() -> None:

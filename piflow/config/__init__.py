@@ -7,6 +7,7 @@ imported here, so mistakes surface before anything is started or rented.
 Imports `piflow.storage` alone; a family's record is imported by the name that a recipe gives it.
 """
 
+from piflow.config.conditions import ConditionSizes
 from piflow.config.data import EmbedConfig
 from piflow.config.encoder import (
     BertEncoderConfig,
@@ -54,6 +55,7 @@ from piflow.config.training import (
 __all__ = [
     "BUILT_IN",
     "BertEncoderConfig",
+    "ConditionSizes",
     "DXPolicyConfig",
     "DeepSpeedConfig",
     "EMAConfig",

@@ -40,6 +40,16 @@ class EmbedConfig(Section):
     allow_uris) or, in Parquet, bytes; their latents then lie in the store.
     """
 
+    condition_column: Text | None = None
+    """Column of the pictures that a teacher which edits is shown, named as those of image_column;
+    their latents lie in the store beside the prompt. Needed by such families, and by them alone.
+    """
+
+    condition_sizes: list[Annotated[list[Pixels], Field(min_length=2, max_length=2)]] = []
+    """[height, width] sizes in pixels that those are scaled to, each to the one of the nearest
+    ratio; []: those of the family's pipeline.
+    """
+
     allow_uris: Operational[list[Uri]] = []
     """Places that rows of the prompts files may name besides the files' own folder (in an
     object store: bucket), each with all below it: local paths, s3://bucket/prefix, gs://…,
@@ -56,7 +66,7 @@ class EmbedConfig(Section):
     """
 
     latent_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Latents on disk."""
+    """Latents on disk, of both columns' pictures."""
 
     latent_values: Literal["mean", "sample"] = "mean"
     """What a VAE's latents of a picture are: its posterior's mean, or, as in the published recipes,
@@ -64,8 +74,8 @@ class EmbedConfig(Section):
     """
 
     bad_pictures: Operational[Literal["stop", "skip"]] = "stop"
-    """Unreadable pictures, and those smaller than their size: stop, or leave the prompt out and
-    list it in the manifest.
+    """Unreadable pictures, and those of image_column smaller than their size: stop, or leave the
+    prompt out and list it in the manifest.
     """
 
     max_bad_pictures: Operational[float] = Field(0.2, ge=0, le=1)
@@ -117,6 +127,11 @@ class EmbedConfig(Section):
         """Whether prompts may stand for pictures of different sizes."""
         return bool(self.buckets) or self.height_column is not None
 
+    @property
+    def stores_pictures(self) -> bool:
+        """Whether latents of pictures lie in the store."""
+        return self.image_column is not None or self.condition_column is not None
+
     @field_validator("allow_uris")
     @classmethod
     def _are_places(cls, uris: list[str]) -> list[str]:
@@ -146,5 +161,10 @@ class EmbedConfig(Section):
             raise ValueError(
                 f"height_column is {self.height_column!r} and width_column is "
                 f"{self.width_column!r}; a picture's size needs both, or neither"
+            )
+        if self.condition_sizes and self.condition_column is None:
+            raise ValueError(
+                "condition_sizes are those of condition_column's pictures, and there is no "
+                "condition_column; leave them out"
             )
         return self

@@ -26,10 +26,12 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, SerializeAsAny, ValidationInfo
 from pydantic_core import PydanticKnownError
 
+from piflow.config.conditions import ConditionSizes
 from piflow.config.encoder import EncoderConfig
 
 BUILT_IN = {  # name -> the module that holds its FAMILY
     "flux": "piflow.backbones.flux",
+    "flux_kontext": "piflow.backbones.flux_kontext",
     "flux2": "piflow.backbones.flux2",
     "flux2_klein": "piflow.backbones.flux2_klein",
     "qwen_image": "piflow.backbones.qwen_image",
@@ -75,7 +77,10 @@ class Family:
         patch_size: side of the patch that a token is, in latent pixels; its backbone's.
         masks_text: whether its model keeps the text's padding out of attention, so that a batch may
             come without what none of its prompts fills.
-        splits_tokens: whether its diffusers class has a plan for context parallelism.
+        splits_tokens: whether its diffusers class has a plan for context parallelism, which is
+            tried with it; not of a family that edits.
+        edits: how the picture is scaled that its model edits, and that every prompt brings; None:
+            its model makes pictures of prompts alone.
         unguided_scale: the `guidance_scale` at which its diffusers pipeline guides nothing: 1, or 0
             where the scale is that of what is added, one less than a recipe's `guidance.scale`.
         tiny: dotted name of a module that is a `piflow.backbones.tiny.TinyModel`, for
@@ -97,6 +102,7 @@ class Family:
     patch_size: int = 2
     masks_text: bool = False
     splits_tokens: bool = False
+    edits: ConditionSizes | None = None
     unguided_scale: float = 1.0
     tiny: str | None = None
     pipeline: str | None = None

@@ -26,6 +26,8 @@ SCHEMA = 3
 VERSION_KEY = "schema_version"
 SINCE_SCHEMA_0 = frozenset(
     {
+        "embed.condition_column",
+        "embed.condition_sizes",
         "embed.latent_values",
         "lora.init",
         "model.base_weights",

@@ -78,9 +78,10 @@ class ModelConfig(Section):
     """The teacher: one diffusers transformer and the codec between pictures and its latents."""
 
     family: str = "flux"
-    """The architecture: flux (FLUX.1), flux2, flux2_klein, qwen_image, sd3 (Stable Diffusion 3 and
-    3.5), z_image, dit (class-conditional DiT); or one of another package, by the name of its
-    `piflow.families` entry point, its module or module:attribute.
+    """The architecture: flux (FLUX.1), flux_kontext (FLUX.1-Kontext, which edits pictures), flux2,
+    flux2_klein, qwen_image, sd3 (Stable Diffusion 3 and 3.5), z_image, dit (class-conditional DiT);
+    or one of another package, by the name of its `piflow.families` entry point, its module or
+    module:attribute.
     """
 
     path: Uri

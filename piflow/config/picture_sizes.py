@@ -75,6 +75,8 @@ def _sizes(recipe: Recipe) -> Iterator[tuple[str, tuple[int, int]]]:
     yield "embed.height and embed.width", (embed.height, embed.width)
     for number, (height, width) in enumerate(embed.buckets):
         yield f"embed.buckets.{number}", (height, width)
+    for number, (height, width) in enumerate(embed.condition_sizes):
+        yield f"embed.condition_sizes.{number}", (height, width)
 
 
 def _local_factor(recipe: Recipe) -> int | None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from piflow.config import identity, plain_yaml
+from piflow.config.conditions import ConditionSizes
 from piflow.config.data import EmbedConfig
 from piflow.config.evaluation import EvaluationConfig
 from piflow.config.family import BUILT_IN, FamilyEncoder, find_family, require_known
@@ -142,6 +143,42 @@ class Recipe(Section):
                 "pixels has none; leave it out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _edits_what_it_has(self) -> Recipe:
+        family, column = self.model.family, self.embed.condition_column
+        if find_family(family).edits is None:
+            if column is not None:
+                able = ", ".join(name for name in BUILT_IN if find_family(name).edits is not None)
+                raise ValueError(
+                    f"embed.condition_column = {column!r} names pictures to be edited, and "
+                    f"model.family = {family} makes pictures of prompts alone; leave it out, or "
+                    f"use a family that edits ({able})"
+                )
+            return self
+        if column is None:
+            raise ValueError(
+                f"model.family = {family} edits pictures, and embed.condition_column names none; "
+                "give the column of the prompts file that holds the pictures to be edited"
+            )
+        if self.embed.mode == "online":
+            raise ValueError(
+                f"embed.mode = online encodes texts only, and model.family = {family} edits "
+                "pictures; use embed.mode = store"
+            )
+        for key in ("prompt_set", "others"):
+            if getattr(self.evaluation, key):
+                raise ValueError(
+                    f"evaluation.{key} is about prompts alone, and model.family = {family} edits "
+                    "pictures; leave it out"
+                )
+        return self
+
+    @property
+    def condition_sizes(self) -> ConditionSizes | None:
+        """How condition pictures are scaled; None: the model edits none."""
+        own = find_family(self.model.family).edits
+        return None if own is None else own.instead(self.embed.condition_sizes)
 
     @model_validator(mode="after")
     def _distils_what_it_names(self) -> Recipe:
@@ -324,8 +361,12 @@ class Recipe(Section):
 
     def _as_it_counts(self, tree: dict[str, Any]) -> dict[str, Any]:
         """What decides results, by its fields, less and more what other keys make of it."""
-        if self.embed.image_column is None:  # how pictures are stored then decides nothing
-            for key in ("image_column", "latent_dtype", "latent_values"):
+        if not self.embed.stores_pictures:  # how pictures are stored then decides nothing
+            tree["embed"].pop("latent_dtype", None)
+        if self.embed.image_column is None:
+            tree["embed"].pop("latent_values", None)
+        for key in ("image_column", "condition_column"):
+            if getattr(self.embed, key) is None:
                 tree["embed"].pop(key, None)
         if self.training.optimizer.decay_fraction:  # the learning rate then depends on the length
             tree["training"]["steps"] = self.training.steps

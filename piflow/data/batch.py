@@ -10,6 +10,7 @@ from torch import Tensor
 
 from piflow.backbones.base import Conditioning
 from piflow.config import Recipe, find_family
+from piflow.data.rows import EmbeddingBatch
 from piflow.policies.base import to_device
 from piflow.sharding.side_stream import Mark, SideStream
 
@@ -33,6 +34,38 @@ class Embedded(Protocol):
         ...
 
 
+def condition_of(batch: Embedded) -> Tensor | None:
+    """Latents of the pictures to be edited, (m, C, h, w); None: there are none.
+
+    Raises:
+        ValueError: they have several shapes, and make no batch.
+    """
+    if isinstance(batch, MicroBatch):
+        return batch.condition
+    conditions = batch.conditions if isinstance(batch, EmbeddingBatch) else None
+    if conditions is None:
+        return None
+    shapes = sorted({tuple(condition.shape) for condition in conditions})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"pictures to be edited have latents of shapes {shapes}: take those of one shape at a "
+            "time"
+        )
+    return torch.stack(conditions)
+
+
+def by_condition(batch: EmbeddingBatch) -> list[tuple[list[int], EmbeddingBatch]]:
+    """Places in the batch, and its rows there; together where pictures to edit have one shape.
+
+    All rows where there are no such pictures; else by the shapes' first appearance.
+    """
+    places: dict[tuple[int, ...], list[int]] = {}
+    for row in range(len(batch.prompts)):
+        shape = () if batch.conditions is None else tuple(batch.conditions[row].shape)
+        places.setdefault(shape, []).append(row)
+    return [(rows, batch.select(rows)) for rows in places.values()]
+
+
 def conditioning(
     batch: Embedded, device: torch.device, *, shared_by: int | None = None
 ) -> Conditioning:
@@ -44,7 +77,7 @@ def conditioning(
     there = batch.there if isinstance(batch, MicroBatch) else None
     if there is not None and (there.device, there.shared_by) == (device, shared_by):
         return there.take().cond
-    cond = Conditioning(batch.tokens, batch.num_tokens, batch.pooled)
+    cond = Conditioning(batch.tokens, batch.num_tokens, batch.pooled, condition=condition_of(batch))
     return (cond if shared_by is None else cond.cut(shared_by)).to(device)
 
 
@@ -60,7 +93,8 @@ class MicroBatch:
 
     ``index`` counts within the step, over all ranks; pooled is ``(m, P)``, or None for encoders
     without one; sizes are pixels. Latents of the pictures are ``(m, C, h, w)`` float32, or None if
-    the stream wasn't asked for them. ``there`` is what of it is on a device already.
+    the stream wasn't asked for them; ``condition`` are those of pictures to be edited, which may
+    have another size. ``there`` is what of it is on a device already.
     """
 
     index: int
@@ -72,6 +106,7 @@ class MicroBatch:
     height: int
     width: int
     latents: Tensor | None = None
+    condition: Tensor | None = None
     there: OnDevice | None = None
 
 
@@ -93,7 +128,7 @@ class OnDevice:
     def take(self) -> OnDevice:
         """Itself; what the current stream is given from now on comes after the copies."""
         cond = self.cond
-        tensors = (cond.tokens, cond.num_tokens, cond.pooled, self.latents)
+        tensors = (cond.tokens, cond.num_tokens, cond.pooled, cond.condition, self.latents)
         self.mark.wait_here(tensor for tensor in tensors if tensor is not None)
         return self
 

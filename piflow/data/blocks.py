@@ -21,7 +21,7 @@ from piflow.data.background import ahead
 from piflow.data.manifest import StoreError
 from piflow.data.order import WINDOW_GROUPS, PlannedStep, RowGroups, StreamOrder, by_length
 from piflow.data.reader import EmbeddingStore, PromptStore, RowReader
-from piflow.data.rows import SCHEMA, decoded
+from piflow.data.rows import decoded, schema_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -90,7 +90,9 @@ def stored(plan: StreamPlan) -> EmbeddingStore:
 
 def columns(plan: StreamPlan) -> list[str] | None:
     """What is read of a row; None: everything."""
-    return None if plan.with_latents else SCHEMA.names
+    if plan.with_latents:
+        return None
+    return schema_of(None, plan.store.layout.inputs.conditions).names
 
 
 def blocks(plan: StreamPlan) -> Iterator[Block]:

@@ -18,16 +18,16 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from piflow import storage
-from piflow.backbones.codec import absolute_paths, build_codec, check_channels
+from piflow.backbones.codec import Codec, absolute_paths, build_codec, check_channels
 from piflow.backbones.encoders import encoder_identity
 from piflow.backbones.text import EncodedPrompt
 from piflow.config import Recipe
@@ -44,13 +44,13 @@ from piflow.data.layout import (
     ShardPlan,
     empty_prompt_plan,
     negative_prompt_plan,
+    plan_store,
     recipe_prompts,
     require_recipes_prompts,
     store_layout,
 )
 from piflow.data.manifest import (
     MANIFEST,
-    SCHEMA_VERSION_WITH_LATENTS,
     Bucket,
     LatentInputs,
     ShardEntry,
@@ -58,14 +58,21 @@ from piflow.data.manifest import (
     StoreError,
     StoreInputs,
     StoreManifest,
+    expected_version,
     read_inputs,
     read_manifest,
     require_same_inputs,
     write_manifest,
 )
 from piflow.data.online import small_recipe
-from piflow.data.pictures import LatentEncoder, codec_identity
-from piflow.data.prompts import PromptSet
+from piflow.data.pictures import (
+    ConditionEncoder,
+    LatentEncoder,
+    codec_identity,
+    condition_inputs,
+    with_condition_sizes,
+)
+from piflow.data.prompts import Prompt, PromptSet
 from piflow.data.reader import EmbeddingStore
 from piflow.data.shared_disk import WRITER_FILE, one_writer, require_shared, require_visible
 from piflow.data.writer import ShardReport, reusable_shard, write_shard
@@ -97,6 +104,7 @@ class _Job:
     shards: list[ShardPlan]
     empty: ShardPlan
     negative: ShardPlan | None  # of the recipe's guidance.negative_prompt, unless it is ""
+    prompts: tuple[Prompt, ...] = ()  # in the order of their files
 
     @property
     def plans(self) -> list[ShardPlan]:
@@ -178,7 +186,8 @@ def _write(
     """Make the store, or add the recipe's negative prompt to a finished one."""
     finished = _finished_store(job)
     if finished is None:
-        return _make_store(recipe, job, session, console, ownership)
+        sized = _with_condition_sizes(recipe, job, console)
+        return _make_store(recipe, sized, session, console, ownership)
     if job.negative is None or _has(finished, job.negative):
         return finished
     _say(console, f"{job.store} is complete but for the negative prompt, which is added")
@@ -244,9 +253,11 @@ def verify(recipe: Recipe) -> None:
     store.require_negative_prompt(recipe.guidance.negative_prompt)
     if recipe.embed.image_column is not None:
         store.require_latents(codec_identity(recipe.model, recipe.embed))
+    store.require_conditions(condition_inputs(recipe))
     store.verify()
     manifest = store.manifest
-    pictures = "" if manifest.inputs.latents is None else " with latents of their pictures"
+    has_pictures = manifest.inputs.latents is not None or manifest.inputs.conditions is not None
+    pictures = " with latents of their pictures" if has_pictures else ""
     size = sum(entry.bytes for entry in manifest.files) / 1e6
     print(
         f"{recipe.embed.store}: {manifest.num_rows} prompts{pictures} in {len(manifest.files)} "
@@ -259,8 +270,8 @@ def _plan(recipe: Recipe, prompts: PromptSet) -> _Job:
     for text in (*(prompt.text for prompt in prompts.prompts), negative):
         recipe.encoder.check_prompt(text)
     layout = store_layout(recipe, prompts, encoder_identity(recipe.encoder))
-    if recipe.embed.image_column is not None:
-        layout = _with_latents(recipe, layout)
+    if recipe.embed.stores_pictures:
+        layout = _with_pictures(recipe, layout)
     return _Job(
         store=storage.absolute(recipe.embed.store),
         inputs=layout.inputs,
@@ -268,6 +279,7 @@ def _plan(recipe: Recipe, prompts: PromptSet) -> _Job:
         shards=layout.shards,
         empty=empty_prompt_plan(),
         negative=negative_prompt_plan(negative) if negative else None,
+        prompts=prompts.prompts,
     )
 
 
@@ -282,6 +294,8 @@ def _require_sizes(recipe: Recipe, prompts: PromptSet) -> None:
     except OSError:  # the text encoder may be all that this machine has, or may read
         return
     sizes = {(recipe.embed.height, recipe.embed.width): "embed.height and embed.width"}
+    for height, width in recipe.embed.condition_sizes:
+        sizes.setdefault((height, width), "embed.condition_sizes")
     for prompt in prompts.prompts:
         if (prompt.height, prompt.width) not in sizes:
             sizes[prompt.height, prompt.width] = f"prompt {shown(repr(prompt.text))}"
@@ -292,8 +306,8 @@ def _require_sizes(recipe: Recipe, prompts: PromptSet) -> None:
             raise ValueError(f"{source}: {error}") from error
 
 
-def _with_latents(recipe: Recipe, layout: Layout) -> Layout:
-    """The same prompts in the same places, with their pictures' latents.
+def _with_pictures(recipe: Recipe, layout: Layout) -> Layout:
+    """The same prompts in the same places, with latents of their pictures of either kind.
 
     Raises:
         ValueError: no VAE, one whose latents the model doesn't take, or picture sizes that it
@@ -302,16 +316,47 @@ def _with_latents(recipe: Recipe, layout: Layout) -> Layout:
     codec = build_codec(recipe.model)
     with suppress(FileNotFoundError):  # encoder and VAE may be all that this machine has
         check_channels(recipe.model, codec)
-    latents = LatentInputs(
-        codec=codec_identity(recipe.model, recipe.embed), dtype=recipe.embed.latent_dtype
-    )
-    update = {"schema_version": SCHEMA_VERSION_WITH_LATENTS, "latents": latents}
-    shapes = [codec.latent_shape(bucket.height, bucket.width) for bucket in layout.buckets]
-    buckets = tuple(
-        bucket.model_copy(update={"latent_shape": shape})
-        for bucket, shape in zip(layout.buckets, shapes, strict=True)
-    )
-    return Layout(layout.inputs.model_copy(update=update), buckets, layout.shards)
+    latents = None
+    if recipe.embed.image_column is not None:
+        latents = LatentInputs(
+            codec=codec_identity(recipe.model, recipe.embed), dtype=recipe.embed.latent_dtype
+        )
+    conditions = condition_inputs(recipe)
+    version = expected_version(latents, conditions)
+    update = {"schema_version": version, "latents": latents, "conditions": conditions}
+    inputs = layout.inputs.model_copy(update=update)
+    return Layout(inputs, _with_shapes(codec, inputs, layout.buckets), layout.shards)
+
+
+def _with_shapes(
+    codec: Codec, inputs: StoreInputs, buckets: Sequence[Bucket]
+) -> tuple[Bucket, ...]:
+    """Buckets with the shapes of their pictures' latents, as far as their sizes are known."""
+    sized = []
+    for bucket in buckets:
+        shapes: dict[str, Any] = {}
+        if inputs.latents is not None:
+            shapes["latent_shape"] = codec.latent_shape(bucket.height, bucket.width)
+        if bucket.condition_size is not None:
+            shapes["condition_shape"] = codec.latent_shape(*bucket.condition_size)
+        sized.append(bucket.model_copy(update=shapes))
+    return tuple(sized)
+
+
+def _with_condition_sizes(recipe: Recipe, job: _Job, console: PlainConsole) -> _Job:
+    """The job laid out by the sizes of the pictures to be edited as well, which are looked at.
+
+    Raises:
+        BadPictureError, ValueError, OSError: as `with_condition_sizes`.
+    """
+    if job.inputs.conditions is None:
+        return job
+    _say(console, f"looking at the sizes of {len(job.prompts)} prompts' pictures to be edited")
+    prompts = with_condition_sizes(recipe, job.prompts)
+    embed = recipe.embed
+    buckets, shards = plan_store(prompts, embed.rows_per_shard, embed.rows_per_group)
+    shaped = _with_shapes(build_codec(recipe.model), job.inputs, buckets)
+    return replace(job, buckets=shaped, shards=shards)
 
 
 def _finished_store(job: _Job) -> StoreManifest | None:
@@ -407,7 +452,7 @@ def _require_few_skipped(recipe: Recipe, job: _Job, done: Mapping[str, _Finished
         raise BadPictureError(
             f"{len(skipped)} of {job.inputs.num_prompts} prompts' pictures can't be used so far, "
             f"more than embed.max_bad_pictures = {recipe.embed.max_bad_pictures} allows, e.g. "
-            f"{_example(skipped[0])}; check embed.image_column and the "
+            f"{_example(skipped[0])}; check embed.image_column or condition_column and the "
             "pictures' place, or raise embed.max_bad_pictures"
         )
 
@@ -517,15 +562,19 @@ class EncodeShard:
         self._encoder = load_encoder(recipe, inputs)
         self._encode = partial(self._encoder.encode_by_length, batch_size=recipe.embed.batch_size)
         self._batch_size = recipe.embed.batch_size
-        self._latents: LatentEncoder | None = None
-        if inputs.latents is not None:
-            if codec_identity(recipe.model, recipe.embed) != inputs.latents.codec:
+        self._pictures: list[LatentEncoder] = []
+        for made, embed in ((inputs.latents, recipe.embed), (inputs.conditions, None)):
+            if made is not None and codec_identity(recipe.model, embed) != made.codec:
                 raise ValueError(
-                    f"the recipe's VAE is another on this node than {inputs.latents.codec} on the "
-                    "driver's; put the same files on all nodes"
+                    f"the recipe's VAE is another on this node than {made.codec} on the driver's; "
+                    "put the same files on all nodes"
                 )
-            device = "cuda" if recipe.embed.gpus_per_encoder else "cpu"
-            self._latents = LatentEncoder(recipe.model, recipe.embed, device)
+        device = "cuda" if recipe.embed.gpus_per_encoder else "cpu"
+        if inputs.latents is not None:
+            self._pictures.append(LatentEncoder(recipe.model, recipe.embed, device))
+        if recipe.condition_sizes is not None and inputs.conditions is not None:
+            sizes = recipe.condition_sizes
+            self._pictures.append(ConditionEncoder(recipe.model, recipe.embed, device, sizes))
         self._store = store
         self._writer = writer
         self._prompts = recipe.embed.prompts  # beside which pictures lie
@@ -543,7 +592,7 @@ class EncodeShard:
             RunTakenError: another job has taken the store over.
         """
         require_shared(self._store, self._writer, WRITER_FILE)
-        if self._latents is not None:
+        if self._pictures:
             require_visible(self._prompts)
         plan = self._plans[int(batch["shard"][0])]
         with self._turn:
@@ -555,7 +604,7 @@ class EncodeShard:
         yield _row(entry.model_dump_json(), report.to_json(), json.dumps(asdict(work)))
 
     def _seconds(self) -> float:
-        return self._busy + (0.0 if self._latents is None else self._latents.busy)
+        return self._busy + sum(encoder.busy for encoder in self._pictures)
 
     def _encode_shard(
         self, plan: ShardPlan
@@ -563,26 +612,33 @@ class EncodeShard:
         dict[str, Any], None, tuple[ShardPlan, list[EncodedPrompt], list[SkippedPicture]]
     ]:
         """Progress rows; returns what is left of the plan, its embeddings, what was left out."""
-        latents: list[Tensor | SkippedPicture | None] = [None] * len(plan.prompts)
-        with_pictures = self._latents is not None and plan.prompts[0].picture is not None
-        if self._latents is not None and with_pictures:
-            for row, latent in enumerate(self._latents.encode(plan.prompts)):
-                latents[row] = latent
-                if (row + 1) % self._batch_size == 0:
+        encoders = [each for each in self._pictures if each.source(plan.prompts[0]) is not None]
+        latents: list[dict[str, Tensor]] = [{} for _ in plan.prompts]
+        left_out: dict[int, SkippedPicture] = {}
+        for encoder in encoders:
+            for row, latent in enumerate(encoder.encode(plan.prompts)):
+                if isinstance(latent, SkippedPicture):
+                    left_out.setdefault(row, latent)
+                else:
+                    latents[row][encoder.field] = latent
+                if encoder is encoders[0] and (row + 1) % self._batch_size == 0:
                     yield _row(prompts=self._batch_size)
+        if encoders:
             yield _row(prompts=len(latents) % self._batch_size)
-        skipped = [latent for latent in latents if isinstance(latent, SkippedPicture)]
-        kept = [latent for latent in latents if not isinstance(latent, SkippedPicture)]
-        plan = plan.without({row for row, x in enumerate(latents) if isinstance(x, SkippedPicture)})
+        kept = [found for row, found in enumerate(latents) if row not in left_out]
+        plan = plan.without(left_out.keys())
         encoded: dict[int, EncodedPrompt] = {}
         calls = encode_row_groups(plan, self._encode)
         while (call := self._timed(calls)) is not None:
             rows, results = call
             encoded.update(zip(rows, results, strict=True))
-            if not with_pictures:
+            if not encoders:
                 yield _row(prompts=len(rows))
-        ordered = [encoded[row]._replace(latent=latent) for row, latent in enumerate(kept)]
-        return plan, ordered, skipped
+        ordered = [
+            encoded[row]._replace(latent=found.get("latent"), condition=found.get("condition"))
+            for row, found in enumerate(kept)
+        ]
+        return plan, ordered, [left_out[row] for row in sorted(left_out)]
 
     def _timed(
         self, calls: Iterator[tuple[list[int], list[EncodedPrompt]]]
@@ -628,7 +684,8 @@ def _to_manifest(
     if len(skipped) == job.inputs.num_prompts:
         raise BadPictureError(
             f"not one of {len(skipped)} pictures can be used, e.g. "
-            f"{_example(skipped[0])}; check embed.image_column and the pictures' place"
+            f"{_example(skipped[0])}; check embed.image_column or condition_column and the "
+            "pictures' place"
         )
     return StoreManifest(
         inputs=job.inputs,

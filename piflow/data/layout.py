@@ -55,12 +55,13 @@ def plan_store(
     Buckets come in order of first appearance, prompts within a bucket in their given order; a row
     group ends where its bucket or its shard ends.
     """
-    by_size: dict[tuple[int, int], list[Prompt]] = {}
+    by_size: dict[tuple[int, int, tuple[int, int] | None], list[Prompt]] = {}
     for prompt in prompts:
-        by_size.setdefault((prompt.height, prompt.width), []).append(prompt)
+        key = (prompt.height, prompt.width, prompt.condition_size)
+        by_size.setdefault(key, []).append(prompt)
     buckets = tuple(
-        Bucket(height=height, width=width, rows=len(members))
-        for (height, width), members in by_size.items()
+        Bucket(height=height, width=width, rows=len(members), condition_size=condition)
+        for (height, width, condition), members in by_size.items()
     )
     rows = [(b, prompt) for b, members in enumerate(by_size.values()) for prompt in members]
     shards = []
@@ -124,6 +125,7 @@ def recipe_prompts(recipe: Recipe) -> PromptSet:
         height_column=embed.height_column,
         width_column=embed.width_column,
         image_column=embed.image_column,
+        condition_column=embed.condition_column,
         allow_uris=embed.allow_uris,
         max_prompts=embed.max_prompts,
         buckets=embed.buckets,
@@ -170,5 +172,9 @@ def require_recipes_prompts(recipe: Recipe, store: str, found: StoreInputs) -> N
         )
         return
     ours = store_layout(recipe, prompts, found.encoder).inputs  # encoder and VAE: by their own
-    same = {"schema_version": found.schema_version, "latents": found.latents}
+    same = {
+        "schema_version": found.schema_version,
+        "latents": found.latents,
+        "conditions": found.conditions,
+    }
     require_same_inputs(store, found, ours.model_copy(update=same))

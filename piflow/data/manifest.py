@@ -8,9 +8,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from piflow import storage
 from piflow.storage.fingerprint import CodecIdentity, EncoderIdentity, Record
@@ -19,6 +19,10 @@ from piflow.storage.foreign import ForeignDataError, parse_object, shown
 SCHEMA_VERSION = 2
 
 SCHEMA_VERSION_WITH_LATENTS = 3
+
+SCHEMA_VERSION_WITH_CONDITIONS = 4
+
+SCHEMA_VERSIONS = (SCHEMA_VERSION, SCHEMA_VERSION_WITH_LATENTS, SCHEMA_VERSION_WITH_CONDITIONS)
 
 MANIFEST = "manifest.json"
 
@@ -62,6 +66,17 @@ class LatentInputs(Record):
     dtype: LatentDtype
 
 
+class ConditionInputs(LatentInputs):
+    """How pictures that are to be edited become latents; `size` says what they are scaled to."""
+
+    size: str
+
+    @property
+    def latents(self) -> LatentInputs:
+        """Without the size."""
+        return LatentInputs(codec=self.codec, dtype=self.dtype)
+
+
 class SkippedPicture(Record):
     """A prompt that was left out because of its picture."""
 
@@ -70,13 +85,38 @@ class SkippedPicture(Record):
     reason: str
 
 
-class Bucket(Record):
-    """One picture size in pixels, its prompts, and the shape of its pictures' latents."""
+class _Extended(Record):
+    """A record with fields that came later, which are not written where they are None.
+
+    So that a store that needs none of them is written as it was before, and read by any piflow.
+    """
+
+    later: ClassVar[tuple[str, ...]]
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = serialise(self)
+        return {
+            name: value
+            for name, value in tree.items()
+            if name not in self.later or value is not None
+        }
+
+
+class Bucket(_Extended):
+    """One picture size in pixels, its prompts, and the shape of its pictures' latents.
+
+    Likewise the size of the pictures that are to be edited, and the shape of their latents.
+    """
+
+    later = ("condition_size", "condition_shape")
 
     height: _Length
     width: _Length
     rows: _Count
     latent_shape: tuple[_Length, _Length, _Length] | None = None
+    condition_size: tuple[_Length, _Length] | None = None
+    condition_shape: tuple[_Length, _Length, _Length] | None = None
 
 
 class RowGroup(Record):
@@ -96,8 +136,10 @@ class ShardEntry(Record):
     row_groups: tuple[RowGroup, ...]
 
 
-class StoreInputs(Record):
+class StoreInputs(_Extended):
     """Everything that the store's content follows from."""
+
+    later = ("conditions",)
 
     schema_version: int
     encoder: EncoderIdentity
@@ -107,6 +149,7 @@ class StoreInputs(Record):
     num_prompts: _Positive
     prompts_sha256: str
     latents: LatentInputs | None = None
+    conditions: ConditionInputs | None = None
 
     @property
     def digest(self) -> str:
@@ -153,7 +196,10 @@ class StoreManifest(Record):
     @property
     def latent_bytes(self) -> int:
         """What all latents take."""
-        return sum(bucket.rows * latent_size(self.inputs, bucket) for bucket in self.buckets)
+        return sum(
+            bucket.rows * (latent_size(self.inputs, bucket) + condition_bytes(self.inputs, bucket))
+            for bucket in self.buckets
+        )
 
     @property
     def times_smaller(self) -> float:
@@ -201,11 +247,12 @@ def read_manifest(uri: str) -> StoreManifest:
         version = _version(parse_object(content, where=where, max_bytes=_MAX_BYTES))
     except ForeignDataError as error:
         raise StoreError(f"{corrupt}: {error}") from error
-    if version not in (SCHEMA_VERSION, SCHEMA_VERSION_WITH_LATENTS):
+    if version not in SCHEMA_VERSIONS:
+        *others, last = map(str, SCHEMA_VERSIONS)
         raise StoreError(
             f"embedding store {uri} has format version {shown(version)}, this piflow reads "
-            f"{SCHEMA_VERSION} and {SCHEMA_VERSION_WITH_LATENTS}; remove the folder and make the "
-            "store anew with `piflow embed`"
+            f"{', '.join(others)} and {last}; remove the folder and make the store anew with "
+            "`piflow embed`"
         )
     try:
         manifest = StoreManifest.model_validate_json(content, strict=True)
@@ -278,9 +325,10 @@ def contradictions(manifest: StoreManifest) -> Iterator[str]:
 def _contradicting_inputs(inputs: StoreInputs, digest: str) -> Iterator[str]:
     if inputs.digest != digest:
         yield f"inputs_sha256 is {shown(digest[:12])}…, the inputs' own is {inputs.digest[:12]}…"
-    if (inputs.schema_version == SCHEMA_VERSION_WITH_LATENTS) != (inputs.latents is not None):
+    if inputs.schema_version != expected_version(inputs.latents, inputs.conditions):
         yield (
             f"format version {inputs.schema_version} with{'out' * (inputs.latents is None)} latents"
+            f"{' and with pictures to be edited' * (inputs.conditions is not None)}"
         )
     tokens, size = inputs.encoder.max_tokens, inputs.encoder.hidden_size
     if tokens < 1 or size < 1 or tokens * size > _MAX_STATES:
@@ -296,7 +344,7 @@ def _contradicting_rows(manifest: StoreManifest) -> Iterator[str]:
         )
     if manifest.num_rows == 0:
         yield "no row at all"
-    if skipped and inputs.latents is None:
+    if skipped and inputs.latents is None and inputs.conditions is None:
         yield "skipped pictures in a store without latents"
     if len({picture.prompt_id for picture in skipped}) != len(skipped):
         yield "a prompt was skipped twice"
@@ -311,7 +359,8 @@ def _contradicting_rows(manifest: StoreManifest) -> Iterator[str]:
 
 def _contradicting_buckets(manifest: StoreManifest) -> Iterator[str]:
     inputs = manifest.inputs
-    if len({(bucket.height, bucket.width) for bucket in manifest.buckets}) != len(manifest.buckets):
+    sizes = {(bucket.height, bucket.width, bucket.condition_size) for bucket in manifest.buckets}
+    if len(sizes) != len(manifest.buckets):
         yield "a picture size has two buckets"
     found = Counter[int]()
     for shard in manifest.shards:
@@ -322,6 +371,9 @@ def _contradicting_buckets(manifest: StoreManifest) -> Iterator[str]:
             yield f"bucket {number} has {bucket.rows} rows, its row groups hold {found[number]}"
         if (bucket.latent_shape is None) != (inputs.latents is None):
             yield f"bucket {number} has latents of shape {bucket.latent_shape}, the inputs differ"
+        for told in (bucket.condition_size, bucket.condition_shape):
+            if (told is None) != (inputs.conditions is None):
+                yield f"bucket {number} has pictures to be edited of {told}, the inputs differ"
 
 
 def _contradicting_shard(manifest: StoreManifest, shard: ShardEntry, number: int) -> Iterator[str]:
@@ -342,10 +394,10 @@ def _contradicting_shard(manifest: StoreManifest, shard: ShardEntry, number: int
         if group.bucket >= len(manifest.buckets):
             yield f"{name} has rows of bucket {group.bucket}, of {len(manifest.buckets)}"
             return
-    latents = sum(
-        group.rows * latent_size(inputs, manifest.buckets[group.bucket])
-        for group in shard.row_groups
-    )
+    latents = 0
+    for group in shard.row_groups:
+        bucket = manifest.buckets[group.bucket]
+        latents += group.rows * (latent_size(inputs, bucket) + condition_bytes(inputs, bucket))
     if shard.bytes <= latents:
         yield f"{name} has {shard.bytes} bytes, fewer than its {latents} of latents"
 
@@ -357,9 +409,25 @@ def shard_name(number: int) -> str:
 
 def latent_size(inputs: StoreInputs, bucket: Bucket) -> int:
     """Bytes that a row's latents take."""
-    if inputs.latents is None or bucket.latent_shape is None:
+    return _bytes_of(inputs.latents, bucket.latent_shape)
+
+
+def condition_bytes(inputs: StoreInputs, bucket: Bucket) -> int:
+    """Bytes that the latents of a row's picture to be edited take."""
+    return _bytes_of(inputs.conditions, bucket.condition_shape)
+
+
+def _bytes_of(latents: LatentInputs | None, shape: tuple[int, ...] | None) -> int:
+    if latents is None or shape is None:
         return 0
-    return (2 if inputs.latents.dtype == "bf16" else 4) * math.prod(bucket.latent_shape)
+    return (2 if latents.dtype == "bf16" else 4) * math.prod(shape)
+
+
+def expected_version(latents: LatentInputs | None, conditions: ConditionInputs | None) -> int:
+    """The format of a store with these inputs."""
+    if conditions is not None:
+        return SCHEMA_VERSION_WITH_CONDITIONS
+    return SCHEMA_VERSION if latents is None else SCHEMA_VERSION_WITH_LATENTS
 
 
 def require_same_inputs(uri: str, found: StoreInputs, expected: StoreInputs) -> None:
@@ -374,9 +442,9 @@ def require_same_inputs(uri: str, found: StoreInputs, expected: StoreInputs) -> 
         raise StoreError(other_encoder(uri, found.encoder, expected.encoder))
     ours, theirs = expected.model_dump(mode="json"), found.model_dump(mode="json")
     changes = [
-        f"{key}: {theirs[key]} there, {ours[key]} in the recipe"
-        for key in ours
-        if ours[key] != theirs[key]
+        f"{key}: {theirs.get(key)} there, {ours.get(key)} in the recipe"
+        for key in {**theirs, **ours}
+        if ours.get(key) != theirs.get(key)
     ]
     raise StoreError(
         f"the folder {uri} holds an embedding store of other inputs ({'; '.join(changes)}); "

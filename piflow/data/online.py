@@ -81,6 +81,7 @@ class OnlineStore:
         self.negative_prompt = small.negative_prompt
         self.require_encoder = small.require_encoder
         self.require_latents = small.require_latents
+        self.require_conditions = small.require_conditions
         self.require_negative_prompt = small.require_negative_prompt
 
     @property

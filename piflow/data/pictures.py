@@ -5,8 +5,12 @@
     threads: read the file --> decode, turn by EXIF, scale, crop     a few pictures ahead
     caller:                                     --> the recipe's codec, one picture at a time
 
+A picture that is to be edited has a size of its own: of those of the family's pipeline the one with
+the nearest ratio. It is looked at before shards are laid out: rows of one size lie together.
+
 Latents are a function of the image file, the size and the codec alone, and, where they are drawn
-from a VAE's posterior, of the seed and the row: what else is in the job doesn't matter.
+from a VAE's posterior, of the seed and the row: what else is in the job doesn't matter. Those of
+pictures to be edited are the posterior's mean always, as in the pipelines.
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ import errno
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +31,10 @@ from torch import Tensor
 
 from piflow import storage
 from piflow.backbones.codec import build_codec, vae_uri
-from piflow.config import EmbedConfig, ModelConfig
+from piflow.config import ConditionSizes, EmbedConfig, ModelConfig, Recipe
 from piflow.data.background import ahead
 from piflow.data.colour import to_srgb
-from piflow.data.manifest import SkippedPicture
+from piflow.data.manifest import ConditionInputs, SkippedPicture
 from piflow.data.prompt_rows import open_parquet
 from piflow.data.prompts import PictureSource, Prompt
 from piflow.storage.fingerprint import CodecIdentity, files_sha256
@@ -40,10 +45,14 @@ from piflow.storage.picture import (
     BadPictureError,
     open_picture,
     pixels_of,
+    size_of,
 )
 from piflow.storage.places import real_path
 
+_Used = TypeVar("_Used")
+
 _READERS = 4  # threads
+_LOOKERS = 16  # threads that look at pictures' sizes, and mostly wait for the storage
 _READ_AHEAD = 16  # pictures, decoded and fitted
 _LARGE_PIXELS = 16 * 2**20  # one that has more is decoded while no other such is
 
@@ -108,6 +117,118 @@ def fit_picture(
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def scale_picture(
+    content: bytes,
+    sizes: ConditionSizes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    name: str = "a picture",
+) -> Tensor:
+    """An image file's content as ``(3, height, width)`` float32 in [-1, 1], of one of the sizes.
+
+    As `fit_picture`, but stretched (Lanczos) to the size that goes with it, larger or smaller: so
+    do the pipelines of families that edit pictures.
+
+    Raises:
+        BadPictureError: no picture that can be opened, or it is too large.
+    """
+    picture = to_srgb(open_picture(content, max_pixels=max_pixels), name)
+    height, width = sizes.of(picture.height, picture.width)
+    scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(scaled)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def condition_inputs(recipe: Recipe) -> ConditionInputs | None:
+    """How the recipe's pictures to be edited become latents; None: it has none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `codec_identity`.
+    """
+    sizes = recipe.condition_sizes
+    if sizes is None:
+        return None
+    codec = codec_identity(recipe.model)
+    return ConditionInputs(codec=codec, dtype=recipe.embed.latent_dtype, size=str(sizes))
+
+
+def with_condition_sizes(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts with the sizes that their pictures to be edited are scaled to.
+
+    A bad picture that is to be skipped gets a size, too: the encoder says what is wrong with it.
+
+    Raises:
+        BadPictureError, ValueError, OSError: as `LatentEncoder.encode`.
+    """
+    sizes = recipe.condition_sizes
+    if sizes is None:
+        return list(prompts)
+    reader = _Reader(recipe.embed, recipe.embed.condition_column or "")
+
+    def size_of_one(prompt: Prompt) -> tuple[int, int] | BadPictureError:
+        return reader.read(
+            prompt,
+            prompt.condition,
+            lambda content: sizes.of(*size_of(content, max_pixels=recipe.embed.max_picture_pixels)),
+        )
+
+    found = ahead(size_of_one, iter(prompts), threads=_LOOKERS, depth=2 * _LOOKERS)
+    sized = []
+    for prompt, size in zip(prompts, found, strict=True):
+        if isinstance(size, BadPictureError):
+            reader.skipped(prompt, prompt.condition, size)  # raises, unless bad ones are skipped
+            size = sizes.largest()
+        sized.append(replace(prompt, condition_size=size))
+    return sized
+
+
+class _Reader:
+    """Reads prompts' pictures of one column; says which are bad."""
+
+    def __init__(self, embed: EmbedConfig, column: str) -> None:
+        self._skip = embed.bad_pictures == "skip"
+        self._embedded = _EmbeddedPictures(column)
+
+    def read(
+        self, prompt: Prompt, source: PictureSource | None, use: Callable[[bytes], _Used]
+    ) -> _Used | BadPictureError:
+        """What `use` makes of the file; only a picture's own fault comes back.
+
+        An outage would leave out all prompts.
+        """
+        if source is None or not source.key:
+            return BadPictureError("the row names no picture")
+        try:
+            return use(self._content(source))
+        except BadPictureError as error:
+            return error
+        except OSError as error:
+            code = error.errno or errno.EIO
+            raise OSError(code, f"{_named(prompt, source)} can't be read: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{_named(prompt, source)} can't be read: {error}") from error
+
+    def _content(self, source: PictureSource) -> bytes:
+        if source.row is not None:
+            return self._embedded.read(source)
+        uri = real_path(source.uri, source.folders) if source.folders else source.uri
+        try:
+            return storage.read_bytes(uri, max_bytes=MAX_PICTURE_BYTES)
+        except (FileNotFoundError, ForeignDataError) as error:
+            raise BadPictureError(shown(error, 500)) from error
+
+    def skipped(
+        self, prompt: Prompt, source: PictureSource | None, error: BadPictureError
+    ) -> SkippedPicture:
+        """The record of a prompt that is left out; raises BadPictureError if none is to be."""
+        if self._skip:
+            name = "" if source is None else source.key
+            return SkippedPicture(prompt_id=prompt.prompt_id, picture=name, reason=str(error))
+        raise BadPictureError(
+            f"{_named(prompt, source)}: {error}; replace it or remove the row, "
+            "or set embed.bad_pictures = skip to leave out all such prompts"
+        )
+
+
 class LatentEncoder:
     """Makes latents of prompts' pictures.
 
@@ -121,16 +242,26 @@ class LatentEncoder:
         ValueError: its folder holds something else.
     """
 
+    field = "latent"  # of an EncodedPrompt
+
     def __init__(self, model: ModelConfig, embed: EmbedConfig, device: str) -> None:
         self._codec = build_codec(model)
         self._dtype = torch.bfloat16 if embed.latent_dtype == "bf16" else torch.float32
-        self._seed = embed.seed if embed.latent_values == "sample" else None
-        self._skip = embed.bad_pictures == "skip"
+        self._seed: int | None = embed.seed if embed.latent_values == "sample" else None
         self._device = device
         self._max_pixels = embed.max_picture_pixels
         self._large = threading.Lock()
-        self._embedded = _EmbeddedPictures(embed.image_column or "")
+        self._reader = _Reader(embed, self.column(embed) or "")
         self.busy = 0.0  # seconds that the codec has worked
+
+    @staticmethod
+    def column(embed: EmbedConfig) -> str | None:
+        """The column of its pictures; None: prompts bring none."""
+        return embed.image_column
+
+    def source(self, prompt: Prompt) -> PictureSource | None:
+        """The picture of a prompt that it encodes."""
+        return prompt.picture
 
     def encode(self, prompts: Sequence[Prompt]) -> Iterator[Tensor | SkippedPicture]:
         """For each prompt in order: ``(C, h, w)`` in the stored dtype, or why there is none.
@@ -143,7 +274,7 @@ class LatentEncoder:
         pictures = ahead(self._read, iter(prompts), threads=_READERS, depth=_READ_AHEAD)
         for prompt, picture in zip(prompts, pictures, strict=True):
             if isinstance(picture, BadPictureError):
-                yield self._skipped(prompt, picture)
+                yield self._reader.skipped(prompt, self.source(prompt), picture)
             else:
                 begin = time.perf_counter()
                 latent = self._latent(picture, prompt).to("cpu", self._dtype)
@@ -158,51 +289,62 @@ class LatentEncoder:
         return self._codec.encode(picture[None].to(self._device), noise)[0]
 
     def _read(self, prompt: Prompt) -> Tensor | BadPictureError:
-        """Only a picture's own fault comes back: an outage would leave out all prompts."""
-        source = prompt.picture
-        if source is None or not source.key:
-            return BadPictureError("the row names no picture")
-        try:
-            content = self._content(source)
+        def fitted(content: bytes) -> Tensor:
             # a file of a megabyte may be a large picture: one such at a time in memory
             with self._large if pixels_of(content) > _LARGE_PIXELS else nullcontext():
-                return fit_picture(
-                    content,
-                    prompt.height,
-                    prompt.width,
-                    max_pixels=self._max_pixels,
-                    name=_named(prompt),
-                )
-        except BadPictureError as error:
-            return error
-        except OSError as error:
-            code = error.errno or errno.EIO
-            raise OSError(code, f"{_named(prompt)} can't be read: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{_named(prompt)} can't be read: {error}") from error
+                return self._fitted(content, prompt)
 
-    def _content(self, source: PictureSource) -> bytes:
-        if source.row is not None:
-            return self._embedded.read(source)
-        uri = real_path(source.uri, source.folders) if source.folders else source.uri
-        try:
-            return storage.read_bytes(uri, max_bytes=MAX_PICTURE_BYTES)
-        except (FileNotFoundError, ForeignDataError) as error:
-            raise BadPictureError(shown(error, 500)) from error
+        return self._reader.read(prompt, self.source(prompt), fitted)
 
-    def _skipped(self, prompt: Prompt, error: BadPictureError) -> SkippedPicture:
-        if self._skip:
-            name = "" if prompt.picture is None else prompt.picture.key
-            return SkippedPicture(prompt_id=prompt.prompt_id, picture=name, reason=str(error))
-        raise BadPictureError(
-            f"{_named(prompt)}: {error}; replace it or remove the row, "
-            "or set embed.bad_pictures = skip to leave out all such prompts"
-        )
+    def _fitted(self, content: bytes, prompt: Prompt) -> Tensor:
+        name = _named(prompt, prompt.picture)
+        size = (prompt.height, prompt.width)
+        return fit_picture(content, *size, max_pixels=self._max_pixels, name=name)
 
 
-def _named(prompt: Prompt) -> str:
+class ConditionEncoder(LatentEncoder):
+    """Makes latents of the pictures that prompts edit.
+
+    Args:
+        sizes: that they are scaled to.
+        others: of `LatentEncoder`; the image column is embed.condition_column.
+
+    Raises:
+        as `LatentEncoder`.
+    """
+
+    field = "condition"
+
+    def __init__(
+        self, model: ModelConfig, embed: EmbedConfig, device: str, sizes: ConditionSizes
+    ) -> None:
+        super().__init__(model, embed, device)
+        self._seed = None  # the posterior's mean, as the pipelines show it
+        self._sizes = sizes
+
+    @staticmethod
+    def column(embed: EmbedConfig) -> str | None:
+        """That of the pictures to be edited."""
+        return embed.condition_column
+
+    def source(self, prompt: Prompt) -> PictureSource | None:
+        """The picture that the prompt edits."""
+        return prompt.condition
+
+    def _fitted(self, content: bytes, prompt: Prompt) -> Tensor:
+        name = _named(prompt, prompt.condition)
+        scaled = scale_picture(content, self._sizes, max_pixels=self._max_pixels, name=name)
+        if tuple(scaled.shape[1:]) != prompt.condition_size:
+            raise ValueError(
+                "its size has changed since the shards were laid out; leave pictures as they are "
+                "while a job runs, and start it again"
+            )
+        return scaled
+
+
+def _named(prompt: Prompt, source: PictureSource | None) -> str:
     """A prompt's picture as messages name it."""
-    name = "" if prompt.picture is None else prompt.picture.key
+    name = "" if source is None else source.key
     return f"picture {shown(repr(name))} of prompt {shown(repr(prompt.text))}"
 
 

@@ -56,6 +56,7 @@ class Row(NamedTuple):
     height: Any
     width: Any
     picture: Any
+    condition: Any = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ class Columns:
     height: str | None
     width: str | None
     picture: str | None
+    condition: str | None = None
 
     @property
     def places(self) -> tuple[str | None, ...]:
         """In the order of a `Row`."""
-        return (self.text, self.height, self.width, self.picture)
+        return (self.text, self.height, self.width, self.picture, self.condition)
 
     @property
     def optional(self) -> list[str]:
@@ -84,8 +86,8 @@ class Columns:
 
     def key_of(self, name: str) -> str:
         """The recipe's key that named a column."""
-        keys = ("prompt_column", "height_column", "width_column", "image_column")
-        return f"embed.{keys[self.places.index(name)]}"
+        keys = ("prompt", "height", "width", "image", "condition")
+        return f"embed.{keys[self.places.index(name)]}_column"
 
 
 def read_rows(uri: str, columns: Columns) -> Iterator[Row]:
@@ -230,17 +232,19 @@ def _parquet_rows(uri: str, columns: Columns) -> Iterator[Row]:
         with closing(open_parquet(uri, columns.names, where=where)) as file:
             _require_columns(columns.names, file.schema_arrow.names, where, columns)
             _require_types(file.schema_arrow, columns.names, where)
-            most_rows = _BATCH_ROWS_WITH_PICTURES if columns.picture else _BATCH_ROWS
+            with_pictures = columns.picture or columns.condition
+            most_rows = _BATCH_ROWS_WITH_PICTURES if with_pictures else _BATCH_ROWS
             for group in range(file.num_row_groups):
-                pictures = 0  # bytes
+                pictures = [0, 0]  # bytes of both columns
                 for batch in file.batches(group, columns.names, most_rows, _BATCH_BYTES):
                     numbers = range(start, start + len(batch))
                     values = [
                         [None] * len(batch) if name is None else _values(batch, name, where, start)
                         for name in columns.places
                     ]
-                    pictures += sum(_num_bytes(value) for value in values[-1])
-                    _require_chunk(pictures, columns.picture, group, where)
+                    for place, name in enumerate((columns.picture, columns.condition)):
+                        pictures[place] += sum(_num_bytes(value) for value in values[place - 2])
+                        _require_chunk(pictures[place], name, group, where)
                     yield from map(Row._make, zip(numbers, *values, strict=True))
                     start += len(batch)
     except (pa.ArrowException, OSError) as error:

@@ -64,24 +64,33 @@ class PictureSource:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text, the size in pixels of the pictures that it stands for, and one such picture."""
+    """A text, the size in pixels of the pictures that it stands for, and one such picture.
+
+    Where a picture is to be edited it is the ``condition``; ``condition_size`` is the (height,
+    width) that it is scaled to, once it was looked at.
+    """
 
     text: str
     height: int
     width: int
     picture: PictureSource | None = None
+    condition: PictureSource | None = None
+    condition_size: tuple[int, int] | None = field(default=None, compare=False)
 
     @property
     def num_characters(self) -> int:
-        """Of the text and the picture's name."""
-        return len(self.text) + (0 if self.picture is None else len(self.picture.key))
+        """Of the text and the pictures' names."""
+        sources = (self.picture, self.condition)
+        return len(self.text) + sum(len(source.key) for source in sources if source is not None)
 
     @property
     def prompt_id(self) -> str:
-        """16 hex digits of the sha256 of size, picture's key and text: the same in every store."""
+        """16 hex digits of the sha256 of size, pictures' keys and text: the same in every store."""
         size = f"{self.height}x{self.width}"
         if self.picture is not None:
             size += f" {hashlib.sha256(self.picture.key.encode()).hexdigest()}"
+        if self.condition is not None:
+            size += f" edits {hashlib.sha256(self.condition.key.encode()).hexdigest()}"
         return hashlib.sha256(f"{size}\n{self.text}".encode()).hexdigest()[:16]
 
 
@@ -110,6 +119,7 @@ def read_prompts(
     height_column: str | None = None,
     width_column: str | None = None,
     image_column: str | None = None,
+    condition_column: str | None = None,
     allow_uris: Sequence[str] = (),
     max_prompts: int = 10_000_000,
     buckets: Sequence[Sequence[int]] = (),
@@ -133,6 +143,7 @@ def read_prompts(
         image_column: name of the column of pictures; None: prompts bring none. A value is a path,
             relative to its prompts file's folder or absolute, or a URI; in Parquet also the bytes
             of an image file, or a struct of ``bytes`` and ``path`` as the datasets library writes.
+        condition_column: the same of pictures that are to be edited.
         allow_uris: places that pictures may be named in besides their prompts file's folder or, on
             S3, its bucket (`storage.places`).
         max_prompts: rows of all files together, repeated ones counted; the distinct texts and
@@ -151,7 +162,7 @@ def read_prompts(
             f"height_column is {height_column!r}, width_column is {width_column!r}; give both or "
             "neither"
         )
-    columns = Columns(column, height_column, width_column, image_column)
+    columns = Columns(column, height_column, width_column, image_column, condition_column)
 
     def default_size(text: str) -> tuple[int, int]:
         return choose_bucket(text, buckets, seed) if buckets else (height, width)
@@ -316,15 +327,22 @@ def _read_file(
     unit = "row" if storage.suffix(uri) == ".parquet" else "line"
     for row in read_rows(uri, columns):
         try:
-            picture = None if columns.picture is None else _to_picture(row, uri, inside, places)
-            prompt = _to_prompt(row, picture, default_size)
+            picture, condition = (
+                None if name is None else _to_picture(value, row.number, uri, inside, places)
+                for name, value in (
+                    (columns.picture, row.picture),
+                    (columns.condition, row.condition),
+                )
+            )
+            prompt = _to_prompt(row, picture, condition, default_size)
         except ValueError as error:
             raise ValueError(f"prompts file {uri}, {unit} {row.number}: {error}") from error
         yield prompt
 
 
-def _to_picture(row: Row, uri: str, inside: str, places: NamedPlaces) -> PictureSource:
-    value = row.picture
+def _to_picture(
+    value: Any, number: int, uri: str, inside: str, places: NamedPlaces
+) -> PictureSource:
     if isinstance(value, dict):  # as the datasets library writes it
         if not value.keys() & {"bytes", "path"}:
             names = shown(", ".join(map(str, value)))
@@ -333,7 +351,7 @@ def _to_picture(row: Row, uri: str, inside: str, places: NamedPlaces) -> Picture
     if value is None or value == "":
         return PictureSource("", "")
     if isinstance(value, bytes):
-        return PictureSource(f"sha256:{hashlib.sha256(value).hexdigest()}", uri, row.number - 1)
+        return PictureSource(f"sha256:{hashlib.sha256(value).hexdigest()}", uri, number - 1)
     if not isinstance(value, str):
         raise ValueError(f"the picture must be a path, a URI or bytes, got {shown(repr(value))}")
     try:
@@ -347,7 +365,10 @@ def _to_picture(row: Row, uri: str, inside: str, places: NamedPlaces) -> Picture
 
 
 def _to_prompt(
-    row: Row, picture: PictureSource | None, default_size: Callable[[str], tuple[int, int]]
+    row: Row,
+    picture: PictureSource | None,
+    condition: PictureSource | None,
+    default_size: Callable[[str], tuple[int, int]],
 ) -> Prompt:
     text, height, width = row.text, row.height, row.width
     if text is None:
@@ -358,13 +379,13 @@ def _to_prompt(
     require_text(text)
     own = _to_pixels(height, "height"), _to_pixels(width, "width")
     if own == (None, None):
-        return Prompt(text, *default_size(text), picture)
+        return Prompt(text, *default_size(text), picture, condition)
     if own[0] is None or own[1] is None:
         raise ValueError(
             f"height is {shown(repr(height))} and width {shown(repr(width))}; give both, or leave "
             "both empty"
         )
-    return Prompt(text, own[0], own[1], picture)
+    return Prompt(text, own[0], own[1], picture, condition)
 
 
 def require_text(text: str) -> None:

@@ -14,11 +14,13 @@ one float32 ``scale`` for the row, ``x = scale · q`` with ``scale = max|x| / 44
 off by at most ``max(|x| / 16, scale / 1024)``. As ``bf16`` they are rounded to 8 bits of mantissa
 and ``scale`` is 1. The pooled vector stays float32, it is small; it is null for encoders that have
 none. Where the prompts have pictures, a row also holds its picture's latents, as the recipe's codec
-gives them, in ``bf16`` (rounded) or ``fp32`` (exact), and their shape. A row group never mixes
-buckets (picture sizes), so that the manifest alone decides the order of training. Pages carry
+gives them, in ``bf16`` (rounded) or ``fp32`` (exact), and their shape. Where they edit pictures, it
+holds the latents and the shape of the picture to be edited as well. A row group never mixes buckets
+(sizes of both pictures), so that the manifest alone decides the order of training. Pages carry
 checksums.
 
-Format 2 has no latents, and is what stores without pictures are still written in; format 3 has.
+Format 2 has no latents, and is what stores without pictures are still written in; format 3 has, and
+format 4 is that of stores with pictures to be edited.
 
 Negative prompts are additions: `piflow embed` encodes a recipe's own into a finished store, and
 neither the store's inputs nor its `manifest_hash` know of them, because the recipe names the text
@@ -45,6 +47,7 @@ from piflow import storage
 from piflow.data.layout import negative_prompt_plan
 from piflow.data.manifest import (
     REMEDY,
+    ConditionInputs,
     DamagedRows,
     DamageError,
     ShardEntry,
@@ -117,6 +120,10 @@ class PromptStore(Protocol):
 
     def require_latents(self, codec: CodecIdentity | None = None) -> None:
         """Check that there are pictures' latents, of this codec; raises `StoreError`."""
+        ...
+
+    def require_conditions(self, expected: ConditionInputs | None) -> None:
+        """Check that there are pictures to be edited, made so, or none; raises `StoreError`."""
         ...
 
     def require_negative_prompt(self, text: str) -> None:
@@ -236,14 +243,35 @@ class EmbeddingStore:
                 "store's"
             )
 
+    def require_conditions(self, expected: ConditionInputs | None) -> None:
+        """Check that the store has latents of pictures to be edited, made so; None: has none.
+
+        Raises:
+            StoreError: names what differs.
+        """
+        found = self.manifest.inputs.conditions
+        if found == expected:
+            return
+        there, asked = (
+            "none" if how is None else f"those of {how.codec}, scaled to {how.size}, as {how.dtype}"
+            for how in (found, expected)
+        )
+        raise StoreError(
+            f"embedding store {self.uri} has pictures to be edited: {shown(there, 600)}; the "
+            f"recipe asks for {asked}; choose another embed.store and run `piflow embed`"
+        )
+
     def index(self) -> pa.Table:
         """``row``, ``prompt_id``, ``prompt``, ``height``, ``width`` of all rows.
 
-        And ``picture``, what the prompts file calls it, where there are latents.
+        And ``picture``, what the prompts file calls it, where there are latents; likewise
+        ``condition``, the picture to be edited.
         """
         columns = ["prompt_id", "prompt", "height", "width"]
         if self.manifest.inputs.latents is not None:
             columns.append("picture")
+        if self.manifest.inputs.conditions is not None:
+            columns.append("condition")
         reader = RowReader(self, columns=columns)
         tables = []
         for group in range(len(reader.groups.sizes)):

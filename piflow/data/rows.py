@@ -46,6 +46,12 @@ SCHEMA_WITH_LATENTS = pa.schema(
     ]
 )
 
+CONDITION_COLUMNS = (
+    pa.field("condition", pa.string(), nullable=True),
+    pa.field("condition_latent", pa.large_binary(), nullable=True),
+    pa.field("condition_shape", pa.list_(pa.int32()), nullable=True),
+)
+
 _FP8_MAX = 448.0
 
 _PIECE = 2**15  # numbers that are decoded at a time
@@ -57,7 +63,7 @@ class EmbeddingBatch:
 
     ``L`` is the encoder's ``max_tokens``; pooled is ``(m, P)`` float32, or None for encoders
     without one; sizes are pixels. Latents are a row's ``(C, h, w)`` float32 each; None if the store
-    has none or they weren't read.
+    has none or they weren't read. Likewise conditions, the latents of pictures to be edited.
     """
 
     prompt_ids: tuple[str, ...]
@@ -68,6 +74,32 @@ class EmbeddingBatch:
     num_tokens: Tensor
     pooled: Tensor | None
     latents: tuple[Tensor, ...] | None = None
+    conditions: tuple[Tensor, ...] | None = None
+
+    def select(self, rows: Sequence[int]) -> EmbeddingBatch:
+        """These rows, in this order."""
+        chosen = list(rows)
+        latents, conditions = (
+            None if values is None else tuple(values[row] for row in chosen)
+            for values in (self.latents, self.conditions)
+        )
+        return EmbeddingBatch(
+            prompt_ids=tuple(self.prompt_ids[row] for row in chosen),
+            prompts=tuple(self.prompts[row] for row in chosen),
+            heights=tuple(self.heights[row] for row in chosen),
+            widths=tuple(self.widths[row] for row in chosen),
+            tokens=self.tokens[chosen],
+            num_tokens=self.num_tokens[chosen],
+            pooled=None if self.pooled is None else self.pooled[chosen],
+            latents=latents,
+            conditions=conditions,
+        )
+
+
+def schema_of(latents: LatentInputs | None, conditions: LatentInputs | None) -> pa.Schema:
+    """The columns of a store with or without pictures' latents and pictures to be edited."""
+    schema = SCHEMA if latents is None else SCHEMA_WITH_LATENTS
+    return schema if conditions is None else pa.schema([*schema, *CONDITION_COLUMNS])
 
 
 def encoded_table(
@@ -75,8 +107,9 @@ def encoded_table(
     encoded: Sequence[EncodedPrompt],
     dtype: TokenDtype,
     latents: LatentInputs | None = None,
+    conditions: LatentInputs | None = None,
 ) -> pa.Table:
-    """Rows as they lie on disk, of `SCHEMA` or, with latents, `SCHEMA_WITH_LATENTS`.
+    """Rows as they lie on disk, with the columns of `schema_of`.
 
     Raises:
         ValueError: as `write_shard`.
@@ -87,9 +120,9 @@ def encoded_table(
             f"{with_pooled} of {len(encoded)} embeddings have a pooled vector: give all of them "
             "one, or none"
         )
-    schema = SCHEMA if latents is None else SCHEMA_WITH_LATENTS
+    schema = schema_of(latents, conditions)
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-    for prompt, (tokens, pooled, _, latent) in zip(prompts, encoded, strict=True):
+    for prompt, (tokens, pooled, _, latent, condition) in zip(prompts, encoded, strict=True):
         _require_finite(prompt, "encoder", tokens, pooled)
         content, scale = quantize(tokens, dtype)
         columns["prompt_id"].append(prompt.prompt_id)
@@ -102,13 +135,23 @@ def encoded_table(
         columns["pooled"].append(
             None if pooled is None else pooled.float().contiguous().numpy().tobytes()
         )
-        if latents is not None:
-            if (latent is None) != (prompt.picture is None):
+        for names, picture, values, how in (
+            (("picture", "latent", "latent_shape"), prompt.picture, latent, latents),
+            (
+                ("condition", "condition_latent", "condition_shape"),
+                prompt.condition,
+                condition,
+                conditions,
+            ),
+        ):
+            if how is None:
+                continue
+            if (values is None) != (picture is None):
                 raise ValueError(f"{prompt} needs latents if it has a picture, and only then")
-            _require_finite(prompt, "VAE", latent)
-            columns["picture"].append(None if prompt.picture is None else prompt.picture.key)
-            columns["latent"].append(latent_bytes(latent, latents.dtype))
-            columns["latent_shape"].append(None if latent is None else list(latent.shape))
+            _require_finite(prompt, "VAE", values)
+            columns[names[0]].append(None if picture is None else picture.key)
+            columns[names[1]].append(latent_bytes(values, how.dtype))
+            columns[names[2]].append(None if values is None else list(values.shape))
     return pa.table(columns, schema=schema)
 
 
@@ -251,8 +294,9 @@ def decoded(table: pa.Table, inputs: StoreInputs) -> pa.Table:
     numbers = {"tokens": _dequantized(table, inputs)}
     if table.num_rows and not table["pooled"].null_count:
         numbers["pooled"] = _floats(table["pooled"], "fp32")
-    if inputs.latents and "latent" in table.column_names and not table["latent"].null_count:
-        numbers["latent"] = _floats(table["latent"], inputs.latents.dtype)
+    for name, how in (("latent", inputs.latents), ("condition_latent", inputs.conditions)):
+        if how and name in table.column_names and not table[name].null_count:
+            numbers[name] = _floats(table[name], how.dtype)
     for name, values in numbers.items():
         lists = _lists(table[name], values)
         table = table.set_column(table.column_names.index(name), name, lists)
@@ -309,7 +353,8 @@ def as_tensors(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
         tokens=_tensor(_padded(_numbers(table["tokens"]), counts, inputs.encoder)),
         num_tokens=torch.tensor(counts, dtype=torch.int64),
         pooled=pooled,
-        latents=_latents(table),
+        latents=_latents(table, "latent", "latent_shape"),
+        conditions=_latents(table, "condition_latent", "condition_shape"),
     )
 
 
@@ -328,12 +373,12 @@ def _padded(
     return tokens
 
 
-def _latents(table: pa.Table) -> tuple[Tensor, ...] | None:
+def _latents(table: pa.Table, column: str, shape_column: str) -> tuple[Tensor, ...] | None:
     """Each row's latents; None without them, and for an empty or a negative prompt."""
-    if "latent" not in table.column_names or table["latent"].null_count:
+    if column not in table.column_names or table[column].null_count:
         return None
-    shapes = table["latent_shape"].to_pylist()
-    numbers = _tensor(_numbers(table["latent"])).split([math.prod(shape) for shape in shapes])
+    shapes = table[shape_column].to_pylist()
+    numbers = _tensor(_numbers(table[column])).split([math.prod(shape) for shape in shapes])
     return tuple(part.view(shape) for part, shape in zip(numbers, shapes, strict=True))
 
 

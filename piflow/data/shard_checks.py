@@ -17,10 +17,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from piflow.data.manifest import Bucket, DamageError, ShardEntry, StoreInputs, latent_size
+from piflow.data.manifest import (
+    Bucket,
+    DamageError,
+    ShardEntry,
+    StoreInputs,
+    condition_bytes,
+    latent_size,
+)
 from piflow.data.parquet import ParquetFile, shard_facts
 from piflow.data.parquet_pages import Pages
-from piflow.data.rows import SCHEMA, SCHEMA_WITH_LATENTS
+from piflow.data.rows import schema_of
 from piflow.storage.foreign import ForeignDataError, shown
 
 if TYPE_CHECKING:
@@ -28,6 +35,8 @@ if TYPE_CHECKING:
 
 
 _ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # of values and of levels; others stand for more
+
+_SHAPES = ("latent_shape", "condition_shape")
 
 _MAX_REST = 2**18  # bytes that a row takes beside its tokens and latents: texts, pooled vector
 
@@ -51,7 +60,7 @@ def require_footer(
         ContradictionError: other inputs, columns or row groups, or more than they can hold.
         ForeignDataError: what the footer says of the inputs isn't JSON.
     """
-    schema = SCHEMA if inputs.latents is None else SCHEMA_WITH_LATENTS
+    schema = schema_of(inputs.latents, inputs.conditions)
     found = file.schema_arrow
     if not found.equals(schema, check_metadata=False):
         differing = set(map(_described, found)) ^ set(map(_described, schema))
@@ -75,10 +84,10 @@ def require_footer(
         )
     for number, group in enumerate(groups):
         bucket = buckets[entry.row_groups[number].bucket]
-        _require_size(group, number, inputs, latent_size(inputs, bucket))
+        _require_size(group, number, inputs, bucket)
 
 
-def _require_size(group: Any, number: int, inputs: StoreInputs, latent_bytes: int) -> None:
+def _require_size(group: Any, number: int, inputs: StoreInputs, bucket: Bucket) -> None:
     """What a row group takes once it is decoded, as its footer says."""
     columns = [group.column(index) for index in range(group.num_columns)]
     for column in columns:
@@ -88,14 +97,18 @@ def _require_size(group: Any, number: int, inputs: StoreInputs, latent_bytes: in
                 f"row group {number} has {name} encoded as {', '.join(column.encodings)}; "
                 f"`piflow embed` writes {', '.join(sorted(_ENCODINGS))}"
             )
-        each = 3 if column.path_in_schema.startswith("latent_shape") else 1
+        each = 3 if column.path_in_schema.startswith(_SHAPES) else 1
         if column.num_values > each * group.num_rows:
             raise ContradictionError(
                 f"row group {number} has {column.num_values} values of {name} in "
                 f"{group.num_rows} rows"
             )
     states = inputs.encoder.max_tokens * inputs.encoder.hidden_size
-    row = {"tokens": states * _width(inputs), "latent": latent_bytes}
+    row = {
+        "tokens": states * _width(inputs),
+        "latent": latent_size(inputs, bucket),
+        "condition_latent": condition_bytes(inputs, bucket),
+    }
     for column in columns:
         most = _MAX_REST + row.get(column.path_in_schema, 0)
         for size in (column.total_uncompressed_size, column.total_compressed_size):
@@ -149,8 +162,8 @@ def require_rows(
     expected = entry.row_groups[group].rows
     if table.num_rows != expected:
         raise ContradictionError(f"it holds {table.num_rows} rows, the manifest says {expected}")
-    size = (0, 0) if bucket is None else (bucket.height, bucket.width)
-    for name, pixels in zip(("height", "width"), size, strict=True):
+    sides = (0, 0) if bucket is None else (bucket.height, bucket.width)
+    for name, pixels in zip(("height", "width"), sides, strict=True):
         if name in table.column_names and not (_numbers(table, name) == pixels).all():
             raise ContradictionError(f"a row's {name} isn't its bucket's, {pixels} pixels")
     if {"num_tokens", "tokens"} <= set(table.column_names):
@@ -158,7 +171,13 @@ def require_rows(
     if "pooled" in table.column_names:
         _require_pooled(table)
     if "latent" in table.column_names:
-        _require_latents(table, inputs, bucket)
+        shape = None if bucket is None else bucket.latent_shape
+        size = 0 if bucket is None else latent_size(inputs, bucket)
+        _require_latents(table, "latent", "latent_shape", shape, size)
+    if "condition_latent" in table.column_names:
+        shape = None if bucket is None else bucket.condition_shape
+        size = 0 if bucket is None else condition_bytes(inputs, bucket)
+        _require_latents(table, "condition_latent", "condition_shape", shape, size)
 
 
 def _require_tokens(table: pa.Table, inputs: StoreInputs) -> None:
@@ -183,18 +202,17 @@ def _require_pooled(table: pa.Table) -> None:
         raise ContradictionError("pooled vectors aren't all of as many float32 numbers")
 
 
-def _require_latents(table: pa.Table, inputs: StoreInputs, bucket: Bucket | None) -> None:
-    if bucket is None:
-        if table["latent"].null_count != table.num_rows:
+def _require_latents(
+    table: pa.Table, column: str, shape_column: str, shape: tuple[int, ...] | None, size: int
+) -> None:
+    """Latents of a bucket's shape; None: a file of one prompt, which has none."""
+    if shape is None:
+        if table[column].null_count != table.num_rows:
             raise ContradictionError("a file of one prompt has latents of a picture")
         return
-    shape = list(bucket.latent_shape or ())
-    if any(found != shape for found in table["latent_shape"].to_pylist()):
-        raise ContradictionError(f"a row's latents aren't of its bucket's shape, {shape}")
-    if (
-        table["latent"].null_count
-        or not (_sizes(table, "latent") == latent_size(inputs, bucket)).all()
-    ):
+    if any(found != list(shape) for found in table[shape_column].to_pylist()):
+        raise ContradictionError(f"a row's latents aren't of its bucket's shape, {list(shape)}")
+    if table[column].null_count or not (_sizes(table, column) == size).all():
         raise ContradictionError(f"a row's latents aren't {math.prod(shape)} numbers")
 
 

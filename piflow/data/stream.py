@@ -7,7 +7,7 @@ groups, so that a reader works on few row groups at a time. The random numbers a
 ``Philox(key=[seed, e])``. The orders of all epochs, one after the other, make the bucket's endless
 sequence, and its consecutive slices of ``batch_size`` prompts are the bucket's batches. So
 
-* an optimiser step has one picture size;
+* an optimiser step has one picture size, and one size of the pictures to be edited;
 * in a bucket's sequence, every prompt comes exactly once an epoch;
 * what an epoch leaves over, fewer than ``batch_size`` prompts a bucket, opens the bucket's first
   batch that the next epoch completes: a batch may span epochs, and nothing is dropped or repeated;
@@ -152,6 +152,9 @@ class TrainStream:
                     height=bucket.height,
                     width=bucket.width,
                     latents=None if batch.latents is None else torch.stack(batch.latents[part]),
+                    condition=(
+                        None if batch.conditions is None else torch.stack(batch.conditions[part])
+                    ),
                 )
             )
         replaced = Counter(name for name in table[REPLACED].to_pylist() if name is not None)

@@ -23,6 +23,12 @@ _COMPRESSION = {name: "zstd" for name in SCHEMA.names} | {"tokens": "none", "poo
 
 _LATENT_COMPRESSION = {"picture": "zstd", "latent": "none", "latent_shape.list.element": "zstd"}
 
+_CONDITION_COMPRESSION = {
+    "condition": "zstd",
+    "condition_latent": "none",
+    "condition_shape.list.element": "zstd",
+}
+
 
 @dataclass(frozen=True)
 class ShardReport:
@@ -73,7 +79,8 @@ def write_shard(
     Args:
         store_uri: the store.
         plan: what goes into the file, without the skipped prompts.
-        encoded: an embedding for each prompt, with latents if the prompt has a picture.
+        encoded: an embedding for each prompt, with latents if the prompt has a picture, of either
+            kind.
         inputs: the store's.
         skipped: prompts that were left out, for the record.
 
@@ -88,9 +95,11 @@ def write_shard(
     report = ShardReport(len(cut), tuple(cut[:3]), tuple(skipped))
     facts = {"inputs_sha256": inputs.digest} | json.loads(report.to_json())
     table = encoded_table(
-        plan.prompts, encoded, inputs.dtype, inputs.latents
+        plan.prompts, encoded, inputs.dtype, inputs.latents, inputs.conditions
     ).replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True).encode()})
-    compression = _COMPRESSION | ({} if inputs.latents is None else _LATENT_COMPRESSION)
+    compression = dict(_COMPRESSION)
+    compression |= {} if inputs.latents is None else _LATENT_COMPRESSION
+    compression |= {} if inputs.conditions is None else _CONDITION_COMPRESSION
     sink = pa.BufferOutputStream()
     writer = pq.ParquetWriter(
         sink,

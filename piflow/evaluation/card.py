@@ -88,7 +88,7 @@ class Card:
         head: dict[str, Any] = {
             "license": self.licence or "other",
             "library_name": "piflow",
-            "pipeline_tag": "text-to-image",
+            "pipeline_tag": "text-to-image" if self.settings.edits is None else "image-to-image",
             "tags": ["piflow", "few-step", "distillation", self.kind],
         }
         base = self._hub_base()
@@ -126,7 +126,9 @@ class Card:
 
     def _use(self) -> str:
         model = self.settings.model
-        lines = ["## Use", "```bash", f'piflow sample {self.place} --prompt "a red heart"', "```"]
+        edit = "" if self.settings.edits is None else " --edit PICTURE"
+        command = f'piflow sample {self.place} --prompt "a red heart"{edit}'
+        lines = ["## Use", "```bash", command, "```"]
         pipeline = find_family(model.family).pipeline
         name = None if pipeline is None else pipeline.rpartition(":")[2]
         base = self._hub_base() or "BASE"

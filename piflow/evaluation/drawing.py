@@ -242,7 +242,8 @@ class Drawing:
         batch = store.read(list(plan.rows))
         # no workers share a batch here, however many do in training
         shared_by = None if cut_for(recipe) is None else 1
-        self._cond = conditioning(batch, cpu, shared_by=shared_by)
+        self._conditions = batch.conditions  # of shapes of their own
+        self._cond = conditioning(replace(batch, conditions=None), cpu, shared_by=shared_by)
         negative = store.negative_prompt(recipe.guidance.negative_prompt)
         self._negative = conditioning(negative, cpu, shared_by=shared_by)
         self._codec = build_codec(recipe.model)
@@ -354,7 +355,7 @@ class Drawing:
             if method.other is not None:
                 continue
             missing = self._missing(method, strategy, advance)
-            batches = list(_cut(missing, self._recipe.evaluation.batch_size))
+            batches = self._batches(missing)
             negative = self._negative.to(strategy.device)
             sampler = sampler_of(method, self._recipe, trio, negative)
             paint = partial(self._paint, sampler, strategy.device)
@@ -362,6 +363,17 @@ class Drawing:
             if not self._deal(method, batches, paint, strategy, advance, stop, along=along):
                 return False
         return True
+
+    def _batches(self, missing: Sequence[Request]) -> list[Sequence[Request]]:
+        """What is drawn together: neighbours whose pictures to edit, if any, have one shape."""
+        shapes: dict[tuple[int, ...], list[Request]] = {}
+        for request in missing:
+            shape: tuple[int, ...] = ()
+            if self._conditions is not None:
+                shape = tuple(self._conditions[request.number - 1].shape)
+            shapes.setdefault(shape, []).append(request)
+        size = self._recipe.evaluation.batch_size
+        return [batch for alike in shapes.values() for batch in _cut(alike, size)]
 
     def _missing(
         self, method: Method, strategy: Strategy, advance: Callable[[int], None]
@@ -431,7 +443,10 @@ class Drawing:
     ) -> list[Image]:
         rows = torch.tensor([request.number - 1 for request in batch])
         noise = self._noise_of(batch).to(device)
-        latents = sampler(noise, self._cond.select(rows).to(device))
+        cond = self._cond.select(rows)
+        if self._conditions is not None:
+            cond = cond.editing(torch.stack([self._conditions[row] for row in rows.tolist()]))
+        latents = sampler(noise, cond.to(device))
         return [to_image(picture) for picture in self._codec.decode(latents)]
 
     def _paint_other(self, sampler: OtherSampler, batch: Sequence[Request]) -> list[Image]:

@@ -11,6 +11,7 @@ from piflow.inference.dit import PiDiTPipeline
 from piflow.inference.flux import PiFluxPipeline
 from piflow.inference.flux2 import PiFlux2Pipeline
 from piflow.inference.flux2_klein import PiFlux2KleinPipeline
+from piflow.inference.flux_kontext import PiFluxKontextPipeline
 from piflow.inference.qwen_image import PiQwenImagePipeline
 from piflow.inference.registered import load
 from piflow.inference.sd3 import PiSD3Pipeline
@@ -20,6 +21,7 @@ __all__ = [
     "PiDiTPipeline",
     "PiFlux2KleinPipeline",
     "PiFlux2Pipeline",
+    "PiFluxKontextPipeline",
     "PiFluxPipeline",
     "PiQwenImagePipeline",
     "PiSD3Pipeline",

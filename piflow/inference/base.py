@@ -359,6 +359,16 @@ def refuse_pictures(arguments: Mapping[str, Any]) -> None:
         )
 
 
+def require_picture(arguments: Mapping[str, Any]) -> None:
+    """A student that edits was never trained without a picture.
+
+    Raises:
+        ValueError: the caller gave none.
+    """
+    if arguments["image"] is None:
+        raise ValueError("image: the student edits pictures, and none was given; give one")
+
+
 def refuse_guidance(arguments: Mapping[str, Any], scale: str, negative: Sequence[str]) -> None:
     """A student has learnt its teacher's guidance, and gives no velocity to guide.
 

@@ -39,12 +39,14 @@ class Request:
     Attributes:
         number: of its prompt, from 1.
         noise: hash of the noise that it starts from, where the seed alone doesn't tell.
+        edits: hash of the picture that is edited, where there is one and the settings don't tell.
     """
 
     number: int
     prompt: str
     seed: int
     noise: str = ""
+    edits: str = ""
 
 
 class Gallery:
@@ -90,6 +92,7 @@ class Gallery:
             "file": name,
             "prompt": request.prompt,
             "seed": request.seed,
+            **({"edits_sha256": request.edits} if request.edits else {}),
             **self._settings,
             **self._notes,
             **notes,
@@ -133,7 +136,8 @@ class Gallery:
 
     def _key(self, request: Request) -> str:
         """What the picture is: 64 hexadecimal digits, and the seed."""
-        decides = json.dumps([request.prompt, request.noise, self._settings], sort_keys=True)
+        told = [request.prompt, request.noise, self._settings]
+        decides = json.dumps([*told, request.edits] if request.edits else told, sort_keys=True)
         return f"{hashlib.sha256(decides.encode()).hexdigest()}-{request.seed}"
 
     def _free_name(self, request: Request, digest: str) -> str:

@@ -89,6 +89,8 @@ def base_of(config: AdapterConfig, where: str) -> tuple[str, Published | None]:
     """
     kinds = {name: resolve(find_family(name).backbone) for name in known_families()}
     kinds = {n: kind for n, kind in kinds.items() if config.class_name in kind.adapter_class_names}
+    # published students make pictures of prompts: a family of the same class that edits isn't meant
+    kinds = {n: kind for n, kind in kinds.items() if find_family(n).edits is None} or kinds
     if not kinds:
         raise ValueError(
             f"{where}: _class_name {shown(config.class_name)} is a student's of no family that is "

@@ -34,7 +34,8 @@ class ServedStudent:
         device: "cpu", "cuda", or "auto": a GPU if there is one.
 
     Raises:
-        ValueError: not an adapter, or one that names places that nobody allowed.
+        ValueError: not an adapter, one that names places that nobody allowed, or one of a family
+            that edits pictures.
     """
 
     def __init__(
@@ -50,6 +51,12 @@ class ServedStudent:
         self._adapter, self._settings = read_adapter(
             adapter, base, encoder=encoder, allowed=allowed
         )
+        if self._settings.edits is not None:
+            raise ValueError(
+                f"a student of the family {self._settings.model.family} edits pictures, and this "
+                "model takes prompts alone: load its pipeline with piflow.inference.load, or use "
+                "`piflow sample`"
+            )
         self._loaded: tuple[Trio, TextEncoder] | None = None
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from piflow.backbones import DTYPES, Backbone, Conditioning, load_backbone, load
 from piflow.backbones.encoders import build_encoder
 from piflow.backbones.text import TextEncoder
 from piflow.config import (
+    ConditionSizes,
     FamilyEncoder,
     ModelConfig,
     Recipe,
@@ -66,6 +67,8 @@ MAX_SIDE = 16384  # pixels
 MAX_SUBSTEPS = 16384
 MAX_TEXT_TOKENS = 65536
 
+_Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]  # pixels
+
 SECTIONS = {"ema": "ema", "student": "trainable"}
 
 
@@ -80,10 +83,12 @@ class SamplingSettings(BaseModel):
 
     model: ModelConfig  # the base and its codec; local folders by their names alone
     encoder: FamilyEncoder  # likewise
-    height: Annotated[int, Field(gt=0, le=MAX_SIDE)]  # pixels
-    width: Annotated[int, Field(gt=0, le=MAX_SIDE)]
+    height: _Side
+    width: _Side
     few_step: FewStep
     embedded_guidance: float | None  # FLUX.1-dev's guidance input
+    condition_sizes: Annotated[list[tuple[_Side, _Side]], Field(max_length=1000)] = []
+    """(height, width) that pictures to be edited are scaled to; []: those of the family."""
 
     @model_validator(mode="before")
     @classmethod
@@ -107,6 +112,8 @@ class SamplingSettings(BaseModel):
         """The inverse of `_nest`."""
         tree: dict[str, Any] = serialise(self)
         few_step = tree.pop("few_step")
+        if not self.condition_sizes:  # likewise
+            del tree["condition_sizes"]
         if self.few_step.substep_rounding == _ROUNDING:  # which earlier piflows know without a key
             del few_step["substep_rounding"]
         return {identity.VERSION_KEY: identity.SCHEMA, **tree, **few_step}
@@ -133,7 +140,14 @@ class SamplingSettings(BaseModel):
             width=recipe.embed.width,
             few_step=FewStep.of(recipe.distillation()),
             embedded_guidance=recipe.guidance.embedded,
+            condition_sizes=[(size[0], size[1]) for size in recipe.embed.condition_sizes],
         )
+
+    @property
+    def edits(self) -> ConditionSizes | None:
+        """How pictures to be edited are scaled; None: the student edits none."""
+        own = find_family(self.model.family).edits
+        return None if own is None else own.instead(self.condition_sizes)
 
 
 def check_schedule(few_step: Any) -> None:

@@ -29,7 +29,7 @@ from piflow.config import DeepSpeedConfig, PiIDConfig, Recipe
 from piflow.config.model import BaseWeights
 from piflow.planning.model import Model, Unit, Weight
 from piflow.planning.passes import Passes
-from piflow.planning.sizes import latent_size
+from piflow.planning.sizes import condition_size, latent_size
 from piflow.roles.base_weights import can_be_coded, coded_bytes
 
 SAFE_SHARE = 0.85  # of the free memory: the rest is for kernels' workspaces and fragmentation
@@ -310,8 +310,8 @@ def _buffers(recipe: Recipe, placement: Placement) -> int:
 def _prompts(recipe: Recipe, model: Model, world: int) -> int:
     """What a worker's batch brings, twice: the next one comes while a step computes."""
     values = recipe.encoder.text_tokens * model.text_width + model.pooled_width
-    if recipe.objective.pictures == "store":
-        height, width = latent_size(recipe)
+    pictures = [latent_size(recipe)] if recipe.objective.pictures == "store" else []
+    for height, width in (*pictures, *filter(None, [condition_size(recipe)])):
         values += model.latent_channels * height * width
     samples = micro_batches(recipe, world) * recipe.training.micro_batch_size
     return 2 * samples * _FLOAT * values

@@ -27,7 +27,7 @@ from piflow.config import GMFlowPolicyConfig, LoRAConfig, PiIDConfig, Recipe
 from piflow.imitation import ImitationSettings, run_data_free
 from piflow.planning.counting import Counts, Operation, Watch, fused_attention
 from piflow.planning.model import clock_of, ranks_of, teacher_ranks
-from piflow.planning.sizes import latent_size
+from piflow.planning.sizes import condition_size, latent_size
 from piflow.planning.stacks import block_stacks, form_of, set_blocks
 from piflow.policies.base import Policy
 from piflow.roles import lora as adapters
@@ -183,6 +183,9 @@ class Passing:
         with torch.device("meta"):
             x = torch.empty(self._batch, self._backbone.latent_channels, height, width)
             cond = self._backbone.blank_conditioning(self._recipe.encoder.text_tokens)
+            shown = condition_size(self._recipe)
+            if shown is not None:
+                cond = cond.editing(self._backbone.blank_condition(*shown))
         return x, cond.select(torch.zeros(self._batch, dtype=torch.long))
 
     def _distil(self, watch: Watch, trio: Trio, plain: bool) -> None:

@@ -27,7 +27,7 @@ from piflow.planning.memory import (
 )
 from piflow.planning.model import Model, backbone_of, model_of
 from piflow.planning.passes import PHASES, TEACHER, Passes, Passing
-from piflow.planning.sizes import latent_size
+from piflow.planning.sizes import condition_size, latent_size
 from piflow.planning.speed import Machines, Speed, context_bytes, speed_of
 from piflow.planning.traffic import Collective, teacher_calls, traffic
 
@@ -312,8 +312,8 @@ def _stored(recipe: Recipe, model: Model) -> Stored:
     embed, training = recipe.embed, recipe.training
     value = 1 if embed.dtype == "fp8" else 2
     prompt = recipe.encoder.text_tokens * model.text_width * value + 4 * model.pooled_width
-    if recipe.objective.pictures == "store":
-        height, width = latent_size(recipe)
+    pictures = [latent_size(recipe)] if recipe.objective.pictures == "store" else []
+    for height, width in (*pictures, *filter(None, [condition_size(recipe)])):
         latent = 2 if embed.latent_dtype == "bf16" else 4
         prompt += latent * model.latent_channels * height * width
     state = _STATE * model.trained

@@ -63,6 +63,7 @@ def token_linears(backbone: TransformerBackbone, latents: tuple[int, int]) -> fr
     with torch.no_grad(), torch.device("meta"):
         x = torch.empty(1, backbone.latent_channels, *latents)
         cond = backbone.blank_conditioning(_TEXT_TOKENS)
+        cond = cond.editing(backbone.blank_condition(*latents))
         backbone.teacher_velocity(x, torch.ones(1), cond)
     inner = {
         form_of(block): {name for name, layer in block.named_modules() if layer in seen}

@@ -28,7 +28,8 @@ class GuidedTeacher:
     Args:
         teacher: a trio or a bare backbone.
         cond: B prompts.
-        negative: the negative prompt, one or B; not used when `guidance.scale` is 1.
+        negative: the negative prompt, one or B; not used when `guidance.scale` is 1. It edits the
+            same pictures as the prompts, where the model edits some.
         guidance: scale, sigma interval and orthogonal share.
 
     Raises:
@@ -50,7 +51,8 @@ class GuidedTeacher:
                 f"guidance.scale {guidance.scale} needs the negative prompt's conditioning, got "
                 "none: pass it, or set guidance.scale to 1"
             )
-        both = Conditioning.cat([cond, negative.expand(cond.batch_size)])
+        unguided = negative.expand(cond.batch_size).editing(cond.condition)
+        both = Conditioning.cat([cond, unguided])
         self._velocity = guided_teacher(
             _velocity_of(teacher, both),
             guidance.scale,

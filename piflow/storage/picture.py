@@ -25,6 +25,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP") + (
 
 _TILE_TAGS = (322, 323)  # TIFF: width and height of a tile, which is decoded whole
 
+_ORIENTATION = 0x0112  # EXIF's tag
+
+_LYING = (5, 6, 7, 8)  # its values of pictures that are turned by a right angle
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 _MOST_PARTS = 1000  # of a file, before its pixels
@@ -79,6 +83,28 @@ def open_picture(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         # its message holds an address in memory; ours are the same always
         raise BadPictureError(f"{_kind(content)}; expected {_named_formats()}") from error
     except Exception as error:  # damaged bytes lead Pillow's plugins to all kinds of errors
+        raise BadPictureError(f"not a readable image file ({shown(error)})") from error
+
+
+def size_of(content: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of a picture file's content, turned as `open_picture` does.
+
+    The header says it in most formats; a PNG's data on how it is turned may lie behind its pixels.
+
+    Raises:
+        BadPictureError: another format, a damaged header, or more pixels than `max_pixels`.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            _require_size(image, max_pixels)
+            if image.getexif().get(_ORIENTATION) in _LYING:
+                return image.width, image.height
+            return image.height, image.width
+    except (MemoryError, BadPictureError):
+        raise
+    except UnidentifiedImageError as error:
+        raise BadPictureError(f"{_kind(content)}; expected {_named_formats()}") from error
+    except Exception as error:
         raise BadPictureError(f"not a readable image file ({shown(error)})") from error
 
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from piflow.backbones import Backbone, Conditioning, OutputLayer
 from piflow.backbones.base import pack
+from piflow.backbones.flops import sample_flops
 from piflow.backbones.transformer import TransformerBackbone
 from piflow.roles import lora
 from piflow.roles.heads import time_width
@@ -28,8 +29,9 @@ from piflow.sharding import FSDPStrategy
 
 Make = Callable[[], tuple[Backbone, Conditioning, tuple[int, int]]]
 """Makes a tiny backbone in float32 and evaluation mode, with random weights that are the same at
-every call; three prompts that all differ, of different lengths if the family's text is ragged; and
-the latents' height and width, not square if the family allows that."""
+every call; three prompts that all differ, of different lengths if the family's text is ragged, with
+pictures to be edited of another size than the latents, if the family edits; and the latents' height
+and width, not square if the family allows that."""
 
 Check = Callable[[Make], None]
 
@@ -110,6 +112,7 @@ def samples(cond: Conditioning, start: int, stop: int) -> Conditioning:
         cond.tokens[start:stop],
         cond.num_tokens[start:stop],
         None if cond.pooled is None else cond.pooled[start:stop],
+        condition=None if cond.condition is None else cond.condition[start:stop],
     )
 
 
@@ -172,11 +175,19 @@ def every_input_counts(make: Make) -> None:
     whole = case.velocity()
     later = case.backbone.teacher_velocity(case.x, case.sigma * 0.9, case.cond)
     turned = Conditioning.cat([samples(case.cond, 1, case.batch), samples(case.cond, 0, 1)])
+    turned = turned.editing(case.cond.condition)
     other = case.backbone.teacher_velocity(case.x, case.sigma, turned)
+    pairs = {}
+    if case.cond.condition is not None:
+        shown = case.cond.editing(case.cond.condition.roll(1, 0))
+        pairs["the picture to be edited"] = (
+            case.backbone.teacher_velocity(case.x, case.sigma, shown),
+            whole,
+        )
     touched = case.x.clone()
     touched[:, :, -1, -1] += 3.0
     corner = case.backbone.teacher_velocity(touched, case.sigma, case.cond)[:, :, 0, 0]
-    pairs = {
+    pairs |= {
         "sigma": (later, whole),
         "the prompt": (other, whole),
         "another corner of the latents": (corner, whole[:, :, 0, 0]),
@@ -228,7 +239,10 @@ def counted_operations(make: Make) -> None:
     case = Case(make)
     half = max(1, case.cond.tokens.shape[1] // 2)
     short = Conditioning(
-        case.cond.tokens[:, :half], case.cond.num_tokens.clamp(max=half), case.cond.pooled
+        case.cond.tokens[:, :half],
+        case.cond.num_tokens.clamp(max=half),
+        case.cond.pooled,
+        condition=case.cond.condition,
     )
     _require_flops(case, case.cond, case.height)
     try:
@@ -243,7 +257,7 @@ def _require_flops(case: Case, cond: Conditioning, height: int) -> None:
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted on any machine
         case.backbone.teacher_velocity(case.x[:, :, :height], case.sigma, cond)
-    told = case.batch * case.backbone.flops(height, case.width, cond.tokens.shape[1])
+    told = case.batch * sample_flops(case.backbone, height, case.width, cond)
     counted = counter.get_total_flops()
     require(counted == told, f"flops says {told} operations, PyTorch counts {counted}")
 
@@ -263,7 +277,10 @@ def output_layer(make: Make) -> None:
     spy = Spy(case.backbone.output_layer())
     case.backbone.install_output(spy)
     require(torch.equal(case.velocity(), expected), "the output layer's tokens aren't the model's")
-    tokens = case.height * case.width // case.backbone.patch_size**2
+    pixels = case.height * case.width
+    if case.cond.condition is not None:
+        pixels += case.cond.condition[0, 0].numel()
+    tokens = pixels // case.backbone.patch_size**2
     hidden, temb = tuple(spy.hidden.shape), tuple(spy.temb.shape)
     require(hidden == (case.batch, tokens, case.backbone.width), f"hidden states are {hidden}")
     require(temb == (case.batch, time_width(spy.output)), f"the time embedding is {temb}")

@@ -6,6 +6,7 @@ that is wrong in them is wrong in itself and consistent.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from piflow import storage
 from piflow.backbones import Backbone, Conditioning, build_codec
 from piflow.backbones.encoders import build_encoder
+from piflow.backbones.flops import sample_flops
 from piflow.backbones.load import family_class
 from piflow.backbones.transformer import TransformerBackbone
 from piflow.config import (
@@ -128,7 +130,15 @@ class TinyFamily:
             tokens,
             torch.tensor([len(prompt.tokens) for prompt in encoded]),
             torch.stack(pooled) if pooled else None,
+            condition=self._condition(len(prompts)),
         )
+
+    def _condition(self, count: int) -> Tensor | None:
+        """Latents of as many pictures to be edited, if the family edits; of another size."""
+        if self.record.edits is None:
+            return None
+        codec = build_codec(self.model)
+        return torch.cat([codec.encode(_edited(number)) for number in range(count)])
 
     @property
     def takes_prompts(self) -> bool:
@@ -260,7 +270,9 @@ def published_size(family: TinyFamily) -> None:
     )
     require(names, "no LoRA targets")
     side = 64 if family.takes_prompts else backbone.config["sample_size"]
-    require(backbone.flops(side, side, 32) > 0, "no operations")
+    with torch.device("meta"):
+        cond = backbone.blank_conditioning(32).editing(backbone.blank_condition(side, side))
+    require(sample_flops(backbone, side, side, cond) > 0, "no operations")
 
 
 def same_picture_as_the_pipeline(family: TinyFamily) -> None:
@@ -327,6 +339,13 @@ def _pipeline(family: TinyFamily) -> Any:
     return pipe
 
 
+def _edited(number: int) -> Tensor:
+    """A picture (1, 3, H, W) in [-1, 1], of the levels that files have and of an odd size."""
+    generator = torch.Generator().manual_seed(100 + number)
+    levels = torch.randint(0, 256, (1, 3, _SIZE // 2, _SIZE), generator=generator)
+    return levels / 127.5 - 1
+
+
 def _drawn(pipe: Any, family: TinyFamily, prompt: str) -> Tensor:
     """One picture (1, 3, H, W) from 0 to 1, unguided but by an input of the model."""
     known = signature(type(pipe).__call__).parameters
@@ -341,6 +360,9 @@ def _drawn(pipe: Any, family: TinyFamily, prompt: str) -> Tensor:
         wanted["guidance_scale"] = family.record.unguided_scale if scale is None else scale
     given = {name: value for name, value in wanted.items() if name in known}
     given |= {"prompt": prompt} if "prompt" in known else {"class_labels": [int(prompt)]}
+    if family.record.edits is not None:  # of the size that it has already
+        given |= {"image": _edited(0) / 2 + 0.5, "max_area": _SIZE**2, "_auto_resize": False}
+        given = {name: value for name, value in given.items() if name in known}
     generator = torch.Generator().manual_seed(5)
     drawn = pipe(**given, num_inference_steps=_STEPS, generator=generator, output_type="np")
     return torch.from_numpy(drawn.images).permute(0, 3, 1, 2)
@@ -375,18 +397,26 @@ def _unpacked(
 ) -> Tensor:
     """The latents (1, C, H, W) for which the adapter gives its model `packed`.
 
-    They are found by giving it numbered latents, which shows where each goes.
+    They are found by giving it numbered latents, which shows where each goes. Of a picture to be
+    edited, which the model is given besides, both must be given the same.
     """
-    numbered = torch.arange(packed.numel(), dtype=torch.float32).reshape(1, *shape)
+    count = math.prod(shape)
+    numbered = torch.arange(count, dtype=torch.float32).reshape(1, *shape)
     with _first_input(backbone.module) as places:
         backbone.teacher_velocity(numbered, torch.ones(1), cond)
-    order = places[0].flatten().long()
-    every = torch.equal(order.sort().values, torch.arange(packed.numel()))
+    given = places[0]
+    both = given.shape == packed.shape
+    if cond.condition is not None and both:
+        noisy = given.shape[1] * count // given[0].numel()
+        require_close(given[:, noisy:], packed[:, noisy:], 1e-5, "the picture to be edited")
+        given, packed = given[:, :noisy], packed[:, :noisy]
+    order = given.flatten().long()
+    every = torch.equal(order.sort().values, torch.arange(count))
     require(
-        every and places[0].shape == packed.shape,
+        every and both,
         f"the model is given {tuple(places[0].shape)}, which aren't the latents in another order; "
         f"by the pipeline it is given {tuple(packed.shape)}",
     )
-    x = torch.empty(packed.numel())
+    x = torch.empty(count)
     x[order] = packed.flatten().float()
     return x.reshape(1, *shape)

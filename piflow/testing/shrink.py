@@ -101,12 +101,19 @@ def _small_embed(recipe: Recipe, folder: Path, gpus: int) -> dict[str, Any]:
         "height": height,
         "width": width,
         "buckets": [_small_size(*bucket) for bucket in recipe.embed.buckets],
+        "condition_sizes": _small_condition_sizes(recipe),
         "rows_per_shard": NUM_PROMPTS // 2,
         "rows_per_group": 2,
         "batch_size": 4,
         "encoders": [1, 1],
         "gpus_per_encoder": min(recipe.embed.gpus_per_encoder, 1.0) if gpus else 0.0,
     }
+
+
+def _small_condition_sizes(recipe: Recipe) -> list[list[int]]:
+    """A square and a lying one, of a family that edits pictures: batches of each."""
+    square = [SIDE, SIDE]
+    return [] if recipe.condition_sizes is None else [square, _small_size(2 * SIDE, 3 * SIDE)]
 
 
 def _small_runtime(recipe: Recipe, gpus: int, workers: int) -> dict[str, Any]:

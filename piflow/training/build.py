@@ -17,11 +17,19 @@ from piflow.backbones import (
     load_backbone,
     load_empty_backbone,
 )
+from piflow.backbones.flops import sample_flops
 from piflow.backbones.flux.fresh import average_of, fresh_backbone
 from piflow.backbones.transformer import TransformerBackbone
 from piflow.config import FlowMatchingConfig, PiIDConfig, Recipe
 from piflow.config.model import BaseWeights
-from piflow.data.batch import MicroBatch, StreamBatch, conditioning, cut_for, on_device
+from piflow.data.batch import (
+    MicroBatch,
+    StreamBatch,
+    by_condition,
+    conditioning,
+    cut_for,
+    on_device,
+)
 from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import PromptStore
 from piflow.flow import draw_noise
@@ -123,7 +131,7 @@ def assemble(
     def flops(batch: MicroBatch) -> int:
         _, height, width = codec.latent_shape(batch.height, batch.width)
         cond = conditioning(batch, torch.device("cpu"), shared_by=cut_for(recipe))
-        return training_flops(backbone.flops(height, width, cond.tokens.shape[1]), recipe)
+        return training_flops(sample_flops(backbone, height, width, cond), recipe)
 
     objective = trainer.objective
     teacher_error = None
@@ -305,13 +313,20 @@ def _draw_samples(
     device: torch.device,
 ) -> Samples:
     batch = store.first_by_hash(min(SAMPLE_PROMPTS, store.layout.num_rows))
-    cond = conditioning(batch, device, shared_by=cut_for(recipe))
+    groups = [
+        (rows, conditioning(part, device, shared_by=cut_for(recipe)))
+        for rows, part in by_condition(batch)
+    ]
     shape = codec.latent_shape(recipe.embed.height, recipe.embed.width)
     columns = []
     for seed in range(SAMPLE_SEEDS):
         generator = torch.Generator().manual_seed(seed)
         noise = draw_noise((len(batch.prompts), *shape), generator, device)
-        columns.append(codec.decode(draw(cond, noise)).cpu())
+        drawn: dict[int, Tensor] = {}
+        for rows, cond in groups:
+            pictures = codec.decode(draw(cond, noise[rows])).cpu()
+            drawn.update(zip(rows, pictures, strict=True))
+        columns.append(torch.stack([drawn[row] for row in range(len(batch.prompts))]))
     return Samples(tuple(batch.prompts), torch.stack(columns, dim=1))
 
 

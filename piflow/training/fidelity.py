@@ -23,6 +23,7 @@ from piflow.backbones import (
     load_empty_backbone,
 )
 from piflow.config import Recipe, find_family
+from piflow.data.batch import by_condition, conditioning
 from piflow.data.layout import recipe_prompts
 from piflow.data.reader import EmbeddingStore
 from piflow.flow import draw_noise
@@ -115,7 +116,12 @@ def _prompts(recipe: Recipe) -> Conditioning:
     if recipe.embed.mode == "store" and storage.exists(recipe.embed.store):
         store = EmbeddingStore.open(recipe.embed.store, recipe.training.damaged_rows)
         batch = store.read(range(min(PROMPTS, store.manifest.num_rows)))
-        cond = Conditioning(batch.tokens, batch.num_tokens, batch.pooled)
+        cond = conditioning(by_condition(batch)[0][1], torch.device("cpu"))
+    elif recipe.condition_sizes is not None:
+        raise ValueError(
+            f"the students' quality is measured on pictures to be edited of the recipe's store, "
+            f"{recipe.embed.store}, and there is none; run `piflow embed` with this recipe"
+        )
     else:
         texts = [prompt.text for prompt in recipe_prompts(recipe).prompts[:PROMPTS]]
         settings = SamplingSettings.of(recipe).model_copy(update={"encoder": recipe.encoder})

@@ -17,7 +17,7 @@ from piflow.backbones.transformer import TransformerBackbone, read_model_config
 from piflow.config import PiIDConfig, Recipe
 from piflow.data.layout import require_recipes_prompts
 from piflow.data.online import open_store
-from piflow.data.pictures import codec_identity
+from piflow.data.pictures import codec_identity, condition_inputs
 from piflow.data.reader import EmbeddingStore, PromptStore
 from piflow.data.select import evaluation_rows, listed_prompts
 from piflow.demo.retrieval import EmojiRetrieval
@@ -81,11 +81,11 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
 
     Raises:
         ValueError: the run folder belongs to another recipe, store or base weights; no store, a
-            damaged one, one of another encoder, for a new run one of other prompts, or one without
-            the recipe's negative prompt or, where it trains on them, latents of its VAE; a VAE of
-            another family, or one that makes other latents than the model takes; a teacher's LoRA
-            or an adapter to begin as that doesn't go onto the base; or weights that aren't
-            safetensors.
+            damaged one, one of another encoder, for a new run one of other prompts, one with other
+            pictures to be edited, or one without the recipe's negative prompt or, where it trains
+            on them, latents of its VAE; a VAE of another family, or one that makes other latents
+            than the model takes; a teacher's LoRA or an adapter to begin as that doesn't go onto
+            the base; or weights that aren't safetensors.
         OSError: something that the recipe names can't be read.
     """
     record = run_folder.require_same_recipe(recipe)
@@ -102,6 +102,7 @@ def preflight(recipe: Recipe, *, evaluation: bool = False) -> Run:
     if recipe.objective.pictures == "store":
         latents = codec_identity(recipe.model, recipe.embed)
         store.require_latents(latents)
+    store.require_conditions(condition_inputs(recipe))
     sizes = [(bucket.height, bucket.width) for bucket in store.layout.buckets]
     sizes.append((recipe.embed.height, recipe.embed.width))  # of samples
     patch_size = family_class(recipe.model.family).patch_size

@@ -32,6 +32,7 @@ from piflow.backbones import (
     DiTBackbone,
     Flux2Backbone,
     FluxBackbone,
+    FluxKontextBackbone,
     QwenImageBackbone,
     SD3Backbone,
     ZImageBackbone,
@@ -56,6 +57,13 @@ def flux() -> Case:
     )
     cond = Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), torch.randn(3, 5))
     return FluxBackbone(model.eval()), cond, (4, 8)
+
+
+def flux_kontext() -> Case:
+    """With pictures to be edited of another size."""
+    backbone, cond, size = flux()
+    shown = torch.randn(3, 4, 6, 4)
+    return FluxKontextBackbone(backbone.module), cond.editing(shown), size
 
 
 class OnePixelFlux(FluxBackbone):
@@ -179,7 +187,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     named = metafunc.config.getoption("--backbone")
     cases = (
-        [_import(named)] if named else [flux, one_pixel, flux2, qwen_image, sd3, dit, documented]
+        [_import(named)]
+        if named
+        else [flux, flux_kontext, one_pixel, flux2, qwen_image, sd3, dit, documented]
     )
     metafunc.parametrize("make", cases, ids=[case.__name__ for case in cases])
 

@@ -22,6 +22,7 @@ from piflow.config import PiIDConfig, Recipe, differences, load_recipe, parse_re
 from piflow.data.layout import recipe_prompts
 from piflow.data.pictures import LatentEncoder
 from piflow.data.reader import EmbeddingStore
+from piflow.inference.editing import Edit, condition_latents
 from piflow.inference.settings import SamplingSettings, encode_prompts, settings_of
 from piflow.roles.adapter import load_adapter
 from piflow.runs import folder as run_folder
@@ -39,7 +40,8 @@ PARTS = ["model", "embed", "distill", "resume", "evaluate", "export", "load", "s
 SIZES = {  # what a smoke run may change of what decides a run's results
     "model.path", "model.vae", "encoder.path", "encoder.max_tokens", "embed.prompts",
     "embed.height", "embed.width", "embed.rows_per_shard", "embed.rows_per_group",
-    "embed.batch_size", "lora.rank", "training.batch_size", "training.micro_batch_size",
+    "embed.batch_size", "embed.condition_sizes", "lora.rank", "training.batch_size",
+    "training.micro_batch_size",
     "training.optimizer.warmup_steps", "training.optimizer.decay_fraction", "training.ema.start",
     "training.steps",
 }  # fmt: skip
@@ -109,6 +111,12 @@ def test_tiny_model_fits_the_recipe(name: str, tmp_path: Path) -> None:
     assert len(set(prompts)) == 8
     settings = SamplingSettings.of(small).model_copy(update={"encoder": small.encoder.absolute()})
     cond = encode_prompts(settings, prompts[:2])
+    if settings.edits is not None:
+        edits = [Edit.of(name, str(tmp_path / name)) for name in ("picture-8.png", "picture-9.png")]
+        latents = condition_latents(
+            build_codec(small.model), settings.edits, edits, torch.device("cpu")
+        )
+        cond = cond.editing(torch.stack([latents[edit.sha256] for edit in edits]))
     trio = build_trio(small).train(False)
     shape = build_codec(small.model).latent_shape(small.embed.height, small.embed.width)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))

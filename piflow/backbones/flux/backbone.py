@@ -22,6 +22,7 @@ class FluxBackbone(TransformerBackbone):
     """A `FluxTransformer2DModel` with its calling convention.
 
     Takes a pooled vector, and as many token states as the encoder pads to: FLUX has no text mask.
+    Where a family of this class edits pictures, their tokens come after the noisy ones.
 
     Args:
         module: the transformer; `in_channels` must be a multiple of 4 (2×2 patches).
@@ -80,9 +81,11 @@ class FluxBackbone(TransformerBackbone):
                 "given: set guidance.embedded, 3.5 for FLUX.1-dev, 4 for FLUX.2-dev"
             )
 
-    def flops(self, height: int, width: int, text_tokens: int) -> int:
+    def editing_flops(
+        self, height: int, width: int, text_tokens: int, condition_tokens: int
+    ) -> int:
         """Double blocks, and single blocks whose attention and MLP share their layers."""
-        config, picture = self._config, height * width // PATCH**2
+        config, picture = self._config, height * width // PATCH**2 + condition_tokens
         d, joined = flops.hidden_size(config), picture + text_tokens
         double, single = config["num_layers"], config["num_single_layers"]
         embedders = 2 if config["guidance_embeds"] else 1
@@ -105,17 +108,25 @@ class FluxBackbone(TransformerBackbone):
         guidance = None
         if self.embedded_guidance is not None:
             guidance = torch.full_like(time, self.embedded_guidance)
+        pictures, positions = pack(x), image_ids(x.shape[2], x.shape[3], x.device)
+        noisy = pictures.shape[1]
+        if cond.condition is not None:
+            shown = cond.condition
+            pictures = torch.cat([pictures, pack(shown).to(x)], dim=1)
+            places = image_ids(shown.shape[2], shown.shape[3], x.device)
+            places[:, 0] = 1  # what tells the two pictures' positions apart
+            positions = torch.cat([positions, places])
         tokens: Tensor = self.module(
-            hidden_states=pack(x).to(self.dtype),
+            hidden_states=pictures.to(self.dtype),
             timestep=time,  # the model multiplies by 1000
             guidance=guidance,
             encoder_hidden_states=cond.tokens.to(self.dtype),
             pooled_projections=pooled.to(self.dtype),
-            img_ids=image_ids(x.shape[2], x.shape[3], x.device),
+            img_ids=positions,
             txt_ids=torch.zeros(cond.tokens.shape[1], 3, device=x.device),
             return_dict=False,
         )[0]
-        return tokens
+        return tokens[:, :noisy]
 
 
 def image_ids(height: int, width: int, device: torch.device) -> Tensor:

@@ -31,6 +31,10 @@ def test_pixels_are_whole_tokens(recipe: Path) -> None:
         load_recipe(recipe, ["embed.width=46"])
     with pytest.raises(RecipeError, match="embed.buckets.1: .* of 4 pixels, got 30×32 .*flux"):
         load_recipe(recipe, ["embed.buckets=[[32, 32], [30, 32]]"])
+    editing = ["model.family=flux_kontext", "embed.condition_column=from"]
+    load_recipe(recipe, editing)
+    with pytest.raises(RecipeError, match="embed.condition_sizes.0: .* of 4 pixels, got 30×32"):
+        load_recipe(recipe, [*editing, "embed.condition_sizes=[[30, 32]]"])
 
 
 @pytest.mark.parametrize(

@@ -417,14 +417,19 @@ def test_all_weights_are_trained_without_lora() -> None:
 
 def test_a_family_goes_with_its_own_encoder_or_with_bert() -> None:
     families = list(BUILT_IN)
-    encoders = {name: {"type": name, "path": "x"} for name in (*families[:-1], "bert")}
+    others = {"dit": ("class_label",), "flux_kontext": ("flux", "bert")}
+    names = [name for name in families if name not in others]
+    encoders = {name: {"type": name, "path": "x"} for name in (*names, "bert")}
     encoders["class_label"] = {"type": "class_label"}
     for family in families:
-        own = {"dit": ("class_label",)}.get(family, (family, "bert"))
+        own = others.get(family, (family, "bert"))
         model = {"family": family, "path": "teacher"}
         for name, encoder in encoders.items():
             if name in own:
-                assert recipe(model=model, encoder=encoder).encoder.type == name
+                column = "from" if family == "flux_kontext" else None
+                embed = {**MINIMAL["embed"], "condition_column": column}
+                found = recipe(model=model, encoder=encoder, embed=embed)
+                assert found.encoder.type == name
             else:
                 expected = f"{family} doesn't go with encoder.type = {name}; it takes {own[0]}"
                 assert expected in refusal(model=model, encoder=encoder)
@@ -454,6 +459,39 @@ def test_pictures_from_the_store_need_an_image_column() -> None:
     plain = parse_recipe(MINIMAL)
     assert "image_column" not in plain.identity()["embed"]
     assert with_pictures.identity()["embed"]["image_column"] == "image"
+
+
+def test_families_that_edit_need_pictures_and_others_take_none() -> None:
+    editing = {
+        "model": {"path": "teacher", "family": "flux_kontext"},
+        "embed": {**MINIMAL["embed"], "condition_column": "from"},
+    }
+    with pytest.raises(
+        RecipeError, match="flux_kontext edits pictures, and embed.condition_column"
+    ):
+        recipe(model=editing["model"])
+    message = refusal(embed=editing["embed"])
+    assert "condition_column = 'from' names pictures" in message
+    assert "model.family = flux makes pictures of prompts alone" in message
+    assert "use a family that edits (flux_kontext" in message
+    message = refusal(embed={**MINIMAL["embed"], "condition_sizes": [[32, 32]]})
+    assert "there is no condition_column" in message
+    online = {**editing["embed"], "mode": "online"}
+    assert "use embed.mode = store" in refusal(**{**editing, "embed": online})
+    for evaluation in (
+        {"prompt_set": {"path": "s3://bucket/prompts.json"}, "retrieval": False},
+        {"others": [{"name": "another", "base": "s3://bucket/another", "steps": 4}]},
+    ):
+        assert "is about prompts alone" in refusal(**editing, evaluation=evaluation)
+    ours = recipe(**editing)
+    assert ours.condition_sizes is not None and len(ours.condition_sizes.sizes) == 17
+    assert ours.identity()["embed"]["condition_column"] == "from"
+    own = recipe(**{**editing, "embed": {**editing["embed"], "condition_sizes": [[32, 48]]}})
+    assert own.condition_sizes is not None and own.condition_sizes.sizes == ((32, 48),)
+    assert own.hash() != ours.hash() and recipe().condition_sizes is None
+    exact = recipe(**{**editing, "embed": {**editing["embed"], "latent_dtype": "fp32"}})
+    assert exact.hash() != ours.hash()
+    assert "condition_column" not in recipe().deciding()["embed"]
 
 
 def test_only_a_distillation_has_a_student() -> None:

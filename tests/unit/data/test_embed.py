@@ -51,7 +51,7 @@ def test_a_shard_is_encoded_while_the_one_before_is_written(
     monkeypatch.setattr(embed, "require_shared", lambda *_: None)
     actor = EncodeShard.__new__(EncodeShard)
     actor.__dict__.update(
-        _plans=PLANS, _turn=Lock(), _name="actor", _busy=0.0, _latents=None, _encode=encode,
+        _plans=PLANS, _turn=Lock(), _name="actor", _busy=0.0, _pictures=[], _encode=encode,
         _store="", _writer="", _inputs=None,
     )  # fmt: skip
     with ThreadPoolExecutor(2) as pool:

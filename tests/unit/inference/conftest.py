@@ -111,6 +111,17 @@ def flux_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def kontext_base(flux_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.1-Kontext's kind: the same parts in another pipeline."""
+    from diffusers import FluxKontextPipeline, FluxPipeline
+
+    folder = tmp_path_factory.mktemp("kontext_base")
+    parts = FluxPipeline.from_pretrained(flux_base).components
+    FluxKontextPipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def qwen_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen-Image's kind: Qwen2.5-VL, a causal video autoencoder."""
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from piflow.backbones import (
     DiTBackbone,
     Flux2Backbone,
     FluxBackbone,
+    FluxKontextBackbone,
     QwenImageBackbone,
     SD3Backbone,
     ZImageBackbone,
@@ -25,6 +27,7 @@ SMALLER = {"1024": "16", '"cuda"': '"cpu"'}
 
 def test_the_examples_run(
     flux_base: Path,
+    kontext_base: Path,
     flux2_base: Path,
     qwen_base: Path,
     sd3_base: Path,
@@ -37,6 +40,7 @@ def test_the_examples_run(
     policy = GMFlowPolicyConfig(num_gaussians=2, logstd_inner_dim=4)
     bases = {
         "flux": (FluxBackbone, flux_base, "FLUX.1-dev"),
+        "kontext": (FluxKontextBackbone, kontext_base, "FLUX.1-Kontext-dev"),
         "flux2": (Flux2Backbone, flux2_base, "FLUX.2-dev"),
         "qwen": (QwenImageBackbone, qwen_base, "Qwen-Image"),
         "sd3": (SD3Backbone, sd3_base, "stable-diffusion-3.5-large"),
@@ -48,7 +52,10 @@ def test_the_examples_run(
         (tmp_path / f"{name}-student").symlink_to(make_adapter(backbone, base, policy))
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
+    Image.new("RGB", (40, 30), (200, 10, 10)).save("a.jpg")
+    module = "diffusers.pipelines.flux.pipeline_flux_kontext"
+    monkeypatch.setattr(f"{module}.PREFERRED_KONTEXT_RESOLUTIONS", [(16, 12), (16, 16)])
     values: dict[str, Any] = {}
     for block in blocks:
         for published, small in SMALLER.items():

@@ -186,6 +186,22 @@ def test_many_samples_are_so_many_times_some(tmp_path: Path) -> None:
     assert flops[0] == pytest.approx(flops[1] * 10**9 / 64)
 
 
+def test_a_picture_to_be_edited_is_counted(
+    tmp_path: Path, counted: Callable[[str], tuple[Recipe, Passing]]
+) -> None:
+    """Its tokens take part in all blocks: in operations, activations and the store."""
+    embed = {"condition_column": "from", "condition_sizes": [[32, 32], [32, 48]]}
+    wanted = recipe(tmp_path, "flux", model={"family": "flux_kontext"}, embed=embed)
+    shown = 8 * 12
+    assert tokens_of(wanted) == 8 * 8 + shown + TOKENS
+    backbone = backbone_of(wanted)[0]
+    forward = 2 * backbone.editing_flops(16, 16, TOKENS, shown)
+    passes = Passing(wanted, backbone_of(wanted)[0]).measure("none")
+    assert sum(passes.flops(TEACHER).values()) == forward
+    without = counted("flux")[1].measure("none")
+    assert passes.kept > 2 * without.kept and passes.policy == without.policy
+
+
 def test_tokens_are_patches_of_the_largest_picture_and_the_prompt(tmp_path: Path) -> None:
     assert tokens_of(recipe(tmp_path, "flux")) == (SIDE // 4) ** 2 + TOKENS
     buckets = {"buckets": [[64, 16], [32, 32], [8, 8]]}
