@@ -128,6 +128,7 @@ def _about_model(plan: Plan) -> list[tuple[str, str]]:
         ("machines", f"{where.nodes} x {where.gpus_per_node} {where.gpu_name}"),
         ("strategy", f"{plan.placement}: {plan.why}; checkpointing {plan.checkpointing}"),
     ]
+    rows += [("decided", note) for note in plan.notes]
     if not evenly(plan.recipe, where.world):
         rows.append(("note", "the micro-batches of a step don't divide: some GPUs repeat one"))
     return rows

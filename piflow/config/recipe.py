@@ -208,7 +208,7 @@ class Recipe(Section):
                 "runtime.activation_checkpointing = selective, which computes part of a block "
                 "again, would find other operations there; use full, strategy ddp, or leave it out"
             )
-        if shards and not runtime.reshard_after_forward:
+        if shards and runtime.reshard_after_forward is False:
             raise ValueError(
                 "model.fp8_teacher.keep_weights gathers 8-bit weights for the teacher, and with "
                 "runtime.reshard_after_forward = false the weights that it has are whole already; "

@@ -92,9 +92,10 @@ class RuntimeConfig(Section):
     all.
     """
 
-    reshard_after_forward: bool = True
-    """fsdp: false keeps the student's blocks whole until their backward pass: one all-gather less,
-    more memory.
+    reshard_after_forward: bool | None = None
+    """fsdp: false keeps the student's blocks whole until their backward pass, which gathers them
+    once a segment and takes more memory; default: false where that is estimated to fit, which the
+    run logs.
     """
 
     offload: Literal["none", "cpu"] = "none"
@@ -252,7 +253,7 @@ class RuntimeConfig(Section):
     def _refuse_sharding_options(self) -> None:
         options = {
             "shard_size": self.shard_size is not None,
-            "reshard_after_forward": not self.reshard_after_forward,
+            "reshard_after_forward": self.reshard_after_forward is False,
             "offload": self.offload != "none",
         }
         for option in (name for name, changed in options.items() if changed):

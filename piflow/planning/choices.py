@@ -18,10 +18,9 @@ _DDP: dict[str, Any] = {
     "strategy": "ddp",
     "shard_size": None,
     "offload": "none",
-    "reshard_after_forward": True,
+    "reshard_after_forward": None,
 }
 _FSDP = {**_DDP, "strategy": "fsdp"}
-_WHOLE = {**_FSDP, "reshard_after_forward": False}
 _OFFLOADED = {**_FSDP, "offload": "cpu"}
 SAVINGS: tuple[dict[str, Any], ...] = (
     {"activation_checkpointing": "selective"},
@@ -123,7 +122,7 @@ def _same_machines(planner: Planner, machines: Machines, usd: float | None) -> I
 
 def _runtimes(recipe: Recipe, machines: Machines) -> Iterator[dict[str, Any]]:
     """Runtime keys for every pair of a placement and a kind of activation checkpointing."""
-    strategies = [_DDP, _WHOLE, _FSDP, _OFFLOADED]
+    strategies = [_DDP, _FSDP, _OFFLOADED]
     if machines.nodes > 1:
         strategies.insert(1, {**_FSDP, "shard_size": machines.gpus_per_node})
     if machines.world == 1:

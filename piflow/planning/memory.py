@@ -210,6 +210,11 @@ def _made_whole(recipe: Recipe, model: Model) -> int:
     )
 
 
+def reshards(recipe: Recipe) -> bool:
+    """Whether FSDP's blocks are gathered for each pass; so too where the recipe leaves it open."""
+    return recipe.runtime.reshard_after_forward is not False
+
+
 def keeps_codes(recipe: Recipe) -> bool:
     """Whether the recipe says that an fp8 teacher's weights are quantised once."""
     return recipe.model.fp8_teacher is not None and bool(recipe.model.fp8_teacher.keep_weights)
@@ -239,7 +244,7 @@ def may_keep_codes(recipe: Recipe, strategy: str) -> bool:
         return False
     runtime = recipe.runtime
     selective = runtime.activation_checkpointing == "selective"
-    return strategy != "fsdp" or (runtime.reshard_after_forward and not selective)
+    return strategy != "fsdp" or (reshards(recipe) and not selective)
 
 
 def _fp8(recipe: Recipe, model: Model, parts: int) -> int:
@@ -276,7 +281,7 @@ def _gathered(recipe: Recipe, model: Model, placement: Placement) -> int:
         (_at_once(recipe, unit) for units in passes for unit in units if _is_block(unit)), default=0
     )
     rest = max(sum(u.nbytes() for u in units if u.part == "rest") for units in passes)
-    if placement.strategy == "fsdp" and not recipe.runtime.reshard_after_forward:
+    if placement.strategy == "fsdp" and not reshards(recipe):
         return rest + sum(unit.nbytes() for unit in model.student if unit.part != "rest") + blocks
     return rest + 3 * blocks
 

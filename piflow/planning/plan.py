@@ -19,14 +19,13 @@ from piflow.planning.memory import (
     Placement,
     StrategyName,
     fits,
-    keeping_codes,
-    may_keep_codes,
     memory_of,
     micro_batches,
     segments,
 )
 from piflow.planning.model import Model, backbone_of, model_of
 from piflow.planning.passes import PHASES, TEACHER, Passes, Passing
+from piflow.planning.settling import settle
 from piflow.planning.sizes import condition_size, latent_size
 from piflow.planning.speed import Machines, Speed, context_bytes, speed_of
 from piflow.planning.traffic import Collective, teacher_calls, traffic
@@ -80,6 +79,7 @@ class Plan:
         free: bytes of a GPU that PyTorch may have.
         usd_per_gpu_hour: None: no price is known.
         start_hours: until the first step.
+        notes: what the recipe leaves open, as it is decided here.
     """
 
     recipe: Recipe
@@ -192,8 +192,9 @@ class Planner:
         context = context_bytes(efficiency, machines.world)
         free = machines.gpu.memory - context
         passes = self.passes(recipe)
-        placement, memory, why = placed(recipe, self.model, passes, machines.world, free, context)
-        recipe, _ = _with_codes(recipe, self.model, passes, placement, memory, free)
+        placement, _, why = placed(recipe, self.model, passes, machines.world, free, context)
+        settled = settle(recipe, self.model, passes, placement, free, context=context)
+        recipe = settled.recipe
         work = self.work(recipe, placement, context=context)
         return Plan(
             recipe=recipe,
@@ -210,6 +211,7 @@ class Planner:
             stored=_stored(recipe, self.model),
             start_hours=_start_hours(self.model, efficiency),
             usd_per_gpu_hour=usd,
+            notes=settled.reasons,
         )
 
     def work(self, recipe: Recipe, placement: Placement, *, context: int = 0) -> Work:
@@ -284,17 +286,6 @@ def placed(
     if fits(whole[1], free):
         return *whole, f"a whole replica fits in {SAFE_SHARE:.0%} of a GPU"
     return *estimate("fsdp"), f"a whole replica doesn't fit in {SAFE_SHARE:.0%} of a GPU"
-
-
-def _with_codes(
-    recipe: Recipe, model: Model, passes: Passes, placement: Placement, memory: Memory, free: int
-) -> tuple[Recipe, Memory]:
-    """Where an fp8 teacher's weights may be kept and it is left open: kept if they fit."""
-    if not may_keep_codes(recipe, placement.strategy):
-        return recipe, memory
-    kept = keeping_codes(recipe, True)
-    needed = memory_of(kept, model, passes, placement, context=memory.context)
-    return (kept, needed) if fits(needed, free) else (recipe, memory)
 
 
 def _flops(recipe: Recipe, passes: Passes) -> dict[str, dict[tuple[str, str], int]]:

@@ -55,6 +55,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         },
         "strategy": str(plan.placement),
         "why": plan.why,
+        "decided": list(plan.notes),
         "checkpointing": plan.checkpointing,
         "memory": {**plan.memory.parts(), "total": plan.memory.total, "host": plan.memory.host},
         "gpu_memory": where.gpu.memory,

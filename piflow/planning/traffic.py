@@ -19,7 +19,7 @@ from typing import Literal
 
 from piflow.backbones.load import DTYPES
 from piflow.config import PiIDConfig, Recipe
-from piflow.planning.memory import Placement, keeps_codes, micro_batches, segments
+from piflow.planning.memory import Placement, keeps_codes, micro_batches, reshards, segments
 from piflow.planning.model import Model, Unit, Weight
 from piflow.planning.sizes import tokens_of
 
@@ -84,7 +84,7 @@ def _sharded(recipe: Recipe, model: Model, placement: Placement) -> list[Collect
     shard = placement.shard
     rounds = micro_batches(recipe, placement.world) * segments(recipe)
     calls = teacher_calls(recipe)
-    whole = placement.strategy == "fsdp" and not recipe.runtime.reshard_after_forward
+    whole = placement.strategy == "fsdp" and not reshards(recipe)
     student = _gathered(model.student, shard)
     rest = _gathered([unit for unit in model.student if unit.part == "rest"], shard)
     codes = placement.strategy == "fsdp" and keeps_codes(recipe)

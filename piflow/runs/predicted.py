@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, field
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -26,7 +26,7 @@ _TERA, _GIGA = 1e12, 1e9
 _MAX_BYTES = 2**20
 _log = logging.getLogger(__name__)
 
-_Text = Annotated[str, Field(max_length=1000)]
+_Text = Annotated[str, Field(max_length=4000)]
 _Count = Annotated[int, Field(ge=0)]
 _Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Parts = Annotated[dict[_Text, _Count], Field(max_length=100)]
@@ -43,6 +43,7 @@ class Workers:
         strategy: as the planner calls it.
         start: optimiser steps that were done before.
         recipe: as they run it, with nothing left open; plain values.
+        reasons: for the strategy, and for what else was decided.
     """
 
     device: str | None
@@ -53,6 +54,7 @@ class Workers:
     strategy: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
     start: int
     recipe: dict[str, Any]
+    reasons: list[str]
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -69,6 +71,7 @@ class Prediction:
         operations: phase -> floating-point operations of a step, over all workers.
         sent: kind and phase -> bytes that a worker sends in a step.
         step_seconds: None: `no_time` says why no time is predicted.
+        reasons: for the strategy, and for what else the recipe left open.
         batch: samples of a step.
     """
 
@@ -85,6 +88,7 @@ class Prediction:
     batch: Annotated[int, Field(gt=0)]
     step_seconds: _Amount | None = None
     no_time: _Text | None = None
+    reasons: Annotated[list[_Text], Field(max_length=10)] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """The figures by MLflow's names of them."""
@@ -211,6 +215,7 @@ def _compared(
 
 
 def _notes(predicted: Prediction, measured: Measured | None) -> Iterator[str]:
+    yield from (_cell(reason) for reason in predicted.reasons)
     if predicted.no_time is not None:
         yield f"No time is predicted: {_cell(predicted.no_time)}."
     if measured is None:

@@ -135,8 +135,8 @@ def evaluation_worker(config: dict[str, Any]) -> None:
         with closing(Stops(mailbox, rank)) as stops:
             if rank == 0:
                 ray.get(mailbox.join.remote(world_size))
-            strategy, _ = strategy_for(recipe, world_size, ray.train.torch.get_device())
-            work = _Work(config, strategy, mailbox, stops, watchdog)
+            placed = strategy_for(recipe, world_size, ray.train.torch.get_device())
+            work = _Work(config, placed.strategy, mailbox, stops, watchdog)
             work.do(recipe)
     finally:
         watchdog.end()

@@ -31,11 +31,10 @@ from piflow.runtime.mailbox import Failure
 from piflow.runtime.stopping import Stops
 from piflow.runtime.watchdog import Watchdog
 from piflow.runtime.worker_metrics import WorkerMetrics
-from piflow.sharding import Strategy
 from piflow.sharding.everyone import everyone
 from piflow.training.build import Assembly, assemble
 from piflow.training.checkpoint import ForeignCheckpointError
-from piflow.training.placement import placement_of, strategy_for
+from piflow.training.placement import Placed, strategy_for
 from piflow.training.prediction import workers_of
 from piflow.training.step import NonFiniteError
 
@@ -72,9 +71,9 @@ def train_worker(config: dict[str, Any]) -> None:
             before = ray.get(config["mailbox"].join.remote(world_size))
             reason, told = _start_event(before, world_size)
             tracker.event(reason, told)
-        strategy, why = strategy_for(recipe, world_size, device)
-        tracker.event("strategy", why)
-        assembly = _assemble_or_tell(recipe, store, strategy, device, config, tracker)
+        placed = strategy_for(recipe, world_size, device)
+        tracker.event("strategy", "\n".join(placed.reasons))
+        assembly = _assemble_or_tell(placed, store, device, config, tracker)
         if assembly is None:
             return
         tracker.event("attention", assembly.attention)
@@ -85,9 +84,8 @@ def train_worker(config: dict[str, Any]) -> None:
         try:
             start = loop.resume()
             if rank == 0:
-                local, placement = context.get_local_world_size(), placement_of(recipe, strategy)
-                workers = workers_of(recipe, device, placement, local, start)
-                config["mailbox"].figures.remote(workers)
+                local = context.get_local_world_size()
+                config["mailbox"].figures.remote(workers_of(placed, device, local, start))
             tracker.log_start(start, world_size, reason)
             loop.run(start, _stream(recipe, store, config["store"], start))
         except tuple(_KINDS) as error:  # every rank, in the same step
@@ -164,9 +162,8 @@ def _reader(recipe: Recipe, reference: Any, start: int) -> Reader:
 
 
 def _assemble_or_tell(
-    recipe: Recipe,
+    placed: Placed,
     store: PromptStore,
-    strategy: Strategy,
     device: torch.device,
     config: dict[str, Any],
     tracker: Tracker,
@@ -180,9 +177,9 @@ def _assemble_or_tell(
     """
     assembly, problem = None, None
     try:
-        require_shared(recipe.run_dir, config["owner"])
+        require_shared(placed.recipe.run_dir, config["owner"])
         require_same_store(store)
-        assembly = assemble(recipe, store, strategy, device)
+        assembly = assemble(placed.recipe, store, placed.strategy, device)
     except ValueError as error:
         problem = str(error)
     first = next((text for text in everyone(problem) if text is not None), None)

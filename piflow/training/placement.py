@@ -1,5 +1,8 @@
 """A recipe's strategy: as it says, or for `auto` replicas if they fit and shards if not.
 
+What else the recipe leaves to memory is decided with it (`piflow.planning.settling`), anew whenever
+workers start: their number decides what fits.
+
 Replicas gather no weights in forward and backward passes, so they are the faster ones wherever
 memory allows; with LoRA, where little is reduced at a step's end, several times.
 """
@@ -7,6 +10,8 @@ memory allows; with LoRA, where little is reduced at a step's end, several times
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -21,50 +26,109 @@ from piflow.planning.memory import (
     Placement,
     StrategyName,
     fits,
-    keeping_codes,
+    keeps_codes,
     may_keep_codes,
     memory_of,
+    reshards,
 )
 from piflow.planning.model import Model, backbone_of, model_of
 from piflow.planning.passes import Passes, Passing
+from piflow.planning.settling import Settled, is_open, settle, without_room
 from piflow.sharding import DeepSpeedStrategy, FSDPStrategy, Strategy, build_strategy
 from piflow.sharding.everyone import of_rank_0, rank
 
 Sharing = Literal["fsdp", "ddp"]
 
 
-def strategy_for(recipe: Recipe, world_size: int, device: torch.device) -> tuple[Strategy, str]:
-    """The recipe's strategy for this worker, and one line for the log: which, and why.
+@dataclass(frozen=True)
+class Placed:
+    """How a worker trains.
 
-    A collective: under `auto`, rank 0 decides for all, by the worker with the least free memory.
+    Attributes:
+        recipe: with what it leaves open to memory decided, the same on all workers.
+        placement: the strategy as the planner calls it.
+        reasons: lines for the log: which strategy and why, and what else was decided.
+    """
+
+    strategy: Strategy
+    recipe: Recipe
+    placement: Placement
+    reasons: tuple[str, ...]
+
+
+def strategy_for(recipe: Recipe, world_size: int, device: torch.device) -> Placed:
+    """The recipe's strategy for this worker, before its model is on the device.
+
+    A collective: what the recipe leaves open rank 0 decides for all, by the worker with the least
+    free memory.
 
     Raises:
         ValueError: as `build_strategy`.
         OSError: the headers of the model's files can't be read (`auto`).
     """
-    runtime = recipe.runtime
+    runtime, counted = recipe.runtime, _Counted(recipe)
     name = runtime.strategy
     if name == "deepspeed":
-        return _deepspeed(recipe, world_size, device)
+        return _settled(recipe, *_deepspeed(recipe, world_size, device), counted)
     if world_size == 1 and not (name == "fsdp" and runtime.offload == "cpu"):
-        return build_strategy("single", 1, device), "single: there is one worker"
+        single = build_strategy("single", 1, device)
+        return _settled(recipe, single, "single: there is one worker", counted)
     reason = f"{name}: runtime.strategy says so"
     if name == "auto" and recipe.model.base_weights is not None:
         kind = recipe.model.base_weights
         name, reason = "ddp", f"ddp: a base in {kind} isn't split (model.base_weights)"
     elif name == "auto":
-        name, reason = _decide_together(recipe, world_size, device)
+        name, reason = _decide_together(recipe, world_size, device, counted)
     if name != "fsdp":
-        return build_strategy(name, world_size, device), reason
+        return _settled(recipe, build_strategy(name, world_size, device), reason, counted)
+    placement = Placement("fsdp", world_size, runtime.shard_size or world_size)
+    settled = _settle_together(recipe, placement, device, counted)
     strategy = build_strategy(
         name,
         world_size,
         device,
         shard_size=runtime.shard_size,
-        reshard_after_forward=runtime.reshard_after_forward,
+        reshard_after_forward=reshards(settled.recipe),
         offload=runtime.offload == "cpu",
     )
-    return strategy, reason
+    return Placed(strategy, settled.recipe, placement, (reason, *settled.reasons))
+
+
+def _settled(recipe: Recipe, strategy: Strategy, reason: str, counted: _Counted) -> Placed:
+    placement = placement_of(recipe, strategy)
+    settled = _settle_together(recipe, placement, strategy.device, counted)
+    return Placed(strategy, settled.recipe, placement, (reason, *settled.reasons))
+
+
+class _Counted:
+    """What `measure` finds, when it is first asked for."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    @cached_property
+    def found(self) -> tuple[Model, Passes]:
+        return measure(self._recipe)
+
+
+def _settle_together(
+    recipe: Recipe, placement: Placement, device: torch.device, counted: _Counted
+) -> Settled:
+    """Rank 0's decisions, on all ranks; nothing is said or measured where nothing is open."""
+    if not is_open(recipe, placement.strategy):
+        return Settled(recipe)
+    free = _least_free(device, placement.world)
+    chosen = None
+    if rank() == 0:
+        try:
+            chosen = settle(recipe, *counted.found, placement, free)
+        except ValueError as error:  # loading the model will say the same, if it is wrong
+            why = f"the model can't be measured: {error}"
+            chosen = without_room(recipe, placement.strategy, why)
+    chosen = of_rank_0(chosen)
+    if chosen is None:
+        raise ValueError("rank 0 sent no decisions: all ranks must call strategy_for")
+    return chosen
 
 
 def _deepspeed(recipe: Recipe, world_size: int, device: torch.device) -> tuple[Strategy, str]:
@@ -109,34 +173,30 @@ def replica_and_shard(recipe: Recipe, world_size: int) -> tuple[Model, Memory, M
         ValueError: as `measure`.
     """
     model, passes = measure(recipe)
+    return model, *_whole_and_part(recipe, world_size, model, passes)
+
+
+def _whole_and_part(
+    recipe: Recipe, world_size: int, model: Model, passes: Passes
+) -> tuple[Memory, Memory]:
     shard = Placement("fsdp", world_size, recipe.runtime.shard_size or world_size)
     replica = Placement("ddp" if world_size > 1 else "single", world_size, 1)
     whole, part = (memory_of(recipe, model, passes, placed) for placed in (replica, shard))
-    return model, whole, part
+    return whole, part
 
 
 def keeps_fp8_weights(recipe: Recipe, strategy: Strategy) -> bool:
     """Whether an fp8 teacher's weights are quantised once: as the recipe says, or if they fit.
 
-    Before the model is on its device. A collective where the recipe leaves it open: rank 0 decides,
-    by the worker with the least free memory.
+    Before the model is on its device. A collective where the recipe leaves it open, as one that
+    `strategy_for` hasn't decided does.
     """
-    placement, fp8 = placement_of(recipe, strategy), recipe.model.fp8_teacher
-    if fp8 is None or not may_keep_codes(recipe, placement.strategy):
-        return fp8 is not None and bool(fp8.keep_weights)
-    free = _least_free(strategy.device, placement.world)
-    chosen: bool | None = None
-    if rank() == 0:
-        chosen = _codes_fit(keeping_codes(recipe, True), placement, free)
-    return bool(of_rank_0(chosen))
-
-
-def _codes_fit(kept: Recipe, placement: Placement, free: int) -> bool:
-    try:
-        model, passes = measure(kept)
-    except ValueError:  # a backbone that can't be counted
+    if recipe.model.fp8_teacher is None:
         return False
-    return fits(memory_of(kept, model, passes, placement), free)
+    placement = placement_of(recipe, strategy)
+    if may_keep_codes(recipe, placement.strategy):
+        recipe = _settle_together(recipe, placement, strategy.device, _Counted(recipe)).recipe
+    return keeps_codes(recipe)
 
 
 def placement_of(recipe: Recipe, strategy: Strategy) -> Placement:
@@ -168,7 +228,9 @@ def free_bytes(device: torch.device, world_size: int) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world_size
 
 
-def _decide_together(recipe: Recipe, world_size: int, device: torch.device) -> tuple[Sharing, str]:
+def _decide_together(
+    recipe: Recipe, world_size: int, device: torch.device, counted: _Counted
+) -> tuple[Sharing, str]:
     """Rank 0's choice, on all ranks."""
     if not dist.is_initialized():
         raise ValueError(
@@ -176,16 +238,16 @@ def _decide_together(recipe: Recipe, world_size: int, device: torch.device) -> t
             "Train or torchrun"
         )
     smallest = _least_free(device, world_size)
-    chosen = _measure_and_choose(recipe, smallest) if rank() == 0 else None
+    chosen = _measure_and_choose(recipe, smallest, counted) if rank() == 0 else None
     chosen = of_rank_0(chosen)
     if chosen is None:
         raise ValueError("rank 0 sent no choice of a strategy: all ranks must call strategy_for")
     return chosen
 
 
-def _measure_and_choose(recipe: Recipe, free: int) -> tuple[Sharing, str]:
+def _measure_and_choose(recipe: Recipe, free: int, counted: _Counted) -> tuple[Sharing, str]:
     try:
-        _, whole, part = replica_and_shard(recipe, dist.get_world_size())
+        whole, part = _whole_and_part(recipe, dist.get_world_size(), *counted.found)
     except ValueError as error:  # loading the model will say the same, and end the run properly
         return "fsdp", f"fsdp: the model can't be measured: {error}"
     name, reason = choose(whole, free)

@@ -12,21 +12,29 @@ from piflow.planning.memory import GIB, Placement
 from piflow.planning.plan import Planner, Work
 from piflow.planning.speed import Machines
 from piflow.runs.predicted import Prediction, Workers
+from piflow.training.placement import Placed
 
 _NEAR = 0.05  # share by which a GPU's memory may differ from the table's
 
 
-def workers_of(
-    recipe: Recipe, device: torch.device, placement: Placement, here: int, start: int
-) -> Workers:
+def workers_of(placed: Placed, device: torch.device, here: int, start: int) -> Workers:
     """As rank 0 knows them; arguments as of `Workers`."""
     name, memory = None, 0
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
-    tree = recipe.model_dump(mode="json")
-    strategy, world, shard = placement.strategy, placement.world, placement.shard
-    return Workers(name, memory, world, here, shard, strategy, start, tree)
+    placement = placed.placement
+    return Workers(
+        device=name,
+        device_memory=memory,
+        world=placement.world,
+        here=here,
+        shard=placement.shard,
+        strategy=placement.strategy,
+        start=start,
+        recipe=placed.recipe.model_dump(mode="json"),
+        reasons=list(placed.reasons),
+    )
 
 
 def predict(workers: Workers) -> Prediction:
@@ -58,6 +66,7 @@ def predict(workers: Workers) -> Prediction:
         batch=recipe.training.batch_size,
         step_seconds=seconds,
         no_time=why,
+        reasons=workers.reasons,
     )
 
 

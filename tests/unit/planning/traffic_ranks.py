@@ -104,7 +104,7 @@ def traffic_recipe(run: Run, folder: Path | str) -> Recipe:
 
 def record(run: Run, folder: Path) -> dict[str, int]:
     recipe = traffic_recipe(run, folder)
-    strategy, _ = strategy_for(recipe, dist.get_world_size(), CPU)
+    strategy = strategy_for(recipe, dist.get_world_size(), CPU).strategy
     trio = prepared_trio(recipe, strategy)
     trainer = Trainer(
         Segments(trio, recipe),

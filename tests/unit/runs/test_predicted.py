@@ -23,6 +23,7 @@ PREDICTION = Prediction(
     sent={"all-gather, student": 5 * 10**9},
     batch=16,
     step_seconds=2.0,
+    reasons=["fsdp: runtime.strategy says so", "a | <b>"],
 )
 MEASURED = Measured(steps=49, step_seconds=2.5, trained=1_000_000, peak_memory=5 * GIB)
 
@@ -58,7 +59,9 @@ def test_the_page_has_the_parts() -> None:
     found = rows(page(PREDICTION, MEASURED))
     assert found["weights"] == ["3"] and found["teacher"] == ["1"]
     assert found["all-gather, student"] == ["5"]
-    assert "median of 49 steps after step 101" in page(PREDICTION, MEASURED)
+    text = page(PREDICTION, MEASURED)
+    assert "median of 49 steps after step 101" in text
+    assert "* fsdp: runtime.strategy says so" in text and "* a / ‹b>" in text
 
 
 def test_a_folder_keeps_the_table(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.unit.runs.test_predicted import PREDICTION
 
 mlflow = pytest.importorskip("mlflow")
 
-WORKERS = Workers(None, 0, 8, 8, 8, "fsdp", 100, {})
+WORKERS = Workers(None, 0, 8, 8, 8, "fsdp", 100, {}, [])
 MEASURED = Measured(steps=49, step_seconds=2.5, trained=1_000_000)
 
 

@@ -179,13 +179,14 @@ def test_workers_hold_what_the_estimate_counts(
 
 def test_all_workers_get_the_same_choice(several_processes: Results) -> None:
     chosen = several_processes["choice"]
-    for name, kind, relation in (
+    for name, kind, *told in (
         ("small", "DDPStrategy", "fits in"),
-        ("impossible", "FSDPStrategy", "doesn't fit in"),
+        ("small shards", "FSDPStrategy", "says so", "runtime.reshard_after_forward = false: "),
+        ("impossible", "FSDPStrategy", "doesn't fit", "runtime.reshard_after_forward = true: "),
     ):
         first, second = chosen[name]
         assert first == second
-        assert first[0] == kind and relation in first[1]
+        assert first[0] == kind and all(text in first[1] for text in told)
 
 
 def test_replicas_average_gradients(several_processes: Results) -> None:

@@ -69,8 +69,8 @@ DISTILLATIONS = (LORA, LORA_BF16, FULL, FP8, NO_DROPOUT, EIGHT_BITS)
 STRATEGIES: dict[str, dict[str, Any]] = {  # as the docs call them -> the runtime section
     "single": {"strategy": "single"},
     "ddp": {"strategy": "ddp"},
-    "fsdp": {"strategy": "fsdp"},
-    "hsdp": {"strategy": "fsdp", "shard_size": 2},
+    "fsdp": {"strategy": "fsdp", "reshard_after_forward": True},
+    "hsdp": {"strategy": "fsdp", "reshard_after_forward": True, "shard_size": 2},
     "zero1": {"strategy": "deepspeed", "deepspeed": {"stage": 1}},
     "zero2": {"strategy": "deepspeed", "deepspeed": {"stage": 2}},
     "zero3": {"strategy": "deepspeed", "deepspeed": {"stage": 3}},
@@ -303,7 +303,7 @@ class Recorded:
 def train(run: Run, folder: Path) -> Result:
     """Five optimiser steps of four micro-batches, spread over the strategy's processes."""
     recipe = recipe_of(run, folder)
-    strategy, _ = strategy_for(recipe, world_size(run), CPU)
+    strategy = strategy_for(recipe, world_size(run), CPU).strategy
     if run.scenario in DISTILLATIONS:
         return distil(recipe, strategy)
     backbone = FluxBackbone.load(folder / "flux")
@@ -404,15 +404,21 @@ def replica_gradients(rank: int) -> list[Tensor | None]:
 
 
 def automatic(folder: Path) -> dict[str, list[tuple[str, str]]]:
-    """What both processes get under `auto`, for a small and an impossible micro-batch."""
+    """What both processes get where it is left open, for a small and an impossible micro-batch."""
     chosen: dict[str, list[tuple[str, str]]] = {}
     tree = recipe_of(Run(LORA, "fsdp"), folder).model_dump(mode="json")
-    tree["runtime"]["strategy"] = "auto"
-    for name, samples in (("small", 2), ("impossible", 10**9)):
+    tree["runtime"]["reshard_after_forward"] = None
+    for name, strategy, samples in (
+        ("small", "auto", 2),
+        ("small shards", "fsdp", 2),
+        ("impossible", "auto", 10**9),
+    ):
+        tree["runtime"]["strategy"] = strategy
         tree["training"] |= {"batch_size": 2 * samples, "micro_batch_size": samples}
-        strategy, reason = strategy_for(parse_recipe(tree), 2, CPU)
+        placed = strategy_for(parse_recipe(tree), 2, CPU)
         everyone = [("", "")] * 2
-        dist.all_gather_object(everyone, (type(strategy).__name__, reason))
+        told = " ".join(placed.reasons)
+        dist.all_gather_object(everyone, (type(placed.strategy).__name__, told))
         chosen[name] = everyone
     return chosen
 

@@ -64,8 +64,9 @@ def test_the_cpus_memory_is_shared_by_its_workers() -> None:
 
 
 def test_one_worker_needs_no_choice(folder: Path) -> None:
-    strategy, reason = strategy_for(recipe(folder), 1, CPU)
-    assert isinstance(strategy, SingleStrategy) and "one worker" in reason
+    placed = strategy_for(recipe(folder), 1, CPU)
+    assert isinstance(placed.strategy, SingleStrategy)
+    assert placed.reasons == ("single: there is one worker",) and placed.recipe == recipe(folder)
 
 
 def test_auto_without_process_group(folder: Path) -> None:

@@ -15,6 +15,7 @@ from piflow.planning.plan import Planner, on_machines
 from piflow.planning.speed import Machines
 from piflow.runs.predicted import Workers
 from piflow.training import prediction
+from piflow.training.placement import Placed
 from piflow.training.prediction import kind_of, predict, workers_of
 from tests.unit.planning.cases import recipe
 
@@ -46,14 +47,19 @@ class Counted:
             folder,
             "dit",
             training={"batch_size": 8},
-            runtime={"strategy": "fsdp", "num_workers": 4, "shard_size": 2},
+            runtime={
+                "strategy": "fsdp",
+                "num_workers": 4,
+                "shard_size": 2,
+                "reshard_after_forward": True,
+            },
         )
         self.planner = Planner(self.wanted, load_table())
 
     def workers(self, **changed: Any) -> Workers:
-        placement = Placement("fsdp", 4, 2)
-        told = workers_of(self.wanted, torch.device("cpu"), placement, here=2, start=3)
-        return replace(told, **changed)
+        strategy: Any = None
+        placed = Placed(strategy, self.wanted, Placement("fsdp", 4, 2), ("because",))
+        return replace(workers_of(placed, torch.device("cpu"), here=2, start=3), **changed)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,7 @@ def test_a_gpu_of_the_table_gets_what_the_planner_says(counted: Counted) -> None
     plan = counted.planner.plan(machines, recipe=on_machines(counted.wanted, 2, 2))
     assert found.step_seconds == plan.speed.step and found.no_time is None
     assert sum(found.memory.values()) == plan.memory.own and found.strategy == "hsdp(2)"
+    assert found.reasons == ["because"]
     assert sum(found.sent.values()) == sum(c.sent for c in plan.traffic) > 0
     assert sum(found.operations.values()) == sum(
         count for kinds in plan.flops.values() for count in kinds.values()
