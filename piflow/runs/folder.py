@@ -4,6 +4,7 @@ RUN_DIR/run.json              recipe identity, MLflow run id
 RUN_DIR/driver.json           the driver that writes here, see `piflow.runs.lease`
 RUN_DIR/checkpoints/step_*    checkpoints; one without state.json is half written
 RUN_DIR/starts/*.json         every start of its workers, see `piflow.runs.starts`
+RUN_DIR/plan/                 what was predicted and measured, see `piflow.runs.predicted`
 RUN_DIR/adapter, report       what export and evaluate write
 """
 
