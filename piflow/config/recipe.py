@@ -243,7 +243,7 @@ class Recipe(Section):
                 "model.base_weights out"
             )
         splits = runtime.shard_size is not None or runtime.offload != "none"
-        splits = splits or not runtime.reshard_after_forward
+        splits = splits or runtime.reshard_after_forward is False
         if runtime.strategy in ("fsdp", "deepspeed") or splits:
             raise ValueError(
                 f"model.base_weights = {kind} has every worker hold the whole base, as codes that "
