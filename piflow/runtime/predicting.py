@@ -76,7 +76,8 @@ class _Predictions:
                     self._publish(prediction, told if isinstance(told, Measured) else None)
             except Exception as error:  # whatever it is, the run goes on
                 text = f"no plan is kept beside this run: {type(error).__name__}: {error}"
-                _log.warning(text, exc_info=error)
+                # a model that can't be counted says why; anything else is a fault worth a traceback
+                _log.warning(text, exc_info=None if isinstance(error, ValueError) else error)
                 self._tracker.event("plan", text)
 
     def _predicted(self, workers: Workers) -> Prediction | None:

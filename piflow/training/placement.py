@@ -122,7 +122,7 @@ def _settle_together(
     if rank() == 0:
         try:
             chosen = settle(recipe, *counted.found, placement, free)
-        except ValueError as error:  # loading the model will say the same, if it is wrong
+        except Exception as error:  # a run that can do without the estimate doesn't end by it
             why = f"the model can't be measured: {error}"
             chosen = without_room(recipe, placement.strategy, why)
     chosen = of_rank_0(chosen)

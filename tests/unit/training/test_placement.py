@@ -69,6 +69,20 @@ def test_one_worker_needs_no_choice(folder: Path) -> None:
     assert placed.reasons == ("single: there is one worker",) and placed.recipe == recipe(folder)
 
 
+def test_a_model_that_cannot_be_counted_is_trained_in_the_least_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(recipe: Recipe) -> None:
+        raise RuntimeError("no such operation on meta")
+
+    monkeypatch.setattr("piflow.training.placement.measure", fails)
+    model = {"path": str(folder / "flux"), "dtype": "bfloat16", "fp8_teacher": {}}
+    placed = strategy_for(recipe(folder, model=model), 1, CPU)
+    assert placed.recipe.model.fp8_teacher is not None
+    assert placed.recipe.model.fp8_teacher.keep_weights is False
+    assert "the model can't be measured: no such operation on meta" in placed.reasons[1]
+
+
 def test_auto_without_process_group(folder: Path) -> None:
     with pytest.raises(ValueError, match="strategy auto with several workers needs a process"):
         strategy_for(recipe(folder), 2, CPU)
