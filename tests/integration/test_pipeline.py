@@ -33,17 +33,26 @@ from torch import Tensor
 
 from piflow import storage
 from piflow.backbones import load_backbone
+from piflow.backbones.flux import FluxEncoderConfig
 from piflow.commands import check, distill, embed, evaluate, export, pretrain, promote, sample
-from piflow.config import ModelConfig, Recipe, RegistryConfig, parse_recipe
+from piflow.config import (
+    ModelConfig,
+    OtherStudentConfig,
+    Recipe,
+    RegistryConfig,
+    parse_recipe,
+)
 from piflow.data.manifest import StoreError
 from piflow.data.reader import EmbeddingStore
 from piflow.evaluation.compare import Evaluation, measure
 from piflow.evaluation.drawing import Drawing, Plan
+from piflow.evaluation.other_pipelines import open_others
 from piflow.inference.registered import download
 from piflow.roles.adapter import load_adapter
 from piflow.runs import folder as run_folder
 from piflow.runs.folder import RunDirectoryError
 from piflow.sharding.single import SingleStrategy
+from piflow.testing.models import save_model
 from piflow.training.checkpoint import load_tensors
 from piflow.training.export import student_of_checkpoint
 from tests.servers import SECRETS
@@ -398,13 +407,18 @@ def test_one_worker_equals_two(straight: Recipe) -> None:
 
 
 def evaluated_by(run: Recipe, workers: int) -> Recipe:
-    changed = run.evaluation.model_copy(update={"workers": workers})
+    """Beside somebody else's model, see `evaluation`."""
+    base = str(Path("turbo").absolute())
+    other = OtherStudentConfig(name="turbo", base=base, steps=2, dtype="float32", guidance=1.0)
+    changed = run.evaluation.model_copy(update={"workers": workers, "others": [other]})
     return run.model_copy(update={"evaluation": changed})
 
 
 @pytest.fixture(scope="module")
 def evaluation(interrupted: Interrupted) -> Evaluation:
-    """Drawn by two workers, of which each has a shard of the base."""
+    """Drawn by two workers, of which each has a shard of the base; the other model is whole."""
+    model = ModelConfig(path="turbo/transformer", codec="vae")
+    save_model(Path("turbo"), model, FluxEncoderConfig(path="turbo"), size=32)
     return evaluate.main(evaluated_by(interrupted.recipe, 2), show_progress=False)
 
 
@@ -414,13 +428,13 @@ def adapter(interrupted: Interrupted) -> tuple[str, str]:
     return export.main(interrupted.recipe)
 
 
-def test_evaluation_measures_four_methods(evaluation: Evaluation) -> None:
+def test_evaluation_measures_every_method(evaluation: Evaluation) -> None:
     names = [method.name for method in evaluation.methods]
-    assert names == ["teacher, 6 Euler steps", "teacher, 4 Euler steps", "teacher, 2 Euler steps",
-                     "student, 2 NFE"]  # fmt: skip
+    assert names == ["teacher, 6 Euler steps", "teacher, 4 Euler steps", "turbo",
+                     "teacher, 2 Euler steps", "student, 2 NFE"]  # fmt: skip
     assert evaluation.prompts == ("red heart", "fast reverse button"), "evenly spaced of 24"
     assert all(pictures.shape == (2, 2, 3, 32, 32) for pictures in evaluation.pictures.values())
-    reference, four, two, student = (method.values for method in evaluation.methods)
+    reference, four, _, two, student = (method.values for method in evaluation.methods)
     assert "error" not in reference
     assert four["error"] > two["error"] > 5, "more Euler steps come closer to the reference"
     assert student["error"] > 5
@@ -433,12 +447,15 @@ def test_two_workers_draw_what_one_process_draws(
     """Bit for bit, pictures and figures."""
     alone = evaluated_by(interrupted.recipe, 0)
     checkpoint = run_folder.newest_checkpoint(alone.run_dir)
-    drawing = Drawing(alone, *_plan_and_store(alone, tmp_path))
+    store = EmbeddingStore.open(alone.embed.store)
+    others = open_others(alone.evaluation, alone.model)
+    plan = Plan.of(alone, store, str(tmp_path), "checkpoint", others)
+    drawing, strategy = Drawing(alone, plan, store), SingleStrategy(torch.device("cpu"))
     trio, _ = student_of_checkpoint(alone, checkpoint, "ema")
-    assert drawing.num_missing() == drawing.total == 16
+    assert drawing.num_missing() == drawing.total == 20
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as Ray's workers have it: sums of several threads round otherwise
-    assert drawing.draw(trio, SingleStrategy(torch.device("cpu")))
+    assert drawing.draw_others(strategy) and drawing.draw(trio, strategy)
     torch.set_num_threads(threads)
     expected = measure(drawing)
     assert evaluation.psnr_gain == expected.psnr_gain
@@ -446,11 +463,6 @@ def test_two_workers_draw_what_one_process_draws(
     assert evaluation.per_prompt == expected.per_prompt
     for name, pictures in expected.pictures.items():
         assert torch.equal(evaluation.pictures[name], pictures), name
-
-
-def _plan_and_store(run: Recipe, folder: Path) -> tuple[Plan, EmbeddingStore]:
-    store = EmbeddingStore.open(run.embed.store)
-    return Plan.of(run, store, str(folder), "checkpoint"), store
 
 
 def test_a_second_evaluation_draws_nothing(
