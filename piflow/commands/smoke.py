@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from piflow import storage
 from piflow.config import Recipe, find_family
 from piflow.config.family import resolve
 from piflow.storage.scratch import scratch
@@ -85,7 +86,6 @@ def main(
 
 def write_inputs(recipe: Recipe, folder: Path) -> None:
     """The tiny model and the prompts, of the recipe's columns, with pictures where it has some."""
-    from piflow import storage
     from piflow.testing.models import save_model
 
     embed = recipe.embed
@@ -196,9 +196,8 @@ def _edited(folder: Path) -> str:
 
 def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     """Load the adapter as its users do, and draw one picture with it."""
-    from PIL import Image
-
     from piflow.inference.settings import load_student, places_of
+    from piflow.storage.picture import MAX_PICTURE_BYTES, open_picture
 
     pipeline = find_family(recipe.model.family).pipeline
     if pipeline is None or not (base / "model_index.json").exists():  # parts of no pipeline
@@ -209,7 +208,8 @@ def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     prompt = _some_prompts(recipe)[0]
     arguments = pipe.call_arguments(prompt, recipe.embed.height, recipe.embed.width)
     if recipe.condition_sizes is not None:
-        arguments["image"] = Image.open(_edited(base.parent)).resize((SIDE, SIDE))
+        content = storage.read_bytes(_edited(base.parent), max_bytes=MAX_PICTURE_BYTES)
+        arguments["image"] = open_picture(content).resize((SIDE, SIDE))
         arguments["_auto_resize"] = False
     pipe(**arguments)
 

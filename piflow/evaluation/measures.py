@@ -224,15 +224,17 @@ def _dinov2_diversity(material: Material) -> dict[str, dict[str, Tensor]]:
 def _dinov2_distance_teacher(material: Material) -> dict[str, dict[str, Tensor]]:
     """Mean of 1 - cos between a picture and the reference's of the same prompt and noise.
 
-    The reference has none to itself, and pictures from other noise have no counterpart.
+    The reference's to itself is 0, and pictures from other noise have no counterpart.
     """
-    (_, reference), *methods = material.features("dinov2").items()
-    unit = F.normalize(reference, dim=-1)
+    features = material.features("dinov2")
+    reference = next(iter(features))
+    unit = F.normalize(features[reference], dim=-1)
     distances = {
-        name: (1 - (F.normalize(features, dim=-1) * unit).sum(-1)).clamp(min=0).mean(1)
-        for name, features in methods
+        name: (1 - (F.normalize(own, dim=-1) * unit).sum(-1)).clamp(min=0).mean(1)
+        for name, own in features.items()
         if name not in material.other_noise
     }
+    distances[reference] = torch.zeros_like(distances[reference])  # but for rounding
     return {"dinov2_distance_teacher": distances}
 
 

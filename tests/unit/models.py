@@ -21,10 +21,12 @@ from piflow.backbones import (
     DiTBackbone,
     Flux2Backbone,
     FluxBackbone,
+    FluxKontextBackbone,
     QwenImageBackbone,
     SD3Backbone,
     ZImageBackbone,
 )
+from piflow.config import find_family
 
 HEADS = {"attention_head_dim": 8, "num_attention_heads": 2, "num_layers": 2}
 TEXT = {"in_channels": 16, "joint_attention_dim": 6, "axes_dims_rope": [2, 2, 4]}
@@ -66,6 +68,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {  # most of whose code others of MODELS share
     "flux2_klein": MODELS["flux2"],
+    "flux_kontext": MODELS["flux"],
     "z_image": (
         ZImageTransformer2DModel,
         {
@@ -85,6 +88,7 @@ BACKBONES: dict[str, Callable[[Any], Backbone]] = {
     "flux": FluxBackbone,
     "flux2": Flux2Backbone,
     "flux2_klein": Flux2Backbone,
+    "flux_kontext": FluxKontextBackbone,
     "qwen_image": QwenImageBackbone,
     "sd3": SD3Backbone,
     "z_image": ZImageBackbone,
@@ -103,7 +107,10 @@ def case(family: str) -> tuple[Any, tuple[torch.Tensor, torch.Tensor, Conditioni
         backbone = BACKBONES[family](model_class(**config).eval())
         size = (8, 8) if family == "dit" else (4, 8)
         x = torch.randn(3, backbone.latent_channels, *size)
-        return backbone, (x, torch.tensor([1.0, 0.6, 0.2]), _conditioning(family))
+        cond = _conditioning(family)
+        if find_family(family).edits is not None:
+            cond = cond.editing(torch.randn(3, backbone.latent_channels, 4, 4))
+        return backbone, (x, torch.tensor([1.0, 0.6, 0.2]), cond)
 
 
 def _conditioning(family: str) -> Conditioning:

@@ -65,7 +65,7 @@ def test_truncation_keeps_the_first_tokens_and_the_end_mark(encoder: TextEncoder
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_results_do_not_depend_on_the_batch(encoder: TextEncoder, batch_size: int) -> None:
     together = encoder.encode(PROMPTS, batch_size)
-    for prompt, (tokens, pooled, truncated, _) in zip(PROMPTS, together, strict=True):
+    for prompt, (tokens, pooled, truncated, *_) in zip(PROMPTS, together, strict=True):
         [alone] = encoder.encode([prompt])
         torch.testing.assert_close(alone.tokens, tokens, rtol=0, atol=2e-6)
         torch.testing.assert_close(alone.pooled, pooled, rtol=0, atol=2e-6)

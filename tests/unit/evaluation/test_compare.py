@@ -181,7 +181,12 @@ def with_networks(folder: Path) -> tuple[EvaluationConfig, Instruments]:
     names = [name for name, metric in METRICS.items() if metric.network is not None]
     values: dict[str, Any] = {
         "metrics": names,
-        "networks": {"clip": save_clip(folder / "clip"), "dinov2": save_dinov2(folder / "dinov2")},
+        "networks": {
+            "clip": save_clip(folder / "clip"),
+            "pick_score": save_clip(folder / "pick_score", 1),
+            "hps_v2": save_clip(folder / "hps_v2", 2),
+            "dinov2": save_dinov2(folder / "dinov2"),
+        },
         "references": save_pictures(folder / "world", 5),
         "retrieval": False,
     }

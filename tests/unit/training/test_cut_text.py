@@ -147,7 +147,7 @@ def test_loss_and_gradients_are_those_of_padded_prompts(
 def test_a_family_says_rightly_whether_it_masks(family: str) -> None:
     """Positions beyond `num_tokens` change nothing exactly where the record says so."""
     backbone, (x, sigma, cond) = case(family)
-    padded = Conditioning(cond.tokens, cond.num_tokens.clamp(max=3), cond.pooled)
+    padded = replace(cond, num_tokens=cond.num_tokens.clamp(max=3))
     padded.tokens[:, 3:] = 0
     cut = replace(padded, tokens=padded.tokens[:, :3])
     seen = backbone.teacher_velocity(x, sigma, padded) - backbone.teacher_velocity(x, sigma, cut)
