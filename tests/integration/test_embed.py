@@ -333,7 +333,7 @@ class _DyingShard(embed_job.EncodeShard):
 
     def __init__(self, *arguments: Any) -> None:
         _, self._store, self._inputs, plans, self._writer = arguments
-        self._latents, self._turn, self._name, self._busy = None, Lock(), "", 0.0
+        self._pictures, self._turn, self._name, self._busy = [], Lock(), "", 0.0
         self._plans = ray.get(plans)
 
     def _encode_shard(self, plan: ShardPlan) -> Any:
