@@ -494,6 +494,10 @@ def sample(
     ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="pixels; default: as trained")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="pixels; default: as trained")] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="of a video, for students that make some; default: as trained"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 4,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one")
@@ -561,7 +565,7 @@ def sample(
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw pictures from an adapter, piflow's or a published one.
+    """Draw pictures, or videos, from an adapter, piflow's or a published one.
 
     Run it again to go on, or for more prompts.
     """
@@ -605,6 +609,7 @@ def sample(
             final_step_size_scale=final_step_size_scale,
             total_substeps=total_substeps,
             substep_rounding=substep_rounding,
+            frames=frames,
         ),
         family=family,
         show_progress=not quiet,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from piflow.backbones.load import DTYPES, family_class, load_backbone, load_empty_backbone
     from piflow.backbones.qwen_image.backbone import QwenImageBackbone
     from piflow.backbones.sd3.backbone import SD3Backbone
+    from piflow.backbones.wan.backbone import WanBackbone
     from piflow.backbones.z_image.backbone import ZImageBackbone
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "QwenImageBackbone",
     "SD3Backbone",
     "VAECodec",
+    "WanBackbone",
     "ZImageBackbone",
     "build_codec",
     "family_class",
@@ -52,6 +54,7 @@ _HOMES = {  # module here -> the names of this package that it holds
     "load": ("DTYPES", "family_class", "load_backbone", "load_empty_backbone"),
     "qwen_image.backbone": ("QwenImageBackbone",),
     "sd3.backbone": ("SD3Backbone",),
+    "wan.backbone": ("WanBackbone",),
     "z_image.backbone": ("ZImageBackbone",),
 }
 

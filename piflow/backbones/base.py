@@ -254,6 +254,8 @@ class Backbone(Protocol):
         width: the transformer's hidden size d.
         latent_channels: C.
         patch_size: p, 2 in nearly all families.
+        latent_frames: frames of a video that latents hold, one below the other: H is so many times
+            a frame's height. It may be set; a picture is one frame.
         class_name: the diffusers class in a model folder's config.json.
         block_classes: modules that are sharded one by one.
         output_names: submodules of `module` that make up its output layer; never adapted.
@@ -267,6 +269,7 @@ class Backbone(Protocol):
     width: int
     latent_channels: int
     patch_size: int
+    latent_frames: int
     class_name: str
     block_classes: tuple[type[nn.Module], ...]
     output_names: tuple[str, ...]

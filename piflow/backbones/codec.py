@@ -20,7 +20,15 @@ from piflow.storage.model_folder import LIBRARY_ERRORS, check_model_folder, reas
 
 
 class Codec(Protocol):
-    """Pictures `(B, 3, H, W)` float32 in [-1, 1] <-> latents `(B, C, h, w)` float32."""
+    """Pictures `(B, 3, H, W)` float32 in [-1, 1] <-> latents `(B, C, h, w)` float32.
+
+    A video is a picture of all its frames, one below the other, and so are its latents.
+
+    Attributes:
+        frames: of a picture, N: H is N times a frame's height.
+    """
+
+    frames: int
 
     @property
     def name(self) -> str:
@@ -34,6 +42,9 @@ class Codec(Protocol):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of a picture's latents, of which h and w are multiples of the patch's side.
+
+        Args:
+            height, width: pixels of a frame; h is that of all frames.
 
         Raises:
             ValueError: height or width, in pixels, doesn't divide.
@@ -70,14 +81,20 @@ def build_codec(model: ModelConfig) -> Codec:
     """
     family = find_family(model.family)
     if model.codec == "pixels":
-        return PixelCodec(family.patch_size)
-    codec = VAECodec(vae_uri(model), family.patch_size)
+        return PixelCodec(family.patch_size, model.num_frames)
+    codec = VAECodec(vae_uri(model), family.patch_size, model.num_frames)
     expected = family.vaes
     if codec.name not in expected:
         raise ValueError(
             f"model.family = {model.family} goes with a VAE of class {' or '.join(expected)}, "
             f"{vae_uri(model)} holds a {codec.name}: its latents would mean nothing to the "
             "teacher; set model.vae to the family's VAE, or correct model.family"
+        )
+    if family.video is not None and codec.frame_step != family.video.step:
+        raise ValueError(
+            f"model.family = {model.family} goes with a VAE that makes one frame of latents of "
+            f"{family.video.step} frames, that of {vae_uri(model)} makes it of "
+            f"{codec.frame_step}; set model.vae to the family's VAE"
         )
     return codec
 
@@ -130,22 +147,25 @@ class PixelCodec:
 
     Args:
         patch_size: side, in latent pixels, of the patch that a token is.
+        frames: of a video, each of which is as a picture.
     """
 
     name = "pixels"
     channels = 12
     factor = PIXEL_FACTOR
 
-    def __init__(self, patch_size: int = PATCH) -> None:
+    def __init__(self, patch_size: int = PATCH, frames: int = 1) -> None:
         self._patch_size = patch_size
+        self.frames = frames
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(12, H/2, W/2).
+        """(12, H/2, W/2), of all frames together.
 
         Raises:
             ValueError: height or width isn't a positive multiple of a token's pixels.
         """
-        return _latent_shape(self.channels, self.factor, self._patch_size, height, width)
+        step = self._patch_size
+        return _latent_shape(self.channels, self.factor, step, height, width, self.frames)
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """`(B, 3, H, W)` -> `(B, 12, H/2, W/2)`.
@@ -156,8 +176,8 @@ class PixelCodec:
         """
         if noise is not None:
             raise ValueError("pixels have no posterior to draw from: leave the noise out")
-        _check_pictures(pictures)
-        self.latent_shape(pictures.shape[2], pictures.shape[3])
+        _check_pictures(pictures, self.frames)
+        self.latent_shape(pictures.shape[2] // self.frames, pictures.shape[3])
         return F.pixel_unshuffle(pictures, self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -187,27 +207,30 @@ class _LatentSpace:
     shift: tuple[float, ...] | None
     scale: tuple[float, ...] | None
     has_frames: bool  # a video VAE: (B, C, T, H, W), pictures are one frame
+    frame_step: int = 1  # frames of a video that one of the latents stands for, but for the first
 
 
 class VAECodec:
     """A diffusers VAE in float32: the posterior's mean or a draw, normalised as the pipelines do.
 
     `AutoencoderKL` (FLUX.1, Stable Diffusion, DiT): `(z - shift_factor) · scaling_factor`.
-    `AutoencoderKLQwenImage`: `(z - latents_mean) / latents_std` by channel. `AutoencoderKLFlux2`:
-    its batch norm's running mean and deviation over 2×2 patches. Pictures go through
-    one by one, so that memory is one picture's and results don't depend on the batch.
+    `AutoencoderKLQwenImage`, `AutoencoderKLWan`: `(z - latents_mean) / latents_std` by channel.
+    `AutoencoderKLFlux2`: its batch norm's running mean and deviation over 2×2 patches. Pictures go
+    through one by one, so that memory is one picture's and results don't depend on the batch.
 
     Args:
         uri: the VAE's folder (config.json and safetensors); only config.json is read at once.
         patch_size: as of `PixelCodec`.
+        frames: of a video, for the VAE of some.
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: it isn't one of these three classes' VAE of RGB pictures.
+        ValueError: it isn't one of these four classes' VAE of RGB pictures.
     """
 
-    def __init__(self, uri: str, patch_size: int = PATCH) -> None:
+    def __init__(self, uri: str, patch_size: int = PATCH, frames: int = 1) -> None:
         self._uri = uri
+        self.frames = frames
         config = _read_config(uri)
         self._class_name = str(config.get("_class_name"))
         if self._class_name not in _LATENT_SPACES:
@@ -236,14 +259,23 @@ class VAECodec:
         """C, of the latents; from config.json alone."""
         return self._space.channels
 
+    @property
+    def frame_step(self) -> int:
+        """Frames that one frame of latents stands for, but for the first; from config.json."""
+        return self._space.frame_step
+
+    @property
+    def _latent_frames(self) -> int:
+        return (self.frames - 1) // self._space.frame_step + 1
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H/factor, W/factor); from config.json alone.
+        """(C, H/factor, W/factor), H of all frames of latents; from config.json alone.
 
         Raises:
             ValueError: height or width isn't a positive multiple of a token's pixels.
         """
-        space = self._space
-        return _latent_shape(space.channels, space.factor, self._step, height, width)
+        space, step = self._space, self._step
+        return _latent_shape(space.channels, space.factor, step, height, width, self._latent_frames)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -256,16 +288,18 @@ class VAECodec:
             ValueError: not RGB, sizes that don't divide, noise of another shape, or weights that
                 don't load.
         """
-        _check_pictures(pictures)
-        shape = (len(pictures), *self.latent_shape(pictures.shape[2], pictures.shape[3]))
+        _check_pictures(pictures, self.frames)
+        size = (pictures.shape[2] // self.frames, pictures.shape[3])
+        shape = (len(pictures), *self.latent_shape(*size))
         if noise is not None and noise.shape != shape:
             raise ValueError(f"expected noise of shape {shape}, got {tuple(noise.shape)}")
         pictures = pictures.float()
         vae = self._on(pictures.device)
-        inputs = pictures.unsqueeze(2) if self._space.has_frames else pictures
+        inputs = pictures.unflatten(2, (self.frames, -1)) if self._space.has_frames else pictures
         posterior = vae.encode(inputs).latent_dist
-        mean, std = posterior.mode(), posterior.std
-        z, spread = (mean[:, :, 0], std[:, :, 0]) if self._space.has_frames else (mean, std)
+        z, spread = posterior.mode(), posterior.std
+        if self._space.has_frames:
+            z, spread = z.flatten(2, 3), spread.flatten(2, 3)
         if noise is not None:
             z = z + spread * noise.to(z)
         shift, scale = self._normalisation(vae, pictures.device)
@@ -285,8 +319,11 @@ class VAECodec:
         shift, scale = self._normalisation(vae, latents.device)
         z = F.pixel_unshuffle(latents, self._patch) / scale + shift
         z = F.pixel_shuffle(z, self._patch)
-        pictures = vae.decode(z.unsqueeze(2) if self._space.has_frames else z).sample
-        return pictures[:, :, 0] if self._space.has_frames else pictures
+        if not self._space.has_frames:
+            pictures: Tensor = vae.decode(z).sample
+            return pictures
+        frames: Tensor = vae.decode(z.unflatten(2, (self._latent_frames, -1))).sample
+        return frames.flatten(2, 3)
 
     def _normalisation(self, vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         """Shift and scale, each `(1, 1, 1, 1)`, `(1, C, 1, 1)` or, of patches, `(1, 4C, 1, 1)`."""
@@ -359,10 +396,20 @@ def _space_of_qwen_image(config: dict[str, Any]) -> _LatentSpace:
     )
 
 
+def _space_of_wan(config: dict[str, Any]) -> _LatentSpace:
+    for key in ("is_residual", "patch_size"):
+        if config.get(key):
+            raise ValueError(f"the VAE has {key} = {config[key]} (Wan 2.2); expected Wan 2.1's")
+    _require_rgb(config.get("in_channels", 3))
+    space = _space_of_qwen_image({**config, "input_channels": 3})
+    return replace(space, frame_step=int(2 ** sum(map(bool, config["temperal_downsample"]))))
+
+
 _LATENT_SPACES = {
     "AutoencoderKL": _space_of_kl,
     "AutoencoderKLFlux2": _space_of_flux2,
     "AutoencoderKLQwenImage": _space_of_qwen_image,
+    "AutoencoderKLWan": _space_of_wan,
 }
 
 
@@ -378,15 +425,16 @@ def _read_config(uri: str) -> dict[str, Any]:
 
 
 def _latent_shape(
-    channels: int, factor: int, patch: int, height: int, width: int
+    channels: int, factor: int, patch: int, height: int, width: int, frames: int
 ) -> tuple[int, int, int]:
     check_size(height, width, patch * factor)
-    return channels, height // factor, width // factor
+    return channels, frames * (height // factor), width // factor
 
 
-def _check_pictures(pictures: Tensor) -> None:
-    if pictures.ndim != 4 or pictures.shape[1] != 3:
-        raise ValueError(f"pictures must be (B, 3, H, W), got {tuple(pictures.shape)}")
+def _check_pictures(pictures: Tensor, frames: int) -> None:
+    if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[2] % frames:
+        told = "" if frames == 1 else f", with {frames} frames one below the other"
+        raise ValueError(f"pictures must be (B, 3, H, W){told}, got {tuple(pictures.shape)}")
 
 
 def _check_latents(latents: Tensor, channels: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 
@@ -9,6 +11,8 @@ from piflow.backbones.base import Backbone
 from piflow.config import ModelConfig, find_family
 from piflow.config.family import resolve
 from piflow.sharding.weights import StoredTensor
+
+AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,12 +38,13 @@ def load_backbone(
     Raises:
         ValueError: a folder that isn't this family's model, or guidance that doesn't fit it.
     """
-    return family_class(model.family).load(
+    backbone = family_class(model.family).load(
         model.path,
         dtype=DTYPES[model.dtype],
         device=device,
         embedded_guidance=embedded_guidance,
     )
+    return with_frames(backbone, model)
 
 
 def load_empty_backbone(
@@ -50,6 +55,13 @@ def load_empty_backbone(
     Raises:
         ValueError: as `load_backbone`.
     """
-    return family_class(model.family).load_empty(
+    backbone, sources = family_class(model.family).load_empty(
         model.path, dtype=DTYPES[model.dtype], embedded_guidance=embedded_guidance
     )
+    return with_frames(backbone, model), sources
+
+
+def with_frames(backbone: AnyBackbone, model: ModelConfig) -> AnyBackbone:
+    """The same backbone, told how many frames the latents of the recipe's videos hold."""
+    backbone.latent_frames = model.latent_frames
+    return backbone

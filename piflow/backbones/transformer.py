@@ -55,6 +55,7 @@ class TransformerBackbone(ABC):
     fixed_size: ClassVar[bool] = False  # whether latents have one size alone
     takes_condition: ClassVar[bool] = False  # whether it edits pictures, which come with each call
     patch_size: int = PATCH
+    latent_frames: int = 1
     velocity_sign: ClassVar[Literal[1, -1]] = 1
     """What the model predicts is this times the velocity ε - x0."""
 
@@ -163,10 +164,11 @@ class TransformerBackbone(ABC):
             if name.split(".")[0] not in outputs
         }
         check_weights(stored, expected, str(uri))
-        for name in outputs:
-            layer = module.get_submodule(name).to_empty(device="cpu")
-            for tensor in layer.parameters():
-                nn.init.constant_(tensor, torch.nan)
+        for name, parameter in list(module.named_parameters()):
+            if name.split(".")[0] in outputs:
+                owner, _, leaf = name.rpartition(".")
+                nan = torch.full_like(parameter, torch.nan, device="cpu")
+                setattr(module.get_submodule(owner), leaf, nn.Parameter(nan))
         buffers = dict(module.named_buffers())
         fill(module, {name: s for name, s in stored.items() if name in buffers}, device="cpu")
         return module, {name: s for name, s in stored.items() if name not in buffers}
@@ -495,7 +497,7 @@ def model_tensors(folder: str) -> dict[str, StoredTensor]:
 
 def is_of_head(name: str) -> bool:
     """Whether a tensor of a merged student is its head's, by the name in the file."""
-    return name.split(".")[0].startswith(("norm_out", "proj_out"))
+    return name.split(".")[0].startswith(("norm_out", "proj_out", "scale_shift_table"))
 
 
 def rows_by_position(tensor: Tensor) -> Tensor:

@@ -407,8 +407,9 @@ def _write_report(
 
     from piflow.evaluation.report import EvaluationReport, render_html, worst_and_best
     from piflow.evaluation.sheet import grid, jpeg_bytes
-    from piflow.inference.pixels import to_image
+    from piflow.inference.pixels import strip, to_image
 
+    frames = recipe.model.num_frames
     rows = worst_and_best(result.per_prompt, SHOWN_PROMPTS)
     first = range(min(GRID_PROMPTS, len(result.prompts)))
     names = [method.name for method in result.methods if method.is_headline]
@@ -417,9 +418,9 @@ def _write_report(
         if not (method.is_headline or method.is_student):
             continue
         own = result.pictures[method.name]
-        pictures[method.name] = [to_image(own[row, 0]) for row in rows]
+        pictures[method.name] = [to_image(strip(own[row, 0], frames)) for row in rows]
         if method.is_headline:
-            kept.append(own[: len(first), 0].clone())
+            kept.append(strip(own[: len(first), 0], frames).clone())
     sheet = jpeg_bytes(grid(list(torch.stack(kept, dim=1)), result.prompts[: len(first)], names))
     shown = _shown(result, rows, pictures)
     report = EvaluationReport(

@@ -1,4 +1,4 @@
-"""adapter + prompts -> pictures."""
+"""adapter + prompts -> pictures or videos."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from piflow.config import find_family
+from piflow.config import ModelConfig, find_family
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,7 @@ class Choices:
         nfe: network evaluations.
         base: the base model: a pipeline's folder, URI or hub name, or its transformer's folder.
         height, width: pixels.
+        frames: of a video, for students that make some.
         batch_size: pictures drawn at once.
         device: "auto" is a GPU if there is one.
         dtype: what the base computes in.
@@ -61,6 +62,7 @@ class Choices:
     final_step_size_scale: float | None = None
     total_substeps: int | None = None
     substep_rounding: Literal["nearest", "up"] | None = None
+    frames: int | None = None
 
     def few_step(self, trained: FewStep) -> FewStep:
         """The schedule with what was chosen.
@@ -88,6 +90,8 @@ def main(
     show_progress: bool = True,
 ) -> list[str]:
     """Write a PNG picture for every prompt and seed, an index of them, and a sheet.
+
+    A video is an animated WebP file, of which the sheet shows the first frame.
 
     A picture depends on its prompt and seed alone, not on what else is drawn, and is written as
     soon as it is drawn. Those that are there, of the same adapter and settings, are not drawn
@@ -131,7 +135,9 @@ def main(
     settings = _settled(student, settings, choices)
     student, extra = _with_loras(student, settings, choices)
     decides = {**_what_decides(adapter_files(adapter), settings, choices), **extra}
-    gallery = Gallery(out, decides, {"adapter": adapter, "device": device.type})
+    is_video = find_family(settings.model.family).video is not None
+    notes = {"adapter": adapter, "device": device.type}
+    gallery = Gallery(out, decides, notes, suffix=".webp" if is_video else ".png")
     missing = gallery.missing(requests)
     if missing:
         try:
@@ -139,8 +145,9 @@ def main(
         finally:
             gallery.close()
     sheet = _write_sheet(gallery, requests, out)
+    kind = "videos" if is_video else "pictures"
     print(
-        f"{len(missing)} pictures drawn, {len(requests) - len(missing)} were there; all are in "
+        f"{len(missing)} {kind} drawn, {len(requests) - len(missing)} were there; all are in "
         f"{out}, with index.jsonl and {SHEET}"
     )
     return [*(gallery.file(request) for request in requests), sheet]
@@ -273,6 +280,7 @@ def _settled(student: Adapter, settings: SamplingSettings, choices: Choices) -> 
     guidance = guidance if choices.guidance is None else choices.guidance
     settled = settings.model_copy(
         update={
+            "model": _of_length(settings.model, choices.frames),
             "height": settings.height if choices.height is None else choices.height,
             "width": settings.width if choices.width is None else choices.width,
             "few_step": few_step,
@@ -281,6 +289,25 @@ def _settled(student: Adapter, settings: SamplingSettings, choices: Choices) -> 
     )
     build_codec(settled.model).latent_shape(settled.height, settled.width)
     return settled
+
+
+def _of_length(model: ModelConfig, frames: int | None) -> ModelConfig:
+    """The model with the chosen number of a video's frames; None: as trained.
+
+    Raises:
+        ValueError: it makes pictures, or a number that its VAE doesn't take.
+    """
+    if frames is None:
+        return model
+    video = find_family(model.family).video
+    if video is None:
+        raise ValueError(
+            f"this student of the family {model.family} makes pictures, got {frames} frames: leave "
+            "--frames out"
+        )
+    if model.codec == "vae":
+        video.latent_frames(frames)
+    return model.model_copy(update={"frames": frames})
 
 
 def _tell_of_notes(student: Adapter, settings: SamplingSettings, choices: Choices) -> None:
@@ -319,6 +346,8 @@ def _what_decides(adapter: str, settings: SamplingSettings, choices: Choices) ->
 
     names = ("guidance", "shift", "final_step_size_scale", "total_substeps", "substep_rounding")
     chosen = {name: getattr(choices, name) for name in names}
+    if find_family(settings.model.family).video is not None:
+        chosen["frames"] = settings.model.num_frames
     return {
         **{name: value for name, value in chosen.items() if value is not None},
         "adapter_sha256": student_sha256(adapter),
@@ -347,12 +376,13 @@ def _draw(
     from piflow.backbones.offload import place
     from piflow.inference.drawing import draw_pictures
     from piflow.inference.editing import condition_latents
-    from piflow.inference.pixels import enlarged, png_bytes, to_image
+    from piflow.inference.pixels import enlarged, png_bytes, to_image, webp_bytes
     from piflow.inference.settings import encode_prompts, student_of
     from piflow.progress import progress
 
     codec = build_codec(settings.model)
-    masked = find_family(settings.model.family).masks_text
+    family = find_family(settings.model.family)
+    video, masked = family.video, family.masks_text
     size = (settings.height, settings.width)
     trio, by_content = None, {edit.sha256: edit for edit in edits}
     with progress("sample: pictures", len(missing), show=show_progress) as bar:
@@ -377,7 +407,11 @@ def _draw(
                     trio, codec, settings.few_step, chosen, [item.seed for item in batch], size
                 )
                 for request, picture in zip(batch, drawn, strict=True):
-                    gallery.add(request, png_bytes(enlarged(to_image(picture))))
+                    if video is None:
+                        content = png_bytes(enlarged(to_image(picture)))
+                    else:
+                        content = webp_bytes(picture, codec.frames, video.rate)
+                    gallery.add(request, content)
                 bar.advance(len(batch))
 
 

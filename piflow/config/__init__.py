@@ -51,6 +51,7 @@ from piflow.config.training import (
     ParameterGroupConfig,
     TrainingConfig,
 )
+from piflow.config.video import Video
 
 __all__ = [
     "BUILT_IN",
@@ -88,6 +89,7 @@ __all__ = [
     "TextEncoderConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "Video",
     "differences",
     "find_family",
     "flatten",

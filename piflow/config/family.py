@@ -28,6 +28,7 @@ from pydantic_core import PydanticKnownError
 
 from piflow.config.conditions import ConditionSizes
 from piflow.config.encoder import EncoderConfig
+from piflow.config.video import Video
 
 BUILT_IN = {  # name -> the module that holds its FAMILY
     "flux": "piflow.backbones.flux",
@@ -37,6 +38,7 @@ BUILT_IN = {  # name -> the module that holds its FAMILY
     "qwen_image": "piflow.backbones.qwen_image",
     "sd3": "piflow.backbones.sd3",
     "z_image": "piflow.backbones.z_image",
+    "wan": "piflow.backbones.wan",
     "dit": "piflow.backbones.dit",
 }
 GROUP = "piflow.families"
@@ -71,16 +73,17 @@ class Family:
         backbone: "module:class" of its `piflow.backbones.Backbone`.
         encoders: the kinds of prompt encoder that it takes, its own first.
         vaes: classes of the VAEs whose latents it takes; `piflow.backbones.codec` knows
-            AutoencoderKL, AutoencoderKLFlux2 and AutoencoderKLQwenImage.
+            AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage and AutoencoderKLWan.
         packs_latents: whether config.json's `in_channels` counts the features of a packed 2×2
             patch, or the latents' channels.
         patch_size: side of the patch that a token is, in latent pixels; its backbone's.
         masks_text: whether its model keeps the text's padding out of attention, so that a batch may
             come without what none of its prompts fills.
         splits_tokens: whether its diffusers class has a plan for context parallelism, which is
-            tried with it; not of a family that edits.
+            tried with it; not of a family that edits, or whose model is rebuilt.
         edits: how the picture is scaled that its model edits, and that every prompt brings; None:
             its model makes pictures of prompts alone.
+        video: how long the videos are that its model makes; None: it makes pictures.
         unguided_scale: the `guidance_scale` at which its diffusers pipeline guides nothing: 1, or 0
             where the scale is that of what is added, one less than a recipe's `guidance.scale`.
         tiny: dotted name of a module that is a `piflow.backbones.tiny.TinyModel`, for
@@ -103,6 +106,7 @@ class Family:
     masks_text: bool = False
     splits_tokens: bool = False
     edits: ConditionSizes | None = None
+    video: Video | None = None
     unguided_scale: float = 1.0
     tiny: str | None = None
     pipeline: str | None = None

@@ -31,6 +31,7 @@ SINCE_SCHEMA_0 = frozenset(
         "embed.latent_values",
         "lora.init",
         "model.base_weights",
+        "model.frames",
         "model.lora",
         "objective.substep_rounding",
         "training.init_from",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from piflow import storage
 from piflow.config.family import find_family
@@ -21,6 +21,7 @@ from piflow.config.section import (
 ComputeDtype = Literal["base", "float32"]
 LoRAInit = Literal["kaiming", "gaussian"]
 BaseWeights = Literal["int8", "nf4"]
+MAX_FRAMES = 1025  # of a video
 GgufType = Literal["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 """Ways to pack a weight in GGUF that its library writes and diffusers reads: bits a value."""
 
@@ -79,9 +80,9 @@ class ModelConfig(Section):
 
     family: str = "flux"
     """The architecture: flux (FLUX.1), flux_kontext (FLUX.1-Kontext, which edits pictures), flux2,
-    flux2_klein, qwen_image, sd3 (Stable Diffusion 3 and 3.5), z_image, dit (class-conditional DiT);
-    or one of another package, by the name of its `piflow.families` entry point, its module or
-    module:attribute.
+    flux2_klein, qwen_image, sd3 (Stable Diffusion 3 and 3.5), z_image, wan (Wan 2.1, which makes
+    videos), dit (class-conditional DiT); or one of another package, by the name of its
+    `piflow.families` entry point, its module or module:attribute.
     """
 
     path: Uri
@@ -92,6 +93,11 @@ class ModelConfig(Section):
 
     vae: Uri | None = None
     """URI of the VAE's folder; default: `vae` beside the transformer's."""
+
+    frames: Annotated[int, Field(gt=0, le=MAX_FRAMES)] | None = None
+    """Frames of a video, of families that make some: 1 more than a multiple of 4 with Wan's VAE;
+    null: as many as the family's published videos have.
+    """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The frozen base's dtype."""
@@ -116,6 +122,38 @@ class ModelConfig(Section):
     def _is_found(cls, name: str) -> str:
         find_family(name)
         return name
+
+    @model_validator(mode="after")
+    def _frames_are_a_videos(self) -> ModelConfig:
+        if self.frames is None:
+            return self
+        if find_family(self.family).video is None:
+            raise ValueError(
+                f"frames = {self.frames} is about videos, and family = {self.family} makes "
+                "pictures; leave it out"
+            )
+        _ = self.latent_frames  # a VAE doesn't take every number
+        return self
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a sample: a picture has one."""
+        video = find_family(self.family).video
+        if video is None:
+            return 1
+        return video.frames if self.frames is None else self.frames
+
+    @property
+    def latent_frames(self) -> int:
+        """Frames of a sample's latents, which lie one below the other.
+
+        Raises:
+            ValueError: the frames of the video aren't a whole number of these.
+        """
+        video = find_family(self.family).video
+        if video is None or self.codec == "pixels":
+            return self.num_frames
+        return video.latent_frames(self.num_frames)
 
 
 class LoRAConfig(Section):

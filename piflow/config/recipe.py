@@ -174,6 +174,25 @@ class Recipe(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _videos_come_of_prompts_alone(self) -> Recipe:
+        family = self.model.family
+        if find_family(family).video is None:
+            return self
+        if self.embed.image_column is not None or self.objective.pictures is not None:
+            raise ValueError(
+                f"model.family = {family} makes videos, and videos in the store aren't supported: "
+                "use a data-free recipe, with objective.data = free and neither "
+                "embed.image_column nor objective.pictures"
+            )
+        for key in ("retrieval", "metrics", "others"):
+            if getattr(self.evaluation, key):
+                raise ValueError(
+                    f"evaluation.{key} is about pictures, and model.family = {family} makes "
+                    f"videos; {'set it to false' if key == 'retrieval' else 'leave it out'}"
+                )
+        return self
+
     @property
     def condition_sizes(self) -> ConditionSizes | None:
         """How condition pictures are scaled; None: the model edits none."""

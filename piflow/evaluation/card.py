@@ -88,7 +88,7 @@ class Card:
         head: dict[str, Any] = {
             "license": self.licence or "other",
             "library_name": "piflow",
-            "pipeline_tag": "text-to-image" if self.settings.edits is None else "image-to-image",
+            "pipeline_tag": self._task(),
             "tags": ["piflow", "few-step", "distillation", self.kind],
         }
         base = self._hub_base()
@@ -96,6 +96,12 @@ class Card:
             head["base_model"] = base
             head["base_model_relation"] = _RELATIONS.get(self.kind, "adapter")
         return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
+
+    def _task(self) -> str:
+        """The hub's name for what the student does."""
+        if find_family(self.settings.model.family).video is not None:
+            return "text-to-video"
+        return "text-to-image" if self.settings.edits is None else "image-to-image"
 
     def _hub_base(self) -> str | None:
         """owner/name of the base, if it is on the hub."""
@@ -114,10 +120,13 @@ class Card:
             "fp8": "a whole model, linear layers in scaled float8_e4m3fn",
             "gguf": "a whole model, linear layers packed as GGUF",
         }
+        drawn = "a picture"
+        if find_family(model.family).video is not None:
+            drawn = f"a video of {model.num_frames} frames"
         policy = self.student.config.policy_fields
         head = policy["type"] if policy["type"] == "GMFlow" else f"DX ({policy['mode']})"
         return (
-            f"A student of **{base}** (family {model.family}) that draws a picture in "
+            f"A student of **{base}** (family {model.family}) that draws {drawn} in "
             f"**{few.nfe} network evaluations**, distilled with piflow by π-Flow's imitation "
             f"distillation (arXiv 2510.14974). Policy {head}, shift {few.shift:g}, last step "
             f"{few.final_step_size_scale:g}, {self.settings.width}x{self.settings.height} pixels. "

@@ -6,6 +6,7 @@
 
 Pictures are drawn once: they are kept as PNG files under what decides them (recipe, store, method,
 noise, for the student its checkpoint), and measured as those files hold them, with 8 bits a colour.
+A video's file holds all its frames, one below the other, so that a figure is one of all frames.
 Another call draws what is missing. Which pictures are drawn together follows from what is missing
 and the batch size alone, so that the number of workers doesn't change any of them.
 """
@@ -42,7 +43,7 @@ from piflow.sampling import sample_euler, sample_few_step
 from piflow.schedule import FewStep
 from piflow.sharding.base import Strategy
 from piflow.sharding.everyone import everyone, of_rank_0
-from piflow.storage.picture import MAX_PICTURE_BYTES, open_picture
+from piflow.storage.picture import MAX_PICTURE_BYTES, MAX_PIXELS, open_picture
 from piflow.training.step import micro_batch_generator
 
 if TYPE_CHECKING:
@@ -471,7 +472,9 @@ class Drawing:
         return drawn, Pictures(readers)
 
     def _pictures(self, gallery: Gallery) -> Tensor:
-        pictures = [read_picture(gallery.file(request)) for request in self._requests]
+        embed = self._recipe.embed
+        pixels = max(MAX_PIXELS, self._codec.frames * embed.height * embed.width)
+        pictures = [read_picture(gallery.file(item), pixels) for item in self._requests]
         return torch.stack(pictures).unflatten(0, self._noise.shape[:2])
 
     def _drawn(self, gallery: Gallery) -> Drawn:
@@ -514,8 +517,9 @@ def _digest(noise: Tensor) -> str:
     return hashlib.sha256(noise.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def read_picture(uri: str) -> Tensor:
+def read_picture(uri: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """A PNG file as (3, H, W) float32 in [-1, 1]."""
-    picture = open_picture(storage.read_bytes(uri, max_bytes=MAX_PICTURE_BYTES))
+    content = storage.read_bytes(uri, max_bytes=MAX_PICTURE_BYTES)
+    picture = open_picture(content, max_pixels=max_pixels)
     levels = torch.from_numpy(np.array(picture.convert("RGB")))
     return levels.movedim(-1, 0).float() / 127.5 - 1

@@ -15,6 +15,7 @@ from piflow.inference.flux_kontext import PiFluxKontextPipeline
 from piflow.inference.qwen_image import PiQwenImagePipeline
 from piflow.inference.registered import load
 from piflow.inference.sd3 import PiSD3Pipeline
+from piflow.inference.wan import PiWanPipeline
 from piflow.inference.z_image import PiZImagePipeline
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "PiFluxPipeline",
     "PiQwenImagePipeline",
     "PiSD3Pipeline",
+    "PiWanPipeline",
     "PiZImagePipeline",
     "load",
 ]

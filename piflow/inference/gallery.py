@@ -56,15 +56,21 @@ class Gallery:
         folder: URI.
         settings: everything beside prompt and seed that decides a picture.
         notes: more for the index, that doesn't decide it.
+        suffix: of the files' names.
 
     Raises:
         ValueError: there is an index that isn't one.
     """
 
     def __init__(
-        self, folder: str, settings: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+        self,
+        folder: str,
+        settings: Mapping[str, Any],
+        notes: Mapping[str, Any] | None = None,
+        *,
+        suffix: str = ".png",
     ) -> None:
-        self._folder = folder
+        self._folder, self._suffix = folder, suffix
         storage.delete_left_over(folder, recursive=False)
         self._settings, self._notes = dict(settings), dict(notes or {})
         self._entries = self._read()
@@ -75,19 +81,19 @@ class Gallery:
         """Those whose picture isn't there; each that the index names is read and compared."""
         return [request for request in requests if not self._is_there(request)]
 
-    def add(self, request: Request, png: bytes, **notes: float) -> None:
+    def add(self, request: Request, content: bytes, **notes: float) -> None:
         """Write a picture; the index follows within seconds, or at `close`.
 
         Args:
             notes: more for the index, of this picture.
         """
-        self.enter(self.write(request, png, **notes))
+        self.enter(self.write(request, content, **notes))
 
-    def write(self, request: Request, png: bytes, **notes: float) -> Entry:
+    def write(self, request: Request, content: bytes, **notes: float) -> Entry:
         """Write a picture alone; returns its line of the index, for whoever writes that."""
-        key, digest = self._key(request), hashlib.sha256(png).hexdigest()
+        key, digest = self._key(request), hashlib.sha256(content).hexdigest()
         name = self._free_name(request, digest)
-        storage.write_bytes(storage.join(self._folder, name), png)
+        storage.write_bytes(storage.join(self._folder, name), content)
         return {
             "file": name,
             "prompt": request.prompt,
@@ -143,10 +149,10 @@ class Gallery:
     def _free_name(self, request: Request, digest: str) -> str:
         """The picture's name; another one if some other picture has it."""
         start = f"{request.number:04d}-{slug(request.prompt)}-{self._key(request)[:_HASH]}"
-        name, count = f"{start}-{request.seed}.png", 1
+        name, count = f"{start}-{request.seed}{self._suffix}", 1
         while self._is_taken(name, digest):
             count += 1
-            name = f"{start}-{request.seed}-{count}.png"
+            name = f"{start}-{request.seed}-{count}{self._suffix}"
         return name
 
     def _is_taken(self, name: str, digest: str) -> bool:

@@ -42,11 +42,13 @@ class Training:
         few_step: the schedule.
         embedded_guidance: FLUX.1-dev's guidance input; None if it isn't known or not there.
         files: what belongs to the adapter's folder beside its own two: its teacher's LoRA.
+        frames: of its videos; None if it isn't known, or it makes pictures.
     """
 
     few_step: FewStep
     embedded_guidance: float | None
     files: tuple[str, ...] = ()
+    frames: int | None = None
 
     @classmethod
     def of(cls, adapter: Adapter, where: str) -> Training:
@@ -59,7 +61,8 @@ class Training:
             settings = settings_of(adapter, where)
             lora = settings.model.lora
             files = (lora.path,) if lora is not None and is_name(lora.path) else ()
-            return cls(settings.few_step, settings.embedded_guidance, files)
+            frames = settings.model.frames
+            return cls(settings.few_step, settings.embedded_guidance, files, frames)
         return cls(few_step_of(adapter, where), embedded_guidance=None)
 
 
@@ -194,6 +197,31 @@ class PlainLatents:
 
     def sample(self, latents: Tensor) -> Tensor:
         return latents
+
+    def policy(self, tokens: Tensor, latents: Tensor, sigma: Tensor) -> GMFlowPolicy | DXPolicy:
+        """From the student's tokens at (latents, sigma (B,))."""
+        return _policy(self.head, tokens, latents, sigma)
+
+
+@dataclass(frozen=True)
+class FramesApart:
+    """Samples are latents of videos, (B, C, F, h, w), as in Wan; the student's are (B, C, F·h, w).
+
+    Attributes:
+        head: the student's.
+        frames: F.
+    """
+
+    head: PolicyHead
+    frames: int
+
+    def latents(self, sample: Tensor) -> Tensor:
+        """(B, C, F, h, w) -> (B, C, F·h, w)."""
+        return sample.flatten(2, 3)
+
+    def sample(self, latents: Tensor) -> Tensor:
+        """(B, C, F·h, w) -> (B, C, F, h, w)."""
+        return latents.unflatten(2, (self.frames, -1))
 
     def policy(self, tokens: Tensor, latents: Tensor, sigma: Tensor) -> GMFlowPolicy | DXPolicy:
         """From the student's tokens at (latents, sigma (B,))."""

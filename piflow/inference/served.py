@@ -35,7 +35,7 @@ class ServedStudent:
 
     Raises:
         ValueError: not an adapter, one that names places that nobody allowed, or one of a family
-            that edits pictures.
+            that edits pictures or makes videos.
     """
 
     def __init__(
@@ -55,6 +55,12 @@ class ServedStudent:
             raise ValueError(
                 f"a student of the family {self._settings.model.family} edits pictures, and this "
                 "model takes prompts alone: load its pipeline with piflow.inference.load, or use "
+                "`piflow sample`"
+            )
+        if find_family(self._settings.model.family).video is not None:
+            raise ValueError(
+                f"a student of the family {self._settings.model.family} makes videos, and this "
+                "model gives pictures: load its pipeline with piflow.inference.load, or use "
                 "`piflow sample`"
             )
         self._loaded: tuple[Trio, TextEncoder] | None = None

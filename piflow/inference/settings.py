@@ -20,6 +20,7 @@ from pydantic import (
 from piflow import storage
 from piflow.backbones import DTYPES, Backbone, Conditioning, load_backbone, load_empty_backbone
 from piflow.backbones.encoders import build_encoder
+from piflow.backbones.load import with_frames
 from piflow.backbones.text import TextEncoder
 from piflow.config import (
     ConditionSizes,
@@ -130,6 +131,8 @@ class SamplingSettings(BaseModel):
             "path": portable(model.path),
             "vae": None if vae is None else portable(vae),
         }
+        if find_family(model.family).video is not None:  # as trained, whatever is usual later
+            places["frames"] = model.num_frames
         if model.lora is not None:
             path = portable(model.lora.path)
             places["lora"] = model.lora.model_copy(update={"path": path})
@@ -311,7 +314,8 @@ def student_of(adapter: Adapter, settings: SamplingSettings, *, with_teacher: bo
 
 def _merged(adapter: Adapter, settings: SamplingSettings) -> Backbone:
     model = settings.model
-    return student_backbone(adapter, model.family, DTYPES[model.dtype], settings.embedded_guidance)
+    dtype, guidance = DTYPES[model.dtype], settings.embedded_guidance
+    return with_frames(student_backbone(adapter, model.family, dtype, guidance), model)
 
 
 def empty_model(adapter: Adapter, settings: SamplingSettings) -> Backbone:
@@ -323,7 +327,8 @@ def empty_model(adapter: Adapter, settings: SamplingSettings) -> Backbone:
     model, guidance = settings.model, settings.embedded_guidance
     if adapter.body is None:
         return load_empty_backbone(model, embedded_guidance=guidance)[0]
-    return empty_student(adapter, model.family, DTYPES[model.dtype], guidance)[0]
+    empty = empty_student(adapter, model.family, DTYPES[model.dtype], guidance)[0]
+    return with_frames(empty, model)
 
 
 def teacher_lora_of(adapter: Adapter, settings: SamplingSettings) -> TeacherLora | None:

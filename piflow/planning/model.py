@@ -7,7 +7,7 @@ rest of a module. A unit of a model with adapters holds base, student and EMA we
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from piflow import storage
-from piflow.backbones.load import DTYPES, family_class
+from piflow.backbones.load import DTYPES, family_class, with_frames
 from piflow.backbones.transformer import TransformerBackbone, read_model_config
-from piflow.config import GMFlowPolicyConfig, PiIDConfig, Recipe, find_family
+from piflow.config import GMFlowPolicyConfig, PiIDConfig, Published, Recipe, find_family
 from piflow.planning.sizes import latent_size
 from piflow.planning.stacks import token_linears
 from piflow.roles import lora as adapters
@@ -157,12 +157,25 @@ def backbone_of(recipe: Recipe, *, published: bool = False) -> tuple[Transformer
         )
     dtype, guidance = DTYPES[recipe.model.dtype], recipe.guidance.embedded
     path, record = recipe.model.path, find_family(recipe.model.family)
-    if not published or record.published is None or _is_there(path):
+    known = _known_model((record.published, *record.others), path)
+    if not published or known is None or _is_there(path):
+        source = path
         config = read_model_config(storage.for_ranges(path), kind.class_name, path)
-        return kind.on_meta(config, dtype=dtype, embedded_guidance=guidance), path
-    source = f"{record.published.name}'s published configuration ({path} isn't there)"
-    config = dict(record.published.config)
-    return kind.on_meta(config, dtype=dtype, embedded_guidance=guidance), source
+    else:
+        source = f"{known.name}'s published configuration ({path} isn't there)"
+        config = dict(known.config)
+    backbone = kind.on_meta(config, dtype=dtype, embedded_guidance=guidance)
+    return with_frames(backbone, recipe.model), source
+
+
+def _known_model(models: Sequence[Published | None], path: str) -> Published | None:
+    """The known model whose repository's name is a folder's on the path; else the first."""
+    parts = path.split("/")
+    for model in models:
+        if model is not None and model.repository is not None:
+            if model.repository.rpartition("/")[2] in parts:
+                return model
+    return models[0]
 
 
 def _is_there(path: str) -> bool:
@@ -220,6 +233,7 @@ def coded_layers(recipe: Recipe, backbone: TransformerBackbone) -> frozenset[str
     blank = type(backbone).on_meta(
         backbone.config, dtype=backbone.dtype, embedded_guidance=backbone.embedded_guidance
     )
+    blank.latent_frames = backbone.latent_frames
     names = token_linears(blank, latent_size(recipe))
     return frozenset(n for n in names if takes_fp8(blank.module.get_submodule(n)))
 

@@ -9,10 +9,14 @@ _LATENT_PIXEL = {"pixels": 2, "vae": 8}  # side in picture pixels
 
 
 def latent_size(recipe: Recipe) -> tuple[int, int]:
-    """Latent pixels, (height, width), of the largest picture that the recipe names."""
+    """Latent pixels, (height, width), of the largest picture that the recipe names.
+
+    Of a video the height is that of all frames of its latents.
+    """
     embed = recipe.embed
     sizes = [(embed.height, embed.width), *((bucket[0], bucket[1]) for bucket in embed.buckets)]
-    return _latents_of(recipe, max(sizes, key=lambda size: size[0] * size[1]))
+    height, width = _latents_of(recipe, max(sizes, key=lambda size: size[0] * size[1]))
+    return recipe.model.latent_frames * height, width
 
 
 def _latents_of(recipe: Recipe, size: tuple[int, int]) -> tuple[int, int]:

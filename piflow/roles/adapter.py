@@ -101,6 +101,7 @@ class AdapterConfig:
         if clock is None:
             raise ValueError("a DX student needs its segment_size and shift: pass its PolicyClock")
         patch = math.isqrt(backbone.patch_size**2 * backbone.latent_channels // features)
+        patch = base.get("patch_size", patch)  # which a family may have for each axis
         outputs = {"patch_size": patch, "out_channels": policy.num_points * features}
         described = {"type": "DX", **asdict(clock), "mode": policy.mode}
         return cls(dx_class, {**base, **outputs}, described)

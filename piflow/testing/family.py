@@ -23,7 +23,7 @@ from piflow import storage
 from piflow.backbones import Backbone, Conditioning, build_codec
 from piflow.backbones.encoders import build_encoder
 from piflow.backbones.flops import sample_flops
-from piflow.backbones.load import family_class
+from piflow.backbones.load import family_class, with_frames
 from piflow.backbones.transformer import TransformerBackbone
 from piflow.config import (
     DXPolicyConfig,
@@ -86,21 +86,26 @@ class TinyFamily:
         known = {key: value for key, value in settings.items() if key in kind.model_fields}
         encoder = kind.model_validate(known)
         place = str(folder / "transformer")
-        model = ModelConfig.model_validate({"family": name, "path": place, "codec": "vae"})
+        frames = {} if record.video is None else {"frames": 1 + record.video.step}
+        model = ModelConfig.model_validate(
+            {"family": name, "path": place, "codec": "vae", **frames}
+        )
         save_model(folder, model, encoder, size=_SIZE, guidance_embeds=True)
         return cls(name, record, folder, model, encoder, _guidance(model))
 
     def backbone(self, dtype: torch.dtype = torch.float32) -> Backbone:
         """Loaded afresh."""
-        return family_class(self.name).load(
+        backbone = family_class(self.name).load(
             self.model.path, dtype=dtype, embedded_guidance=self.embedded_guidance
         )
+        return with_frames(backbone, self.model)
 
     def empty(self, dtype: torch.dtype) -> Backbone:
         """Loaded without weights, which are then filled in, as sharded workers do."""
         backbone, sources = family_class(self.name).load_empty(
             self.model.path, dtype=dtype, embedded_guidance=self.embedded_guidance
         )
+        with_frames(backbone, self.model)
         output = backbone.output_layer().parameters()
         require(
             not any(parameter.is_meta for parameter in output),
@@ -214,6 +219,7 @@ def declared_sign(family: TinyFamily) -> None:
     require(kind.velocity_sign in (1, -1), f"velocity_sign is {kind.velocity_sign}, not 1 or -1")
     turned: Any = type(kind.__name__, (kind,), {"velocity_sign": -kind.velocity_sign})
     other = turned.load(family.model.path, embedded_guidance=family.embedded_guidance)
+    with_frames(other, family.model)
     x, sigma, cond = family.inputs()
     expected = -family.backbone().teacher_velocity(x, sigma, cond)
     velocity = other.teacher_velocity(x, sigma, cond)
@@ -347,13 +353,17 @@ def _edited(number: int) -> Tensor:
 
 
 def _drawn(pipe: Any, family: TinyFamily, prompt: str) -> Tensor:
-    """One picture (1, 3, H, W) from 0 to 1, unguided but by an input of the model."""
+    """One picture (1, 3, H, W) from 0 to 1, unguided but by an input of the model.
+
+    Of a video all frames, one below the other.
+    """
     known = signature(type(pipe).__call__).parameters
     scale = family.embedded_guidance
     wanted: dict[str, Any] = {
         "height": _SIZE,
         "width": _SIZE,
         "max_sequence_length": _MAX_TOKENS,
+        "num_frames": family.model.num_frames,
         "true_cfg_scale": 1.0,
     }
     if scale is not None or "true_cfg_scale" not in known:
@@ -365,6 +375,8 @@ def _drawn(pipe: Any, family: TinyFamily, prompt: str) -> Tensor:
         given = {name: value for name, value in given.items() if name in known}
     generator = torch.Generator().manual_seed(5)
     drawn = pipe(**given, num_inference_steps=_STEPS, generator=generator, output_type="np")
+    if family.record.video is not None:
+        return torch.from_numpy(drawn.frames).permute(0, 4, 1, 2, 3).flatten(2, 3)
     return torch.from_numpy(drawn.images).permute(0, 3, 1, 2)
 
 

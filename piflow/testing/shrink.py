@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from piflow.config import Recipe, TextEncoderConfig, parse_recipe
+from piflow.config import Recipe, TextEncoderConfig, find_family, parse_recipe
 
 STEPS = 2  # optimiser steps of the first run; the resumed one does one more
 
@@ -20,6 +20,10 @@ NUM_PROMPTS = 8  # as many as an optimiser step takes
 SIDE = 16  # pixels of the longer side
 
 _MULTIPLE = 4  # pixels; see piflow.testing.models
+
+_SIDE_OF_VIDEOS, _MULTIPLE_OF_VIDEOS = 32, 16  # pixels; their pipelines take no other multiples
+
+_FRAMES = 5  # of a video: two of its latents
 
 _MAX_TOKENS = 16
 
@@ -47,6 +51,8 @@ def shrink(
     tree = recipe.model_dump(mode="json")
     tree["run_dir"] = str(folder / "run")
     tree["model"] |= {"path": str(folder / MODEL / "transformer"), "vae": None}
+    if find_family(recipe.model.family).video is not None:
+        tree["model"]["frames"] = _FRAMES
     tree["encoder"] |= _small_encoder(recipe, folder)
     tree["embed"] |= _small_embed(recipe, folder, gpus)
     if recipe.lora is not None:
@@ -94,13 +100,15 @@ def _small_encoder(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def _small_embed(recipe: Recipe, folder: Path, gpus: int) -> dict[str, Any]:
-    height, width = _small_size(recipe.embed.height, recipe.embed.width)
+    is_video = find_family(recipe.model.family).video is not None
+    side, multiple = (_SIDE_OF_VIDEOS, _MULTIPLE_OF_VIDEOS) if is_video else (SIDE, _MULTIPLE)
+    height, width = _small_size(recipe.embed.height, recipe.embed.width, side, multiple)
     return {
         "prompts": str(folder / "prompts.jsonl"),
         "store": str(folder / "store"),
         "height": height,
         "width": width,
-        "buckets": [_small_size(*bucket) for bucket in recipe.embed.buckets],
+        "buckets": [_small_size(h, w, side, multiple) for h, w in recipe.embed.buckets],
         "condition_sizes": _small_condition_sizes(recipe),
         "rows_per_shard": NUM_PROMPTS // 2,
         "rows_per_group": 2,
@@ -138,7 +146,9 @@ def _small_evaluation_workers(recipe: Recipe, training: int) -> int | None:
     return None if asked is None else min(asked, training)
 
 
-def _small_size(height: int, width: int) -> list[int]:
+def _small_size(
+    height: int, width: int, longest: int = SIDE, multiple: int = _MULTIPLE
+) -> list[int]:
     """Pixels, in about the same ratio."""
-    unit = max(height, width) * _MULTIPLE / SIDE
-    return [max(1, round(side / unit)) * _MULTIPLE for side in (height, width)]
+    unit = max(height, width) * multiple / longest
+    return [max(1, round(side / unit)) * multiple for side in (height, width)]

@@ -33,6 +33,7 @@ from piflow.data.batch import (
 from piflow.data.online import SAMPLE_PROMPTS
 from piflow.data.reader import PromptStore
 from piflow.flow import draw_noise
+from piflow.inference.pixels import strip
 from piflow.planning.model import coded_layers
 from piflow.roles.adapter import Adapter
 from piflow.roles.base_weights import Coded
@@ -324,7 +325,7 @@ def _draw_samples(
         noise = draw_noise((len(batch.prompts), *shape), generator, device)
         drawn: dict[int, Tensor] = {}
         for rows, cond in groups:
-            pictures = codec.decode(draw(cond, noise[rows])).cpu()
+            pictures = strip(codec.decode(draw(cond, noise[rows])), codec.frames).cpu()
             drawn.update(zip(rows, pictures, strict=True))
         columns.append(torch.stack([drawn[row] for row in range(len(batch.prompts))]))
     return Samples(tuple(batch.prompts), torch.stack(columns, dim=1))

@@ -22,6 +22,7 @@ from piflow.backbones import (
     load_backbone,
     load_empty_backbone,
 )
+from piflow.backbones.load import with_frames
 from piflow.config import Recipe, find_family
 from piflow.data.batch import by_condition, conditioning
 from piflow.data.layout import recipe_prompts
@@ -158,7 +159,7 @@ def _whole(recipe: Recipe, folder: str, device: torch.device) -> Iterator[Veloci
     backbone, sources = empty_student(
         adapter, model.family, DTYPES[model.dtype], recipe.guidance.embedded
     )
-    trio = Trio.from_adapter(backbone, adapter)
+    trio = Trio.from_adapter(with_frames(backbone, model), adapter)
     with streamed(trio.backbone, sources, device):
         yield _velocities(trio)
 

@@ -22,6 +22,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from torch import Tensor
@@ -35,6 +36,7 @@ from piflow.backbones import (
     FluxKontextBackbone,
     QwenImageBackbone,
     SD3Backbone,
+    WanBackbone,
     ZImageBackbone,
 )
 from piflow.backbones.base import pack
@@ -160,6 +162,26 @@ def z_image() -> Case:
     return ZImageBackbone(model.eval()), cond, (4, 8)
 
 
+def wan() -> Case:
+    """Two frames of latents, one below the other."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        ffn_dim=16,
+        text_dim=6,
+        freq_dim=8,
+        rope_max_seq_len=16,
+    )
+    cond = Conditioning(torch.randn(3, 5, 6), torch.tensor([5, 1, 3]))
+    backbone = WanBackbone(model.eval())
+    backbone.latent_frames = 2
+    return backbone, cond, (8, 6)
+
+
 def dit() -> Case:
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
@@ -189,7 +211,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = (
         [_import(named)]
         if named
-        else [flux, flux_kontext, one_pixel, flux2, qwen_image, sd3, dit, documented]
+        else [flux, flux_kontext, one_pixel, flux2, qwen_image, sd3, wan, dit, documented]
     )
     metafunc.parametrize("make", cases, ids=[case.__name__ for case in cases])
 

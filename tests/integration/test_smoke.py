@@ -18,7 +18,7 @@ from PIL import Image
 
 from piflow.backbones import build_codec
 from piflow.commands import smoke
-from piflow.config import PiIDConfig, Recipe, differences, load_recipe, parse_recipe
+from piflow.config import PiIDConfig, Recipe, differences, find_family, load_recipe, parse_recipe
 from piflow.data.layout import recipe_prompts
 from piflow.data.pictures import LatentEncoder
 from piflow.data.reader import EmbeddingStore
@@ -38,7 +38,8 @@ RECIPES = {
 IN_EVERY_SESSION = "qwen-image-dx-4nfe"
 PARTS = ["model", "embed", "distill", "resume", "evaluate", "export", "load", "sample"]
 SIZES = {  # what a smoke run may change of what decides a run's results
-    "model.path", "model.vae", "encoder.path", "encoder.max_tokens", "embed.prompts",
+    "model.path", "model.vae", "model.frames", "encoder.path", "encoder.max_tokens",
+    "embed.prompts",
     "embed.height", "embed.width", "embed.rows_per_shard", "embed.rows_per_group",
     "embed.batch_size", "embed.condition_sizes", "lora.rank", "training.batch_size",
     "training.micro_batch_size",
@@ -195,7 +196,8 @@ def _works(
     adapter = load_adapter(str(tmp_path / "adapter"))
     assert adapter.is_full_model == (recipe.lora is None)
     assert settings_of(adapter, "adapter").few_step.nfe == recipe.objective.model_dump()["nfe"]
-    pictures = sorted((tmp_path / "samples").glob("*-*.png"))
+    suffix = "png" if find_family(recipe.model.family).video is None else "webp"
+    pictures = sorted((tmp_path / "samples").glob(f"*-*.{suffix}"))
     assert len(pictures) == 4 and len({Image.open(path).tobytes() for path in pictures}) == 4
 
 

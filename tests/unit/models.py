@@ -12,6 +12,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 
@@ -24,6 +25,7 @@ from piflow.backbones import (
     FluxKontextBackbone,
     QwenImageBackbone,
     SD3Backbone,
+    WanBackbone,
     ZImageBackbone,
 )
 from piflow.config import find_family
@@ -69,6 +71,20 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {  # most of whose code others of MODELS share
     "flux2_klein": MODELS["flux2"],
     "flux_kontext": MODELS["flux"],
+    "wan": (
+        WanTransformer3DModel,
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 12,
+            "num_attention_heads": 2,
+            "ffn_dim": 16,
+            "text_dim": 6,
+            "freq_dim": 8,
+            "rope_max_seq_len": 16,
+        },
+    ),
     "z_image": (
         ZImageTransformer2DModel,
         {
@@ -91,6 +107,7 @@ BACKBONES: dict[str, Callable[[Any], Backbone]] = {
     "flux_kontext": FluxKontextBackbone,
     "qwen_image": QwenImageBackbone,
     "sd3": SD3Backbone,
+    "wan": WanBackbone,
     "z_image": ZImageBackbone,
     "dit": DiTBackbone,
 }
@@ -117,7 +134,7 @@ def _conditioning(family: str) -> Conditioning:
     if family == "dit":
         classes = torch.tensor([[0.0], [7.0], [10.0]])  # 10 is the null class
         return Conditioning(torch.zeros(3, 1, 1), torch.ones(3, dtype=torch.long), classes)
-    if family in ("qwen_image", "z_image"):
+    if family in ("qwen_image", "wan", "z_image"):
         return Conditioning(torch.randn(3, 5, 6), torch.tensor([5, 1, 3]))
     pooled = None if family.startswith("flux2") else torch.randn(3, 5)
     return Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), pooled)

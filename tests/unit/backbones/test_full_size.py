@@ -14,6 +14,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +35,7 @@ SD35_LARGE: dict[str, Any] = {
     "pos_embed_max_size": 192,
     "qk_norm": "rms_norm",
 }
+WAN_1_3B: dict[str, Any] = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 # family -> class, config, embedded guidance, parameters, blocks
 MODELS: dict[str, tuple[Any, dict[str, Any], float | None, int, int]] = {
     "flux": (FluxTransformer2DModel, {"guidance_embeds": True}, 3.5, 11_901_408_320, 19 + 38),
@@ -41,6 +43,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any], float | None, int, int]] = {
     "qwen_image": (QwenImageTransformer2DModel, {}, None, 20_430_401_088, 60),
     "sd3": (SD3Transformer2DModel, SD35_LARGE, None, 8_056_627_520, 38),
     "z_image": (ZImageTransformer2DModel, {}, None, 6_154_908_736, 30 + 2 + 2),
+    "wan": (WanTransformer3DModel, WAN_1_3B, None, 1_418_996_800, 30),
 }
 
 

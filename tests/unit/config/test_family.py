@@ -20,7 +20,7 @@ from piflow.config.family import require_known, resolve
 from piflow.inference.settings import SETTINGS_KEY, settings_of
 
 REPOSITORY = Path(__file__).parents[3]
-OURS = "flux, flux_kontext, flux2, flux2_klein, qwen_image, sd3, z_image, dit"
+OURS = "flux, flux_kontext, flux2, flux2_klein, qwen_image, sd3, z_image, wan, dit"
 LIGHT = """
 import sys
 from piflow.config import BUILT_IN, find_family, load_recipe
@@ -81,7 +81,8 @@ def test_all_that_a_record_names_is_there(name: str) -> None:
     pipeline = resolve(family.pipeline)
     assert issubclass(pipeline, FewStepPipeline) and issubclass(pipeline, DiffusionPipeline)
     assert pipeline.backbone_class is backbone
-    has_plan = bool(getattr(backbone.model_class, "_cp_plan", None))
+    is_diffusers_own = backbone.adapt is TransformerBackbone.adapt  # a plan names its parts
+    has_plan = is_diffusers_own and bool(getattr(backbone.model_class, "_cp_plan", None))
     assert family.splits_tokens == (has_plan and family.edits is None)
     assert (family.edits is not None) == backbone.takes_condition
     for function in ("transformer", "vae", "pipeline"):

@@ -383,7 +383,7 @@ def test_an_unknown_variant_names_the_known_ones() -> None:
     message = refusal(encoder={"type": "t5", "path": "x"})
     assert (
         "encoder.type: expected one of 'flux', 'bert', 'flux2', 'flux2_klein', 'qwen_image', "
-        "'sd3', 'z_image', 'class_label'" in message
+        "'sd3', 'z_image', 'wan', 'class_label'" in message
     )
     assert "policy: " in refusal(policy=3)
 
@@ -428,7 +428,8 @@ def test_a_family_goes_with_its_own_encoder_or_with_bert() -> None:
             if name in own:
                 column = "from" if family == "flux_kontext" else None
                 embed = {**MINIMAL["embed"], "condition_column": column}
-                found = recipe(model=model, encoder=encoder, embed=embed)
+                evaluation = {"retrieval": family != "wan"}
+                found = recipe(model=model, encoder=encoder, embed=embed, evaluation=evaluation)
                 assert found.encoder.type == name
             else:
                 expected = f"{family} doesn't go with encoder.type = {name}; it takes {own[0]}"

@@ -236,6 +236,14 @@ def z_image_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _tiny("z_image", ZImageEncoderConfig, tmp_path_factory.mktemp("z_image_base"))
 
 
+@pytest.fixture(scope="session")
+def wan_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wan's kind: videos, UMT5."""
+    from piflow.backbones.wan import WanEncoderConfig
+
+    return _tiny("wan", WanEncoderConfig, tmp_path_factory.mktemp("wan_base"))
+
+
 def _tiny(family: Any, encoder_config: Any, folder: Path) -> Path:
     """`piflow.testing.models`'s pipeline."""
     from piflow.config import ModelConfig

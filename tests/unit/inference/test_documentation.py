@@ -17,12 +17,13 @@ from piflow.backbones import (
     FluxKontextBackbone,
     QwenImageBackbone,
     SD3Backbone,
+    WanBackbone,
     ZImageBackbone,
 )
 from piflow.config import GMFlowPolicyConfig
 
 PAGE = Path(__file__).parents[3] / "docs" / "inference.md"
-SMALLER = {"1024": "16", '"cuda"': '"cpu"'}
+SMALLER = {"1024": "16", "480": "16", "832": "32", "81": "5", '"cuda"': '"cpu"'}
 
 
 def test_the_examples_run(
@@ -32,6 +33,7 @@ def test_the_examples_run(
     qwen_base: Path,
     sd3_base: Path,
     z_image_base: Path,
+    wan_base: Path,
     dit_base: Path,
     make_adapter: Callable[..., Path],
     tmp_path: Path,
@@ -45,6 +47,7 @@ def test_the_examples_run(
         "qwen": (QwenImageBackbone, qwen_base, "Qwen-Image"),
         "sd3": (SD3Backbone, sd3_base, "stable-diffusion-3.5-large"),
         "z-image": (ZImageBackbone, z_image_base, "Z-Image"),
+        "wan": (WanBackbone, wan_base, "Wan2.1-T2V-1.3B-Diffusers"),
         "dit": (DiTBackbone, dit_base, "DiT"),
     }
     for name, (backbone, base, published) in bases.items():
@@ -52,7 +55,7 @@ def test_the_examples_run(
         (tmp_path / f"{name}-student").symlink_to(make_adapter(backbone, base, policy))
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     Image.new("RGB", (40, 30), (200, 10, 10)).save("a.jpg")
     module = "diffusers.pipelines.flux.pipeline_flux_kontext"
     monkeypatch.setattr(f"{module}.PREFERRED_KONTEXT_RESOLUTIONS", [(16, 12), (16, 16)])
@@ -61,6 +64,8 @@ def test_the_examples_run(
         for published, small in SMALLER.items():
             block = block.replace(published, small)
         exec(block, values)
+    with Image.open("heart.webp") as animation:
+        assert animation.n_frames == len(values["frames"]) == 5
     assert values["image"].size == (16, 16) and len(values["images"]) == 2
     assert values["same"].scheduler.config.h == 0.5
     assert values["student"].transformer is values["teacher"].transformer

@@ -218,13 +218,11 @@ def of_family(family: str, folder: Path, *, mode: str, lora: Any) -> Recipe:
     encoder: dict[str, Any] = {"type": family, "path": "package://an.encoder"}
     if family == "dit":
         encoder = {"type": "class_label", "num_classes": 10}
-    return recipe(
-        folder,
-        model={"family": family, "path": str(folder)},
-        encoder=encoder,
-        policy=policy,
-        lora=lora,
-    )
+    model: dict[str, Any] = {"family": family, "path": str(folder)}
+    more: dict[str, Any] = {}
+    if family == "wan":  # videos of one frame, as large as pictures
+        model["frames"], more["evaluation"] = 1, {"retrieval": False}
+    return recipe(folder, model=model, encoder=encoder, policy=policy, lora=lora, **more)
 
 
 def saved(backbone: Any, folder: Path) -> Path:

@@ -90,6 +90,9 @@ CASES = [
     ("dit", "grid", None),
     ("z_image", "gm", {"rank": 4}),
     ("z_image", "grid", {"rank": 4}),
+    ("wan", "gm", {"rank": 4}),
+    ("wan", "grid", {"rank": 4}),
+    ("wan", "gm", None),
 ]
 
 
@@ -132,6 +135,8 @@ def call(family: str, model: Any, inputs: tuple[Tensor, Tensor, Conditioning]) -
     if family == "dit":
         labels = cond.pooled[:, 0].long()
         return model(x, sigma * 1000, class_labels=labels).sample.detach()
+    if family == "wan":
+        return model(x[:, :, None], sigma * 1000, cond.tokens).sample[:, :, 0].detach()
     if family == "sd3":
         return model(x, cond.tokens, cond.pooled, sigma * 1000).sample.detach()
     seen: list[Tensor] = []
