@@ -30,11 +30,14 @@ from piflow.evaluation.report import (
     rendered,
 )
 from piflow.evaluation.sheet import grid, jpeg_bytes
+from piflow.inference.pixels import strip
 from piflow.storage.foreign import redacted, relative_name
+from piflow.storage.picture import MAX_PIXELS
 
 EVALUATION = "evaluation"  # in a run's folder
 PICTURES = "pictures"  # in that
 SHEET_PROMPTS = 8
+_VIDEO_PIXELS = 2 * MAX_PIXELS  # of all frames of a video
 MOST = 12  # students: beyond, nobody reads the pairs
 
 
@@ -254,12 +257,14 @@ def sheet(students: Sequence[Student]) -> bytes | None:
     Raises:
         ValueError: a file isn't a picture, or its name leads elsewhere.
     """
-    numbers = _most_different(students)[:SHEET_PROMPTS]
+    numbers, frames = _most_different(students)[:SHEET_PROMPTS], students[0].figures.frames
     reference = students[0].figures.methods[0]
     columns = [(students[0].pictures, reference), *((one.pictures, one.method) for one in students)]
     try:
         rows = [
-            torch.stack([_picture(folder, method.files[number]) for folder, method in columns])
+            torch.stack(
+                [_picture(folder, method.files[number], frames) for folder, method in columns]
+            )
             for number in numbers
         ]
     except FileNotFoundError:
@@ -269,8 +274,18 @@ def sheet(students: Sequence[Student]) -> bytes | None:
     return jpeg_bytes(grid(rows, prompts, labels))
 
 
-def _picture(folder: str, name: str) -> torch.Tensor:
-    return read_picture(storage.join(folder, relative_name(name, where=redacted(folder))))
+def _picture(folder: str, name: str, frames: int) -> torch.Tensor:
+    """A picture, or a few frames of a video side by side."""
+    place = storage.join(folder, relative_name(name, where=redacted(folder)))
+    if frames == 1:
+        return read_picture(place)
+    picture = read_picture(place, _VIDEO_PIXELS)
+    if picture.shape[-2] % frames:
+        raise ValueError(
+            f"{redacted(place)} has {picture.shape[-2]} rows, which aren't {frames} frames one "
+            "below the other: evaluate again"
+        )
+    return strip(picture, frames)
 
 
 def page(students: Sequence[Student], created: str) -> str:

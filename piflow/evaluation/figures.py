@@ -123,6 +123,9 @@ def _is_whole(column: str) -> bool | None:
     return COLUMNS[column].kind == "whole" if column in COLUMNS else None
 
 
+_FRAMES = "model.frames"  # in the reference, of videos
+
+
 class Figures(Section):
     """What was measured of a student.
 
@@ -152,6 +155,12 @@ class Figures(Section):
     methods: Annotated[list[MethodFigures], Field(min_length=2)]
     others: list[OtherFigures] = []
     categories: list[Annotated[str, Field(max_length=200)]] | None = None
+
+    @property
+    def frames(self) -> int:
+        """Frames that the files of pictures hold, one below the other; 1: they are pictures."""
+        told = self.reference.get(_FRAMES, "")
+        return int(told) if told.isdecimal() and 0 < len(told) < 5 and int(told) else 1
 
     @model_validator(mode="after")
     def _has_a_figure_for_every_prompt(self) -> Figures:
@@ -273,6 +282,8 @@ def _reference(recipe: Recipe, base: str | None, encoder: EncoderIdentity) -> di
         "evaluation.teacher_steps": recipe.evaluation.teacher_steps,
         **{f"guidance.{key}": value for key, value in recipe.guidance.model_dump().items()},
     }
+    if recipe.model.num_frames > 1:
+        decides[_FRAMES] = recipe.model.num_frames
     return {key: str(value) for key, value in decides.items()}
 
 

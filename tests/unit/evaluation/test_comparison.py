@@ -165,6 +165,24 @@ def test_pictures_of_one_prompt_stand_in_one_row(tmp_path: Path) -> None:
     assert round(rows[0][0][0] / 10) == 11, "the one with eight times the error"
 
 
+def test_videos_are_shown_as_a_few_frames_side_by_side(tmp_path: Path) -> None:
+    """Files of 64 rows, which hold 4 frames of 16."""
+
+    def of_frames(count: str) -> bytes | None:
+        told = made(prompts=2, reference={"model.frames": count})
+        return sheet(read_students([kept(tmp_path / count / name, told) for name in "ab"]))
+
+    def size(content: bytes | None) -> tuple[int, int]:
+        assert content is not None
+        return Image.open(io.BytesIO(content)).size
+
+    pictures, videos = size(of_frames("1")), size(of_frames("4"))
+    assert (pictures[1] - videos[1]) == 2 * (256 - 16), "rows of 16 pixels and not of 256"
+    with pytest.raises(ValueError, match="64 rows, which aren't 5 frames one below the other"):
+        of_frames("5")
+    assert size(of_frames("x")) == pictures
+
+
 def test_pictures_that_are_gone_and_names_that_lead_elsewhere(tmp_path: Path) -> None:
     figures = made()
     places = [kept(tmp_path / "a", figures), kept(tmp_path / "b", made(recipe="other"))]
