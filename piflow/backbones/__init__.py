@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from piflow.backbones.flux_kontext.backbone import FluxKontextBackbone
     from piflow.backbones.load import DTYPES, family_class, load_backbone, load_empty_backbone
     from piflow.backbones.qwen_image.backbone import QwenImageBackbone
+    from piflow.backbones.qwen_image_edit.backbone import QwenImageEditBackbone
     from piflow.backbones.sd3.backbone import SD3Backbone
     from piflow.backbones.wan.backbone import WanBackbone
     from piflow.backbones.z_image.backbone import ZImageBackbone
@@ -34,6 +35,7 @@ __all__ = [
     "OutputLayer",
     "PixelCodec",
     "QwenImageBackbone",
+    "QwenImageEditBackbone",
     "SD3Backbone",
     "VAECodec",
     "WanBackbone",
@@ -53,6 +55,7 @@ _HOMES = {  # module here -> the names of this package that it holds
     "flux_kontext.backbone": ("FluxKontextBackbone",),
     "load": ("DTYPES", "family_class", "load_backbone", "load_empty_backbone"),
     "qwen_image.backbone": ("QwenImageBackbone",),
+    "qwen_image_edit.backbone": ("QwenImageEditBackbone",),
     "sd3.backbone": ("SD3Backbone",),
     "wan.backbone": ("WanBackbone",),
     "z_image.backbone": ("ZImageBackbone",),

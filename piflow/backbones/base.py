@@ -34,6 +34,9 @@ class Conditioning:
             from `num_tokens` would make the host wait for the device.
         condition: `(B, C, h, w)` latents of the pictures to be edited, of any size that the model
             takes; None: there are none, and the model makes pictures of prompts alone.
+        negative: what classifier-free guidance turns away from, a prompt for each of these; None:
+            one negative prompt serves all. It differs from prompt to prompt where the text encoder
+            reads the picture to be edited as well.
     """
 
     tokens: Tensor
@@ -41,6 +44,7 @@ class Conditioning:
     pooled: Tensor | None = None
     full: bool = False
     condition: Tensor | None = None
+    negative: Conditioning | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3:
@@ -65,6 +69,11 @@ class Conditioning:
                 f"condition must be ({batch}, C, h, w) to go with tokens "
                 f"{tuple(self.tokens.shape)}, got {tuple(shown.shape)}"
             )
+        if self.negative is not None and self.negative.batch_size != batch:
+            raise ValueError(
+                f"negative must hold {batch} prompts to go with tokens "
+                f"{tuple(self.tokens.shape)}, got {self.negative.batch_size}"
+            )
 
     @property
     def batch_size(self) -> int:
@@ -78,6 +87,7 @@ class Conditioning:
             None if self.pooled is None else to_device(self.pooled, device, dtype),
             self.full,
             None if self.condition is None else to_device(self.condition, device),
+            None if self.negative is None else self.negative.to(device, dtype),
         )
 
     def editing(self, condition: Tensor | None) -> Conditioning:
@@ -100,7 +110,8 @@ class Conditioning:
         step = math.lcm(TOKEN_STEP, parts)
         kept = longest if equal else min(length, step * max(1, math.ceil(longest / step)))
         full = bool(counts) and min(counts) == kept
-        return replace(self, tokens=self.tokens[:, :kept], full=full)
+        negative = None if self.negative is None else self.negative.cut(parts)
+        return replace(self, tokens=self.tokens[:, :kept], full=full, negative=negative)
 
     def select(self, rows: Tensor) -> Conditioning:
         """The prompts of these indices, in their order; one may come several times."""
@@ -111,12 +122,13 @@ class Conditioning:
             None if self.pooled is None else self.pooled[rows],
             self.full,
             None if self.condition is None else self.condition[rows],
+            None if self.negative is None else self.negative.select(rows),
         )
 
     def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
         """This conditioning where `keep` `(B,)` is true, `other` (of size one or B) elsewhere.
 
-        The pictures to be edited stay this one's.
+        The pictures to be edited and the negative prompts stay this one's.
 
         Raises:
             ValueError: the two don't have the same widths, or only one has a pooled vector.
@@ -133,6 +145,7 @@ class Conditioning:
             pooled,
             both.full,
             self.condition,
+            self.negative,
         )
 
     def expand(self, batch: int) -> Conditioning:
@@ -154,11 +167,14 @@ class Conditioning:
             None if self.pooled is None else self.pooled.expand(batch, -1),
             self.full,
             None if self.condition is None else self.condition.expand(batch, -1, -1, -1),
+            None if self.negative is None else self.negative.expand(batch),
         )
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Joins along the batch; shorter parts are padded to the longest.
+
+        Negative prompts are joined where all parts have their own, and left out otherwise.
 
         Raises:
             ValueError: nothing to join, token widths or pictures' shapes that differ, or only some
@@ -186,6 +202,7 @@ class Conditioning:
                 f"shapes {sorted(shapes)}: give all of them some of one shape"
             )
         longest = max(lengths)
+        negatives = [part.negative for part in parts if part.negative is not None]
         return Conditioning(
             torch.cat(
                 [F.pad(part.tokens, (0, 0, 0, longest - part.tokens.shape[1])) for part in parts]
@@ -194,6 +211,7 @@ class Conditioning:
             torch.cat(pooled) if pooled else None,
             len(set(lengths)) == 1 and all(part.full for part in parts),
             torch.cat(shown) if shown else None,
+            Conditioning.cat(negatives) if len(negatives) == len(parts) else None,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -20,10 +20,18 @@ if TYPE_CHECKING:
 
 
 class Embedding(NamedTuple):
-    """One prompt's states: tokens ``(n, D)``, pooled ``(P,)`` or None, float32 on the CPU."""
+    """One prompt's states: tokens ``(n, D)``, pooled ``(P,)`` or None, float32 on the CPU.
+
+    Of a prompt that was read with a picture: `negative` ``(m, D)`` are the last states of the
+    negative prompt with the same picture, None if none was asked for. Its first ones are the first
+    `shared` of `tokens`, those of the picture. `cut` says whether the prompt was too long.
+    """
 
     tokens: Tensor
     pooled: Tensor | None
+    negative: Tensor | None = None
+    shared: int = 0
+    cut: bool = False
 
 
 class PromptModel(Protocol):
@@ -38,6 +46,26 @@ class PromptModel(Protocol):
 
     def forward(self, prompts: Sequence[str]) -> list[Embedding]:
         """One encoder call; long prompts are truncated. Padding never changes a prompt's result."""
+        ...
+
+
+class PicturePromptModel(PromptModel, Protocol):
+    """That of a family whose text encoder reads the picture to be edited as well.
+
+    Its `forward`, of prompts alone, serves the store's empty prompt.
+    """
+
+    def forward_with_pictures(
+        self, prompts: Sequence[str], pictures: Sequence[Tensor], negative: str | None
+    ) -> list[Embedding]:
+        """One encoder call for prompts with a picture each, ``(3, h, w)`` in [-1, 1].
+
+        Args:
+            negative: the negative prompt, which is read with every picture as well; None: not.
+
+        Raises:
+            ValueError: a picture that leaves no room for its prompt within `max_tokens`.
+        """
         ...
 
 
@@ -81,6 +109,7 @@ class TextEncoder:
         prompts: Sequence[str],
         batch_size: int = 64,
         on_batch: Callable[[int], None] | None = None,
+        pictures: Sequence[Callable[[], Tensor]] | None = None,
     ) -> list[EncodedPrompt]:
         """Encode prompts; results in the prompts' order.
 
@@ -88,32 +117,59 @@ class TextEncoder:
             prompts: any number of texts; "" is allowed.
             batch_size: prompts an encoder call.
             on_batch: called with the number of prompts after each encoder call.
+            pictures: as for `encode_by_length`.
 
         Raises:
             ValueError: the encoder can't take a prompt; names it.
         """
         encoded: dict[int, EncodedPrompt] = {}
-        for rows, results in self.encode_by_length(prompts, batch_size):
+        for rows, results in self.encode_by_length(prompts, batch_size, pictures=pictures):
             encoded.update(zip(rows, results, strict=True))
             if on_batch is not None:
                 on_batch(len(rows))
         return [encoded[row] for row in range(len(prompts))]
 
     def encode_by_length(
-        self, prompts: Sequence[str], batch_size: int
+        self,
+        prompts: Sequence[str],
+        batch_size: int,
+        *,
+        pictures: Sequence[Callable[[], Tensor]] | None = None,
+        negative: str | None = None,
     ) -> Iterator[tuple[list[int], list[EncodedPrompt]]]:
-        """Encoder calls one by one, short prompts first: (indices of prompts, their results)."""
+        """Encoder calls one by one, short prompts first: (indices of prompts, their results).
+
+        Args:
+            prompts: any number of texts.
+            batch_size: prompts an encoder call.
+            pictures: each prompt's, ``(3, h, w)`` in [-1, 1], read when its call comes; for a
+                `PicturePromptModel`.
+            negative: the negative prompt, which is read with every picture as well.
+        """
         lengths = self._model.count_tokens(prompts) if prompts else []
         order = sorted(range(len(prompts)), key=lambda row: (lengths[row], row))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
+            texts = [prompts[row] for row in rows]
             with torch.no_grad():
-                embeddings = self._model.forward([prompts[row] for row in rows])
+                if pictures is None:
+                    embeddings = self._model.forward(texts)
+                else:
+                    shown_to_it = [pictures[row]() for row in rows]
+                    model = cast(PicturePromptModel, self._model)
+                    embeddings = model.forward_with_pictures(texts, shown_to_it, negative)
+            limit = self.identity.max_tokens
             yield (
                 rows,
                 [
-                    EncodedPrompt(tokens, pooled, lengths[row] > self.identity.max_tokens)
-                    for row, (tokens, pooled) in zip(rows, embeddings, strict=True)
+                    EncodedPrompt(
+                        found.tokens,
+                        found.pooled,
+                        found.cut or lengths[row] > limit,
+                        negative=found.negative,
+                        shared=found.shared,
+                    )
+                    for row, found in zip(rows, embeddings, strict=True)
                 ],
             )
 
@@ -358,7 +414,7 @@ class EncodedPrompt(NamedTuple):
     """One encoded prompt: tokens ``(n, D)``, pooled ``(P,)`` or None, float32 on the CPU.
 
     Its picture's latents are ``(C, h, w)`` on the CPU, in float32 or as they will be stored; so are
-    those of the picture that it edits.
+    those of the picture that it edits. `negative` and `shared` are those of an `Embedding`.
     """
 
     tokens: Tensor
@@ -366,3 +422,5 @@ class EncodedPrompt(NamedTuple):
     truncated: bool
     latent: Tensor | None = None
     condition: Tensor | None = None
+    negative: Tensor | None = None
+    shared: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from piflow.config import ModelConfig, find_family
@@ -11,6 +12,7 @@ from piflow.config import ModelConfig, find_family
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from piflow.backbones import Conditioning
     from piflow.inference.editing import Edit
     from piflow.inference.gallery import Gallery, Request
     from piflow.inference.settings import SamplingSettings
@@ -359,6 +361,28 @@ def _what_decides(adapter: str, settings: SamplingSettings, choices: Choices) ->
     }
 
 
+def _told(settings: SamplingSettings, request: Request) -> tuple[str, str]:
+    """What the text encoder reads of a request: its prompt, and the picture if it reads those."""
+    return request.prompt, request.edits if settings.encoder.reads_pictures else ""
+
+
+def _encoded(
+    settings: SamplingSettings,
+    read: Sequence[tuple[str, str]],
+    by_content: Mapping[str, Edit],
+    device: str,
+) -> Conditioning:
+    """Conditioning of what `_told` says of some requests, each once."""
+    from piflow.inference.editing import edited_picture
+    from piflow.inference.settings import encode_prompts
+
+    pictures = None
+    if settings.edits is not None and settings.encoder.reads_pictures:
+        sizes = settings.encoder.picture_sizes(settings.edits)
+        pictures = [partial(edited_picture, by_content[key], sizes) for _, key in read]
+    return encode_prompts(settings, [prompt for prompt, _ in read], device, pictures=pictures)
+
+
 def _draw(
     student: Adapter,
     settings: SamplingSettings,
@@ -377,7 +401,7 @@ def _draw(
     from piflow.inference.drawing import draw_pictures
     from piflow.inference.editing import condition_latents
     from piflow.inference.pixels import enlarged, png_bytes, to_image, webp_bytes
-    from piflow.inference.settings import encode_prompts, student_of
+    from piflow.inference.settings import student_of
     from piflow.progress import progress
 
     codec = build_codec(settings.model)
@@ -387,8 +411,8 @@ def _draw(
     trio, by_content = None, {edit.sha256: edit for edit in edits}
     with progress("sample: pictures", len(missing), show=show_progress) as bar:
         for block in _blocks(missing):
-            prompts = list(dict.fromkeys(request.prompt for request in block))
-            cond = encode_prompts(settings, prompts, device.type)  # its encoder is gone after that
+            read = list(dict.fromkeys(_told(settings, request) for request in block))
+            cond = _encoded(settings, read, by_content, device.type)  # its encoder is gone then
             if trio is None:
                 trio = student_of(student, settings)
                 for module in trio.modules:
@@ -398,7 +422,7 @@ def _draw(
                 shown = [by_content[key] for key in dict.fromkeys(item.edits for item in block)]
                 latents = condition_latents(codec, settings.edits, shown, device)
             for batch in _batches(block, latents, choices.batch_size):
-                rows = torch.tensor([prompts.index(request.prompt) for request in batch])
+                rows = torch.tensor([read.index(_told(settings, request)) for request in batch])
                 chosen = cond.select(rows)
                 if latents:
                     chosen = chosen.editing(torch.stack([latents[item.edits] for item in batch]))

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piflow import storage
-from piflow.config import Recipe, find_family
+from piflow.config import ConditionSizes, Recipe, find_family
 from piflow.config.family import resolve
 from piflow.storage.scratch import scratch
 from piflow.testing.shrink import (
@@ -198,6 +199,7 @@ def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     """Load the adapter as its users do, and draw one picture with it."""
     from piflow.inference.settings import load_student, places_of
     from piflow.storage.picture import MAX_PICTURE_BYTES, open_picture
+    from piflow.testing.family import small_pictures
 
     pipeline = find_family(recipe.model.family).pipeline
     if pipeline is None or not (base / "model_index.json").exists():  # parts of no pipeline
@@ -210,8 +212,10 @@ def _load(recipe: Recipe, base: Path, adapter: str) -> None:
     if recipe.condition_sizes is not None:
         content = storage.read_bytes(_edited(base.parent), max_bytes=MAX_PICTURE_BYTES)
         arguments["image"] = open_picture(content).resize((SIDE, SIDE))
-        arguments["_auto_resize"] = False
-    pipe(**arguments)
+        if "_auto_resize" in signature(type(pipe).__call__).parameters:
+            arguments["_auto_resize"] = False
+    with small_pictures(find_family(recipe.model.family), ConditionSizes(((SIDE, SIDE),))):
+        pipe(**arguments)
 
 
 def _quiet() -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import field_validator
 
 from piflow import storage
+from piflow.config.conditions import ConditionSizes
 from piflow.config.section import Positive, Variant, valid_uri
 
 
@@ -30,10 +31,23 @@ class EncoderConfig(Variant):
     the pipeline's folder, else in its subfolder `encoder`.
     """
 
+    reads_pictures: ClassVar[bool] = False
+    """Whether it reads the picture to be edited beside the prompt: its module then loads a
+    `piflow.backbones.text.PicturePromptModel`.
+    """
+
     @property
     def text_tokens(self) -> int:
-        """Tokens of text that a prompt takes at most."""
+        """Tokens of text that a prompt takes at most, those of a picture included."""
         return 0
+
+    def picture_sizes(self, shown: ConditionSizes) -> ConditionSizes:
+        """How the picture is scaled that it reads; as the model's own, unless a kind says else.
+
+        Args:
+            shown: how the model's own is.
+        """
+        return shown
 
     @property
     def keeps_padding(self) -> bool:

@@ -36,6 +36,7 @@ BUILT_IN = {  # name -> the module that holds its FAMILY
     "flux2": "piflow.backbones.flux2",
     "flux2_klein": "piflow.backbones.flux2_klein",
     "qwen_image": "piflow.backbones.qwen_image",
+    "qwen_image_edit": "piflow.backbones.qwen_image_edit",
     "sd3": "piflow.backbones.sd3",
     "z_image": "piflow.backbones.z_image",
     "wan": "piflow.backbones.wan",

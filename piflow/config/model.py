@@ -80,9 +80,9 @@ class ModelConfig(Section):
 
     family: str = "flux"
     """The architecture: flux (FLUX.1), flux_kontext (FLUX.1-Kontext, which edits pictures), flux2,
-    flux2_klein, qwen_image, sd3 (Stable Diffusion 3 and 3.5), z_image, wan (Wan 2.1, which makes
-    videos), dit (class-conditional DiT); or one of another package, by the name of its
-    `piflow.families` entry point, its module or module:attribute.
+    flux2_klein, qwen_image, qwen_image_edit (edits pictures, too), sd3 (Stable Diffusion 3 and
+    3.5), z_image, wan (Wan 2.1, which makes videos), dit (class-conditional DiT); or one of another
+    package, by the name of its `piflow.families` entry point, its module or module:attribute.
     """
 
     path: Uri

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from piflow.backbones.base import Conditioning
 from piflow.config import Recipe, find_family
-from piflow.data.rows import EmbeddingBatch
+from piflow.data.rows import EmbeddingBatch, TokenStates
 from piflow.policies.base import to_device
 from piflow.sharding.side_stream import Mark, SideStream
 
@@ -54,6 +54,12 @@ def condition_of(batch: Embedded) -> Tensor | None:
     return torch.stack(conditions)
 
 
+def _negative_of(batch: Embedded) -> Conditioning | None:
+    """The rows' own negative prompts; None: one serves all."""
+    states = batch.negative if isinstance(batch, MicroBatch | EmbeddingBatch) else None
+    return None if states is None else Conditioning(*states)
+
+
 def by_condition(batch: EmbeddingBatch) -> list[tuple[list[int], EmbeddingBatch]]:
     """Places in the batch, and its rows there; together where pictures to edit have one shape.
 
@@ -77,7 +83,13 @@ def conditioning(
     there = batch.there if isinstance(batch, MicroBatch) else None
     if there is not None and (there.device, there.shared_by) == (device, shared_by):
         return there.take().cond
-    cond = Conditioning(batch.tokens, batch.num_tokens, batch.pooled, condition=condition_of(batch))
+    cond = Conditioning(
+        batch.tokens,
+        batch.num_tokens,
+        batch.pooled,
+        condition=condition_of(batch),
+        negative=_negative_of(batch),
+    )
     return (cond if shared_by is None else cond.cut(shared_by)).to(device)
 
 
@@ -94,7 +106,8 @@ class MicroBatch:
     ``index`` counts within the step, over all ranks; pooled is ``(m, P)``, or None for encoders
     without one; sizes are pixels. Latents of the pictures are ``(m, C, h, w)`` float32, or None if
     the stream wasn't asked for them; ``condition`` are those of pictures to be edited, which may
-    have another size. ``there`` is what of it is on a device already.
+    have another size. ``negative`` are negative prompts of the rows' own. ``there`` is what of it
+    is on a device already.
     """
 
     index: int
@@ -107,6 +120,7 @@ class MicroBatch:
     width: int
     latents: Tensor | None = None
     condition: Tensor | None = None
+    negative: TokenStates | None = None
     there: OnDevice | None = None
 
 
@@ -128,7 +142,9 @@ class OnDevice:
     def take(self) -> OnDevice:
         """Itself; what the current stream is given from now on comes after the copies."""
         cond = self.cond
-        tensors = (cond.tokens, cond.num_tokens, cond.pooled, cond.condition, self.latents)
+        tensors = [cond.tokens, cond.num_tokens, cond.pooled, cond.condition, self.latents]
+        if cond.negative is not None:
+            tensors += [cond.negative.tokens, cond.negative.num_tokens]
         self.mark.wait_here(tensor for tensor in tensors if tensor is not None)
         return self
 

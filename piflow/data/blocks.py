@@ -92,7 +92,8 @@ def columns(plan: StreamPlan) -> list[str] | None:
     """What is read of a row; None: everything."""
     if plan.with_latents:
         return None
-    return schema_of(None, plan.store.layout.inputs.conditions).names
+    inputs = plan.store.layout.inputs
+    return schema_of(None, inputs.conditions, inputs.negative_prompt is not None).names
 
 
 def blocks(plan: StreamPlan) -> Iterator[Block]:

@@ -68,6 +68,7 @@ from piflow.data.online import small_recipe
 from piflow.data.pictures import (
     ConditionEncoder,
     LatentEncoder,
+    PictureReader,
     codec_identity,
     condition_inputs,
     with_condition_sizes,
@@ -278,7 +279,11 @@ def _plan(recipe: Recipe, prompts: PromptSet) -> _Job:
         buckets=layout.buckets,
         shards=layout.shards,
         empty=empty_prompt_plan(),
-        negative=negative_prompt_plan(negative) if negative else None,
+        negative=(
+            negative_prompt_plan(negative)
+            if negative and layout.inputs.negative_prompt is None
+            else None
+        ),
         prompts=prompts.prompts,
     )
 
@@ -322,8 +327,13 @@ def _with_pictures(recipe: Recipe, layout: Layout) -> Layout:
             codec=codec_identity(recipe.model, recipe.embed), dtype=recipe.embed.latent_dtype
         )
     conditions = condition_inputs(recipe)
-    version = expected_version(latents, conditions)
-    update = {"schema_version": version, "latents": latents, "conditions": conditions}
+    negative = recipe.guidance.negative_prompt if recipe.encoder.reads_pictures else None
+    update = {
+        "schema_version": expected_version(latents, conditions, negative),
+        "latents": latents,
+        "conditions": conditions,
+        "negative_prompt": negative,
+    }
     inputs = layout.inputs.model_copy(update=update)
     return Layout(inputs, _with_shapes(codec, inputs, layout.buckets), layout.shards)
 
@@ -541,6 +551,14 @@ def _run(recipe: Recipe, job: _Job, missing: list[ShardPlan]) -> Iterator[Mappin
         raise what_failed(error, embed, where, then) from error
 
 
+def picture_reader(recipe: Recipe) -> PictureReader | None:
+    """What reads pictures for the recipe's text encoder; None: it reads prompts alone."""
+    sizes = recipe.condition_sizes
+    if sizes is None or not recipe.encoder.reads_pictures:
+        return None
+    return PictureReader(recipe.embed, recipe.encoder.picture_sizes(sizes))
+
+
 class EncodeShard:
     """The encoder actor: encodes and writes whole shards, and tells how far it is.
 
@@ -554,6 +572,8 @@ class EncodeShard:
         writer: what the driver that owns the store calls itself.
     """
 
+    _picture: PictureReader | None = None  # of an encoder that reads pictures as well
+
     def __init__(
         self, recipe: Recipe, store: str, inputs: StoreInputs, plans: Any, writer: str
     ) -> None:
@@ -561,6 +581,9 @@ class EncodeShard:
 
         self._encoder = load_encoder(recipe, inputs)
         self._encode = partial(self._encoder.encode_by_length, batch_size=recipe.embed.batch_size)
+        self._picture = picture_reader(recipe)
+        if self._picture is not None:
+            self._encode = partial(self._encode, negative=recipe.guidance.negative_prompt)
         self._batch_size = recipe.embed.batch_size
         self._pictures: list[LatentEncoder] = []
         for made, embed in ((inputs.latents, recipe.embed), (inputs.conditions, None)):
@@ -628,7 +651,8 @@ class EncodeShard:
         kept = [found for row, found in enumerate(latents) if row not in left_out]
         plan = plan.without(left_out.keys())
         encoded: dict[int, EncodedPrompt] = {}
-        calls = encode_row_groups(plan, self._encode)
+        read = None if any(prompt.condition is None for prompt in plan.prompts) else self._picture
+        calls = encode_row_groups(plan, self._encode, read)
         while (call := self._timed(calls)) is not None:
             rows, results = call
             encoded.update(zip(rows, results, strict=True))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from piflow.backbones.encoders import build_encoder
@@ -12,10 +13,12 @@ from piflow.config import EmbedConfig, Recipe
 from piflow.data.background import remote_cause
 from piflow.data.layout import ShardPlan
 from piflow.data.manifest import StoreInputs
+from piflow.data.prompts import Prompt
 from piflow.storage.foreign import shown
 
 if TYPE_CHECKING:
     import ray.data
+    from torch import Tensor
 
 MAX_RETRIES = 3  # of a piece of work whose encoder died
 
@@ -82,7 +85,9 @@ def what_failed(error: BaseException, embed: EmbedConfig, where: str, then: str)
 
 
 def encode_row_groups(
-    plan: ShardPlan, encode: Callable[[Sequence[str]], Iterator[tuple[list[int], list[Any]]]]
+    plan: ShardPlan,
+    encode: Callable[..., Iterator[tuple[list[int], list[Any]]]],
+    picture: Callable[[Prompt], Tensor] | None = None,
 ) -> Iterator[tuple[list[int], list[EncodedPrompt]]]:
     """Encoder calls of one file: (indices of prompts, their results), row group by row group.
 
@@ -91,10 +96,16 @@ def encode_row_groups(
 
     Args:
         encode: prompts -> encoder calls, as `TextEncoder.encode_by_length`.
+        picture: reads the picture that is to be edited, for an encoder that reads it as well.
     """
     start = 0
     for prompts in plan.prompts_by_group():
-        for rows, results in encode([prompt.text for prompt in prompts]):
+        texts = [prompt.text for prompt in prompts]
+        if picture is None:
+            calls = encode(texts)
+        else:
+            calls = encode(texts, pictures=[partial(picture, prompt) for prompt in prompts])
+        for rows, results in calls:
             yield [start + row for row in rows], results
         start += len(prompts)
 

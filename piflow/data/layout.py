@@ -176,5 +176,6 @@ def require_recipes_prompts(recipe: Recipe, store: str, found: StoreInputs) -> N
         "schema_version": found.schema_version,
         "latents": found.latents,
         "conditions": found.conditions,
+        "negative_prompt": found.negative_prompt,
     }
     require_same_inputs(store, found, ours.model_copy(update=same))

@@ -22,7 +22,14 @@ SCHEMA_VERSION_WITH_LATENTS = 3
 
 SCHEMA_VERSION_WITH_CONDITIONS = 4
 
-SCHEMA_VERSIONS = (SCHEMA_VERSION, SCHEMA_VERSION_WITH_LATENTS, SCHEMA_VERSION_WITH_CONDITIONS)
+SCHEMA_VERSION_WITH_NEGATIVES = 5
+
+SCHEMA_VERSIONS = (
+    SCHEMA_VERSION,
+    SCHEMA_VERSION_WITH_LATENTS,
+    SCHEMA_VERSION_WITH_CONDITIONS,
+    SCHEMA_VERSION_WITH_NEGATIVES,
+)
 
 MANIFEST = "manifest.json"
 
@@ -137,9 +144,13 @@ class ShardEntry(Record):
 
 
 class StoreInputs(_Extended):
-    """Everything that the store's content follows from."""
+    """Everything that the store's content follows from.
 
-    later = ("conditions",)
+    `negative_prompt` is the one that every row has with its own picture, where the text encoder
+    reads pictures; None: rows have none.
+    """
+
+    later = ("conditions", "negative_prompt")
 
     schema_version: int
     encoder: EncoderIdentity
@@ -150,6 +161,7 @@ class StoreInputs(_Extended):
     prompts_sha256: str
     latents: LatentInputs | None = None
     conditions: ConditionInputs | None = None
+    negative_prompt: str | None = None
 
     @property
     def digest(self) -> str:
@@ -325,11 +337,16 @@ def contradictions(manifest: StoreManifest) -> Iterator[str]:
 def _contradicting_inputs(inputs: StoreInputs, digest: str) -> Iterator[str]:
     if inputs.digest != digest:
         yield f"inputs_sha256 is {shown(digest[:12])}…, the inputs' own is {inputs.digest[:12]}…"
-    if inputs.schema_version != expected_version(inputs.latents, inputs.conditions):
+    if inputs.schema_version != expected_version(
+        inputs.latents, inputs.conditions, inputs.negative_prompt
+    ):
         yield (
             f"format version {inputs.schema_version} with{'out' * (inputs.latents is None)} latents"
             f"{' and with pictures to be edited' * (inputs.conditions is not None)}"
+            f"{' and negative prompts of their own' * (inputs.negative_prompt is not None)}"
         )
+    if inputs.negative_prompt is not None and inputs.conditions is None:
+        yield "negative prompts of pictures to be edited, and no such pictures"
     tokens, size = inputs.encoder.max_tokens, inputs.encoder.hidden_size
     if tokens < 1 or size < 1 or tokens * size > _MAX_STATES:
         yield f"a prompt has {tokens} tokens of {size} numbers, at most {_MAX_STATES} together"
@@ -423,8 +440,14 @@ def _bytes_of(latents: LatentInputs | None, shape: tuple[int, ...] | None) -> in
     return (2 if latents.dtype == "bf16" else 4) * math.prod(shape)
 
 
-def expected_version(latents: LatentInputs | None, conditions: ConditionInputs | None) -> int:
+def expected_version(
+    latents: LatentInputs | None,
+    conditions: ConditionInputs | None,
+    negative_prompt: str | None = None,
+) -> int:
     """The format of a store with these inputs."""
+    if negative_prompt is not None:
+        return SCHEMA_VERSION_WITH_NEGATIVES
     if conditions is not None:
         return SCHEMA_VERSION_WITH_CONDITIONS
     return SCHEMA_VERSION if latents is None else SCHEMA_VERSION_WITH_LATENTS

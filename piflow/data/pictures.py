@@ -181,6 +181,38 @@ def with_condition_sizes(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Prom
     return sized
 
 
+class PictureReader:
+    """Reads the pictures to be edited for a text encoder that looks at them.
+
+    Args:
+        embed: condition column and the largest picture.
+        sizes: that they are scaled to, as for the encoder.
+    """
+
+    def __init__(self, embed: EmbedConfig, sizes: ConditionSizes) -> None:
+        self._reader = _Reader(embed, embed.condition_column or "")
+        self._max_pixels, self._sizes = embed.max_picture_pixels, sizes
+
+    def __call__(self, prompt: Prompt) -> Tensor:
+        """The prompt's picture, ``(3, height, width)`` float32 in [-1, 1].
+
+        Raises:
+            BadPictureError: it has become bad since its latents were made.
+            ValueError, OSError: as `LatentEncoder.encode`.
+        """
+        name = _named(prompt, prompt.condition)
+        found = self._reader.read(
+            prompt,
+            prompt.condition,
+            lambda content: scale_picture(
+                content, self._sizes, max_pixels=self._max_pixels, name=name
+            ),
+        )
+        if isinstance(found, BadPictureError):
+            raise BadPictureError(f"{name}: {found}") from found
+        return found
+
+
 class _Reader:
     """Reads prompts' pictures of one column; says which are bad."""
 

@@ -20,7 +20,8 @@ holds the latents and the shape of the picture to be edited as well. A row group
 checksums.
 
 Format 2 has no latents, and is what stores without pictures are still written in; format 3 has, and
-format 4 is that of stores with pictures to be edited.
+format 4 is that of stores with pictures to be edited. In format 5 the text encoder has read these
+as well, and each row brings the negative prompt's states (`piflow.data.rows.NEGATIVE_COLUMNS`).
 
 Negative prompts are additions: `piflow embed` encodes a recipe's own into a finished store, and
 neither the store's inputs nor its `manifest_hash` know of them, because the recipe names the text
@@ -321,6 +322,9 @@ class EmbeddingStore:
     def negative_prompt(self, text: str) -> EmbeddingBatch:
         """The embedding of a recipe's `guidance.negative_prompt`, one row; "" is the empty prompt.
 
+        That is also what a store gives whose rows have negative prompts of their own: where they
+        are used, this one isn't.
+
         Raises:
             StoreError: the store doesn't hold it.
         """
@@ -333,6 +337,15 @@ class EmbeddingStore:
         Raises:
             StoreError: it doesn't; says how to add it.
         """
+        own = self.manifest.inputs.negative_prompt
+        if own is not None:
+            if own != text:
+                raise StoreError(
+                    f"embedding store {self.uri} has the negative prompt {shown(repr(own))} with "
+                    f"each picture, the recipe's guidance.negative_prompt is {text!r}; choose "
+                    "another embed.store and run `piflow embed`, or set it to the store's"
+                )
+            return
         if text and self._negative(text) is None:
             raise StoreError(
                 f"embedding store {self.uri} lacks the recipe's guidance.negative_prompt "

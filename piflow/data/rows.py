@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -52,9 +52,31 @@ CONDITION_COLUMNS = (
     pa.field("condition_shape", pa.list_(pa.int32()), nullable=True),
 )
 
+NEGATIVE_COLUMNS = (
+    pa.field("shared_tokens", pa.int32(), nullable=False),
+    pa.field("negative_tokens", pa.int32(), nullable=False),
+)
+"""Of a row whose prompt was read with its picture, and the negative prompt as well.
+
+Attention is causal and the picture stands before the prompt, so the negative prompt's states begin
+as the prompt's: `shared_tokens` are the same. Its other ones, `negative_tokens`, are the last of
+the row's `tokens`, counted in `num_tokens`.
+"""
+
 _FP8_MAX = 448.0
 
 _PIECE = 2**15  # numbers that are decoded at a time
+
+
+class TokenStates(NamedTuple):
+    """Token states ``(m, L, D)`` float32, zeros beyond ``num_tokens`` ``(m,)`` int64."""
+
+    tokens: Tensor
+    num_tokens: Tensor
+
+    def select(self, rows: Sequence[int] | slice) -> TokenStates:
+        """These rows, in this order."""
+        return TokenStates(self.tokens[rows], self.num_tokens[rows])
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,7 @@ class EmbeddingBatch:
     ``L`` is the encoder's ``max_tokens``; pooled is ``(m, P)`` float32, or None for encoders
     without one; sizes are pixels. Latents are a row's ``(C, h, w)`` float32 each; None if the store
     has none or they weren't read. Likewise conditions, the latents of pictures to be edited.
+    ``negative`` are the negative prompts of rows that have their own.
     """
 
     prompt_ids: tuple[str, ...]
@@ -75,6 +98,7 @@ class EmbeddingBatch:
     pooled: Tensor | None
     latents: tuple[Tensor, ...] | None = None
     conditions: tuple[Tensor, ...] | None = None
+    negative: TokenStates | None = None
 
     def select(self, rows: Sequence[int]) -> EmbeddingBatch:
         """These rows, in this order."""
@@ -93,13 +117,22 @@ class EmbeddingBatch:
             pooled=None if self.pooled is None else self.pooled[chosen],
             latents=latents,
             conditions=conditions,
+            negative=None if self.negative is None else self.negative.select(chosen),
         )
 
 
-def schema_of(latents: LatentInputs | None, conditions: LatentInputs | None) -> pa.Schema:
-    """The columns of a store with or without pictures' latents and pictures to be edited."""
+def schema_of(
+    latents: LatentInputs | None, conditions: LatentInputs | None, negatives: bool = False
+) -> pa.Schema:
+    """The columns of a store with or without pictures' latents and pictures to be edited.
+
+    Args:
+        negatives: whether its rows have negative prompts of their own.
+    """
     schema = SCHEMA if latents is None else SCHEMA_WITH_LATENTS
-    return schema if conditions is None else pa.schema([*schema, *CONDITION_COLUMNS])
+    if conditions is not None:
+        schema = pa.schema([*schema, *CONDITION_COLUMNS])
+    return pa.schema([*schema, *NEGATIVE_COLUMNS]) if negatives else schema
 
 
 def encoded_table(
@@ -108,6 +141,7 @@ def encoded_table(
     dtype: TokenDtype,
     latents: LatentInputs | None = None,
     conditions: LatentInputs | None = None,
+    negatives: bool = False,
 ) -> pa.Table:
     """Rows as they lie on disk, with the columns of `schema_of`.
 
@@ -120,10 +154,15 @@ def encoded_table(
             f"{with_pooled} of {len(encoded)} embeddings have a pooled vector: give all of them "
             "one, or none"
         )
-    schema = schema_of(latents, conditions)
+    schema = schema_of(latents, conditions, negatives)
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-    for prompt, (tokens, pooled, _, latent, condition) in zip(prompts, encoded, strict=True):
+    for prompt, item in zip(prompts, encoded, strict=True):
+        pooled, latent, condition = item.pooled, item.latent, item.condition
+        tokens = _all_tokens(prompt, item)
         _require_finite(prompt, "encoder", tokens, pooled)
+        if negatives:
+            columns["shared_tokens"].append(item.shared)
+            columns["negative_tokens"].append(tokens.shape[0] - item.tokens.shape[0])
         content, scale = quantize(tokens, dtype)
         columns["prompt_id"].append(prompt.prompt_id)
         columns["prompt"].append(prompt.text)
@@ -153,6 +192,20 @@ def encoded_table(
             columns[names[1]].append(latent_bytes(values, how.dtype))
             columns[names[2]].append(None if values is None else list(values.shape))
     return pa.table(columns, schema=schema)
+
+
+def _all_tokens(prompt: Prompt, item: EncodedPrompt) -> Tensor:
+    """A row's token states: the prompt's, and those that its negative prompt has alone."""
+    import torch
+
+    if item.negative is None:
+        return item.tokens
+    if not 0 < item.shared <= item.tokens.shape[0]:
+        raise ValueError(
+            f"{prompt} shares {item.shared} tokens with its negative prompt, of "
+            f"{item.tokens.shape[0]}; expected those of its picture"
+        )
+    return torch.cat([item.tokens, item.negative])
 
 
 def _require_finite(prompt: Prompt, who: str, *tensors: Tensor | None) -> None:
@@ -342,6 +395,11 @@ def as_tensors(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
     import torch
 
     counts = table["num_tokens"].to_pylist()
+    tokens = _tensor(_padded(_numbers(table["tokens"]), counts, inputs.encoder))
+    own = TokenStates(tokens, torch.tensor(counts, dtype=torch.int64))
+    negative = None
+    if "negative_tokens" in table.column_names and any(table["negative_tokens"].to_pylist()):
+        own, negative = _parted(own, table)
     pooled = None
     if table.num_rows and pa.types.is_large_list(table["pooled"].type):
         pooled = _tensor(_numbers(table["pooled"])).view(table.num_rows, -1)
@@ -350,11 +408,31 @@ def as_tensors(table: pa.Table, inputs: StoreInputs) -> EmbeddingBatch:
         prompts=tuple(table["prompt"].to_pylist()),
         heights=tuple(table["height"].to_pylist()),
         widths=tuple(table["width"].to_pylist()),
-        tokens=_tensor(_padded(_numbers(table["tokens"]), counts, inputs.encoder)),
-        num_tokens=torch.tensor(counts, dtype=torch.int64),
+        tokens=own.tokens,
+        num_tokens=own.num_tokens,
         pooled=pooled,
         latents=_latents(table, "latent", "latent_shape"),
         conditions=_latents(table, "condition_latent", "condition_shape"),
+        negative=negative,
+    )
+
+
+def _parted(both: TokenStates, table: pa.Table) -> tuple[TokenStates, TokenStates]:
+    """Prompts and negative prompts of rows that hold both, see `NEGATIVE_COLUMNS`."""
+    import torch
+
+    own, negative = both.tokens.clone(), torch.zeros_like(both.tokens)
+    shared = table["shared_tokens"].to_pylist()
+    alone = table["negative_tokens"].to_pylist()
+    ends = both.num_tokens.tolist()
+    for row, (common, last, end) in enumerate(zip(shared, alone, ends, strict=True)):
+        negative[row, :common] = own[row, :common]
+        negative[row, common : common + last] = own[row, end - last : end]
+        own[row, end - last : end] = 0
+    lengths = torch.tensor([common + last for common, last in zip(shared, alone, strict=True)])
+    return (
+        TokenStates(own, both.num_tokens - torch.tensor(alone)),
+        TokenStates(negative, lengths),
     )
 
 

@@ -60,7 +60,7 @@ def require_footer(
         ContradictionError: other inputs, columns or row groups, or more than they can hold.
         ForeignDataError: what the footer says of the inputs isn't JSON.
     """
-    schema = schema_of(inputs.latents, inputs.conditions)
+    schema = schema_of(inputs.latents, inputs.conditions, inputs.negative_prompt is not None)
     found = file.schema_arrow
     if not found.equals(schema, check_metadata=False):
         differing = set(map(_described, found)) ^ set(map(_described, schema))
@@ -168,6 +168,8 @@ def require_rows(
             raise ContradictionError(f"a row's {name} isn't its bucket's, {pixels} pixels")
     if {"num_tokens", "tokens"} <= set(table.column_names):
         _require_tokens(table, inputs)
+        if inputs.negative_prompt is not None:
+            _require_negatives(table, single=bucket is None)
     if "pooled" in table.column_names:
         _require_pooled(table)
     if "latent" in table.column_names:
@@ -191,6 +193,22 @@ def _require_tokens(table: pa.Table, inputs: StoreInputs) -> None:
         raise ContradictionError("a row's bytes aren't those of its tokens")
     if "scale" in table.column_names and not np.isfinite(_numbers(table, "scale")).all():
         raise ContradictionError("a row's scale isn't finite")
+
+
+def _require_negatives(table: pa.Table, single: bool) -> None:
+    """Every row has a negative prompt of its own within its tokens; a file of one prompt none."""
+    if not {"shared_tokens", "negative_tokens"} <= set(table.column_names):
+        return
+    shared, alone = (
+        _numbers(table, name).astype(np.int64) for name in ("shared_tokens", "negative_tokens")
+    )
+    if single:
+        if shared.any() or alone.any():
+            raise ContradictionError("a file of one prompt has a negative prompt of its own")
+        return
+    own = _numbers(table, "num_tokens").astype(np.int64) - alone
+    if not ((alone > 0) & (shared > 0) & (shared <= own)).all():
+        raise ContradictionError("a row's negative prompt doesn't lie within its tokens")
 
 
 def _require_pooled(table: pa.Table) -> None:

@@ -155,6 +155,7 @@ class TrainStream:
                     condition=(
                         None if batch.conditions is None else torch.stack(batch.conditions[part])
                     ),
+                    negative=None if batch.negative is None else batch.negative.select(part),
                 )
             )
         replaced = Counter(name for name in table[REPLACED].to_pylist() if name is not None)

@@ -16,7 +16,7 @@ from piflow.backbones.text import EncodedPrompt
 from piflow.data.layout import ShardPlan
 from piflow.data.manifest import Bucket, ShardEntry, SkippedPicture, StoreInputs
 from piflow.data.parquet import METADATA_KEY, ParquetFile, open_parquet, shard_facts
-from piflow.data.rows import SCHEMA, encoded_table
+from piflow.data.rows import NEGATIVE_COLUMNS, SCHEMA, encoded_table
 from piflow.data.shard_checks import require_footer, require_pages
 
 _COMPRESSION = {name: "zstd" for name in SCHEMA.names} | {"tokens": "none", "pooled": "none"}
@@ -95,11 +95,18 @@ def write_shard(
     report = ShardReport(len(cut), tuple(cut[:3]), tuple(skipped))
     facts = {"inputs_sha256": inputs.digest} | json.loads(report.to_json())
     table = encoded_table(
-        plan.prompts, encoded, inputs.dtype, inputs.latents, inputs.conditions
+        plan.prompts,
+        encoded,
+        inputs.dtype,
+        inputs.latents,
+        inputs.conditions,
+        inputs.negative_prompt is not None,
     ).replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True).encode()})
     compression = dict(_COMPRESSION)
     compression |= {} if inputs.latents is None else _LATENT_COMPRESSION
     compression |= {} if inputs.conditions is None else _CONDITION_COMPRESSION
+    if inputs.negative_prompt is not None:
+        compression |= {field.name: "zstd" for field in NEGATIVE_COLUMNS}
     sink = pa.BufferOutputStream()
     writer = pq.ParquetWriter(
         sink,

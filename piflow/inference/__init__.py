@@ -13,6 +13,7 @@ from piflow.inference.flux2 import PiFlux2Pipeline
 from piflow.inference.flux2_klein import PiFlux2KleinPipeline
 from piflow.inference.flux_kontext import PiFluxKontextPipeline
 from piflow.inference.qwen_image import PiQwenImagePipeline
+from piflow.inference.qwen_image_edit import PiQwenImageEditPipeline
 from piflow.inference.registered import load
 from piflow.inference.sd3 import PiSD3Pipeline
 from piflow.inference.wan import PiWanPipeline
@@ -24,6 +25,7 @@ __all__ = [
     "PiFlux2Pipeline",
     "PiFluxKontextPipeline",
     "PiFluxPipeline",
+    "PiQwenImageEditPipeline",
     "PiQwenImagePipeline",
     "PiSD3Pipeline",
     "PiWanPipeline",

@@ -70,6 +70,19 @@ def _content(name: str, uri: str, folders: tuple[str, ...]) -> bytes:
         ) from error
 
 
+def edited_picture(edit: Edit, sizes: ConditionSizes) -> Tensor:
+    """The picture ``(3, height, width)`` in [-1, 1], scaled to one of the sizes.
+
+    Raises:
+        BadPictureError: it can't be opened, or has changed; names it.
+        OSError: the storage refused.
+    """
+    try:
+        return scale_picture(edit.content(), sizes, name=edit.name)
+    except BadPictureError as error:
+        raise BadPictureError(f"picture {shown(repr(edit.name))}: {error}") from error
+
+
 @torch.no_grad()
 def condition_latents(
     codec: Codec, sizes: ConditionSizes, edits: Sequence[Edit], device: torch.device
@@ -83,9 +96,6 @@ def condition_latents(
     for edit in edits:
         if edit.sha256 in latents:
             continue
-        try:
-            picture = scale_picture(edit.content(), sizes, name=edit.name)
-        except BadPictureError as error:
-            raise BadPictureError(f"picture {shown(repr(edit.name))}: {error}") from error
+        picture = edited_picture(edit, sizes)
         latents[edit.sha256] = codec.encode(picture[None].to(device))[0].cpu()
     return latents

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -460,18 +460,21 @@ def encode_prompts(
     prompts: list[str],
     device: str = "cpu",
     encoder: TextEncoder | None = None,
+    pictures: Sequence[Callable[[], torch.Tensor]] | None = None,
 ) -> Conditioning:
     """Conditioning of free prompts by the student's own text encoder, on the CPU.
 
     Args:
         device: where the encoder runs.
         encoder: the settings' one, if it is loaded already.
+        pictures: each prompt's, as for `TextEncoder.encode_by_length`, of an encoder that reads
+            them.
 
     Raises:
         ValueError: the encoder doesn't load, or can't take a prompt.
     """
     encoder = encoder or build_encoder(settings.encoder, device)
-    encoded = encoder.encode(prompts)
+    encoded = encoder.encode(prompts, pictures=pictures)
     identity = encoder.identity
     tokens = torch.zeros(len(prompts), identity.max_tokens, identity.hidden_size)
     for row, prompt in zip(tokens, encoded, strict=True):

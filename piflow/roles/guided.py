@@ -28,8 +28,9 @@ class GuidedTeacher:
     Args:
         teacher: a trio or a bare backbone.
         cond: B prompts.
-        negative: the negative prompt, one or B; not used when `guidance.scale` is 1. It edits the
-            same pictures as the prompts, where the model edits some.
+        negative: the negative prompt, one or B; not used when `guidance.scale` is 1, nor where
+            `cond` brings negative prompts of its own. It edits the same pictures as the prompts,
+            where the model edits some.
         guidance: scale, sigma interval and orthogonal share.
 
     Raises:
@@ -46,13 +47,14 @@ class GuidedTeacher:
         if guidance.scale == 1.0:
             self._velocity = _velocity_of(teacher, cond)
             return
+        negative = negative if cond.negative is None else cond.negative
         if negative is None:
             raise ValueError(
                 f"guidance.scale {guidance.scale} needs the negative prompt's conditioning, got "
                 "none: pass it, or set guidance.scale to 1"
             )
         unguided = negative.expand(cond.batch_size).editing(cond.condition)
-        both = Conditioning.cat([cond, unguided])
+        both = Conditioning.cat([cond, unguided])  # without negative prompts: `unguided` has none
         self._velocity = guided_teacher(
             _velocity_of(teacher, both),
             guidance.scale,

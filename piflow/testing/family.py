@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from piflow import storage
@@ -26,6 +27,7 @@ from piflow.backbones.flops import sample_flops
 from piflow.backbones.load import family_class, with_frames
 from piflow.backbones.transformer import TransformerBackbone
 from piflow.config import (
+    ConditionSizes,
     DXPolicyConfig,
     EncoderConfig,
     Family,
@@ -82,7 +84,8 @@ class TinyFamily:
         """
         record = find_family(name)
         kind = record.encoders[0]
-        settings = {"path": str(folder), "max_tokens": _MAX_TOKENS}
+        tokens = _MAX_TOKENS if not kind.reads_pictures else 4 * _MAX_TOKENS
+        settings = {"path": str(folder), "max_tokens": tokens}
         known = {key: value for key, value in settings.items() if key in kind.model_fields}
         encoder = kind.model_validate(known)
         place = str(folder / "transformer")
@@ -123,7 +126,10 @@ class TinyFamily:
         """Of prompts that differ, by the family's own encoder."""
         prompts = prompts or (_PROMPTS if self.takes_prompts else _CLASSES)
         encoder = build_encoder(self.encoder)
-        encoded = encoder.encode(prompts)
+        pictures = None
+        if self.encoder.reads_pictures:
+            pictures = [partial(_edited_one, number) for number in range(len(prompts))]
+        encoded = encoder.encode(prompts, pictures=pictures)
         length = encoder.identity.max_tokens  # what has no mask sees all of the padding
         if self.record.masks_text:
             length = max(len(prompt.tokens) for prompt in encoded)
@@ -338,8 +344,10 @@ def _pipeline(family: TinyFamily) -> Any:
     """diffusers' own, of the tiny model's folder."""
     from diffusers import DiffusionPipeline
 
+    own_parts = getattr(resolve(str(family.record.tiny)), "own_parts", None)
+    parts = {} if own_parts is None else own_parts(family.folder)
     pipe = DiffusionPipeline.from_pretrained(
-        str(family.folder), local_files_only=True, trust_remote_code=False
+        str(family.folder), local_files_only=True, trust_remote_code=False, **parts
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -350,6 +358,11 @@ def _edited(number: int) -> Tensor:
     generator = torch.Generator().manual_seed(100 + number)
     levels = torch.randint(0, 256, (1, 3, _SIZE // 2, _SIZE), generator=generator)
     return levels / 127.5 - 1
+
+
+def _edited_one(number: int) -> Tensor:
+    """The same (3, H, W)."""
+    return _edited(number)[0]
 
 
 def _drawn(pipe: Any, family: TinyFamily, prompt: str) -> Tensor:
@@ -373,11 +386,24 @@ def _drawn(pipe: Any, family: TinyFamily, prompt: str) -> Tensor:
     if family.record.edits is not None:  # of the size that it has already
         given |= {"image": _edited(0) / 2 + 0.5, "max_area": _SIZE**2, "_auto_resize": False}
         given = {name: value for name, value in given.items() if name in known}
+    if family.encoder.reads_pictures:
+        levels = (_edited_one(0) * 127.5 + 127.5).round().byte()
+        given["image"] = Image.fromarray(levels.movedim(0, -1).numpy())
     generator = torch.Generator().manual_seed(5)
-    drawn = pipe(**given, num_inference_steps=_STEPS, generator=generator, output_type="np")
+    with small_pictures(family.record, ConditionSizes(((_SIZE // 2, _SIZE),))):
+        drawn = pipe(**given, num_inference_steps=_STEPS, generator=generator, output_type="np")
     if family.record.video is not None:
         return torch.from_numpy(drawn.frames).permute(0, 4, 1, 2, 3).flatten(2, 3)
     return torch.from_numpy(drawn.images).permute(0, 3, 1, 2)
+
+
+def small_pictures(record: Family, sizes: ConditionSizes) -> AbstractContextManager[None]:
+    """Has the family's pipeline scale pictures to be edited to these sizes, if it scales to others.
+
+    By the function of this name in the tiny model's module, if it has one.
+    """
+    own = getattr(resolve(str(record.tiny)), "small_pictures", None)
+    return nullcontext() if own is None else own(sizes)
 
 
 @contextmanager

@@ -96,7 +96,8 @@ def _small_encoder(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if not isinstance(encoder, TextEncoderConfig):
         return {}
     path = folder / MODEL if encoder.in_pipeline else folder / MODEL / "encoder"
-    return {"path": str(path), "max_tokens": min(encoder.max_tokens, _MAX_TOKENS)}
+    most = 4 * _MAX_TOKENS if encoder.reads_pictures else _MAX_TOKENS
+    return {"path": str(path), "max_tokens": min(encoder.max_tokens, most)}
 
 
 def _small_embed(recipe: Recipe, folder: Path, gpus: int) -> dict[str, Any]:

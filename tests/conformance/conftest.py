@@ -35,6 +35,7 @@ from piflow.backbones import (
     FluxBackbone,
     FluxKontextBackbone,
     QwenImageBackbone,
+    QwenImageEditBackbone,
     SD3Backbone,
     WanBackbone,
     ZImageBackbone,
@@ -125,6 +126,13 @@ def qwen_image() -> Case:
     return QwenImageBackbone(model.eval()), cond, (4, 8)
 
 
+def qwen_image_edit() -> Case:
+    """With pictures to be edited of another size."""
+    backbone, cond, size = qwen_image()
+    shown = torch.randn(3, 4, 6, 4)
+    return QwenImageEditBackbone(backbone.module), cond.editing(shown), size
+
+
 def sd3() -> Case:
     torch.manual_seed(0)
     model = SD3Transformer2DModel(
@@ -211,7 +219,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = (
         [_import(named)]
         if named
-        else [flux, flux_kontext, one_pixel, flux2, qwen_image, sd3, wan, dit, documented]
+        else [
+            flux,
+            flux_kontext,
+            one_pixel,
+            flux2,
+            qwen_image,
+            qwen_image_edit,
+            sd3,
+            wan,
+            dit,
+            documented,
+        ]
     )
     metafunc.parametrize("make", cases, ids=[case.__name__ for case in cases])
 

@@ -15,8 +15,8 @@ from piflow.commands import check_family
 from piflow.testing.family import FAMILY_CHECKS, FamilyCheck, Skipped, TinyFamily, checks
 
 FAMILIES = [
-    "flux", "flux_kontext", "flux2", "flux2_klein", "qwen_image", "sd3", "z_image", "wan", "dit",
-    "bria_family",
+    "flux", "flux_kontext", "flux2", "flux2_klein", "qwen_image", "qwen_image_edit", "sd3",
+    "z_image", "wan", "dit", "bria_family",
 ]  # fmt: skip
 
 COMPARED = {

@@ -25,13 +25,18 @@ def embed_here(recipe: Recipe, encode: Callable[..., Any] | None = None) -> Embe
     """
     if encode is None:
         encode = partial(build_encoder(recipe.encoder).encode_by_length, batch_size=4)
+        if recipe.encoder.reads_pictures:
+            encode = partial(encode, negative=recipe.guidance.negative_prompt)
     job = embed._plan(recipe, recipe_prompts(recipe))
     job = embed._with_condition_sizes(recipe, job, PlainConsole(quiet=True))
     pictures = [LatentEncoder(recipe.model, recipe.embed, "cpu")] if job.inputs.latents else []
     if recipe.condition_sizes is not None:
         pictures.append(ConditionEncoder(recipe.model, recipe.embed, "cpu", recipe.condition_sizes))
     actor = embed.EncodeShard.__new__(embed.EncodeShard)
-    actor.__dict__.update(_busy=0.0, _pictures=pictures, _encode=encode, _batch_size=4)
+    reader = embed.picture_reader(recipe)
+    actor.__dict__.update(
+        _busy=0.0, _pictures=pictures, _encode=encode, _batch_size=4, _picture=reader
+    )
     done = {}
     for plan in job.plans:
         rows = actor._encode_shard(plan)

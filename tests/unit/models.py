@@ -24,6 +24,7 @@ from piflow.backbones import (
     FluxBackbone,
     FluxKontextBackbone,
     QwenImageBackbone,
+    QwenImageEditBackbone,
     SD3Backbone,
     WanBackbone,
     ZImageBackbone,
@@ -71,6 +72,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {  # most of whose code others of MODELS share
     "flux2_klein": MODELS["flux2"],
     "flux_kontext": MODELS["flux"],
+    "qwen_image_edit": MODELS["qwen_image"],
     "wan": (
         WanTransformer3DModel,
         {
@@ -106,6 +108,7 @@ BACKBONES: dict[str, Callable[[Any], Backbone]] = {
     "flux2_klein": Flux2Backbone,
     "flux_kontext": FluxKontextBackbone,
     "qwen_image": QwenImageBackbone,
+    "qwen_image_edit": QwenImageEditBackbone,
     "sd3": SD3Backbone,
     "wan": WanBackbone,
     "z_image": ZImageBackbone,
@@ -134,7 +137,7 @@ def _conditioning(family: str) -> Conditioning:
     if family == "dit":
         classes = torch.tensor([[0.0], [7.0], [10.0]])  # 10 is the null class
         return Conditioning(torch.zeros(3, 1, 1), torch.ones(3, dtype=torch.long), classes)
-    if family in ("qwen_image", "wan", "z_image"):
+    if family in ("qwen_image", "qwen_image_edit", "wan", "z_image"):
         return Conditioning(torch.randn(3, 5, 6), torch.tensor([5, 1, 3]))
     pooled = None if family.startswith("flux2") else torch.randn(3, 5)
     return Conditioning(torch.randn(3, 4, 6), torch.full((3,), 4), pooled)

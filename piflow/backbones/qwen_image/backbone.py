@@ -87,9 +87,11 @@ class QwenImageBackbone(TransformerBackbone):
         time = ("timestep_embedder.linear_1", "timestep_embedder.linear_2")
         return ("img_mlp.net.0.proj", "img_mlp.net.2", *text, *time)
 
-    def flops(self, height: int, width: int, text_tokens: int) -> int:
+    def editing_flops(
+        self, height: int, width: int, text_tokens: int, condition_tokens: int
+    ) -> int:
         """Double blocks alone."""
-        config, picture = self._config, height * width // PATCH**2
+        config, picture = self._config, height * width // PATCH**2 + condition_tokens
         d, joined, blocks = flops.hidden_size(config), picture + text_tokens, config["num_layers"]
         weights = flops.ends(config, d, picture, text_tokens) + flops.mlp(flops.TIME_FEATURES, d)
         weights += blocks * 12 * d * d * (joined + 1)
@@ -106,13 +108,22 @@ class QwenImageBackbone(TransformerBackbone):
         if not cond.full:  # attention without a mask has faster kernels
             positions = torch.arange(cond.tokens.shape[1], device=x.device)
             mask = positions < cond.num_tokens[:, None]
-        shape = (1, x.shape[2] // PATCH, x.shape[3] // PATCH)  # frames, rows, columns
+        pictures, shapes = pack(x), [_shape(x)]
+        noisy = pictures.shape[1]
+        if cond.condition is not None:
+            pictures = torch.cat([pictures, pack(cond.condition).to(x)], dim=1)
+            shapes.append(_shape(cond.condition))
         tokens: Tensor = self.module(
-            hidden_states=pack(x).to(self.dtype),
+            hidden_states=pictures.to(self.dtype),
             timestep=time,  # the model multiplies by 1000
             encoder_hidden_states=cond.tokens.to(self.dtype),
             encoder_hidden_states_mask=mask,
-            img_shapes=[[shape]] * x.shape[0],
+            img_shapes=[shapes] * x.shape[0],
             return_dict=False,
         )[0]
-        return tokens
+        return tokens[:, :noisy]
+
+
+def _shape(latents: Tensor) -> tuple[int, int, int]:
+    """Frames, rows and columns of a picture's tokens."""
+    return 1, latents.shape[2] // PATCH, latents.shape[3] // PATCH

@@ -51,11 +51,11 @@ def pipeline(parts: dict[str, Any]) -> Any:
 
 def text_parts(encoder: QwenImageEncoderConfig) -> list[tuple[str, Any]]:
     """Qwen2.5-VL and its tokenizer."""
-    tokenizer = _qwen_tokenizer()
-    return [("text_encoder", _qwen_model(len(tokenizer))), ("tokenizer", tokenizer)]
+    tokenizer = qwen_tokenizer(TEMPLATE)
+    return [("text_encoder", qwen_model(len(tokenizer))), ("tokenizer", tokenizer)]
 
 
-def _qwen_tokenizer() -> Any:
+def qwen_tokenizer(template: str, more_marks: tuple[str, ...] = ()) -> Any:
     """A tokenizer of bytes, and of the words of the family's template.
 
     The pipeline drops as many tokens as the template has with the real tokenizer, a word each, so
@@ -64,8 +64,8 @@ def _qwen_tokenizer() -> Any:
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    words = re.findall(r" ?[A-Za-z]+", re.sub(r"<\|.*?\|>", "\n", TEMPLATE))
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more_marks]
+    words = re.findall(r" ?[A-Za-z]+", re.sub(r"<\|.*?\|>", "\n", template))
     spelled = [word.replace(" ", "Ġ") for word in words]  # as byte-level vocabularies write a space
     merges = {(word[:end], word[end]): None for word in spelled for end in range(1, len(word))}
     pieces = [*marks, *sorted(ByteLevel.alphabet()), *("".join(merge) for merge in merges)]
@@ -75,8 +75,13 @@ def _qwen_tokenizer() -> Any:
     )
 
 
-def _qwen_model(vocabulary: int) -> Any:
-    """Its vision part is as small as it can be: text alone doesn't use it."""
+def qwen_model(vocabulary: int, **marks: Any) -> Any:
+    """Qwen2.5-VL, of one layer in both parts.
+
+    Args:
+        vocabulary: tokens that there are.
+        marks: ids of those around pictures, and in their place, as the config calls them.
+    """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {
@@ -102,5 +107,5 @@ def _qwen_model(vocabulary: int) -> Any:
         "out_hidden_size": tiny.TEXT_WIDTH,
         "fullatt_block_indexes": [0],
     }
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
     return Qwen2_5_VLForConditionalGeneration(config)

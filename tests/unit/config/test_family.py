@@ -20,7 +20,7 @@ from piflow.config.family import require_known, resolve
 from piflow.inference.settings import SETTINGS_KEY, settings_of
 
 REPOSITORY = Path(__file__).parents[3]
-OURS = "flux, flux_kontext, flux2, flux2_klein, qwen_image, sd3, z_image, wan, dit"
+OURS = "flux, flux_kontext, flux2, flux2_klein, qwen_image, qwen_image_edit, sd3, z_image, wan, dit"
 LIGHT = """
 import sys
 from piflow.config import BUILT_IN, find_family, load_recipe

@@ -10,7 +10,15 @@ import yaml
 from pydantic import BaseModel
 
 from piflow import config
-from piflow.config import BUILT_IN, Recipe, RecipeError, differences, load_recipe, parse_recipe
+from piflow.config import (
+    BUILT_IN,
+    Recipe,
+    RecipeError,
+    differences,
+    find_family,
+    load_recipe,
+    parse_recipe,
+)
 from tests.golden.make_recipe_schema import sections
 
 MINIMAL: dict[str, Any] = {
@@ -383,7 +391,7 @@ def test_an_unknown_variant_names_the_known_ones() -> None:
     message = refusal(encoder={"type": "t5", "path": "x"})
     assert (
         "encoder.type: expected one of 'flux', 'bert', 'flux2', 'flux2_klein', 'qwen_image', "
-        "'sd3', 'z_image', 'wan', 'class_label'" in message
+        "'qwen_image_edit', 'sd3', 'z_image', 'wan', 'class_label'" in message
     )
     assert "policy: " in refusal(policy=3)
 
@@ -417,8 +425,12 @@ def test_all_weights_are_trained_without_lora() -> None:
 
 def test_a_family_goes_with_its_own_encoder_or_with_bert() -> None:
     families = list(BUILT_IN)
-    others = {"dit": ("class_label",), "flux_kontext": ("flux", "bert")}
-    names = [name for name in families if name not in others]
+    others = {
+        "dit": ("class_label",),
+        "flux_kontext": ("flux", "bert"),
+        "qwen_image_edit": ("qwen_image_edit",),
+    }
+    names = [name for name in families if name not in ("dit", "flux_kontext")]
     encoders = {name: {"type": name, "path": "x"} for name in (*names, "bert")}
     encoders["class_label"] = {"type": "class_label"}
     for family in families:
@@ -426,7 +438,7 @@ def test_a_family_goes_with_its_own_encoder_or_with_bert() -> None:
         model = {"family": family, "path": "teacher"}
         for name, encoder in encoders.items():
             if name in own:
-                column = "from" if family == "flux_kontext" else None
+                column = None if find_family(family).edits is None else "from"
                 embed = {**MINIMAL["embed"], "condition_column": column}
                 evaluation = {"retrieval": family != "wan"}
                 found = recipe(model=model, encoder=encoder, embed=embed, evaluation=evaluation)
@@ -474,7 +486,7 @@ def test_families_that_edit_need_pictures_and_others_take_none() -> None:
     message = refusal(embed=editing["embed"])
     assert "condition_column = 'from' names pictures" in message
     assert "model.family = flux makes pictures of prompts alone" in message
-    assert "use a family that edits (flux_kontext" in message
+    assert "use a family that edits (flux_kontext, qwen_image_edit)" in message
     message = refusal(embed={**MINIMAL["embed"], "condition_sizes": [[32, 32]]})
     assert "there is no condition_column" in message
     online = {**editing["embed"], "mode": "online"}

@@ -251,7 +251,9 @@ def test_a_corrupt_manifest_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"inputs": {"schema_version": 99}}))
-    with pytest.raises(StoreError, match="format version 99, this piflow reads 2, 3 and 4; remove"):
+    with pytest.raises(
+        StoreError, match="format version 99, this piflow reads 2, 3, 4 and 5; remove"
+    ):
         read_manifest(str(tmp_path))
 
 

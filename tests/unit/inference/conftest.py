@@ -111,6 +111,20 @@ def flux_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_edit_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen-Image-Edit's kind: Qwen2.5-VL reads the picture as well."""
+    from piflow.backbones.qwen_image_edit import QwenImageEditEncoderConfig
+    from piflow.config import ModelConfig
+    from piflow.testing.models import save_model
+
+    folder = tmp_path_factory.mktemp("qwen_edit_base")
+    place = str(folder / "transformer")
+    model = ModelConfig(family="qwen_image_edit", path=place, codec="vae")
+    save_model(folder, model, QwenImageEditEncoderConfig(path=str(folder)), size=16)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def kontext_base(flux_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FLUX.1-Kontext's kind: the same parts in another pipeline."""
     from diffusers import FluxKontextPipeline, FluxPipeline
