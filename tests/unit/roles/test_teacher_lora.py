@@ -15,6 +15,7 @@ from diffusers import (
     FluxPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
+    WanPipeline,
     ZImagePipeline,
 )
 from pydantic import ValidationError
@@ -34,19 +35,21 @@ PIPELINES: dict[str, Any] = {
     "flux2": Flux2Pipeline,
     "qwen_image": QwenImagePipeline,
     "sd3": StableDiffusion3Pipeline,
+    "wan": WanPipeline,
     "z_image": ZImagePipeline,
 }
 PARTS: dict[str, tuple[str, ...]] = {  # beside the transformer, none of which is needed here
     "flux": ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     "flux2": ("scheduler", "vae", "text_encoder", "tokenizer"),
     "qwen_image": ("scheduler", "vae", "text_encoder", "tokenizer"),
+    "wan": ("scheduler", "vae", "text_encoder", "tokenizer"),
     "z_image": ("scheduler", "vae", "text_encoder", "tokenizer"),
     "sd3": (
         *("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
         *("text_encoder_3", "tokenizer_3"),
     ),
 }
-REBUILT = ("sd3", "z_image")  # whose modules are not diffusers' own
+REBUILT = ("sd3", "wan", "z_image")  # whose modules are not diffusers' own
 RANK, STRENGTH = 3, 0.7
 GRID = DXPolicyConfig(num_points=2)
 CLOCK = PolicyClock(0.5, 3.2)
