@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from piflow.flow import Velocity
 from piflow.policies.base import expand_as_latents, working_dtype
@@ -20,6 +21,7 @@ def guided_velocity(
     active: Tensor | None = None,
     orthogonal: float = 0.0,
     x0_pos: Tensor | None = None,
+    norm_patch: int | None = None,
 ) -> Tensor:
     """u = u_pos + (g - 1)(u_pos - u_neg) where guidance is active, else u_pos.
 
@@ -29,6 +31,8 @@ def guided_velocity(
         active: (B,) bool, samples that are guided; None = all.
         orthogonal: share in [0, 1] of the bias's component along `x0_pos` that is taken out.
         x0_pos: (B, C, ...), the positive branch's x0 = x - sigma u_pos; needed if orthogonal > 0.
+        norm_patch: side p of patches, of latents (B, C, H, W), in each of which u is scaled to
+            u_pos's norm, as the pipelines of Qwen-Image do; None: u stays as it is.
 
     Returns:
         (B, C, ...), float32 (float64 if a velocity is).
@@ -52,7 +56,11 @@ def guided_velocity(
     strength = torch.full((len(positive),), scale - 1.0, dtype=dtype, device=positive.device)
     if active is not None:
         strength = strength * active.to(positive.device)
-    return positive + expand_as_latents(strength, positive) * bias
+    guided = positive + expand_as_latents(strength, positive) * bias
+    if norm_patch is None:
+        return guided
+    wanted, found = _patch_norms(positive, norm_patch), _patch_norms(guided, norm_patch)
+    return guided * (wanted / found.clamp_min(torch.finfo(dtype).tiny))
 
 
 def guidance_active(sigma: Tensor, interval: tuple[float, float]) -> Tensor:
@@ -66,13 +74,14 @@ def guided_teacher(
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
     orthogonal: float = 0.0,
+    norm_patch: int | None = None,
 ) -> Velocity:
     """A guided teacher (x, sigma) -> u that calls the network once, on a doubled batch.
 
     Args:
         doubled: (x (2B, ...), sigma (2B,)) -> u (2B, ...); its first half is conditioned on the
             prompts, its second on the negative prompts.
-        scale, orthogonal: as in `guided_velocity`.
+        scale, orthogonal, norm_patch: as in `guided_velocity`.
         interval: sigmas (low, high) at which guidance is on, both included.
 
     Raises:
@@ -92,7 +101,7 @@ def guided_teacher(
         u_pos, u_neg = doubled(torch.cat([x, x]), torch.cat([sigma, sigma])).chunk(2)
         active = guidance_active(sigma, interval)
         x0_pos = x - expand_as_latents(sigma, x) * u_pos if orthogonal > 0 else None
-        return guided_velocity(u_pos, u_neg, scale, active, orthogonal, x0_pos)
+        return guided_velocity(u_pos, u_neg, scale, active, orthogonal, x0_pos, norm_patch)
 
     return teacher
 
@@ -103,6 +112,13 @@ def _check_orthogonal(share: float) -> None:
             f"expected orthogonal in [0, 1], got {share}; it is the share of the guidance along x0 "
             "that is taken out"
         )
+
+
+def _patch_norms(u: Tensor, patch: int) -> Tensor:
+    """Each patch's norm over its channels and pixels, at all of its pixels, (B, 1, H, W)."""
+    squares = u.square().sum(1, keepdim=True)
+    norms = (F.avg_pool2d(squares, patch) * patch**2).sqrt()
+    return norms.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
 def _projection(vector: Tensor, axis: Tensor) -> Tensor:

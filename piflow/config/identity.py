@@ -29,6 +29,7 @@ SINCE_SCHEMA_0 = frozenset(
         "embed.condition_column",
         "embed.condition_sizes",
         "embed.latent_values",
+        "guidance.keep_norm",
         "lora.init",
         "model.base_weights",
         "model.frames",

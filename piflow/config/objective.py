@@ -65,6 +65,11 @@ class GuidanceConfig(Section):
     orthogonal: Fraction = 0.0
     """Share of the parallel part that is projected out."""
 
+    keep_norm: bool = False
+    """Scale each token's guided velocity to the norm that it has under the prompt alone, as the
+    pipelines of Qwen-Image do; of families whose tokens are patches of 2x2.
+    """
+
     embedded: NonNegativeFloat | None = None
     """FLUX's guidance input."""
 

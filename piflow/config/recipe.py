@@ -145,6 +145,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _tokens_have_a_norm(self) -> Recipe:
+        patch = find_family(self.model.family).patch_size
+        if self.guidance.keep_norm and patch != 2:
+            raise ValueError(
+                "guidance.keep_norm is about tokens of 2x2 patches, and those of model.family = "
+                f"{self.model.family} have {patch}x{patch}; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _edits_what_it_has(self) -> Recipe:
         family, column = self.model.family, self.embed.condition_column
         if find_family(family).edits is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from piflow.backbones import Conditioning
+from piflow.backbones.base import PATCH
 from piflow.config.objective import GuidanceConfig
 from piflow.flow import Velocity
 from piflow.guidance import guided_teacher
@@ -60,6 +61,7 @@ class GuidedTeacher:
             guidance.scale,
             guidance.interval,
             guidance.orthogonal,
+            PATCH if guidance.keep_norm else None,
         )
 
     @torch.no_grad()

@@ -76,6 +76,24 @@ def test_frames_are_guided_as_pictures_are() -> None:
     torch.testing.assert_close(teacher(x0, sigma).flatten(3), flat(X0, sigma))
 
 
+def test_each_patch_keeps_the_prompts_norm() -> None:
+    pos, neg = (torch.randn(3, 5, 4, 6, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    active = torch.tensor([True, False, True])
+    found = guided_velocity(pos, neg, 4.0, active, norm_patch=2)
+    plain = guided_velocity(pos, neg, 4.0, active)
+    for row in range(0, 4, 2):
+        for column in range(0, 6, 2):
+            here = (slice(None), slice(None), slice(row, row + 2), slice(column, column + 2))
+            wanted, got, before = (u[here].flatten(1) for u in (pos, found, plain))
+            torch.testing.assert_close(got.norm(dim=1), wanted.norm(dim=1))
+            direction = before / before.norm(dim=1, keepdim=True)
+            torch.testing.assert_close(got / got.norm(dim=1, keepdim=True), direction)
+    torch.testing.assert_close(found[1], pos[1])
+    assert not guided_velocity(
+        torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2), 4.0, norm_patch=2
+    ).any()
+
+
 def test_bad_input_says_what_was_expected() -> None:
     with pytest.raises(ValueError, match="one shape"):
         guided_velocity(POS, NEG[:2], 2.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +473,16 @@ def test_pictures_from_the_store_need_an_image_column() -> None:
     plain = parse_recipe(MINIMAL)
     assert "image_column" not in plain.identity()["embed"]
     assert with_pictures.identity()["embed"]["image_column"] == "image"
+
+
+def test_a_tokens_norm_is_of_patches_of_two() -> None:
+    guidance = {"scale": 4.0, "keep_norm": True}
+    assert recipe(guidance=guidance).identity()["guidance"]["keep_norm"] is True
+    odd = replace(find_family("flux"), patch_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("piflow.config.recipe.find_family", lambda name: odd)
+        message = refusal(guidance=guidance)
+    assert "guidance.keep_norm is about tokens of 2x2 patches" in message and "1x1" in message
 
 
 def test_families_that_edit_need_pictures_and_others_take_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from piflow.backbones.qwen_image_edit.processor import load_processor
 from piflow.backbones.qwen_image_edit.tiny import small_pictures
 from piflow.backbones.text import EncodedPrompt
 from piflow.config import ConditionSizes, ModelConfig
+from piflow.config.objective import GuidanceConfig
 from piflow.inference.pixels import to_image
+from piflow.roles.guided import GuidedTeacher
 from piflow.testing.models import save_model
 
 MAX_TOKENS = 80
@@ -125,11 +128,18 @@ def test_bad_prompts_and_processors_are_refused(folder: Path, tmp_path: Path) ->
         load_processor(str(tmp_path))
 
 
-def test_velocities_are_the_pipelines_under_guidance(folder: Path, pipe: Any) -> None:
+def test_velocities_are_the_pipelines_under_guidance(
+    folder: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both of every step: the prompt's and the negative prompt's, with a picture of another size.
 
-    `guided_velocity` gives what the pipeline steps by before it scales it to the prompt's norm.
+    And what the pipeline makes of them, which its scheduler is given.
     """
+    steps: list[Tensor] = []
+    step = pipe.scheduler.step
+    monkeypatch.setattr(
+        pipe.scheduler, "step", lambda u, *args, **named: steps.append(u) or step(u, *args, **named)
+    )
     calls: list[tuple[dict[str, Any], Tensor]] = []
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, named, out: calls.append((named, out[0])), with_kwargs=True
@@ -162,6 +172,13 @@ def test_velocities_are_the_pipelines_under_guidance(folder: Path, pipe: Any) ->
         expected = unpack(out[:, :noisy], height, width)
         assert out.shape[1] > noisy and expected.std() > 0.05
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    guidance = GuidanceConfig(scale=4.0, keep_norm=True)
+    own = replace(cond(item.tokens), negative=cond(whole_negative(item)).editing(None))
+    teacher = GuidedTeacher(backbone, own, None, guidance)
+    for (named, _), stepped in zip(calls[::2], steps, strict=True):
+        x = unpack(named["hidden_states"][:, :noisy], height, width)
+        found = teacher(x, named["timestep"])
+        torch.testing.assert_close(found, unpack(stepped, height, width), rtol=0, atol=1e-5)
     assert edit_text.DROPPED_TOKENS == pipe.prompt_template_encode_start_idx
     whole = edit_text.SYSTEM + edit_text.PICTURE + "{}" + edit_text.END
     assert whole == pipe.prompt_template_encode
