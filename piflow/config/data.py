@@ -73,6 +73,11 @@ class EmbedConfig(Section):
     a draw from it, by `seed` and the prompt's row alone.
     """
 
+    flip_probability: float = Field(0.0, ge=0, le=1)
+    """Share of image_column's pictures that are mirrored left to right before they are encoded, by
+    `seed` and the prompt's row alone: one orientation a row, the same in each epoch.
+    """
+
     bad_pictures: Operational[Literal["stop", "skip"]] = "stop"
     """Unreadable pictures, and those of image_column smaller than their size: stop, or leave the
     prompt out and list it in the manifest.
@@ -89,7 +94,9 @@ class EmbedConfig(Section):
     """
 
     seed: Seed = 0
-    """The seed of the choice among buckets, with the prompt's text, and of latents' draws."""
+    """The seed of the choice among buckets, with the prompt's text, of latents' draws and of
+    flips.
+    """
 
     store: Operational[Uri]
     """URI of the embedding store's folder; in online mode, of the folder for the few embeddings
@@ -166,5 +173,19 @@ class EmbedConfig(Section):
             raise ValueError(
                 "condition_sizes are those of condition_column's pictures, and there is no "
                 "condition_column; leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _flipped_pictures_stand_alone(self) -> EmbedConfig:
+        if self.flip_probability and self.image_column is None:
+            raise ValueError(
+                f"flip_probability = {self.flip_probability} mirrors image_column's pictures, and "
+                "there is no image_column; leave it out"
+            )
+        if self.flip_probability and self.condition_column is not None:
+            raise ValueError(
+                f"flip_probability = {self.flip_probability} would mirror edited pictures and not "
+                "those of condition_column that they were made from; leave it out"
             )
         return self

@@ -28,6 +28,7 @@ SINCE_SCHEMA_0 = frozenset(
     {
         "embed.condition_column",
         "embed.condition_sizes",
+        "embed.flip_probability",
         "embed.latent_values",
         "guidance.keep_norm",
         "lora.init",

@@ -9,8 +9,9 @@ A picture that is to be edited has a size of its own: of those of the family's p
 the nearest ratio. It is looked at before shards are laid out: rows of one size lie together.
 
 Latents are a function of the image file, the size and the codec alone, and, where they are drawn
-from a VAE's posterior, of the seed and the row: what else is in the job doesn't matter. Those of
-pictures to be edited are the posterior's mean always, as in the pipelines.
+from a VAE's posterior or some pictures are mirrored, of the seed and the row: what else is in the
+job doesn't matter. Pictures to be edited are never mirrored, and their latents are the posterior's
+mean always, as in the pipelines.
 """
 
 from __future__ import annotations
@@ -61,19 +62,23 @@ def codec_identity(model: ModelConfig, embed: EmbedConfig | None = None) -> Code
     """What the recipe's codec is; a VAE's files are read once for their hash.
 
     Args:
-        embed: says what of the posterior is taken; None: its mean.
+        embed: says what of the posterior is taken, and how many pictures are mirrored; None: its
+            mean, and no picture.
 
     Raises:
         FileNotFoundError: there is no VAE.
         ValueError: its folder holds no weights.
     """
+    flips = ""
+    if embed is not None and embed.flip_probability:
+        flips = f", mirrored with probability {embed.flip_probability!r}, seed {embed.seed}"
     if model.codec == "pixels":
-        name = "pixels, unshuffled by 2"
+        name = f"pixels, unshuffled by 2{flips}"
         return CodecIdentity(name=name, weights_sha256=hashlib.sha256(name.encode()).hexdigest())
     uri = vae_uri(model)
     drawn = embed is not None and embed.latent_values == "sample"
     taken = f"sample, seed {embed.seed}" if embed is not None and drawn else "mean"
-    name = f"{build_codec(model).name}, posterior {taken}"
+    name = f"{build_codec(model).name}, posterior {taken}{flips}"
     digest = files_sha256({uri: storage.local_folder(uri)}, {})
     return CodecIdentity(name=name, weights_sha256=digest)
 
@@ -84,11 +89,20 @@ def posterior_noise(prompt: Prompt, seed: int, shape: Sequence[int]) -> Tensor:
     Args:
         shape: of the picture's latents.
     """
-    picture = "" if prompt.picture is None else prompt.picture.key
-    key = f"{seed}\0{prompt.prompt_id}\0{picture}"
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-    generator = torch.Generator().manual_seed(number >> 1)
+    generator = torch.Generator().manual_seed(_number_of(prompt, f"{seed}") >> 1)
     return torch.randn(tuple(shape), generator=generator)
+
+
+def is_flipped(prompt: Prompt, seed: int, probability: float) -> bool:
+    """Whether a prompt's picture is mirrored, the same in any job and on any machine."""
+    return _number_of(prompt, f"flip\0{seed}") < probability * 2**64
+
+
+def _number_of(prompt: Prompt, purpose: str) -> int:
+    """A number in [0, 2^64), uniform over prompts' rows."""
+    picture = "" if prompt.picture is None else prompt.picture.key
+    key = f"{purpose}\0{prompt.prompt_id}\0{picture}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
 
 
 def fit_picture(
@@ -266,7 +280,7 @@ class LatentEncoder:
 
     Args:
         model: its codec is used.
-        embed: image column, stored dtype, and what to do about bad pictures.
+        embed: image column, stored dtype, flips, and what to do about bad pictures.
         device: where the codec runs; results come back to the CPU.
 
     Raises:
@@ -280,6 +294,7 @@ class LatentEncoder:
         self._codec = build_codec(model)
         self._dtype = torch.bfloat16 if embed.latent_dtype == "bf16" else torch.float32
         self._seed: int | None = embed.seed if embed.latent_values == "sample" else None
+        self._flips = (embed.seed, embed.flip_probability)
         self._device = device
         self._max_pixels = embed.max_picture_pixels
         self._large = threading.Lock()
@@ -331,7 +346,8 @@ class LatentEncoder:
     def _fitted(self, content: bytes, prompt: Prompt) -> Tensor:
         name = _named(prompt, prompt.picture)
         size = (prompt.height, prompt.width)
-        return fit_picture(content, *size, max_pixels=self._max_pixels, name=name)
+        fitted = fit_picture(content, *size, max_pixels=self._max_pixels, name=name)
+        return fitted.flip(-1) if is_flipped(prompt, *self._flips) else fitted
 
 
 class ConditionEncoder(LatentEncoder):

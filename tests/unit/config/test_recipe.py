@@ -475,6 +475,17 @@ def test_pictures_from_the_store_need_an_image_column() -> None:
     assert with_pictures.identity()["embed"]["image_column"] == "image"
 
 
+def test_mirrored_pictures_are_those_of_the_image_column() -> None:
+    embed = {**MINIMAL["embed"], "image_column": "image", "flip_probability": 0.5}
+    assert parse_recipe({**MINIMAL, "embed": embed}).identity()["embed"]["flip_probability"] == 0.5
+    with pytest.raises(RecipeError, match="there is no image_column; leave it out"):
+        parse_recipe({**MINIMAL, "embed": {**embed, "image_column": None}})
+    with pytest.raises(RecipeError, match="not those of condition_column"):
+        parse_recipe({**MINIMAL, "embed": {**embed, "condition_column": "before"}})
+    with pytest.raises(RecipeError, match="flip_probability"):
+        parse_recipe({**MINIMAL, "embed": {**embed, "flip_probability": 1.5}})
+
+
 def test_a_tokens_norm_is_of_patches_of_two() -> None:
     guidance = {"scale": 4.0, "keep_norm": True}
     assert recipe(guidance=guidance).identity()["guidance"]["keep_norm"] is True

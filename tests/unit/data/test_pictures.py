@@ -35,7 +35,13 @@ from piflow.data.manifest import (
     StoreManifest,
     write_manifest,
 )
-from piflow.data.pictures import LatentEncoder, codec_identity, fit_picture, posterior_noise
+from piflow.data.pictures import (
+    LatentEncoder,
+    codec_identity,
+    fit_picture,
+    is_flipped,
+    posterior_noise,
+)
 from piflow.data.prompts import PictureSource, Prompt, read_prompts
 from piflow.data.reader import EmbeddingStore
 from piflow.data.stream import TrainStream
@@ -313,6 +319,28 @@ def test_pictures_inside_parquet(tmp_path: Path, wrapped: bool) -> None:
         assert torch.equal(latent, PixelCodec().encode(fit_picture(item, 8, 8)[None])[0])
 
 
+def test_a_share_of_the_pictures_is_mirrored_by_seed_and_row_alone(tmp_path: Path) -> None:
+    prompts = on_disk(tmp_path, 24)
+
+    def latents(order: range, **keys: Any) -> list[Any]:
+        embed = embed_config(tmp_path, latent_dtype="fp32", **keys)
+        return list(LatentEncoder(PIXELS, embed, "cpu").encode([prompts[row] for row in order]))
+
+    plain = latents(range(24))
+    half = latents(range(24), flip_probability=0.5, seed=3)
+    for prompt, one, other in zip(prompts, plain, half, strict=True):
+        mirrored = PixelCodec().encode(PixelCodec().decode(one[None]).flip(-1))[0]
+        torch.testing.assert_close(other, mirrored if is_flipped(prompt, 3, 0.5) else one)
+        assert not torch.equal(one, mirrored)
+    assert latents(range(7, 9), flip_probability=0.5, seed=3)[0].equal(half[7])
+    rows = [Prompt(f"{n}", 8, 8, PictureSource(f"{n}.png", "")) for n in range(4000)]
+    for share in (0.0, 0.25, 1.0):
+        found = sum(is_flipped(row, 0, share) for row in rows)
+        assert abs(found - 4000 * share) < (120 if 0 < share < 1 else 1)  # 4 standard deviations
+    other_seed = sum(is_flipped(row, 0, 0.5) == is_flipped(row, 1, 0.5) for row in rows)
+    assert abs(other_seed - 2000) < 130
+
+
 def _require_draws_of_rows(model: ModelConfig, folder: Path) -> None:
     """A latent is mean + std · noise, of which the noise is of seed and row, whatever the order."""
     rows = []
@@ -357,6 +385,10 @@ def test_the_codecs_identity_follows_the_weights_and_not_the_place(tmp_path: Pat
     )
     one = codec_identity(model)
     assert one.name == "AutoencoderKL, posterior mean"
+    flips = embed_config(tmp_path, flip_probability=0.5, seed=3)
+    suffix = ", mirrored with probability 0.5, seed 3"
+    assert codec_identity(model, flips).name == one.name + suffix
+    assert codec_identity(PIXELS, flips).name == codec_identity(PIXELS).name + suffix
     drawn = embed_config(tmp_path, latent_values="sample", seed=3)
     assert codec_identity(model, drawn).name == "AutoencoderKL, posterior sample, seed 3"
     _require_draws_of_rows(model, tmp_path)
