@@ -48,8 +48,17 @@ class PiQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
     __call__ = few_step_call(QwenImagePipeline, num_inference_steps=None)
 
     def _reader(self, arguments: dict[str, Any]) -> PackedTokens:
-        refuse_guidance(arguments, "true_cfg_scale", NEGATIVE)
+        settle_guidance(arguments)
         refuse_sigmas(arguments)
-        if all(arguments[name] is None for name in NEGATIVE):
-            arguments["true_cfg_scale"] = 1.0  # else the family warns that it does nothing
         return self._packed_tokens(arguments)
+
+
+def settle_guidance(arguments: dict[str, Any]) -> None:
+    """Without a negative prompt the scale becomes 1, else the family warns that it does nothing.
+
+    Raises:
+        ValueError: as `refuse_guidance`.
+    """
+    refuse_guidance(arguments, "true_cfg_scale", NEGATIVE)
+    if all(arguments[name] is None for name in NEGATIVE):
+        arguments["true_cfg_scale"] = 1.0

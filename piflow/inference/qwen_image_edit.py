@@ -17,12 +17,11 @@ from piflow.backbones.qwen_image_edit.backbone import QwenImageEditBackbone
 from piflow.inference.base import (
     FewStepPipeline,
     few_step_call,
-    refuse_guidance,
     refuse_sigmas,
     require_picture,
 )
 from piflow.inference.in_place import PackedTokens
-from piflow.inference.qwen_image import NEGATIVE
+from piflow.inference.qwen_image import settle_guidance
 
 _AREA = 1024 * 1024  # pixels of a picture whose size the call doesn't say
 
@@ -81,11 +80,9 @@ class PiQwenImageEditPipeline(FewStepPipeline, QwenImageEditPipeline):
     __call__ = few_step_call(QwenImageEditPipeline, num_inference_steps=None)
 
     def _reader(self, arguments: dict[str, Any]) -> PackedTokens:
-        refuse_guidance(arguments, "true_cfg_scale", NEGATIVE)
+        settle_guidance(arguments)
         refuse_sigmas(arguments)
         require_picture(arguments)
-        if all(arguments[name] is None for name in NEGATIVE):
-            arguments["true_cfg_scale"] = 1.0  # else the family warns that it does nothing
         return self._packed_tokens({**arguments, **self._size(arguments)})
 
     def _size(self, arguments: dict[str, Any]) -> dict[str, int]:
