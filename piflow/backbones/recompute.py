@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -27,6 +28,24 @@ KEPT = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
     }
 )
+
+
+class Recomputing(nn.Module):
+    """A model that this package rebuilds, whose blocks may be computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._checkpoint: Callable[..., Any] | None = None
+
+    def enable_gradient_checkpointing(self, checkpoint: Callable[..., Any]) -> None:
+        """Calls blocks by `checkpoint(block, ...)` where a backward pass will follow."""
+        self._checkpoint = checkpoint
+
+    def run(self, block: nn.Module, *inputs: Any, **options: Any) -> Any:
+        """The block's output."""
+        if self._checkpoint is not None and torch.is_grad_enabled():
+            return self._checkpoint(block, *inputs, **options)
+        return block(*inputs, **options)
 
 
 def block_checkpoint(selective: bool) -> Callable[..., Any]:

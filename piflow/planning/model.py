@@ -172,9 +172,9 @@ def _known_model(models: Sequence[Published | None], path: str) -> Published | N
     """The known model whose repository's name is a folder's on the path; else the first."""
     parts = path.split("/")
     for model in models:
-        if model is not None and model.repository is not None:
-            if model.repository.rpartition("/")[2] in parts:
-                return model
+        repository = None if model is None else model.repository
+        if repository is not None and repository.rpartition("/")[2] in parts:
+            return model
     return models[0]
 
 

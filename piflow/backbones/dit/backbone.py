@@ -6,7 +6,7 @@ its time input is 1000·σ, unrounded, and its output the velocity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from piflow.backbones import flops
 from piflow.backbones.base import PATCH, Conditioning
+from piflow.backbones.recompute import Recomputing
 from piflow.backbones.transformer import (
     TransformerBackbone,
     channel_major,
@@ -163,7 +164,7 @@ class DiTBackbone(TransformerBackbone):
         return tokens
 
 
-class DiTTokens(nn.Module):
+class DiTTokens(Recomputing):
     """`DiTTransformer2DModel` without its unpatchifying end, as one forward pass.
 
     The original embeds time and class a second time for the output layer, with the first block's
@@ -183,15 +184,10 @@ class DiTTokens(nn.Module):
         self.time_class_embed, first.emb = first.emb, _Embedded()
         self.norm_out: nn.Module = _adaptive_norm(model.norm_out, model.proj_out_1)
         self.proj_out: nn.Module = channel_major(model.proj_out_2)
-        self._checkpoint: Callable[..., Any] | None = None
         for layer in self.modules():
             if isinstance(layer, LabelEmbedding):
                 layer.dropout_prob = 0.0
         self.train(model.training)
-
-    def enable_gradient_checkpointing(self, checkpoint: Callable[..., Any]) -> None:
-        """Calls blocks by `checkpoint(block, ...)` where a backward pass will follow."""
-        self._checkpoint = checkpoint
 
     def forward(self, hidden: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         """Latents `(B, C, S, S)`, 1000·σ `(B,)`, class numbers `(B,)` -> `(B, SS/4, F)`."""
@@ -199,10 +195,7 @@ class DiTTokens(nn.Module):
         temb = self.time_class_embed(timestep, labels, hidden_dtype=hidden.dtype)
         for i, block in enumerate(self.transformer_blocks):
             time = timestep if i else temb
-            if self._checkpoint is not None and torch.is_grad_enabled():
-                hidden = self._checkpoint(block, hidden, timestep=time, class_labels=labels)
-            else:
-                hidden = block(hidden, timestep=time, class_labels=labels)
+            hidden = self.run(block, hidden, timestep=time, class_labels=labels)
         tokens: Tensor = self.proj_out(self.norm_out(hidden, temb))
         return tokens
 

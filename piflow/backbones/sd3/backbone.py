@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from piflow.backbones import flops
 from piflow.backbones.base import PATCH, Conditioning
+from piflow.backbones.recompute import Recomputing
 from piflow.backbones.transformer import (
     TransformerBackbone,
     channel_major,
@@ -150,7 +150,7 @@ class SD3Backbone(TransformerBackbone):
         return tokens
 
 
-class SD3Tokens(nn.Module):
+class SD3Tokens(Recomputing):
     """`SD3Transformer2DModel` without its unpatchifying end, as one forward pass.
 
     Its parts are the model's own under their own names, but for `proj_out`: a copy of it with a
@@ -168,12 +168,7 @@ class SD3Tokens(nn.Module):
         self.transformer_blocks = model.transformer_blocks
         self.norm_out: nn.Module = model.norm_out
         self.proj_out: nn.Module = channel_major(model.proj_out)
-        self._checkpoint: Callable[..., Any] | None = None
         self.train(model.training)
-
-    def enable_gradient_checkpointing(self, checkpoint: Callable[..., Any]) -> None:
-        """Calls blocks by `checkpoint(block, ...)` where a backward pass will follow."""
-        self._checkpoint = checkpoint
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
         """Latents `(B, C, H, W)`, 1000·σ `(B,)`, text states `(B, L, D)` -> `(B, HW/4, F)`."""
@@ -181,9 +176,6 @@ class SD3Tokens(nn.Module):
         temb = self.time_text_embed(timestep, pooled)
         text = self.context_embedder(text)
         for block in self.transformer_blocks:
-            if self._checkpoint is not None and torch.is_grad_enabled():
-                text, hidden = self._checkpoint(block, hidden, text, temb)
-            else:
-                text, hidden = block(hidden, text, temb)
+            text, hidden = self.run(block, hidden, text, temb)
         tokens: Tensor = self.proj_out(self.norm_out(hidden, temb))
         return tokens

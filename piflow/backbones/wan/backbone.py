@@ -8,10 +8,9 @@ tall picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_wan import (
     WanTransformer3DModel,
     WanTransformerBlock,
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from piflow.backbones import flops
 from piflow.backbones.base import PATCH, Conditioning
+from piflow.backbones.recompute import Recomputing
 from piflow.backbones.transformer import (
     TransformerBackbone,
     channel_major,
@@ -195,7 +195,7 @@ class WanNorm(nn.Module):
         return normed.type_as(hidden)
 
 
-class WanTokens(nn.Module):
+class WanTokens(Recomputing):
     """`WanTransformer3DModel` without its unpatchifying end, as one forward pass.
 
     Its parts are the model's own under their own names, but for the output layer: `norm_out`, which
@@ -214,12 +214,7 @@ class WanTokens(nn.Module):
         self.blocks = model.blocks
         self.norm_out: nn.Module = WanNorm(model.norm_out, model.scale_shift_table)
         self.proj_out: nn.Module = channel_major(model.proj_out)
-        self._checkpoint: Callable[..., Any] | None = None
         self.train(model.training)
-
-    def enable_gradient_checkpointing(self, checkpoint: Callable[..., Any]) -> None:
-        """Calls blocks by `checkpoint(block, ...)` where a backward pass will follow."""
-        self._checkpoint = checkpoint
 
     def forward(self, video: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """Latents `(B, C, F, h, w)`, 1000·σ `(B,)`, text states `(B, L, D)` -> `(B, Fhw/4, 4C)`."""
@@ -228,9 +223,6 @@ class WanTokens(nn.Module):
         temb, modulation, text, _ = self.condition_embedder(timestep, text, None)
         modulation = modulation.unflatten(1, (6, -1))
         for block in self.blocks:
-            if self._checkpoint is not None and torch.is_grad_enabled():
-                hidden = self._checkpoint(block, hidden, text, modulation, rope)
-            else:
-                hidden = block(hidden, text, modulation, rope)
+            hidden = self.run(block, hidden, text, modulation, rope)
         tokens: Tensor = self.proj_out(self.norm_out(hidden, temb))
         return tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_z_image import (
 from torch import Tensor, nn
 
 from piflow.backbones.base import PATCH, Conditioning, pack
+from piflow.backbones.recompute import Recomputing
 from piflow.backbones.transformer import TransformerBackbone, channel_major, check_no_guidance
 
 _TIME_STEPS = 1000.0
@@ -147,7 +148,7 @@ class ZImageNorm(nn.Module):
         return normed
 
 
-class ZImageTokens(nn.Module):
+class ZImageTokens(Recomputing):
     """`ZImageTransformer2DModel` over a batch, without its unpatchifying end, as one forward pass.
 
     The original takes and gives lists of samples. Its parts are here under their own names, but for
@@ -174,12 +175,7 @@ class ZImageTokens(nn.Module):
         final_layer = model.all_final_layer[_LAYER]
         self.norm_out: nn.Module = ZImageNorm(final_layer)
         self.proj_out: nn.Module = channel_major(final_layer.linear)
-        self._checkpoint: Callable[..., Any] | None = None
         self.train(model.training)
-
-    def enable_gradient_checkpointing(self, checkpoint: Callable[..., Any]) -> None:
-        """Calls blocks by `checkpoint(block, ...)` where a backward pass will follow."""
-        self._checkpoint = checkpoint
 
     def forward(
         self, latents: Tensor, time: Tensor, text: Tensor, num_tokens: Tensor | None
@@ -200,26 +196,18 @@ class ZImageTokens(nn.Module):
         text, text_mask, text_end, text_rope = self._text(text, num_tokens)
         picture, picture_rope = self._picture(latents, text_end)
         for block in self.noise_refiner:
-            picture = self._run(block, picture, None, picture_rope, temb)
+            picture = self.run(block, picture, None, picture_rope, temb)
         for block in self.context_refiner:
-            text = self._run(block, text, text_mask, text_rope)
+            text = self.run(block, text, text_mask, text_rope)
         hidden = torch.cat([picture, text], dim=1)
         rope = torch.cat([picture_rope, text_rope], dim=1)
         mask = None
         if text_mask is not None:
             mask = torch.cat([text_mask.new_ones(picture.shape[:2]), text_mask], dim=1)
         for block in self.layers:
-            hidden = self._run(block, hidden, mask, rope, temb)
+            hidden = self.run(block, hidden, mask, rope, temb)
         tokens: Tensor = self.proj_out(self.norm_out(hidden[:, :count], temb))
         return tokens
-
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        hidden: Tensor
-        if self._checkpoint is not None and torch.is_grad_enabled():
-            hidden = self._checkpoint(block, *inputs)
-        else:
-            hidden = block(*inputs)
-        return hidden
 
     def _text(
         self, states: Tensor, num_tokens: Tensor | None
